@@ -1,0 +1,1 @@
+"""Implementations of the ops in `fastscore.ops`, and the choice between them."""

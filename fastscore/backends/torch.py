@@ -1,0 +1,39 @@
+r"""The definition of truth: both ops in plain PyTorch, for any device and for float32 and float64.
+
+.. math:: \epsilon = \mathrm{normal}(P \oplus Q), \quad x_t = \alpha x + \sigma\epsilon, \qquad
+    r^2 = \| c\,(a\,\epsilon + b\,x - \mathrm{prediction}) \|^2
+
+Shapes: B samples, R rows (draws with their antithetic twins) a sample, d dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import noise
+
+
+def perturb(x: Tensor, shift: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x_t, eps), each (B, R, d); x (B, d), shift (B, d) and points (R, d) int32, alpha and sigma (R,)."""
+    eps = noise.normal(shift[:, None] ^ points[None], x.dtype)
+    x_t = sigma[None, :, None] * eps
+    return x_t.addcmul_(alpha[None, :, None], x[:, None]), eps
+
+
+def residual(prediction: Tensor, x: Tensor, eps: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return the squared norm of c (a eps + b x - prediction), shape (B, R)."""
+    return c.square() * _error(prediction, x, eps, a, b).square_().sum(-1)
+
+
+def residual_backward(
+    grad: Tensor, prediction: Tensor, x: Tensor, eps: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `residual` with respect to prediction (B, R, d) and x (B, d)."""
+    grad_error = (2 * c.square() * grad)[..., None] * _error(prediction, x, eps, a, b)
+    return -grad_error, (b[:, None] * grad_error).sum(1)
+
+
+def _error(prediction, x, eps, a, b):
+    # eps and x0 parametrizations, the common ones, leave one of the two terms out: a and b are known to be constant.
+    return torch.addcmul(a[:, None] * eps, b[:, None], x[:, None]).sub_(prediction)

@@ -1,0 +1,405 @@
+r"""The density of a score network, as one integral over log-SNR.
+
+With x_lambda = alpha x + sigma eps, lambda = log(alpha^2 / sigma^2), and any reference q whose log q(x) and best noise
+prediction eps_q are known in closed form,
+
+.. math::
+    \log p(x) = \log q(x) - \tfrac12 \int E\big[\, \|\epsilon - \hat\epsilon(x_\lambda)\|^2
+        - \|\epsilon - \epsilon_q(x_\lambda)\|^2 \,\big]\, d\lambda
+
+This is Li and Yan's formula in log-SNR form with its control variate. For a learned network it is the continuous-time
+evidence lower bound: at most the log-density of the network's own sampling process, in expectation over the noise.
+
+References:
+    A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
+    Information-Theoretic Diffusion (Kong et al., 2023), https://arxiv.org/abs/2302.03792
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import memory as memory_budget
+from .backends.select import select
+from .buffers import FittedBuffers
+from .estimate import (
+    Comparison,
+    CurveSum,
+    Estimate,
+    discretization_bound,
+    draw_sum,
+    draw_variance,
+    truncation_bound,
+)
+from .integrand import Draws, Network, Samples, bytes_per_row, evaluate
+from .methods import base, control_variate
+from .network import is_per_sample, warn_if_training
+from .nodes import NodeDensity, make_rule
+from .noise import SOBOL_MAX_DIM
+from .pilot import KINDS, Fitted, calibrate, candidates, pilot, variance_ratio
+from .pilot import BINS, CALIBRATION_NFE, DRAWS_PER_BIN, REPLICATES
+from .predictions import check_prediction
+from .reference import Reference
+from .schedules import Schedule
+
+NOISES = ("auto", "sobol", "independent")
+
+
+class _FittedNodes(FittedBuffers):
+    """The node density and the calibration of low-discrepancy noise, kept by `state_dict`."""
+
+    def __init__(self, nodes: NodeDensity, calibration: Tensor):
+        super().__init__()
+        self.register_buffer("edges", nodes.edges)
+        self.register_buffer("share", nodes.share)
+        self.register_buffer("paired", nodes.paired)
+        self.register_buffer("calibration", calibration)
+
+    @property
+    def density(self) -> NodeDensity:
+        return NodeDensity(self.edges.cpu(), self.share.cpu(), self.paired.cpu())
+
+
+class ScoreDensity(nn.Module):
+    r"""Log-density of data under a diffusion or score network.
+
+    Arguments:
+        model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
+            in the schedule's own time. More output channels than the data's (learned variances) are cut off.
+        schedule: the forward process it was trained on (`fastscore.schedules`).
+        predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.predictions`).
+        reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
+        noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars and d <= 21,200.
+        nfe: network evaluations a sample, where a call does not say.
+        backend: "auto" or the name of a backend, see `fastscore info`.
+        time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
+
+    Raises:
+        ValueError: for an unknown prediction, noise or backend.
+        TypeError: if the schedule is not a `Schedule`.
+
+    Example:
+        >>> density = ScoreDensity(model, DDPM.linear(1000), predicts="eps").fit(train_data)
+        >>> result = density.estimate(test_data, nfe=256)
+        >>> result.log_prob, result.stderr
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        predicts: str = "eps",
+        *,
+        reference: Reference | None = None,
+        noise: str = "auto",
+        nfe: int = 256,
+        backend: str = "auto",
+        time_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {type(schedule).__name__}"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
+        if noise not in NOISES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
+        self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
+        self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
+        self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
+        nodes = NodeDensity.uniform(*schedule.log_snr_range)
+        self.nodes = _FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        self._row_bytes: dict = {}
+        if predicts == "flow":
+            schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        nfe: int | None = None,
+        seed: int = 0,
+        sample_index: Tensor | None = None,
+        memory: int | str | None = None,
+        **cond,
+    ) -> Tensor:
+        r"""Return log p(x) in nats, shape (B,), differentiable with respect to x and the network's parameters.
+
+        The value and its gradient use the same noise, so the gradient is exactly that of the returned number; pass a
+        fresh `seed` every step to train with it. Memory stays that of one chunk: the backward pass recomputes.
+
+        Arguments:
+            x: data, floating point, shape (B, *shape).
+            nfe, seed, sample_index, memory, cond: as in `estimate`.
+
+        Raises:
+            ValueError: as in `estimate`.
+        """
+        samples = self._samples(x, sample_index, (cond,))
+        draws = self._draws(nfe, seed, samples)
+        rows = self._rows_at_once(samples, memory)
+        weight = draws.rule.weight.to(samples.x.device)
+        integral = [f.double() @ weight for _, f in evaluate(self._network, samples, draws, self.reference, rows)]
+        log_prob = self.reference.log_prob(samples.x) - 0.5 * torch.cat(integral)
+        return log_prob.to(samples.x.dtype)
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        x: Tensor,
+        *,
+        nfe: int | None = None,
+        seed: int = 0,
+        sample_index: Tensor | None = None,
+        method: str = "density",
+        target_stderr: float | None = None,
+        max_nfe: int = 16384,
+        memory: int | str | None = None,
+        progress: bool = False,
+        **cond,
+    ) -> Estimate:
+        r"""Return log p(x) with its standard error and an account of the other errors.
+
+        Arguments:
+            x: data, floating point, shape (B, *shape).
+            nfe: network evaluations a sample; 256 by default.
+            seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
+            sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
+                and a sample keeps its noise in any batch.
+            method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
+                evaluate a table at the same nodes with the same noise.
+            target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
+                is below; at most `max_nfe` a sample.
+            memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
+                memory, 1 GiB on a CPU by default.
+            progress: show a progress bar.
+            cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
+
+        Returns:
+            `Estimate`.
+
+        Raises:
+            ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
+                returns the wrong shape, NaN or inf (named by sample and log-SNR).
+        """
+        samples = self._samples(x, sample_index, (cond,))
+        if target_stderr is not None and not target_stderr > 0:
+            raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
+        rows = self._rows_at_once(samples, memory)
+        first = self._draws(nfe, seed, samples, method)
+        with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
+            total, variance, curve, offset = self._round(samples, first, method, rows, bar)
+            spent = torch.full_like(total, first.rule.nfe)
+            active = self._above(target_stderr, variance, spent, max_nfe)
+            round_ = 0
+            while len(active):
+                # Every round doubles what was spent; rounds are averaged with their evaluations as weights.
+                round_ += 1
+                draws = self._draws(int(spent[active[0]]), seed, samples, method, round_)
+                bar.reset(total=len(active))
+                extra, extra_variance, _, _ = self._round(samples.select(active), draws, method, rows, bar)
+                share = draws.rule.nfe / (spent[active] + draws.rule.nfe)
+                total[active] += share * (extra - total[active])
+                variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra_variance
+                spent[active] += draws.rule.nfe
+                active = active[self._above(target_stderr, variance[active], spent[active], max_nfe)]
+        return Estimate(
+            log_prob=total.to(samples.x.dtype),
+            stderr=variance.sqrt().to(samples.x.dtype),
+            nfe=spent.long(),
+            log_snr_curve=curve,
+            truncation=truncation_bound(curve),
+            discretization=discretization_bound(curve, first.rule) if method == "density" else offset,
+            dims=samples.x.shape[1],
+            method=method,
+            noise=first.noise,
+        )
+
+    @torch.no_grad()
+    def compare(
+        self,
+        x: Tensor,
+        cond_a: dict,
+        cond_b: dict,
+        *,
+        nfe: int | None = None,
+        seed: int = 0,
+        sample_index: Tensor | None = None,
+        memory: int | str | None = None,
+    ) -> Comparison:
+        r"""Return log p(x | a) - log p(x | b) with the standard error of the difference.
+
+        Both conditions see the same nodes and the same noise, so what they share cancels: the error is that of the
+        difference, usually far below that of either density.
+
+        Arguments:
+            x: data, shape (B, *shape).
+            cond_a, cond_b: keyword arguments of the network.
+            nfe: evaluations a sample under each condition.
+        """
+        samples = self._samples(x, sample_index, (cond_a, cond_b))
+        # Low-discrepancy error bars are calibrated for densities, not for differences.
+        draws = Draws(make_rule(self.nodes.density, nfe or self.nfe, self.schedule), "independent", seed)
+        rows = max(1, self._rows_at_once(samples, memory))
+        parts = [f for _, f in evaluate(self._network, samples, draws, self.reference, rows)]
+        difference = torch.cat([draw_sum(f, draws.rule) for f in parts])
+        variance = torch.cat([draw_variance(f, draws.rule) for f in parts])
+        return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
+
+    @torch.no_grad()
+    def fit(
+        self,
+        data: Tensor,
+        *,
+        reference: str = "auto",
+        evaluations: int = 200_000,
+        seed: int = 0,
+        memory: int | str | None = None,
+        progress: bool = True,
+        **cond,
+    ) -> ScoreDensity:
+        """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
+
+        Estimates stay unbiased without and with it; they need fewer evaluations afterwards. What was fitted is part of
+        `state_dict()`.
+
+        Arguments:
+            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
+            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
+            evaluations: bound of the network evaluations to spend. Below about 8,000 nothing but the reference is
+                fitted, below about 50,000 the noise is not calibrated and stays independent.
+            cond: keyword arguments of the network for the data.
+
+        Raises:
+            ValueError: for fewer than 20 samples, or an unknown kind.
+        """
+        if reference not in KINDS:
+            raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {reference!r}")
+        samples = self._samples(data, None, (cond,))
+        if len(samples) < 20:
+            raise ValueError(f"fit needs at least 20 samples, got {len(samples)}")
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(data.device)
+        held, train = order[: len(order) // 5], order[len(order) // 5 :]
+        with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
+
+            def step(what: str, count: int) -> None:
+                bar.set_description(f"fit: {what}")
+                bar.update(count)
+
+            found = candidates(samples.x[train], samples.x[held], reference, self.schedule.data_std, seed)
+            fitted = self._run_pilot(samples.select(held), found, evaluations, seed, memory, step)
+        self.reference = fitted.reference.to(samples.x.device)
+        self.nodes = _FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
+        self._row_bytes.clear()
+        return self
+
+    def _run_pilot(self, held: Samples, found: list[Reference], evaluations: int, seed: int, memory, step) -> Fitted:
+        per_sample = BINS * DRAWS_PER_BIN * 2
+        count = min(len(held), max(evaluations // 8, 4 * per_sample) // per_sample, 64)
+        rows = self._rows_at_once(held, memory, found[0])
+        if evaluations < count * per_sample or count < 4:
+            return Fitted(
+                found[0], NodeDensity.uniform(*self.schedule.log_snr_range), torch.empty(2, 0, dtype=torch.float64)
+            )
+        fitted = pilot(self._network, held.select(slice(0, count)), found, seed, rows, step)
+        per_sample = REPLICATES * sum(CALIBRATION_NFE)
+        count = min(len(held), (evaluations - count * 2 * BINS * DRAWS_PER_BIN) // per_sample, 64)
+        if count < 8 or held.x.shape[1] > SOBOL_MAX_DIM:
+            return fitted
+        return calibrate(self._network, held.select(slice(0, count)), fitted, seed, rows, step)
+
+    def _round(
+        self, samples: Samples, draws: Draws, method: str, rows: int, bar
+    ) -> tuple[Tensor, Tensor, object, float]:
+        """Evaluate one set of draws: value and variance of each sample, the curve, and the offset to the integral."""
+        reference = control_variate(method, self.reference)
+        value, variance = (torch.empty(len(samples), dtype=torch.float64, device=samples.x.device) for _ in range(2))
+        curve, offset, rule = CurveSum(draws.rule), 0.0, draws.rule
+        for chosen, f in evaluate(self._network, samples, draws, reference, rows):
+            x = samples.x[chosen]
+            value[chosen] = base(method, reference, x, self.schedule) + draw_sum(f, rule)
+            variance[chosen] = draw_variance(f, rule)
+            curve.add(f)
+            if method != "density":
+                integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, rule.density_weight)
+                offset += float((value[chosen] - integral).sum()) / len(samples)
+            bar.update(len(f))
+        if draws.noise == "sobol":
+            variance *= variance_ratio(self.nodes.calibration, rule.nfe)
+        return value, variance, curve.curve(), offset
+
+    @staticmethod
+    def _above(target: float | None, variance: Tensor, spent: Tensor, max_nfe: int) -> Tensor:
+        """Return which samples need, and may have, another round."""
+        if target is None:
+            return spent.new_empty(0, dtype=torch.long)
+        return ((variance.sqrt() > target) & (2 * spent <= max_nfe)).nonzero().flatten()
+
+    @property
+    def _network(self) -> Network:
+        return Network(self.model, self.schedule, self.predicts, self.time_dtype)
+
+    def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
+        rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
+        kind = self.noise
+        small = samples.x.shape[1] <= SOBOL_MAX_DIM
+        if kind == "auto":
+            kind = "sobol" if small and self.nodes.calibration.numel() else "independent"
+        if kind == "sobol" and not small:
+            raise ValueError(
+                f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {samples.x.shape[1]}; use noise='independent'"
+            )
+        return Draws(rule, kind, int(seed), round_)
+
+    def _rows_at_once(self, samples: Samples, memory, reference: Reference | None = None) -> int:
+        reference = reference or self.reference
+        key = (
+            samples.shape,
+            samples.x.dtype,
+            torch.is_grad_enabled(),
+            len(samples.conds),
+            reference.flops(samples.x.shape[1]),
+        )
+        if key not in self._row_bytes:
+            self._row_bytes[key] = bytes_per_row(self._network, samples, reference)
+        return memory_budget.chunk_rows(self._row_bytes[key], memory, samples.x.device)
+
+    def _samples(self, x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...]) -> Samples:
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) == 0 or x[0].numel() == 0:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
+        parameter = next(self.model.parameters(), None)
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"x is on {x.device} and the network on {parameter.device}; move one of them with .to()")
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        select(x.device, wide.dtype, self.backend)
+        flat = wide.reshape(len(x), -1)
+        bad = (~torch.isfinite(flat)).any(1)
+        if bool(bad.any()):
+            count = int(bad.sum())
+            raise ValueError(
+                f"x has NaN or inf in {count} of {len(x)} samples, first in sample {int(bad.nonzero()[0])}; remove them"
+            )
+        if sample_index is None:
+            sample_index = torch.arange(len(x))
+        if sample_index.shape != (len(x),) or sample_index.is_floating_point() or int(sample_index.min()) < 0:
+            raise ValueError(
+                f"sample_index must be non-negative integers of shape ({len(x)},), got {sample_index.dtype} {tuple(sample_index.shape)}"
+            )
+        for cond in conds:
+            for name, value in cond.items():
+                if isinstance(value, Tensor) and value.device != x.device and is_per_sample(value, len(x)):
+                    raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
+        warn_if_training(self.model)
+        return Samples(flat, sample_index.to(x.device, torch.int64), tuple(x.shape[1:]), conds)
+
+    def extra_repr(self) -> str:
+        return f"{self.schedule!r}, predicts={self.predicts!r}, noise={self.noise!r}, nfe={self.nfe}"

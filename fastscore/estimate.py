@@ -1,0 +1,176 @@
+r"""What an estimate returns: log-density, honest error bar, cost, and what remains outside.
+
+With g_s = -w_s N f_s / 2 for draw s of N, log p = log q + mean(g), and its variance comes from successive
+differences, because neighbouring draws share almost the same log-SNR:
+
+.. math:: \mathrm{Var} = \sum_s (g_s - g_{s-1})^2 \,/\, (2 (N-1) N)
+
+The plain variance over draws would count the integrand's course over log-SNR as noise and be far too large.
+
+References:
+    The Mean Square Successive Difference (von Neumann et al., 1941), https://doi.org/10.1214/aoms/1177731677
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .nodes import Rule
+
+
+class Curve(NamedTuple):
+    r"""The integrand over log-SNR: log p = log q + its integral.
+
+    Attributes:
+        log_snr: nodes, float64, shape (N,).
+        mean: -(E||eps - eps_hat||^2 - E||eps - eps_q||^2) / 2 averaged over the batch, nats per unit log-SNR.
+        stderr: its standard error over the batch; NaN for one sample.
+    """
+
+    log_snr: Tensor
+    mean: Tensor
+    stderr: Tensor
+
+
+class Comparison(NamedTuple):
+    """A paired difference of log-densities (nats) and its standard error, each of shape (B,)."""
+
+    difference: Tensor
+    stderr: Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The result of `ScoreDensity.estimate`.
+
+    Attributes:
+        log_prob: log-density of each sample, nats, shape (B,).
+        stderr: its standard error, nats, shape (B,).
+        nfe: network evaluations spent on each sample, int64, shape (B,).
+        log_snr_curve: where in log-SNR the integral comes from (`Curve`), averaged over the batch.
+        truncation: bound, in nats per sample, of what lies outside the schedule's range, see `truncation_bound`.
+        discretization: for method "density" a bound of the node rule's own error, in nats, averaged over the batch
+            (its noise included); for "discrete" and "elbo" their difference to the integral on the same evaluations.
+        dims: dimensions d of a sample.
+        method: "density", "discrete" or "elbo".
+        noise: "sobol" or "independent".
+    """
+
+    log_prob: Tensor
+    stderr: Tensor
+    nfe: Tensor
+    log_snr_curve: Curve
+    truncation: float
+    discretization: float
+    dims: int
+    method: str
+    noise: str
+
+    def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+        r"""Return bits per dimension, shape (B,); lower is better.
+
+        .. math:: -\big(\log p(x)/d + \log\Delta\big) / \log 2, \qquad \Delta = (high - low) / bins
+
+        Discrete data with `bins` levels, dequantized by x = low + Delta (level + u), u uniform in [0, 1), has the
+        log-probability log p(x) + d log Delta (in expectation over u, a lower bound): for 8-bit data in [-1, 1)
+        Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
+        rate, which may be negative and depends on the units of x.
+        """
+        return -(self.log_prob / self.dims + _log_width(bins, low, high)) / math.log(2)
+
+    def bits_per_dim_stderr(self) -> Tensor:
+        """Return the standard error of `bits_per_dim`, shape (B,)."""
+        return self.stderr / (self.dims * math.log(2))
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        return self.log_prob - z * self.stderr, self.log_prob + z * self.stderr
+
+    def mean(self) -> tuple[float, float]:
+        """Return the batch mean of log_prob and its standard error as an estimate of the data's, nats.
+
+        The spread between samples contains both their own variation and the estimates' noise.
+        """
+        spread = float(self.log_prob.std()) if len(self.log_prob) > 1 else math.nan
+        return float(self.log_prob.mean()), spread / math.sqrt(len(self.log_prob))
+
+    def __repr__(self):
+        mean, error = self.mean()
+        return (
+            f"Estimate({len(self.log_prob)} samples, {self.dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
+            f"stderr {float(self.stderr.mean()):.2g} a sample, {float(self.nfe.double().mean()):.0f} evaluations a sample, "
+            f"truncation <= {self.truncation:.2g})"
+        )
+
+
+def draw_sum(f: Tensor, rule: Rule, weight: Tensor | None = None) -> Tensor:
+    """Return -1/2 sum_s w_s f_s, shape (B,), float64."""
+    return -0.5 * (f.to(torch.float64) @ (rule.weight if weight is None else weight).to(f.device))
+
+
+def draw_variance(f: Tensor, rule: Rule) -> Tensor:
+    """Return the variance of `draw_sum` from successive differences, shape (B,), float64."""
+    n = f.shape[1]
+    g = -0.5 * n * f.to(torch.float64) * rule.weight.to(f.device)
+    return g.diff(dim=1).square().sum(1) / (2 * (n - 1) * n)
+
+
+class CurveSum:
+    """Accumulates the curve over chunks of samples."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.count = rule, 0
+        self.total = torch.zeros(len(rule.log_snr), dtype=torch.float64)
+        self.squares = torch.zeros_like(self.total)
+
+    def add(self, f: Tensor) -> None:
+        half = -0.5 * f.to(torch.float64).cpu()
+        self.count += len(half)
+        self.total += half.sum(0)
+        self.squares += half.square().sum(0)
+
+    def curve(self) -> Curve:
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean**2).clamp(min=0) / max(self.count - 1, 0)
+        return Curve(self.rule.log_snr, mean, variance.sqrt())
+
+
+def truncation_bound(curve: Curve) -> float:
+    r"""Bound what the integrand holds beyond both ends of the range, in nats per sample.
+
+    Past the ends the difference to the reference decays like the signal-to-noise ratio (noisy end) and like its
+    inverse (clean end), so each tail is about its end value times one unit of log-SNR. The end value is the mean of
+    the outermost twentieth of the draws, plus twice its standard error.
+    """
+    n = max(1, len(curve.mean) // 20)
+    bound = 0.0
+    for end in (slice(None, n), slice(-n, None)):
+        error = curve.stderr[end].nan_to_num(0.0).square().sum().sqrt() / n
+        bound += float(curve.mean[end].mean().abs() + 2 * error)
+    return bound
+
+
+def discretization_bound(curve: Curve, rule: Rule) -> float:
+    """Return how far the batch mean moves when every other draw is given both cells, in nats.
+
+    The even and the odd draws make two rules shifted by one cell; the full rule is their average, so its own error is
+    below half their distance. The noise of the mean is included, which makes this a bound and not a measurement.
+    """
+    n = len(curve.mean) // 2 * 2
+    widths = rule.density_weight[:n]
+    even = (widths.reshape(-1, 2).sum(1) * curve.mean[:n:2]).sum()
+    return float(((widths * curve.mean[:n]).sum() - even).abs())
+
+
+def _log_width(bins: int | None, low: float, high: float) -> float:
+    if bins is None:
+        return 0.0
+    if bins < 2 or not high > low:
+        raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
+    return math.log((high - low) / bins)

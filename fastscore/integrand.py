@@ -1,0 +1,181 @@
+r"""The integrand of the density formula, minus its reference, at the draws of a rule.
+
+.. math:: f_{bs} = \|\epsilon - \hat\epsilon(x_\lambda)\|^2 - \|\epsilon - \epsilon_q(x_\lambda)\|^2
+
+with the same noised rows for both terms; a paired draw averages f over eps and -eps. Rows are evaluated in chunks
+that fit the memory budget, and what leaves a chunk is one number a draw: nothing of size B x S x d is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import memory, noise, ops
+from .network import predict, select_samples
+from .nodes import Rule
+from .predictions import coefficients
+from .reference import Reference
+from .schedules import Schedule
+
+PROBE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with all that is needed to read it: what it predicts, and on which schedule."""
+
+    model: nn.Module
+    schedule: Schedule
+    predicts: str
+    time_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
+
+    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise.
+    """
+
+    x: Tensor
+    index: Tensor
+    shape: tuple[int, ...]
+    conds: tuple[dict, ...]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def select(self, samples: slice) -> Samples:
+        conds = tuple(select_samples(cond, samples, len(self)) for cond in self.conds)
+        return Samples(self.x[samples], self.index[samples], self.shape, conds)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of one estimate: where (the rule) and which noise (kind, seed and round)."""
+
+    rule: Rule
+    noise: str
+    seed: int
+    round: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rule.log_snr)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per-row tables of some consecutive draws, on the device of the data; a paired draw owns two rows."""
+
+    draw: Tensor  # index of the row's draw within the chunk, int64, (R,)
+    share: Tensor  # 1, or 1/2 for the rows of a pair, (R,)
+    flip: Tensor  # 0, or -1 for the antithetic twin: XOR with it negates the noise, int32, (R,)
+    time: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    coefficients: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(cls, network: Network, rule: Rule, draws: range, x: Tensor) -> Rows:
+        part = slice(draws.start, draws.stop)
+        paired, time = rule.paired[part].long(), rule.time[part]
+        draw = torch.arange(len(draws)).repeat_interleave(1 + paired)
+        twin = torch.cat([torch.zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
+        alpha, sigma = network.schedule.alpha_sigma(time)
+        abc = coefficients(network.predicts, network.schedule, time)
+        return cls(
+            draw.to(x.device),
+            (1 / (1 + paired)).to(x)[draw.to(x.device)],
+            -twin.to(x.device, torch.int32),
+            time[draw].to(x.device),
+            *(v[draw].to(x.device) for v in (alpha, sigma)),
+            tuple(v[draw].to(x) for v in abc),
+        )
+
+
+def row_terms(
+    network: Network, samples: Samples, shift: Tensor, points: Tensor, rows: Rows, references: tuple[Reference, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
+    x = samples.x
+    x_t, eps = ops.perturb(x, shift, points, rows.alpha.to(x), rows.sigma.to(x))
+    errors = []
+    for cond in samples.conds:
+        prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
+        errors.append(ops.residual(prediction, x, eps, *rows.coefficients))
+    controls = [q.residual(x_t, eps, rows.alpha, rows.sigma) for q in references]
+    return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
+
+
+def evaluate(
+    network: Network, samples: Samples, draws: Draws, reference: Reference, rows_at_once: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (which samples, f of shape (b, N)) until all samples are done.
+
+    With two conditions, f is the difference of the two networks' residuals and the reference cancels. Under autograd
+    each chunk is recomputed in the backward pass, so memory stays that of one chunk.
+    """
+    total = len(draws)
+    evaluations = max(1, draws.rule.nfe)
+    at_once = max(1, rows_at_once // evaluations)
+    rows_per_draw = 1 + int(draws.rule.paired.any())
+    span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
+    spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
+    tables = [(span, Rows.of(network, draws.rule, span, samples.x)) for span in spans]
+    for start in range(0, len(samples), at_once):
+        chosen = slice(start, min(start + at_once, len(samples)))
+        part = samples.select(chosen)
+        shift = noise.shifts(draws.seed, part.index, part.x.shape[1], draws.round)
+        f = torch.cat([_chunk(network, part, shift, draws, span, rows, reference) for span, rows in tables], 1)
+        _check_finite(f, part, draws.rule)
+        yield chosen, f
+
+
+def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> int:
+    """Return the peak memory of one row, network and autograd included, measured on a few rows of the first sample."""
+    lo, hi = network.schedule.log_snr_range
+    log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
+    flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
+    single = torch.zeros(PROBE_ROWS, dtype=torch.bool)
+    rule = Rule(log_snr, network.schedule.time(log_snr), flat, flat, single)
+    draws, one = Draws(rule, "independent", 0), samples.select(slice(0, 1))
+    span = range(PROBE_ROWS)
+    shift, rows = noise.shifts(0, one.index, one.x.shape[1]), Rows.of(network, rule, span, one.x)
+    return memory.peak_bytes(lambda: _draw_values(network, one, shift, draws, span, rows, reference)) // PROBE_ROWS
+
+
+def _chunk(network, samples, shift, draws, span, rows, reference):
+    arguments = (network, samples, shift, draws, span, rows, reference)
+    if not torch.is_grad_enabled():
+        return _draw_values(*arguments)
+    return checkpoint(_draw_values, *arguments, use_reentrant=False)
+
+
+def _draw_values(network, samples, shift, draws, span, rows, reference):
+    """Return f of shape (b, len(span)): the mean over each draw's rows."""
+    x = samples.x
+    points = noise.points(draws.noise, draws.seed, span, len(draws), x.shape[1], x.device, draws.round)
+    points = points[rows.draw] ^ rows.flip[:, None]
+    controls = (reference,) if len(samples.conds) == 1 else ()
+    errors, control = row_terms(network, samples, shift, points, rows, controls)
+    f = errors[0] - (control[0] if controls else errors[1])
+    if len(rows.draw) == len(span):
+        return f
+    return f.new_zeros(len(f), len(span)).index_add(1, rows.draw, f * rows.share)
+
+
+def _check_finite(f: Tensor, samples: Samples, rule: Rule) -> None:
+    finite = torch.isfinite(f)
+    if bool(finite.all()):
+        return
+    b, s = (int(i) for i in (~finite).nonzero()[0])
+    raise ValueError(
+        f"the network returned NaN or inf for sample {int(samples.index[b])} at log-SNR {float(rule.log_snr[s]):.4g} "
+        f"(t = {float(rule.time[s]):.6g}), {int((~finite).sum())} of {finite.numel()} evaluations in this chunk; check "
+        "its weights, use a wider dtype than half, or narrow the schedule's range"
+    )

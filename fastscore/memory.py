@@ -1,0 +1,107 @@
+"""How many rows fit into a memory budget: measured on the network itself, not guessed.
+
+One short forward pass runs under a dispatch mode that counts the bytes of every storage that is alive; the peak,
+divided by its rows, is what a row costs. The same number bounds CPU and GPU runs.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# On a CPU a chunk that stays near the caches is faster than a large one; the tables of benchmarks/ show it.
+CPU_WORKING_SET = 32 << 20
+CPU_BUDGET = 1 << 30
+MIN_AUTO_ROWS = 16
+_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Track the bytes of storages created inside the block; `peak` is their maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):  # weights and inputs were there before
+            self._seen.add(storage)
+        out = func(*args, **kwargs)
+        for storage in _storages(out):
+            if storage not in self._seen:
+                self._watch(storage)
+        return out
+
+    def _watch(self, storage):
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size):
+        self.live -= size
+
+
+def _storages(tree):
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the peak number of bytes in tensors that `run()` creates."""
+    with _LiveBytes() as mode:
+        kept = run()  # saved activations live as long as the result
+        peak = mode.peak
+    del kept
+    return peak
+
+
+def parse_bytes(memory: int | str) -> int:
+    """Return a number of bytes from 1e9, "512MB" or "2 GB".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?B?)\s*", memory.upper())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"memory must be a number of bytes or a text like '512MB', got {memory!r}")
+        return int(float(match[1]) * _UNITS[match[2]])
+    if memory <= 0:
+        raise ValueError(f"memory must be positive, got {memory}")
+    return int(memory)
+
+
+def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device) -> int:
+    """Return how many rows to evaluate at once.
+
+    Arguments:
+        bytes_per_row: as `peak_bytes` measured.
+        memory: the caller's budget, or None for half of the free memory of a GPU, 1 GiB of a CPU.
+
+    Raises:
+        ValueError: if not even one row fits the caller's budget.
+    """
+    bytes_per_row = max(1, bytes_per_row)
+    if memory is None:
+        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BUDGET
+    else:
+        budget = parse_bytes(memory)
+        if budget < bytes_per_row:
+            raise ValueError(
+                f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row:,} bytes; "
+                f"give memory >= {bytes_per_row}"
+            )
+    rows = budget // bytes_per_row
+    if device.type != "cuda":
+        rows = min(rows, max(CPU_WORKING_SET // bytes_per_row, MIN_AUTO_ROWS))
+    return max(1, rows)

@@ -1,0 +1,82 @@
+"""Call a user's network: rows, time, conditions and dtype in; a checked (B, R, d) prediction out."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+_NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the network's floating parameters, or the default if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
+
+
+def warn_if_training(model: nn.Module) -> None:
+    """Warn where train mode makes every answer random: dropout or batch norm in train mode."""
+    for name, layer in model.named_modules():
+        active = isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
+        if active:
+            warnings.warn(
+                f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
+                "random; call model.eval() first",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def select_samples(cond: dict, samples: slice, batch: int) -> dict:
+    """Cut conditions whose first dimension is the batch to some samples; pass the others as they are."""
+    return {k: v[samples] if is_per_sample(v, batch) else v for k, v in cond.items()}
+
+
+def is_per_sample(value: object, batch: int) -> bool:
+    """Whether a condition has one entry a sample: a tensor whose first dimension is the batch size."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+
+
+def predict(
+    model: nn.Module, x_t: Tensor, time: Tensor, cond: dict, shape: tuple[int, ...], time_dtype: torch.dtype | None
+) -> Tensor:
+    """Return the network's prediction for every row, shape (B, R, d), in the dtype of x_t.
+
+    The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype of its parameters and t
+    (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
+    repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
+    `.sample`. Channels beyond those of the data (a learned variance, say) are cut off.
+
+    Raises:
+        ValueError: if what comes back does not have the rows and the shape of what was passed.
+    """
+    batch, rows, d = x_t.shape
+    if time.is_floating_point():
+        time = time.to(time_dtype or x_t.dtype)
+    elif time_dtype is not None:
+        time = time.to(time_dtype)
+    passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
+    repeated = {k: v.repeat_interleave(rows, 0) if is_per_sample(v, batch) else v for k, v in cond.items()}
+    output = _tensor_of(model(passed, time.repeat(batch), **repeated))
+    prediction = output[:, : shape[0]] if output.ndim == passed.ndim and output.shape[1] > shape[0] else output
+    if prediction.shape != passed.shape:
+        raise ValueError(
+            f"the network was called with x_t {tuple(passed.shape)} and t ({batch * rows},) and returned "
+            f"{tuple(output.shape)}; it must return the shape of x_t (more channels in dimension 1 are allowed)"
+        )
+    return prediction.reshape(batch, rows, d).to(x_t.dtype)
+
+
+def _tensor_of(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    if isinstance(getattr(output, "sample", None), Tensor):
+        return output.sample
+    raise ValueError(
+        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; "
+        f"got {type(output).__name__}"
+    )

@@ -1,0 +1,110 @@
+r"""The noise: counter-based, keyed by (seed, sample index, draw, element), so that every batch gives the same answer.
+
+Element i of draw s for sample b is
+
+.. math:: \epsilon_{bsi} = \sqrt2\,\mathrm{erf}^{-1}\big((w + \tfrac12)\,2^{-31}\big), \qquad w = P_{si} \oplus Q_{bi}
+
+with two 32-bit words: the point P belongs to the draw and is shared by all samples, the shift Q belongs to the
+sample and is shared by all draws. An exclusive or with a uniform word is uniform, so eps is exactly standard normal;
+one exclusive or an element is all that a draw costs. The points are
+
+- ``independent``: Philox words. Draws are independent within a sample, and samples are pairwise independent within
+  and across draws, hence uncorrelated: the error bar of a sample and that of a mean are both exact.
+- ``sobol``: a scrambled Sobol sequence. The exclusive or is then a digital shift, which keeps the sequence's net
+  structure, so errors fall faster than 1/sqrt(S) while each sample's estimate stays unbiased.
+
+Complementing w negates eps: that is how antithetic pairs are written.
+
+References:
+    Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), https://doi.org/10.1145/2063384.2063405
+    Monte Carlo Variance of Scrambled Net Quadrature (Owen, 1997), https://doi.org/10.1137/S0036142994277468
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
+STREAM_SHIFT, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS = range(4)
+
+_MASK = 0xFFFFFFFF
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
+
+
+def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four words of Philox4x32-10, each int64 in [0, 2^32).
+
+    Arguments:
+        counter: four int64 tensors (or ints) that broadcast together, taken modulo 2^32.
+        key: two ints, taken modulo 2^32.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in counter))
+    k0, k1 = key[0] & _MASK, key[1] & _MASK
+    for _ in range(10):
+        # The 64-bit product wraps around in int64; its two halves are still the right 32-bit words.
+        p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
+        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1 & _MASK
+        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(seed: int, index: Tensor, draw: int, stream: int, d: int) -> Tensor:
+    """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
+
+    Element i is word i % 4 of counter (i // 4, index mod 2^32, draw, stream + 16 (index // 2^32)) under the key
+    (seed mod 2^32, seed // 2^32).
+    """
+    group = torch.arange((d + 3) // 4, device=index.device)
+    low, high = (index & _MASK)[:, None], (index >> 32)[:, None]
+    quad = philox((group[None, :], low, draw, stream + 16 * high), (seed, seed >> 32))
+    return torch.stack(quad, -1).reshape(len(index), -1)[:, :d].to(torch.int32)
+
+
+def shifts(seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
+    """Return each sample's own words Q, int32, shape (B, d); `round_` renews them for further estimates."""
+    return words(seed, sample_index, round_, STREAM_SHIFT, d)
+
+
+def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
+    """Return the words P of some draws, shared by all samples, int32, shape (len(draws), d).
+
+    Arguments:
+        kind: "independent" or "sobol".
+        draws: which draws, a range inside range(total).
+        total: how many draws the estimate has; it fixes the order of the Sobol points.
+        round_: renews independent points for further estimates; Sobol points are renewed by the shifts alone.
+    """
+    if kind == "sobol":
+        return _sobol(total, d)[draws.start : draws.stop].to(device)
+    return words(seed, torch.arange(draws.start, draws.stop, device=device), round_, STREAM_POINT, d)
+
+
+@lru_cache(maxsize=8)
+def _sobol(total: int, d: int) -> Tensor:
+    engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
+    unit = engine.draw(total, dtype=torch.float64)
+    # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
+    unit = unit[unit[:, 0].argsort()][:, 1:]
+    return ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
+
+
+def normal(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map 32-bit words to standard normals through the inverse distribution function.
+
+    In float32 words within 2^-24 of the ends are clamped, so that |eps| <= 5.42; that happens to 6 words in 10^8.
+    """
+    top = 1 - torch.finfo(dtype).eps / 2
+    return w.to(dtype).mul_(2.0**-31).add_(2.0**-32).clamp_(-top, top).erfinv_().mul_(math.sqrt(2))
+
+
+def uniform(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map 32-bit words to [0, 1), strictly below 1 in every dtype."""
+    top = 1 - torch.finfo(dtype).eps / 2
+    return ((w.to(torch.int64) & _MASK).to(torch.float64) * 2.0**-32).to(dtype).clamp_(max=top)

@@ -1,0 +1,158 @@
+r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates need fewer evaluations.
+
+1. Candidate references are fitted by expectation-maximization; those with the best held-out log q go on.
+2. A few held-out samples are evaluated in 48 bins of log-SNR, with antithetic twins. The same network answers serve
+   every candidate. Kept is the reference with the smallest variance times cost,
+
+   .. math:: \Big(\int \mathrm{sd}(f_\lambda)\,d\lambda\Big)^2 \cdot (1 + \mathrm{flops}_q / \mathrm{flops}_{net})
+
+   where the integral is the standard error that the best nodes attain, and those nodes are kept with it.
+3. Low-discrepancy noise is smoother than its successive differences show. Replicates of pilot samples measure the
+   ratio of true variance to the successive-difference variance, so that its error bars are tight and still cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import noise
+from .estimate import draw_sum, draw_variance
+from .integrand import Draws, Network, Rows, Samples, evaluate, row_terms
+from .mixture import fit_mixture
+from .nodes import NodeDensity, Rule, make_rule
+from .reference import Reference
+
+BINS = 48
+DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
+CALIBRATION_NFE = (32, 128, 512)
+REPLICATES = 8
+NORMAL_95 = 1.96
+EM_SAMPLES = 5000
+FULL_MAX_DIM = 1024
+FULL_MIXTURE_MAX_DIM = 256
+MIXTURE_SIZES = (5, 10, 20, 40)
+FINALISTS = 3
+
+KINDS = ("auto", "isotropic", "diagonal", "full", "mixture")
+
+Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a pilot found: reference, nodes, and (log2 nfe, log variance ratio) of low-discrepancy noise."""
+
+    reference: Reference
+    nodes: NodeDensity
+    calibration: Tensor
+
+
+def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
+    """Return the references that deserve a pilot, fitted to at most 5,000 of the training samples."""
+    n, d = train.shape
+    train = train[:EM_SAMPLES]
+    if kind == "isotropic":
+        return [Reference.isotropic(float(train.square().mean().sqrt()))]
+    plain = {"diagonal": [False], "full": [True], "mixture": []}.get(kind, [False] + [True] * (d <= FULL_MAX_DIM))
+    found = [fit_mixture(train, 1, full, seed) for full in plain]
+    mixtures = []
+    if kind in ("auto", "mixture"):
+        for full in [False, True] if d <= FULL_MIXTURE_MAX_DIM else [False]:
+            mixtures += [fit_mixture(train, k, full, seed) for k in MIXTURE_SIZES if len(train) >= 20 * k]
+        mixtures.sort(key=lambda q: -float(q.log_prob(held_out).mean()))
+    found += mixtures[:FINALISTS]
+    if not found:
+        raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
+    return found + [Reference.isotropic(data_std)] * (kind == "auto")
+
+
+def pilot(
+    network: Network, samples: Samples, references: list[Reference], seed: int, rows_at_once: int, step: Step
+) -> Fitted:
+    """Choose reference and nodes on held-out samples; the calibration stays empty."""
+    rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
+    rows = Rows.of(network, rule, range(len(rule.log_snr)), samples.x)
+    d = samples.x.shape[1]
+    words = noise.points("independent", seed, range(len(rule.log_snr)), len(rule.log_snr), d, samples.x.device)
+    words = words[rows.draw] ^ rows.flip[:, None]
+    at_once = max(1, rows_at_once // rule.nfe)
+    terms = []
+    for start in range(0, len(samples), at_once):
+        part = samples.select(slice(start, start + at_once))
+        shift = noise.shifts(seed, part.index, d)
+        errors, controls = row_terms(network, part, shift, words, rows, tuple(references))
+        terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
+        step("pilot", len(part) * rule.nfe)
+    f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
+    if not bool(torch.isfinite(f).all()):
+        raise ValueError(
+            "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
+        )
+    lo, hi = network.schedule.log_snr_range
+    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64)
+    net_flops = _network_flops(network, samples)
+    scored = []
+    for q, reference in enumerate(references):
+        single = f[q].var(2).mean((0, 2)).sqrt()  # over draws; averaged over samples and the two signs
+        pair = f[q].mean(3).var(2).mean(0).sqrt()
+        best = torch.minimum(single, 2**0.5 * pair)
+        cost = 1 + reference.flops(d) / net_flops
+        scored.append((float((best * edges.diff()).sum()) ** 2 * cost, NodeDensity.from_spread(edges, single, pair)))
+    winner = min(range(len(scored)), key=lambda i: scored[i][0])
+    return Fitted(references[winner], scored[winner][1], torch.empty(2, 0, dtype=torch.float64))
+
+
+def calibrate(network: Network, samples: Samples, fitted: Fitted, seed: int, rows_at_once: int, step: Step) -> Fitted:
+    """Measure how much smaller the variance of low-discrepancy noise is than its successive differences say."""
+    table = []
+    for nfe in CALIBRATION_NFE:
+        rule = make_rule(fitted.nodes, nfe, network.schedule)
+        sums, variances = [], []
+        for replicate in range(REPLICATES):
+            draws = Draws(rule, "sobol", seed, 1 + replicate)
+            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, rows_at_once)]
+            sums.append(torch.cat([draw_sum(f, rule) for f in parts]))
+            variances.append(torch.cat([draw_variance(f, rule) for f in parts]))
+            step(f"calibration at {nfe}", len(samples) * rule.nfe)
+        sums = torch.stack(sums)
+        spread = (sums - sums.mean(0)).abs() * (REPLICATES / (REPLICATES - 1)) ** 0.5
+        # The 95 % point rather than the mean square: with heavy tails it is the one that makes intervals cover.
+        z = torch.quantile(spread / torch.stack(variances).sqrt().clamp(min=1e-12), 0.95)
+        table.append((torch.tensor(float(nfe)).log2(), 2 * (z.cpu().clamp(min=1e-2) / NORMAL_95).log()))
+    return Fitted(fitted.reference, fitted.nodes, torch.tensor(table, dtype=torch.float64).T.contiguous())
+
+
+def variance_ratio(calibration: Tensor, nfe: int) -> float:
+    """Return the calibrated ratio at nfe: linear in the logarithms, constant beyond the ends; 1 without calibration."""
+    if calibration.numel() == 0:
+        return 1.0
+    at, log_ratio = calibration.cpu()
+    u = torch.tensor(float(nfe), dtype=torch.float64).log2().clamp(at[0], at[-1])
+    k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
+    part = (u - at[k]) / (at[k + 1] - at[k])
+    return float((log_ratio[k] + part * (log_ratio[k + 1] - log_ratio[k])).exp())
+
+
+def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
+    lo, hi = network.schedule.log_snr_range
+    n = bins * draws
+    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    time = network.schedule.time(log_snr)
+    log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
+    width = torch.full_like(log_snr, (hi - lo) / n)
+    return Rule(log_snr, time, width, width, torch.ones(n, dtype=torch.bool))
+
+
+def _network_flops(network: Network, samples: Samples) -> int:
+    one = samples.select(slice(0, 1))
+    rule = _pilot_rule(network, 1, 1)
+    rows = Rows.of(network, rule, range(1), one.x)
+    zero = torch.zeros(1, one.x.shape[1], dtype=torch.int32, device=one.x.device)
+    with FlopCounterMode(display=False) as counter:
+        row_terms(network, one, zero, zero.expand(2, -1), rows, ())
+    return max(1, counter.get_total_flops() // 2)

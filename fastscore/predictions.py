@@ -1,0 +1,96 @@
+r"""What a network predicts: one row of data (a, b, c) for each parametrization.
+
+With x_t = alpha x + sigma eps, every usual target is linear in the noise and the data, and the formula's residual
+is a multiple of the prediction error:
+
+.. math:: \mathrm{target} = a\,\epsilon + b\,x, \qquad \epsilon - \hat\epsilon = c\,(\mathrm{target} - \mathrm{prediction})
+
+This form needs no x_t, so it cancels least. The multiple c of x0-like predictions grows as exp(log_snr / 2).
+`eps_from` is the same relation solved for :math:`\hat\epsilon = c_F F + c_X x_t`, which samplers and the ODE need.
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), https://arxiv.org/abs/2107.00630
+    Understanding Diffusion Objectives (Kingma and Gao, 2023), https://arxiv.org/abs/2303.00848
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedules import Schedule
+
+
+class Coefficients(NamedTuple):
+    """Per-node (a, b, c), each float64 of the nodes' shape."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+
+def _eps(alpha, sigma, d_alpha, d_sigma):
+    return torch.ones_like(sigma), torch.zeros_like(sigma), torch.ones_like(sigma)
+
+
+def _x0(alpha, sigma, d_alpha, d_sigma):
+    return torch.zeros_like(sigma), torch.ones_like(sigma), -alpha / sigma
+
+
+def _v(alpha, sigma, d_alpha, d_sigma):
+    return alpha, -sigma, alpha / (alpha**2 + sigma**2)
+
+
+def _score(alpha, sigma, d_alpha, d_sigma):
+    return -1 / sigma, torch.zeros_like(sigma), -sigma
+
+
+def _flow(alpha, sigma, d_alpha, d_sigma):
+    return d_sigma, d_alpha, alpha / (alpha * d_sigma - d_alpha * sigma)
+
+
+PREDICTIONS: dict[str, Callable] = {
+    "eps": _eps,  # the noise
+    "x0": _x0,  # the clean data
+    "denoiser": _x0,  # the clean data, as EDM calls it
+    "v": _v,  # alpha eps - sigma x
+    "score": _score,  # gradient of log p_t at x_t
+    "flow": _flow,  # dx_t/dt = alpha' x + sigma' eps
+}
+
+
+def check_prediction(predicts: str) -> str:
+    """Return the name if it is known; raise ValueError listing the valid names if not."""
+    if predicts not in PREDICTIONS:
+        raise ValueError(f"predicts must be one of {', '.join(sorted(PREDICTIONS))}; got {predicts!r}")
+    return predicts
+
+
+def coefficients(predicts: str, schedule: Schedule, t: Tensor) -> Coefficients:
+    """Return (a, b, c) at the schedule's times t.
+
+    Arguments:
+        predicts: a key of `PREDICTIONS`.
+        schedule: the forward process.
+        t: times in the schedule's own coordinate, shape (S,).
+
+    Raises:
+        ValueError: for an unknown name, or predicts="flow" on a discrete table.
+    """
+    check_prediction(predicts)
+    alpha, sigma = schedule.alpha_sigma(t)
+    d_alpha, d_sigma = schedule.derivatives(t) if predicts == "flow" else (None, None)
+    return Coefficients(*PREDICTIONS[predicts](alpha, sigma, d_alpha, d_sigma))
+
+
+def eps_from(predicts: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (c_F, c_X) at times t with eps_hat = c_F F + c_X x_t, float64, shape of t.
+
+    Solving target(eps, x) = F together with x_t = alpha x + sigma eps for eps gives c_F = c and c_X = -c b / alpha.
+    """
+    alpha, _ = schedule.alpha_sigma(t)
+    _, b, c = coefficients(predicts, schedule, t)
+    return c, -c * b / alpha

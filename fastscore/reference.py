@@ -1,0 +1,184 @@
+r"""Reference densities q: the control variate that carries most of the integral exactly.
+
+For a Gaussian mixture q everything about the diffusion is known in closed form: log q(x), the best noise prediction
+
+.. math:: \epsilon_q(x_t) = \sum_k \pi_k(x_t)\, \sigma\,(\alpha^2 C_k + \sigma^2)^{-1} (x_t - \alpha m_k)
+
+with :math:`\pi_k` the posterior of component k, and for one Gaussian also the expected residual. With s the
+signal-to-noise ratio, c an eigenvalue of C and y that coordinate of x - m:
+
+.. math:: E\|\epsilon - \epsilon_q\|^2 = \sum_i \left(\frac{s c_i}{1 + s c_i}\right)^2 + \frac{s\, y_i^2}{(1 + s c_i)^2}
+
+The density formula holds for q as it does for the network, so subtracting the two leaves the mismatch alone.
+
+References:
+    A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .buffers import FittedBuffers
+
+
+class Reference(FittedBuffers):
+    r"""A Gaussian mixture in d dimensions: isotropic, diagonal or with full covariances.
+
+    Component k is N(m_k, U_k diag(v_k) U_k^T); without `basis`, U is the identity. A last dimension of 1 in `mean`
+    and `variance` stands for any d, so the default N(0, std^2 I) needs no data. Parameters stay float64 whatever
+    `.to(dtype)` asks for: they are small, and log q(x) is as exact as they are.
+
+    Arguments:
+        weight: mixture weights, shape (K,).
+        mean: means, shape (K, d) or (K, 1).
+        variance: variances along the basis, shape of mean.
+        basis: orthogonal matrices with eigenvectors in columns, shape (K, d, d), or None.
+    """
+
+    def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
+        super().__init__()
+        for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
+            self.register_buffer(name, value.detach().to(torch.float64).clone())
+        empty = torch.empty(0, dtype=torch.float64)
+        self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64).clone())
+
+    @classmethod
+    def isotropic(cls, std: float = 1.0) -> Reference:
+        """N(0, std^2 I) in any dimension."""
+        return cls(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1), float(std) ** 2))
+
+    @property
+    def components(self) -> int:
+        return len(self.weight)
+
+    @property
+    def full(self) -> bool:
+        """Whether the covariances are full matrices."""
+        return self.basis.numel() > 0
+
+    def flops(self, d: int) -> int:
+        """Multiply-adds times two of one control-variate row, as `torch.utils.flop_counter` counts a network's."""
+        if self.full:
+            return (2 if self.components == 1 else 4 * self.components) * d * d
+        return 0 if self.components == 1 else 8 * self.components * d
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log q(x) in nats, shape (B,), for x of shape (B, d); computed in float64, differentiable."""
+        x = x.to(torch.float64)
+        d = x.shape[1]
+        logs = []
+        for k in range(self.components):
+            y = x - self.mean[k]
+            y = y @ self.basis[k] if self.full else y
+            variance = self.variance[k].expand(d)
+            norm = 0.5 * (d * math.log(2 * math.pi) + variance.log().sum())
+            logs.append(self.weight[k].log() - norm - 0.5 * (y**2 / variance).sum(1))
+        return torch.logsumexp(torch.stack(logs), 0)
+
+    def residual(self, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        r"""Return :math:`\|\epsilon - \epsilon_q(x_t)\|^2`, shape (B, R), in the dtype of x_t.
+
+        Arguments:
+            x_t, eps: noised data and its noise, shape (B, R, d).
+            alpha, sigma: of each row, float64, shape (R,).
+        """
+        if self.components == 1:
+            return self._gaussian_residual(x_t, eps, alpha, sigma)
+        eps_q = self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
+        return (eps - eps_q).square().sum(-1)
+
+    def _gaussian_residual(self, x_t, eps, alpha, sigma):
+        gain = sigma[:, None] / (alpha[:, None] ** 2 * self.variance + sigma[:, None] ** 2)  # (R, d) or (R, 1)
+        mean = self.mean @ self.basis[0] if self.full else self.mean
+        offset = gain * alpha[:, None] * mean
+        if self.full:  # the norm is the same in the eigenbasis
+            basis = self.basis[0].to(x_t.dtype)
+            x_t, eps = x_t @ basis, eps @ basis
+        return torch.addcmul(eps + offset.to(eps), x_t, gain.to(x_t), value=-1).square().sum(-1)
+
+    def _diagonal_eps(self, x_t, alpha, sigma):
+        """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d is stored."""
+        alpha, sigma = alpha[:, None, None], sigma[:, None, None]
+        center = self.weight @ self.mean  # expanding squares about it keeps float32 accurate
+        mean = (self.mean - center) * alpha  # (R, K, d)
+        total = alpha**2 * self.variance + sigma**2
+        gain = 1 / total
+        bias = self.weight.log() - 0.5 * (total.log().sum(-1) + (gain * mean**2).sum(-1))  # (R, K)
+        gain, gain_mean, bias = (v.to(x_t.dtype) for v in (gain, gain * mean, bias))
+        y = (x_t - (alpha[:, 0] * center).to(x_t.dtype)).transpose(0, 1)  # (R, B, d)
+        logits = bias[:, None] - 0.5 * (y * y) @ gain.mT + y @ gain_mean.mT
+        posterior = logits.softmax(-1)  # (R, B, K)
+        eps_q = sigma.to(x_t.dtype) * (y * (posterior @ gain) - posterior @ gain_mean)
+        return eps_q.transpose(0, 1)
+
+    def _full_eps(self, x_t, alpha, sigma):
+        """Posterior mean of the noise, one component after the other with a running softmax."""
+        dtype, top, mass, mean_eps = x_t.dtype, None, 0.0, 0.0
+        for k in range(self.components):
+            basis = self.basis[k].to(dtype)
+            total = alpha[:, None] ** 2 * self.variance[k] + sigma[:, None] ** 2  # (R, d)
+            z = (x_t - (alpha[:, None] * self.mean[k]).to(dtype)) @ basis
+            scaled = z * (1 / total).to(dtype)
+            bias = self.weight[k].log() - 0.5 * total.log().sum(-1)
+            logit = bias.to(dtype) - 0.5 * (z * scaled).sum(-1)  # (B, R)
+            new_top = logit if top is None else torch.maximum(top, logit).detach()
+            keep = 0.0 if top is None else (top - new_top).exp()[..., None]
+            weight = (logit - new_top).exp()[..., None]
+            mass = mass * keep + weight
+            mean_eps = mean_eps * keep + weight * (scaled @ basis.mT)
+            top = new_top
+        return sigma[:, None].to(dtype) * mean_eps / mass
+
+    def gaussian(self) -> Reference:
+        """Return the single Gaussian with the same mean and covariance (itself, if it is one already)."""
+        if self.components == 1:
+            return self
+        mean = self.weight @ self.mean
+        spread = (self.mean - mean) * self.weight[:, None].sqrt()
+        if self.full:
+            within = (self.basis * (self.weight[:, None] * self.variance)[:, None, :]) @ self.basis.mT
+            variance, basis = torch.linalg.eigh(within.sum(0) + spread.T @ spread)
+            return Reference(self.weight.new_ones(1), mean[None], variance[None], basis[None])
+        return Reference(self.weight.new_ones(1), mean[None], (self.weight @ self.variance + (spread**2).sum(0))[None])
+
+    def expected_residual(self, x: Tensor, snr: Tensor, weight: Tensor) -> Tensor:
+        r"""Return :math:`\sum_t w_t E\|\epsilon - \epsilon_q\|^2` at signal-to-noise ratios s_t; one Gaussian only.
+
+        Arguments:
+            x: data, shape (B, d).
+            snr, weight: float64, shape (T,).
+
+        Returns:
+            float64, shape (B,).
+        """
+        y2, c = self._centred(x)
+        sc1 = 1 + snr[:, None] * c
+        constant = weight @ ((snr[:, None] * c / sc1) ** 2).sum(1)
+        return constant + y2 @ (weight @ (snr[:, None] / sc1**2))
+
+    def expected_integral(self, x: Tensor, lo: float, hi: float) -> Tensor:
+        r"""Return :math:`\int_{lo}^{hi} E\|\epsilon - \epsilon_q\|^2 d\lambda`, float64, shape (B,); one Gaussian only."""
+        y2, c = self._centred(x)
+
+        def primitive(log_snr):
+            sc1 = 1 + math.exp(log_snr) * c
+            return (sc1.log() + 1 / sc1).sum() - y2 @ (1 / (c * sc1))
+
+        return primitive(hi) - primitive(lo)
+
+    def _centred(self, x):
+        if self.components != 1:
+            raise ValueError(
+                f"closed-form residuals need one Gaussian, got {self.components} components; use .gaussian()"
+            )
+        y = x.to(torch.float64) - self.mean[0]
+        y = y @ self.basis[0] if self.full else y
+        return y**2, self.variance[0].expand(x.shape[1])
+
+    def __repr__(self):
+        kind = "full" if self.full else "isotropic" if self.mean.shape[1] == 1 else "diagonal"
+        return f"Reference({self.components} x {kind} Gaussian)"
