@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -34,15 +33,15 @@ from .estimate import (
     draw_variance,
     truncation_bound,
 )
-from .integrand import Draws, Network, Samples, bytes_per_row, evaluate
+from .integrand import Draws, Network, bytes_per_row, evaluate
 from .methods import base, control_variate
-from .network import is_per_sample, warn_if_training
+from .network import warn_if_training
 from .nodes import NodeDensity, make_rule
 from .noise import SOBOL_MAX_DIM
-from .pilot import KINDS, Fitted, calibrate, candidates, pilot, variance_ratio
-from .pilot import BINS, CALIBRATION_NFE, DRAWS_PER_BIN, REPLICATES
+from .pilot import PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
 from .reference import Reference
+from .samples import Samples, check_samples
 from .schedules import Schedule
 
 NOISES = ("auto", "sobol", "independent")
@@ -139,7 +138,7 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: as in `estimate`.
         """
-        samples = self._samples(x, sample_index, (cond,))
+        samples = self._samples(x, sample_index, cond)
         draws = self._draws(nfe, seed, samples)
         rows = self._rows_at_once(samples, memory)
         weight = draws.rule.weight.to(samples.x.device)
@@ -186,7 +185,7 @@ class ScoreDensity(nn.Module):
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
                 returns the wrong shape, NaN or inf (named by sample and log-SNR).
         """
-        samples = self._samples(x, sample_index, (cond,))
+        samples = self._samples(x, sample_index, cond)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
         rows = self._rows_at_once(samples, memory)
@@ -241,7 +240,7 @@ class ScoreDensity(nn.Module):
             cond_a, cond_b: keyword arguments of the network.
             nfe: evaluations a sample under each condition.
         """
-        samples = self._samples(x, sample_index, (cond_a, cond_b))
+        samples = self._samples(x, sample_index, cond_a, cond_b)
         # Low-discrepancy error bars are calibrated for densities, not for differences.
         draws = Draws(make_rule(self.nodes.density, nfe or self.nfe, self.schedule), "independent", seed)
         rows = max(1, self._rows_at_once(samples, memory))
@@ -277,40 +276,19 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
-        if reference not in KINDS:
-            raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {reference!r}")
-        samples = self._samples(data, None, (cond,))
-        if len(samples) < 20:
-            raise ValueError(f"fit needs at least 20 samples, got {len(samples)}")
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).to(data.device)
-        held, train = order[: len(order) // 5], order[len(order) // 5 :]
+        samples = self._samples(data, None, cond)
         with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
                 bar.set_description(f"fit: {what}")
                 bar.update(count)
 
-            found = candidates(samples.x[train], samples.x[held], reference, self.schedule.data_std, seed)
-            fitted = self._run_pilot(samples.select(held), found, evaluations, seed, memory, step)
+            plan = PilotPlan(evaluations, seed, lambda reference: self._rows_at_once(samples, memory, reference), step)
+            fitted = run_pilot(self._network, samples, reference, plan)
         self.reference = fitted.reference.to(samples.x.device)
         self.nodes = _FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
         self._row_bytes.clear()
         return self
-
-    def _run_pilot(self, held: Samples, found: list[Reference], evaluations: int, seed: int, memory, step) -> Fitted:
-        per_sample = BINS * DRAWS_PER_BIN * 2
-        count = min(len(held), max(evaluations // 8, 4 * per_sample) // per_sample, 64)
-        rows = self._rows_at_once(held, memory, found[0])
-        if evaluations < count * per_sample or count < 4:
-            return Fitted(
-                found[0], NodeDensity.uniform(*self.schedule.log_snr_range), torch.empty(2, 0, dtype=torch.float64)
-            )
-        fitted = pilot(self._network, held.select(slice(0, count)), found, seed, rows, step)
-        per_sample = REPLICATES * sum(CALIBRATION_NFE)
-        count = min(len(held), (evaluations - count * 2 * BINS * DRAWS_PER_BIN) // per_sample, 64)
-        if count < 8 or held.x.shape[1] > SOBOL_MAX_DIM:
-            return fitted
-        return calibrate(self._network, held.select(slice(0, count)), fitted, seed, rows, step)
 
     def _round(
         self, samples: Samples, draws: Draws, method: str, rows: int, bar
@@ -368,38 +346,11 @@ class ScoreDensity(nn.Module):
             self._row_bytes[key] = bytes_per_row(self._network, samples, reference)
         return memory_budget.chunk_rows(self._row_bytes[key], memory, samples.x.device)
 
-    def _samples(self, x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...]) -> Samples:
-        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) == 0 or x[0].numel() == 0:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
-        parameter = next(self.model.parameters(), None)
-        if parameter is not None and parameter.device != x.device:
-            raise ValueError(f"x is on {x.device} and the network on {parameter.device}; move one of them with .to()")
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        select(x.device, wide.dtype, self.backend)
-        flat = wide.reshape(len(x), -1)
-        bad = (~torch.isfinite(flat)).any(1)
-        if bool(bad.any()):
-            count = int(bad.sum())
-            raise ValueError(
-                f"x has NaN or inf in {count} of {len(x)} samples, first in sample {int(bad.nonzero()[0])}; remove them"
-            )
-        if sample_index is None:
-            sample_index = torch.arange(len(x))
-        if sample_index.shape != (len(x),) or sample_index.is_floating_point() or int(sample_index.min()) < 0:
-            raise ValueError(
-                f"sample_index must be non-negative integers of shape ({len(x)},), got {sample_index.dtype} {tuple(sample_index.shape)}"
-            )
-        for cond in conds:
-            for name, value in cond.items():
-                if isinstance(value, Tensor) and value.device != x.device and is_per_sample(value, len(x)):
-                    raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
+    def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+        samples = check_samples(x, sample_index, conds, self.model)
+        select(samples.x.device, samples.x.dtype, self.backend)
         warn_if_training(self.model)
-        return Samples(flat, sample_index.to(x.device, torch.int64), tuple(x.shape[1:]), conds)
+        return samples
 
     def extra_repr(self) -> str:
         return f"{self.schedule!r}, predicts={self.predicts!r}, noise={self.noise!r}, nfe={self.nfe}"

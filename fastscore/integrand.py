@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import memory, noise, ops
-from .network import predict, select_samples
+from .network import predict
 from .nodes import Rule
 from .predictions import coefficients
 from .reference import Reference
+from .samples import Samples
 from .schedules import Schedule
 
 PROBE_ROWS = 4
@@ -33,26 +34,6 @@ class Network:
     schedule: Schedule
     predicts: str
     time_dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
-
-    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise.
-    """
-
-    x: Tensor
-    index: Tensor
-    shape: tuple[int, ...]
-    conds: tuple[dict, ...]
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def select(self, samples: slice) -> Samples:
-        conds = tuple(select_samples(cond, samples, len(self)) for cond in self.conds)
-        return Samples(self.x[samples], self.index[samples], self.shape, conds)
 
 
 @dataclass(frozen=True)
@@ -99,7 +80,12 @@ class Rows:
 
 
 def row_terms(
-    network: Network, samples: Samples, shift: Tensor, points: Tensor, rows: Rows, references: tuple[Reference, ...]
+    network: Network,
+    samples: Samples,
+    shift: Tensor,
+    points: Tensor,
+    rows: Rows,
+    references: tuple[Reference, ...],
 ) -> tuple[Tensor, Tensor]:
     """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
     x = samples.x

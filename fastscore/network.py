@@ -40,7 +40,12 @@ def is_per_sample(value: object, batch: int) -> bool:
 
 
 def predict(
-    model: nn.Module, x_t: Tensor, time: Tensor, cond: dict, shape: tuple[int, ...], time_dtype: torch.dtype | None
+    model: nn.Module,
+    x_t: Tensor,
+    time: Tensor,
+    cond: dict,
+    shape: tuple[int, ...],
+    time_dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the network's prediction for every row, shape (B, R, d), in the dtype of x_t.
 

@@ -22,12 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import noise
 from .estimate import draw_sum, draw_variance
-from .integrand import Draws, Network, Rows, Samples, evaluate, row_terms
+from .integrand import Draws, Network, Rows, evaluate, row_terms
 from .mixture import fit_mixture
 from .nodes import NodeDensity, Rule, make_rule
 from .reference import Reference
+from .samples import Samples
 
 BINS = 48
+PILOT_SAMPLES = 64
+MIN_PILOT_SAMPLES = 4
+MIN_CALIBRATION_SAMPLES = 8
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
 CALIBRATION_NFE = (32, 128, 512)
 REPLICATES = 8
@@ -52,6 +56,42 @@ class Fitted:
     calibration: Tensor
 
 
+@dataclass(frozen=True)
+class PilotPlan:
+    """How much a pilot may spend: network evaluations, rows at once for a reference, and whom to tell."""
+
+    evaluations: int
+    seed: int
+    rows_at_once: Callable[[Reference], int]
+    step: Step
+
+
+def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) -> Fitted:
+    """Fit reference, nodes and calibration, as far as the evaluations go.
+
+    Raises:
+        ValueError: for an unknown kind of reference, or fewer than 20 samples.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
+    if len(samples) < 20:
+        raise ValueError(f"fit needs at least 20 samples, got {len(samples)}")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(plan.seed)).to(samples.x.device)
+    held, train = samples.select(order[: len(order) // 5]), order[len(order) // 5 :]
+    found = candidates(samples.x[train], held.x, kind, network.schedule.data_std, plan.seed)
+    per_sample = 2 * BINS * DRAWS_PER_BIN
+    count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
+    if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
+        nodes = NodeDensity.uniform(*network.schedule.log_snr_range)
+        return Fitted(found[0], nodes, torch.empty(2, 0, dtype=torch.float64))
+    fitted = pilot(network, held.select(slice(0, count)), found, plan)
+    per_replicate = REPLICATES * sum(CALIBRATION_NFE)
+    count = min(len(held), PILOT_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
+    if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
+        return fitted
+    return calibrate(network, held.select(slice(0, count)), fitted, plan)
+
+
 def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
     """Return the references that deserve a pilot, fitted to at most 5,000 of the training samples."""
     n, d = train.shape
@@ -71,23 +111,21 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
     return found + [Reference.isotropic(data_std)] * (kind == "auto")
 
 
-def pilot(
-    network: Network, samples: Samples, references: list[Reference], seed: int, rows_at_once: int, step: Step
-) -> Fitted:
+def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     rows = Rows.of(network, rule, range(len(rule.log_snr)), samples.x)
     d = samples.x.shape[1]
-    words = noise.points("independent", seed, range(len(rule.log_snr)), len(rule.log_snr), d, samples.x.device)
+    words = noise.points("independent", plan.seed, range(len(rule.log_snr)), len(rule.log_snr), d, samples.x.device)
     words = words[rows.draw] ^ rows.flip[:, None]
-    at_once = max(1, rows_at_once // rule.nfe)
+    at_once = max(1, min(plan.rows_at_once(q) for q in references) // rule.nfe)
     terms = []
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
-        shift = noise.shifts(seed, part.index, d)
+        shift = noise.shifts(plan.seed, part.index, d)
         errors, controls = row_terms(network, part, shift, words, rows, tuple(references))
         terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
-        step("pilot", len(part) * rule.nfe)
+        plan.step("pilot", len(part) * rule.nfe)
     f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
     if not bool(torch.isfinite(f).all()):
         raise ValueError(
@@ -107,18 +145,18 @@ def pilot(
     return Fitted(references[winner], scored[winner][1], torch.empty(2, 0, dtype=torch.float64))
 
 
-def calibrate(network: Network, samples: Samples, fitted: Fitted, seed: int, rows_at_once: int, step: Step) -> Fitted:
+def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
     """Measure how much smaller the variance of low-discrepancy noise is than its successive differences say."""
-    table = []
+    table, rows = [], plan.rows_at_once(fitted.reference)
     for nfe in CALIBRATION_NFE:
         rule = make_rule(fitted.nodes, nfe, network.schedule)
         sums, variances = [], []
         for replicate in range(REPLICATES):
-            draws = Draws(rule, "sobol", seed, 1 + replicate)
-            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, rows_at_once)]
+            draws = Draws(rule, "sobol", plan.seed, 1 + replicate)
+            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, rows)]
             sums.append(torch.cat([draw_sum(f, rule) for f in parts]))
             variances.append(torch.cat([draw_variance(f, rule) for f in parts]))
-            step(f"calibration at {nfe}", len(samples) * rule.nfe)
+            plan.step(f"calibration at {nfe}", len(samples) * rule.nfe)
         sums = torch.stack(sums)
         spread = (sums - sums.mean(0)).abs() * (REPLICATES / (REPLICATES - 1)) ** 0.5
         # The 95 % point rather than the mean square: with heavy tails it is the one that makes intervals cover.

@@ -189,7 +189,11 @@ class EDM(_Exploding):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
         _require(0 < sigma_min < sigma_max, f"EDM needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
         _require(sigma_data > 0, f"EDM needs sigma_data > 0, got {sigma_data}")
-        self.sigma_min, self.sigma_max, self.sigma_data = float(sigma_min), float(sigma_max), float(sigma_data)
+        self.sigma_min, self.sigma_max, self.sigma_data = (
+            float(sigma_min),
+            float(sigma_max),
+            float(sigma_data),
+        )
         self.time_range = (self.sigma_min, self.sigma_max)
         self.data_std = self.sigma_data
 
@@ -208,7 +212,10 @@ class FlowMatching(Schedule):
     """
 
     def __init__(self, data_at: int = 1):
-        _require(data_at in (0, 1), f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at}")
+        _require(
+            data_at in (0, 1),
+            f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at}",
+        )
         self.data_at = int(data_at)
         ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
         self.time_range = ends if data_at == 1 else (1 - ends[0], 1 - ends[1])

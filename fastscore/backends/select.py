@@ -35,7 +35,11 @@ def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 # In order of preference.
-BACKENDS = (Backend("cuda", _cuda_why_not), Backend("triton", _triton_why_not), Backend("torch", _torch_why_not))
+BACKENDS = (
+    Backend("cuda", _cuda_why_not),
+    Backend("triton", _triton_why_not),
+    Backend("torch", _torch_why_not),
+)
 
 
 def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:

@@ -1,0 +1,71 @@
+"""Checked data: what every estimate starts from, or one clear error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .network import is_per_sample, select_samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
+
+    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise.
+    """
+
+    x: Tensor
+    index: Tensor
+    shape: tuple[int, ...]
+    conds: tuple[dict, ...]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def select(self, samples: slice) -> Samples:
+        conds = tuple(select_samples(cond, samples, len(self)) for cond in self.conds)
+        return Samples(self.x[samples], self.index[samples], self.shape, conds)
+
+
+def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module) -> Samples:
+    """Return the data as rows in the dtype of the sums (float32, or float64 if x is), with every sample's index.
+
+    Raises:
+        ValueError: if x is not (B, *shape) with B >= 1, not floating point, on another device than the network, or
+            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device != x.device:
+        raise ValueError(f"x is on {x.device} and the network on {parameter.device}; move one of them with .to()")
+    flat = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
+    bad = (~torch.isfinite(flat)).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
+        )
+    for cond in conds:
+        for name, value in cond.items():
+            if is_per_sample(value, len(x)) and value.device != x.device:
+                raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
+    return Samples(flat, _check_index(sample_index, len(x)).to(x.device), tuple(x.shape[1:]), conds)
+
+
+def _check_index(index: Tensor | None, count: int) -> Tensor:
+    if index is None:
+        return torch.arange(count)
+    index = torch.as_tensor(index)
+    whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+    if index.shape != (count,) or not whole or int(index.min()) < 0:
+        raise ValueError(
+            f"sample_index must be {count} non-negative integers, shape ({count},), "
+            f"got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    return index.to(torch.int64)
