@@ -346,6 +346,21 @@ class ScoreDensity(nn.Module):
             self._row_bytes[key] = bytes_per_row(self._network, samples, reference)
         return memory_budget.chunk_rows(self._row_bytes[key], memory, samples.x.device)
 
+    def with_reference(self, reference: Reference) -> ScoreDensity:
+        """Return a density with the same network and nodes but another reference, and independent noise."""
+        other = ScoreDensity(
+            self.model,
+            self.schedule,
+            self.predicts,
+            reference=reference,
+            noise="independent",  # calibrated error bars belong to the reference that they were fitted with
+            nfe=self.nfe,
+            backend=self.backend,
+            time_dtype=self.time_dtype,
+        )
+        other.nodes = self.nodes
+        return other
+
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)
         select(samples.x.device, samples.x.dtype, self.backend)

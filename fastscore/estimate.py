@@ -102,9 +102,10 @@ class Estimate:
 
     def __repr__(self):
         mean, error = self.mean()
+        nfe = float(self.nfe.double().mean())
         return (
             f"Estimate({len(self.log_prob)} samples, {self.dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} a sample, {float(self.nfe.double().mean()):.0f} evaluations a sample, "
+            f"stderr {float(self.stderr.mean()):.2g} a sample, {nfe:.0f} evaluations a sample, "
             f"truncation <= {self.truncation:.2g})"
         )
 

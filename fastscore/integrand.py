@@ -8,6 +8,7 @@ that fit the memory budget, and what leaves a chunk is one number a draw: nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,48 +54,46 @@ class Draws:
 class Rows:
     """Per-row tables of some consecutive draws, on the device of the data; a paired draw owns two rows."""
 
-    draw: Tensor  # index of the row's draw within the chunk, int64, (R,)
+    draws: int
+    draw: Tensor  # index of the row's draw among these, int64, (R,)
     share: Tensor  # 1, or 1/2 for the rows of a pair, (R,)
-    flip: Tensor  # 0, or -1 for the antithetic twin: XOR with it negates the noise, int32, (R,)
+    points: Tensor  # the row's noise words, complemented for an antithetic twin, int32, (R, d)
     time: Tensor
-    alpha: Tensor
+    alpha: Tensor  # float64, as sigma
     sigma: Tensor
     coefficients: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
-    def of(cls, network: Network, rule: Rule, draws: range, x: Tensor) -> Rows:
-        part = slice(draws.start, draws.stop)
-        paired, time = rule.paired[part].long(), rule.time[part]
-        draw = torch.arange(len(draws)).repeat_interleave(1 + paired)
+    def of(cls, network: Network, draws: Draws, span: range, x: Tensor) -> Rows:
+        part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
+        paired, time = draws.rule.paired[part].long(), draws.rule.time[part]
+        alpha, sigma = schedule.alpha_sigma(time)
+        draw = torch.arange(len(span)).repeat_interleave(1 + paired)
         twin = torch.cat([torch.zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
-        alpha, sigma = network.schedule.alpha_sigma(time)
-        abc = coefficients(network.predicts, network.schedule, time)
+        points = noise.points(draws.noise, draws.seed, span, len(draws), x.shape[1], device, draws.round)
         return cls(
-            draw.to(x.device),
-            (1 / (1 + paired)).to(x)[draw.to(x.device)],
-            -twin.to(x.device, torch.int32),
-            time[draw].to(x.device),
-            *(v[draw].to(x.device) for v in (alpha, sigma)),
-            tuple(v[draw].to(x) for v in abc),
+            draws=len(span),
+            draw=draw.to(device),
+            share=(1 / (1 + paired))[draw].to(x),
+            points=points[draw.to(device)] ^ -twin.to(device, torch.int32)[:, None],
+            time=time[draw].to(device),
+            alpha=alpha[draw].to(device),
+            sigma=sigma[draw].to(device),
+            coefficients=tuple(v[draw].to(x) for v in coefficients(network.predicts, schedule, time)),
         )
 
 
 def row_terms(
-    network: Network,
-    samples: Samples,
-    shift: Tensor,
-    points: Tensor,
-    rows: Rows,
-    references: tuple[Reference, ...],
+    network: Network, samples: Samples, shift: Tensor, rows: Rows, references: tuple[Reference, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
     x = samples.x
-    x_t, eps = ops.perturb(x, shift, points, rows.alpha.to(x), rows.sigma.to(x))
+    x_t, eps = ops.perturb(x, shift, rows.points, rows.alpha.to(x), rows.sigma.to(x))
     errors = []
     for cond in samples.conds:
         prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
         errors.append(ops.residual(prediction, x, eps, *rows.coefficients))
-    controls = [q.residual(x_t, eps, rows.alpha, rows.sigma) for q in references]
+    controls = [q.residual(x, x_t, eps, rows.alpha, rows.sigma) for q in references]
     return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
 
 
@@ -106,18 +105,18 @@ def evaluate(
     With two conditions, f is the difference of the two networks' residuals and the reference cancels. Under autograd
     each chunk is recomputed in the backward pass, so memory stays that of one chunk.
     """
-    total = len(draws)
-    evaluations = max(1, draws.rule.nfe)
+    total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
     at_once = max(1, rows_at_once // evaluations)
+    at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
     rows_per_draw = 1 + int(draws.rule.paired.any())
     span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
-    tables = [(span, Rows.of(network, draws.rule, span, samples.x)) for span in spans]
+    tables = [Rows.of(network, draws, span, samples.x) for span in spans]
+    shift = noise.shifts(draws.seed, samples.index, d, draws.round)
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
-        shift = noise.shifts(draws.seed, part.index, part.x.shape[1], draws.round)
-        f = torch.cat([_chunk(network, part, shift, draws, span, rows, reference) for span, rows in tables], 1)
+        f = torch.cat([_chunk(network, part, shift[chosen], rows, reference) for rows in tables], 1)
         _check_finite(f, part, draws.rule)
         yield chosen, f
 
@@ -129,30 +128,26 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> i
     flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
     single = torch.zeros(PROBE_ROWS, dtype=torch.bool)
     rule = Rule(log_snr, network.schedule.time(log_snr), flat, flat, single)
-    draws, one = Draws(rule, "independent", 0), samples.select(slice(0, 1))
-    span = range(PROBE_ROWS)
-    shift, rows = noise.shifts(0, one.index, one.x.shape[1]), Rows.of(network, rule, span, one.x)
-    return memory.peak_bytes(lambda: _draw_values(network, one, shift, draws, span, rows, reference)) // PROBE_ROWS
+    one = samples.select(slice(0, 1))
+    rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)
+    shift = noise.shifts(0, one.index, one.x.shape[1])
+    return memory.peak_bytes(lambda: _draw_values(network, one, shift, rows, reference)) // PROBE_ROWS
 
 
-def _chunk(network, samples, shift, draws, span, rows, reference):
-    arguments = (network, samples, shift, draws, span, rows, reference)
+def _chunk(network: Network, samples: Samples, shift: Tensor, rows: Rows, reference: Reference) -> Tensor:
     if not torch.is_grad_enabled():
-        return _draw_values(*arguments)
-    return checkpoint(_draw_values, *arguments, use_reentrant=False)
+        return _draw_values(network, samples, shift, rows, reference)
+    return checkpoint(_draw_values, network, samples, shift, rows, reference, use_reentrant=False)
 
 
-def _draw_values(network, samples, shift, draws, span, rows, reference):
-    """Return f of shape (b, len(span)): the mean over each draw's rows."""
-    x = samples.x
-    points = noise.points(draws.noise, draws.seed, span, len(draws), x.shape[1], x.device, draws.round)
-    points = points[rows.draw] ^ rows.flip[:, None]
+def _draw_values(network: Network, samples: Samples, shift: Tensor, rows: Rows, reference: Reference) -> Tensor:
+    """Return f of shape (b, number of draws): the mean over each draw's rows."""
     controls = (reference,) if len(samples.conds) == 1 else ()
-    errors, control = row_terms(network, samples, shift, points, rows, controls)
+    errors, control = row_terms(network, samples, shift, rows, controls)
     f = errors[0] - (control[0] if controls else errors[1])
-    if len(rows.draw) == len(span):
+    if len(rows.share) == rows.draws:
         return f
-    return f.new_zeros(len(f), len(span)).index_add(1, rows.draw, f * rows.share)
+    return f.new_zeros(len(f), rows.draws).index_add(1, rows.draw, f * rows.share)
 
 
 def _check_finite(f: Tensor, samples: Samples, rule: Rule) -> None:

@@ -91,6 +91,10 @@ class NodeDensity:
         part = ((log_snr - edges[k]) / (edges[k + 1] - edges[k])).clamp(0, 1)
         return cumulative[k] + part * (cumulative[k + 1] - cumulative[k])
 
+    def density_at(self, log_snr: Tensor) -> Tensor:
+        """Return the density of the draws at a log-SNR: the derivative of `cumulative_at`."""
+        return (self._cumulative().diff() / self.edges.diff())[self._bin(log_snr)]
+
     def is_paired(self, log_snr: Tensor) -> Tensor:
         return self.paired[self._bin(log_snr)]
 

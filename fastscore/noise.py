@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
-STREAM_SHIFT, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS = range(4)
+STREAM_SHIFT, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(5)
 
 _MASK = 0xFFFFFFFF
+_BLOCK_WORDS = 1 << 20
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
@@ -69,7 +70,9 @@ def words(seed: int, index: Tensor, draw: int, stream: int, d: int) -> Tensor:
 
 def shifts(seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
     """Return each sample's own words Q, int32, shape (B, d); `round_` renews them for further estimates."""
-    return words(seed, sample_index, round_, STREAM_SHIFT, d)
+    # In blocks: Philox holds eight int64 words for each int32 that it leaves.
+    block = max(1, _BLOCK_WORDS // d)
+    return torch.cat([words(seed, part, round_, STREAM_SHIFT, d) for part in sample_index.split(block)])
 
 
 def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
@@ -98,10 +101,11 @@ def _sobol(total: int, d: int) -> Tensor:
 def normal(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map 32-bit words to standard normals through the inverse distribution function.
 
-    In float32 words within 2^-24 of the ends are clamped, so that |eps| <= 5.42; that happens to 6 words in 10^8.
+    The uniform is scaled by 1 - eps / 2 of the dtype, so that rounding cannot make it 1: in float32 |eps| <= 5.42.
     """
-    top = 1 - torch.finfo(dtype).eps / 2
-    return w.to(dtype).mul_(2.0**-31).add_(2.0**-32).clamp_(-top, top).erfinv_().mul_(math.sqrt(2))
+    scale = (1 - torch.finfo(dtype).eps / 2) * 2.0**-31
+    half = torch.tensor(scale / 2, dtype=dtype, device=w.device)
+    return torch.add(half, w.to(dtype), alpha=scale).erfinv_().mul_(math.sqrt(2))
 
 
 def uniform(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -114,16 +114,14 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
-    rows = Rows.of(network, rule, range(len(rule.log_snr)), samples.x)
+    rows = Rows.of(network, Draws(rule, "independent", plan.seed), range(len(rule.log_snr)), samples.x)
     d = samples.x.shape[1]
-    words = noise.points("independent", plan.seed, range(len(rule.log_snr)), len(rule.log_snr), d, samples.x.device)
-    words = words[rows.draw] ^ rows.flip[:, None]
     at_once = max(1, min(plan.rows_at_once(q) for q in references) // rule.nfe)
     terms = []
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
         shift = noise.shifts(plan.seed, part.index, d)
-        errors, controls = row_terms(network, part, shift, words, rows, tuple(references))
+        errors, controls = row_terms(network, part, shift, rows, tuple(references))
         terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
         plan.step("pilot", len(part) * rule.nfe)
     f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
@@ -188,9 +186,7 @@ def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
 
 def _network_flops(network: Network, samples: Samples) -> int:
     one = samples.select(slice(0, 1))
-    rule = _pilot_rule(network, 1, 1)
-    rows = Rows.of(network, rule, range(1), one.x)
-    zero = torch.zeros(1, one.x.shape[1], dtype=torch.int32, device=one.x.device)
+    rows = Rows.of(network, Draws(_pilot_rule(network, 1, 1), "independent", 0), range(1), one.x)
     with FlopCounterMode(display=False) as counter:
-        row_terms(network, one, zero, zero.expand(2, -1), rows, ())
+        row_terms(network, one, noise.shifts(0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)

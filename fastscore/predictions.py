@@ -3,7 +3,8 @@ r"""What a network predicts: one row of data (a, b, c) for each parametrization.
 With x_t = alpha x + sigma eps, every usual target is linear in the noise and the data, and the formula's residual
 is a multiple of the prediction error:
 
-.. math:: \mathrm{target} = a\,\epsilon + b\,x, \qquad \epsilon - \hat\epsilon = c\,(\mathrm{target} - \mathrm{prediction})
+.. math:: \mathrm{target} = a\,\epsilon + b\,x, \qquad
+    \epsilon - \hat\epsilon = c\,(\mathrm{target} - \mathrm{prediction})
 
 This form needs no x_t, so it cancels least. The multiple c of x0-like predictions grows as exp(log_snr / 2).
 `eps_from` is the same relation solved for :math:`\hat\epsilon = c_F F + c_X x_t`, which samplers and the ODE need.

@@ -79,26 +79,35 @@ class Reference(FittedBuffers):
             logs.append(self.weight[k].log() - norm - 0.5 * (y**2 / variance).sum(1))
         return torch.logsumexp(torch.stack(logs), 0)
 
-    def residual(self, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def residual(self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         r"""Return :math:`\|\epsilon - \epsilon_q(x_t)\|^2`, shape (B, R), in the dtype of x_t.
 
         Arguments:
-            x_t, eps: noised data and its noise, shape (B, R, d).
+            x: data, shape (B, d).
+            x_t, eps: its noised rows and their noise, shape (B, R, d).
             alpha, sigma: of each row, float64, shape (R,).
         """
         if self.components == 1:
-            return self._gaussian_residual(x_t, eps, alpha, sigma)
+            return self._gaussian_residual(x, eps, alpha, sigma)
         eps_q = self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
-        return (eps - eps_q).square().sum(-1)
+        return torch.linalg.vector_norm(eps - eps_q, dim=-1).square()
 
-    def _gaussian_residual(self, x_t, eps, alpha, sigma):
-        gain = sigma[:, None] / (alpha[:, None] ** 2 * self.variance + sigma[:, None] ** 2)  # (R, d) or (R, 1)
-        mean = self.mean @ self.basis[0] if self.full else self.mean
-        offset = gain * alpha[:, None] * mean
+    def _gaussian_residual(self, x, eps, alpha, sigma):
+        """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
+        y = x - self.mean[0].to(x.dtype)
         if self.full:  # the norm is the same in the eigenbasis
-            basis = self.basis[0].to(x_t.dtype)
-            x_t, eps = x_t @ basis, eps @ basis
-        return torch.addcmul(eps + offset.to(eps), x_t, gain.to(x_t), value=-1).square().sum(-1)
+            basis = self.basis[0].to(x.dtype)
+            y, eps = y @ basis, eps @ basis
+        signal = (alpha**2)[:, None] * self.variance  # (R, d) or (R, 1)
+        total = signal + (sigma**2)[:, None]
+        keep, pull = (signal / total).to(x.dtype), ((alpha * sigma)[:, None] / total).to(x.dtype)
+        if keep.shape[1] > 1:
+            return torch.linalg.vector_norm(keep * eps - pull * y[:, None], dim=-1).square()
+        # Isotropic, the default: inner products instead of passes over the rows.
+        keep, pull = keep[:, 0], pull[:, 0]
+        eps_norm = torch.linalg.vector_norm(eps, dim=-1)
+        cross = torch.bmm(eps, y[:, :, None])[..., 0]
+        return (keep * eps_norm).square() - 2 * keep * pull * cross + pull**2 * y.square().sum(1, keepdim=True)
 
     def _diagonal_eps(self, x_t, alpha, sigma):
         """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d is stored."""
@@ -161,7 +170,7 @@ class Reference(FittedBuffers):
         return constant + y2 @ (weight @ (snr[:, None] / sc1**2))
 
     def expected_integral(self, x: Tensor, lo: float, hi: float) -> Tensor:
-        r"""Return :math:`\int_{lo}^{hi} E\|\epsilon - \epsilon_q\|^2 d\lambda`, float64, shape (B,); one Gaussian only."""
+        r"""Return :math:`\int_{lo}^{hi} E\|\epsilon - \epsilon_q\|^2 d\lambda`, float64, (B,); one Gaussian only."""
         y2, c = self._centred(x)
 
         def primitive(log_snr):

@@ -1,0 +1,1 @@
+"""Triton kernels behind the ops of fastscore; installs as `fastscore.kernels`. Imports torch and triton only."""
