@@ -20,7 +20,7 @@ CPU_WORKING_SET = 24 << 20
 HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 16
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -74,8 +74,8 @@ def parse_bytes(memory: int | str) -> int:
         ValueError: for anything else.
     """
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?B?)\s*", memory.upper())
-        if match is None or match[2] not in _UNITS:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?)B?\s*", memory.upper())
+        if match is None:
             raise ValueError(f"memory must be a number of bytes or a text like '512MB', got {memory!r}")
         return int(float(match[1]) * _UNITS[match[2]])
     if memory <= 0:

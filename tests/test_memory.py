@@ -1,0 +1,81 @@
+"""The memory budget: measured per row, kept by the estimate, and refused where one row does not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastscore as fs
+from fastscore.memory import chunk_rows, parse_bytes, peak_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_peak_bytes_counts_what_is_alive_at_once():
+    def run():
+        a = torch.ones(1000)  # 4000 bytes
+        b = a + 1  # 8000 alive
+        del a
+        c = b * 2  # again 8000
+        return c.view(10, 100)  # a view is no storage
+
+    assert peak_bytes(run) == 8000
+
+
+def test_peak_bytes_leaves_weights_out_and_keeps_saved_activations():
+    net, x = nn.Sequential(nn.Linear(64, 512), nn.SiLU(), nn.Linear(512, 64)), torch.randn(10, 64)
+    with torch.no_grad():
+        assert peak_bytes(lambda: net(x)) == 10 * 2 * 512 * 4
+    assert peak_bytes(lambda: net(x)) == 10 * (2 * 512 + 64) * 4
+
+
+@pytest.mark.parametrize(("text", "size"), [("512MB", 512 << 20), ("2 GB", 2 << 30), ("1.5K", 1536), (10, 10)])
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("bad", ["lots", "-5MB", 0, -1])
+def test_bad_budgets(bad):
+    with pytest.raises(ValueError, match="memory must be"):
+        parse_bytes(bad)
+
+
+def test_rows_follow_the_budget():
+    assert chunk_rows(1000, 50_000, CPU) == 50
+    assert chunk_rows(10**9, None, CPU) == 1
+    with pytest.raises(
+        ValueError, match="does not hold one row of this network, which takes 1,000 bytes; give memory >= 1000"
+    ):
+        chunk_rows(1000, 999, CPU)
+
+
+class Wide(nn.Module):
+    """A network whose activations are large, so that the budget decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 4096), nn.Linear(4096, 8)
+
+    def forward(self, x, t):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 8 << 20])
+def test_estimate_stays_within_its_budget(budget):
+    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(200, 8)
+    density.estimate(x[:2], nfe=16)
+    peak = peak_bytes(lambda: density.estimate(x, nfe=64, memory=budget))
+    # Beside the chunk there are the data, their shifts and one number a draw: 200 x (8 x 4 x 3 + a few) bytes and Philox.
+    assert budget / 4 < peak < budget + 200_000
+
+
+def test_gradients_stay_within_the_budget_too():
+    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(100, 8)
+    weights = sum(p.numel() * p.element_size() for p in density.parameters())
+
+    def run():
+        density.log_prob(x, nfe=64, memory=2 << 20).sum().backward()
+
+    run()
+    density.zero_grad(set_to_none=True)
+    # The backward pass of a chunk holds its activations and their gradients, and accumulates those of the weights.
+    assert peak_bytes(run) < 2 * (2 << 20) + 4 * weights + 300_000

@@ -1,0 +1,121 @@
+"""Noise: bit-exact integers, exact distribution, and the independence that the error bars rely on."""
+
+import pytest
+import torch
+
+from fastscore import noise
+
+# Random123 1.09, tests/kat_vectors: philox4x32 10 rounds, (counter), (key), (result).
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
+def test_philox_gives_random123s_answers(counter, key, result):
+    assert tuple(int(w) for w in noise.philox(counter, key)) == result
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def philox_kernel(p_out, seed, index, draw, stream, N: tl.constexpr):
+        o_quad = tl.arange(0, N)
+        zero = o_quad * 0
+        w0, w1, w2, w3 = tl.philox(seed, o_quad, zero + index, zero + draw, zero + stream)
+        tl.store(p_out + 4 * o_quad, w0)
+        tl.store(p_out + 4 * o_quad + 1, w1)
+        tl.store(p_out + 4 * o_quad + 2, w2)
+        tl.store(p_out + 4 * o_quad + 3, w3)
+except ImportError:
+    triton = None
+
+
+@pytest.mark.skipif(triton is None, reason="triton has no wheel for this platform")
+@pytest.mark.parametrize("seed", [0, 12345, (1 << 63) - 5, 0x1234567890ABCDEF])
+def test_words_are_tritons_integers(seed):
+    out = torch.zeros(256, dtype=torch.int32)
+    philox_kernel[(1,)](out, seed, 77, 3, noise.STREAM_POINT, 64)
+    assert torch.equal(noise.words(seed, torch.tensor([77]), 3, noise.STREAM_POINT, 256)[0], out)
+
+
+def test_word_layout_is_the_documented_one():
+    index, seed = torch.tensor([3, 2**32 + 3]), (7 << 32) | 11
+    found = noise.words(seed, index, 9, noise.STREAM_POINT, 10)
+    for row, i in enumerate(index.tolist()):
+        for element in range(10):
+            counter = (element // 4, i & 0xFFFFFFFF, 9, noise.STREAM_POINT + 16 * (i >> 32))
+            word = int(noise.philox(counter, (11, 7))[element % 4])
+            assert int(found[row, element]) & 0xFFFFFFFF == word
+
+
+def test_normals_match_the_inverse_distribution_function():
+    w = torch.tensor([-(2**31), -(2**30), -1, 0, 1, 2**30, 2**31 - 1], dtype=torch.int32)
+    exact = torch.special.ndtri((w.double() + 2**31 + 0.5) * 2.0**-32)
+    # The scale 1 - 2^-53 shifts the outermost probability, 2^-33, by a millionth.
+    assert torch.allclose(noise.normal(w, torch.float64), exact, rtol=1e-7, atol=1e-16)
+    inner = noise.normal(w[1:-1], torch.float32).double()
+    assert torch.allclose(inner, exact[1:-1], rtol=1e-6, atol=1e-9)
+    ends = noise.normal(w[[0, -1]], torch.float32)
+    assert torch.isfinite(ends).all()
+    assert 5.2 < float(ends[1]) < 5.6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_complement_is_the_antithetic_twin(dtype, tolerance):
+    w = noise.words(1, torch.arange(50), 0, 0, 33)
+    # The word and its complement round apart by half an ulp of the uniform, which erfinv magnifies in the tail.
+    assert torch.allclose(noise.normal(~w, dtype), -noise.normal(w, dtype), rtol=tolerance, atol=1e-6 * tolerance)
+
+
+@pytest.mark.parametrize("kind", ["independent", "sobol"])
+def test_moments_are_those_of_standard_normals(kind):
+    points = noise.points(kind, 0, range(512), 512, 8, torch.device("cpu"))
+    shift = noise.shifts(0, torch.arange(256), 8)
+    eps = noise.normal(points[None] ^ shift[:, None], torch.float64)
+    # 256 shifts make 256 independent means of 512 draws each, over 8 coordinates; five standard errors.
+    error = 5 / (256 * 512 * 8) ** 0.5
+    assert abs(float(eps.mean())) < error
+    assert abs(float(eps.square().mean()) - 1) < error * 2**0.5
+    assert abs(float(eps.pow(4).mean()) - 3) < error * 96**0.5
+
+
+def test_samples_and_draws_are_uncorrelated():
+    points = noise.points("independent", 3, range(64), 64, 1024, torch.device("cpu"))
+    eps = noise.normal(points[None] ^ noise.shifts(3, torch.arange(64), 1024)[:, None], torch.float64)
+    # Products of distinct samples, and of distinct draws: mean zero, 1024 coordinates, also for squares.
+    for value, variance in ((eps, 1.0), (eps.square() - 1, 2.0)):
+        across_samples = (value[0::2] * value[1::2]).mean(-1)
+        across_draws = (value[:, 0::2] * value[:, 1::2]).mean(-1)
+        for product in (across_samples, across_draws):
+            assert abs(float(product.mean())) < 5 * variance / (product.numel() * 1024) ** 0.5
+
+
+def test_sobol_points_fill_space_more_evenly_than_random_ones():
+    def additive_error(kind):
+        points = noise.points(kind, 0, range(256), 256, 16, torch.device("cpu"))
+        eps = noise.normal(points[None] ^ noise.shifts(0, torch.arange(64), 16)[:, None], torch.float64)
+        return float((eps.square().mean(1) - 1).square().mean().sqrt())
+
+    # A stratified coordinate integrates eps^2 with error of order 1/S instead of 1/sqrt(S).
+    assert additive_error("sobol") < 0.2 * additive_error("independent")
+
+
+def test_shifts_do_not_depend_on_blocks(monkeypatch):
+    whole = noise.shifts(5, torch.arange(100), 7)
+    monkeypatch.setattr(noise, "_BLOCK_WORDS", 40)
+    assert torch.equal(noise.shifts(5, torch.arange(100), 7), whole)
+
+
+def test_uniform_stays_below_one():
+    w = torch.tensor([-1, 0, 2**31 - 1], dtype=torch.int32)
+    assert float(noise.uniform(w)[0]) < 1
+    assert float(noise.uniform(w)[1]) == 0

@@ -1,0 +1,137 @@
+"""Reference densities against torch.distributions, autograd scores and Monte Carlo."""
+
+import math
+
+import pytest
+import torch
+from analytic import Target
+
+from fastscore import Reference
+from fastscore.mixture import fit_mixture
+
+D = 5
+
+
+def make(kind, components):
+    generator = torch.Generator().manual_seed(components)
+    weight = torch.rand(components, generator=generator).double() + 0.5
+    mean = torch.randn(components, D, generator=generator).double()
+    variance = 0.05 + torch.rand(components, D, generator=generator).double()
+    if kind == "full":
+        basis, _ = torch.linalg.qr(torch.randn(components, D, D, generator=generator).double())
+        return Reference(weight / weight.sum(), mean, variance, basis)
+    return Reference(weight / weight.sum(), mean, variance)
+
+
+def as_target(q):
+    basis = q.basis if q.full else torch.eye(D).double().expand(q.components, D, D)
+    cov = (basis * q.variance.expand(q.components, D)[:, None, :]) @ basis.mT
+    return Target(q.weight, q.mean.expand(q.components, D), (cov + cov.mT) / 2)
+
+
+CASES = [("diagonal", 1), ("diagonal", 3), ("full", 1), ("full", 3), ("isotropic", 1)]
+
+
+def reference(kind, components):
+    return Reference.isotropic(1.7) if kind == "isotropic" else make(kind, components)
+
+
+@pytest.mark.parametrize(("kind", "components"), CASES)
+def test_log_prob_is_that_of_torch_distributions(kind, components):
+    q = reference(kind, components)
+    x = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(q.log_prob(x), as_target(q).log_prob(x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "components"), CASES)
+def test_residual_is_that_of_the_exact_score(kind, components, dtype):
+    q = reference(kind, components)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, D, dtype=torch.float64, generator=generator)
+    eps = torch.randn(6, 4, D, dtype=torch.float64, generator=generator)
+    log_snr = torch.tensor([-6.0, -1.0, 3.0, 9.0], dtype=torch.float64)
+    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+    x_t = alpha[:, None] * x[:, None] + sigma[:, None] * eps
+    target, expected = as_target(q), torch.empty(6, 4, dtype=torch.float64)
+    for r in range(4):
+        x_hat = target.denoised(x_t[:, r], alpha[r].expand(6), sigma[r].expand(6))
+        expected[:, r] = (eps[:, r] - (x_t[:, r] - alpha[r] * x_hat) / sigma[r]).square().sum(1)
+    found = q.residual(x.to(dtype), x_t.to(dtype), eps.to(dtype), alpha, sigma)
+    # float32: a few dozen roundings of terms up to |x|^2 / variance = 100 times the result.
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-10
+    assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic"])
+def test_expected_residual_is_the_mean_of_residuals(kind):
+    q = reference(kind, 1)
+    x = torch.randn(1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    snr, weight = torch.tensor([0.1, 2.0, 50.0], dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0]).double()
+    alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+    eps = torch.randn(40000, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    draws = q.residual(x.expand(40000, D), alpha[:, None] * x + sigma[:, None] * eps, eps, alpha, sigma) @ weight
+    error = 4 * float(draws.std()) / 200
+    assert float(q.expected_residual(x, snr, weight)) == pytest.approx(float(draws.mean()), abs=error)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic"])
+def test_the_density_formula_holds_for_the_reference_itself(kind):
+    q = reference(kind, 1)
+    x = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    lo, hi = -36.0, 36.0
+    # The integral of sigmoid is softplus; beyond +-36 nothing is left in float64.
+    linear = math.log1p(math.exp(hi)) - math.log1p(math.exp(lo))
+    formula = -D / 2 * math.log(2 * math.pi * math.e) - 0.5 * (q.expected_integral(x, lo, hi) - D * linear)
+    assert torch.allclose(formula, q.log_prob(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "components"), CASES)
+def test_gaussian_keeps_mean_and_covariance(kind, components):
+    q = reference(kind, components)
+    g, target = q.gaussian(), as_target(q)
+    mean = (target.weight[:, None] * target.mean).sum(0)
+    second = (target.weight[:, None, None] * (target.cov + target.mean[:, :, None] * target.mean[:, None])).sum(0)
+    cov = second - mean[:, None] * mean
+    merged = as_target(g)
+    assert torch.allclose(merged.mean[0], mean, atol=1e-12)
+    expected = cov if q.full else torch.diag(cov.diagonal())
+    assert torch.allclose(merged.cov[0], expected, atol=1e-10)
+
+
+def test_state_survives_other_kinds_and_stays_float64():
+    stored, fresh = make("full", 3), Reference.isotropic()
+    fresh.load_state_dict(stored.state_dict())
+    x = torch.randn(4, D, dtype=torch.float64)
+    # The same numbers in another memory layout: matrix products may round differently.
+    assert torch.allclose(fresh.log_prob(x), stored.log_prob(x), rtol=1e-13)
+    assert fresh.half().mean.dtype == torch.float64
+    assert torch.allclose(fresh.log_prob(x), stored.log_prob(x), rtol=1e-13)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_mixture_fit_finds_a_mixture(full):
+    generator = torch.Generator().manual_seed(0)
+    mean = 4 * torch.eye(3)
+    x = mean[torch.randint(3, (3000,), generator=generator)] + 0.3 * torch.randn(3000, 3, generator=generator)
+    q = fit_mixture(x[:2000], 3, full)
+    truth = Target(torch.full((3,), 1 / 3), mean, 0.09 * torch.eye(3).expand(3, 3, 3))
+    gap = float((truth.log_prob(x[2000:]) - q.log_prob(x[2000:])).mean())
+    # A fit with p parameters on n samples loses about p / 2n: here at most 29 / 4000 nats, shrinkage included three times.
+    assert abs(gap) < 0.022
+
+
+def test_single_gaussian_fit_is_the_samples_moments():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)).double() @ torch.diag(
+        torch.tensor([1.0, 2.0, 0.1]).double()
+    )
+    q = fit_mixture(x, 1, full=False)
+    assert torch.allclose(q.mean[0], x.mean(0), atol=1e-10)
+    assert torch.allclose(q.variance[0], x.var(0, correction=0), rtol=1e-6)
+
+
+def test_too_few_samples_for_a_mixture():
+    with pytest.raises(ValueError, match="mixture of 4 needs at least 8 samples, got 7"):
+        fit_mixture(torch.randn(7, 2), 4)
+    with pytest.raises(ValueError, match="closed-form residuals need one Gaussian, got 3"):
+        make("full", 3).expected_integral(torch.randn(2, D), -1, 1)
