@@ -33,7 +33,7 @@ PILOT_SAMPLES = 64
 MIN_PILOT_SAMPLES = 4
 MIN_CALIBRATION_SAMPLES = 8
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
-CALIBRATION_NFE = (32, 128, 512)
+CALIBRATION_NFE = (16, 32, 128, 512)
 REPLICATES = 8
 NORMAL_95 = 1.96
 EM_SAMPLES = 5000
@@ -145,8 +145,8 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
 
 def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
     """Measure how much smaller the variance of low-discrepancy noise is than its successive differences say."""
-    table, rows = [], plan.rows_at_once(fitted.reference)
-    for nfe in CALIBRATION_NFE:
+    table, rows, truth = [], plan.rows_at_once(fitted.reference), None
+    for nfe in sorted(CALIBRATION_NFE, reverse=True):
         rule = make_rule(fitted.nodes, nfe, network.schedule)
         sums, variances = [], []
         for replicate in range(REPLICATES):
@@ -155,11 +155,14 @@ def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPla
             sums.append(torch.cat([draw_sum(f, rule) for f in parts]))
             variances.append(torch.cat([draw_variance(f, rule) for f in parts]))
             plan.step(f"calibration at {nfe}", len(samples) * rule.nfe)
-        sums = torch.stack(sums)
-        spread = (sums - sums.mean(0)).abs() * (REPLICATES / (REPLICATES - 1)) ** 0.5
+        sums, stderr = torch.stack(sums), torch.stack(variances).sqrt().clamp(min=1e-12)
+        # The mean of the largest estimates is the truth for the smaller ones, and costs itself a degree of freedom.
+        own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
+        truth = sums.mean(0) if truth is None else truth
         # The 95 % point rather than the mean square: with heavy tails it is the one that makes intervals cover.
-        z = torch.quantile(spread / torch.stack(variances).sqrt().clamp(min=1e-12), 0.95)
+        z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.95)
         table.append((torch.tensor(float(nfe)).log2(), 2 * (z.cpu().clamp(min=1e-2) / NORMAL_95).log()))
+    table.reverse()
     return Fitted(fitted.reference, fitted.nodes, torch.tensor(table, dtype=torch.float64).T.contiguous())
 
 
