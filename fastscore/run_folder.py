@@ -1,0 +1,129 @@
+"""The folder of an unfinished run: whole files or none, one process at a time, and a manifest that says whose it is.
+
+Every file is written under another name, synced to the disk and renamed, so that neither `kill -9` nor a power cut
+leaves half of one. The lock is the operating system's: it ends with its process, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+
+class RunFolder:
+    """The folder `out.partial` beside the result `out` of a run.
+
+    It holds ``manifest.json`` with the fingerprint of the run, named arrays in .npz files, and ``lock`` with ``pid``
+    while a process works on it.
+    """
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, out.with_name(out.name + ".partial")
+        self._manifest = self.folder / "manifest.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Own the folder inside the block; afterwards it stays only if it holds something to resume.
+
+        Raises:
+            BlockingIOError: if another process does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pid, lock = self.folder / "pid", FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            owner = pid.read_text() if pid.exists() else "of another user"
+            raise BlockingIOError(
+                f"process {owner} is working on {self.out}; wait until it ends, or give another out"
+            ) from None
+        try:
+            pid.write_text(str(os.getpid()))
+            yield
+        finally:
+            if not any(self.folder.glob("*.npz")):
+                self._remove()
+            lock.release()
+
+    @property
+    def fingerprint(self) -> dict:
+        """What the unfinished run's numbers depend on; empty if there is no unfinished run."""
+        try:
+            return json.loads(self._manifest.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def open(self, fingerprint: dict, restart: bool) -> None:
+        """Go on with the unfinished run of this fingerprint, or begin one.
+
+        Raises:
+            ValueError: if finished blocks of another fingerprint are there, naming what differs.
+            FileExistsError: if there is no unfinished run, but a result.
+        """
+        fingerprint, stored = json.loads(json.dumps(fingerprint)), self.fingerprint
+        differs = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
+        if not restart and not stored and self.out.exists():
+            raise FileExistsError(
+                f"{self.out} is there already; give another out, or replace it with restart (--restart)"
+            )
+        if not restart and stored and differs and self.blocks():
+            listed = "; ".join(f"{key} is {stored.get(key)} there and {fingerprint.get(key)} here" for key in differs)
+            raise ValueError(
+                f"{self.folder} holds {len(self.blocks())} finished blocks of another run: {listed}. "
+                "Give another out, or discard them with restart (--restart)"
+            )
+        if restart or differs:
+            self.clear()
+            self.write(self._manifest, lambda file: file.write(json.dumps(fingerprint, indent=1).encode()))
+
+    def blocks(self) -> list[Path]:
+        """Return the files of the finished blocks."""
+        return sorted(self.folder.glob("block-*.npz"))
+
+    def block(self, number: int) -> Path:
+        return self.folder / f"block-{number:06d}.npz"
+
+    def write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
+        """Let `write(file)` fill a file that appears at `path` when it is whole and on the disk."""
+        temporary = self.folder / f"{path.name}.tmp"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere a folder cannot be synced
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def write_arrays(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
+        self.write(path, lambda file: np.savez(file, **arrays))
+
+    def read_arrays(self, path: Path) -> dict[str, np.ndarray] | None:
+        """Return the arrays of a file, or None if it is missing or damaged."""
+        try:
+            with np.load(path) as stored:
+                return {name: stored[name] for name in stored.files}
+        except Exception:  # zip, zlib and numpy raise a dozen kinds; the remedy for all is to compute it again
+            return None
+
+    def clear(self) -> None:
+        """Remove what this run or an earlier one wrote; foreign files stay."""
+        # The manifest first: without it no remaining block can be mistaken for a finished one of another run.
+        self._manifest.unlink(missing_ok=True)
+        for path in [*self.folder.glob("*.npz"), *self.folder.glob("*.tmp")]:
+            path.unlink()
+
+    def _remove(self) -> None:
+        self.clear()
+        for name in ("pid", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
