@@ -57,7 +57,8 @@ class Rows:
     draws: int
     draw: Tensor  # index of the row's draw among these, int64, (R,)
     share: Tensor  # 1, or 1/2 for the rows of a pair, (R,)
-    points: Tensor  # the row's noise words, complemented for an antithetic twin, int32, (R, d)
+    points: Tensor  # the row's noise words, int32, (R, d)
+    sign: Tensor  # -1 for an antithetic twin, (R,)
     time: Tensor
     alpha: Tensor  # float64, as sigma
     sigma: Tensor
@@ -75,7 +76,8 @@ class Rows:
             draws=len(span),
             draw=draw.to(device),
             share=(1 / (1 + paired))[draw].to(x),
-            points=points[draw.to(device)] ^ -twin.to(device, torch.int32)[:, None],
+            points=points[draw.to(device)] if bool(paired.any()) else points,
+            sign=torch.where(twin, -1.0, 1.0).to(x),
             time=time[draw].to(device),
             alpha=alpha[draw].to(device),
             sigma=sigma[draw].to(device),
@@ -84,11 +86,11 @@ class Rows:
 
 
 def row_terms(
-    network: Network, samples: Samples, shift: Tensor, rows: Rows, references: tuple[Reference, ...]
+    network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
     x = samples.x
-    x_t, eps = ops.perturb(x, shift, rows.points, rows.alpha.to(x), rows.sigma.to(x))
+    x_t, eps = ops.perturb(x, keys, rows.points, rows.sign, rows.alpha.to(x), rows.sigma.to(x))
     errors = []
     for cond in samples.conds:
         prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
@@ -112,11 +114,11 @@ def evaluate(
     span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
     tables = [Rows.of(network, draws, span, samples.x) for span in spans]
-    shift = noise.shifts(draws.seed, samples.index, d, draws.round)
+    keys = noise.sample_keys(draws.noise, draws.seed, samples.index, d, draws.round)
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
-        f = torch.cat([_chunk(network, part, shift[chosen], rows, reference) for rows in tables], 1)
+        f = torch.cat([_chunk(network, part, keys[chosen], rows, reference) for rows in tables], 1)
         _check_finite(f, part, draws.rule)
         yield chosen, f
 
@@ -130,20 +132,20 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> i
     rule = Rule(log_snr, network.schedule.time(log_snr), flat, flat, single)
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)
-    shift = noise.shifts(0, one.index, one.x.shape[1])
-    return memory.peak_bytes(lambda: _draw_values(network, one, shift, rows, reference)) // PROBE_ROWS
+    keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
+    return memory.peak_bytes(lambda: _draw_values(network, one, keys, rows, reference)) // PROBE_ROWS
 
 
-def _chunk(network: Network, samples: Samples, shift: Tensor, rows: Rows, reference: Reference) -> Tensor:
+def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     if not torch.is_grad_enabled():
-        return _draw_values(network, samples, shift, rows, reference)
-    return checkpoint(_draw_values, network, samples, shift, rows, reference, use_reentrant=False)
+        return _draw_values(network, samples, keys, rows, reference)
+    return checkpoint(_draw_values, network, samples, keys, rows, reference, use_reentrant=False)
 
 
-def _draw_values(network: Network, samples: Samples, shift: Tensor, rows: Rows, reference: Reference) -> Tensor:
+def _draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     """Return f of shape (b, number of draws): the mean over each draw's rows."""
     controls = (reference,) if len(samples.conds) == 1 else ()
-    errors, control = row_terms(network, samples, shift, rows, controls)
+    errors, control = row_terms(network, samples, keys, rows, controls)
     f = errors[0] - (control[0] if controls else errors[1])
     if len(rows.share) == rows.draws:
         return f

@@ -83,8 +83,11 @@ def _maximize(x: Tensor, responsibility: Tensor, full: bool) -> Reference:
         shrunk = (1 - share)[:, None] * variance + share[:, None] * pooled
         return Reference(weight, mean, shrunk.clamp(min=floor))
     cov = torch.stack([_covariance(x, responsibility[:, k], mean[k], count[k]) for k in range(len(count))])
-    # One Gaussian has nothing to pool with: it is shrunk towards its own diagonal.
-    target = torch.diag(pooled) if len(count) == 1 else torch.einsum("k,kij->ij", weight, cov)
+    if len(count) == 1:
+        # Nothing to pool with: shrunk towards its diagonal, and by less, since that costs small eigenvalues most.
+        target, share = torch.diag(pooled), share**2
+    else:
+        target = torch.einsum("k,kij->ij", weight, cov)
     cov = (1 - share)[:, None, None] * cov + share[:, None, None] * target
     eigenvalue, basis = torch.linalg.eigh(cov)
     return Reference(weight, mean, eigenvalue.clamp(min=floor), basis)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import torch
 from torch import Tensor, nn
 
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -16,10 +18,12 @@ def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def warn_if_training(model: nn.Module) -> None:
-    """Warn where train mode makes every answer random: dropout or batch norm in train mode."""
+    """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
+    if model in _WARNED:
+        return
     for name, layer in model.named_modules():
-        active = isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
-        if active:
+        if isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0:
+            _WARNED.add(model)
             warnings.warn(
                 f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
                 "random; call model.eval() first",

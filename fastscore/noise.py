@@ -2,18 +2,18 @@ r"""The noise: counter-based, keyed by (seed, sample index, draw, element), so t
 
 Element i of draw s for sample b is
 
-.. math:: \epsilon_{bsi} = \sqrt2\,\mathrm{erf}^{-1}\big((w + \tfrac12)\,2^{-31}\big), \qquad w = P_{si} \oplus Q_{bi}
+.. math:: \epsilon_{bsi} = \sqrt2\,\mathrm{erf}^{-1}\big((w + \tfrac12)\,2^{-31}\big), \qquad
+    w = (P_{si} \oplus Q_{bi})\, M_{bi} \bmod 2^{32}
 
-with two 32-bit words: the point P belongs to the draw and is shared by all samples, the shift Q belongs to the
-sample and is shared by all draws. An exclusive or with a uniform word is uniform, so eps is exactly standard normal;
-one exclusive or an element is all that a draw costs. The points are
+from three 32-bit words: the point P belongs to the draw and is shared by all samples; shift Q and odd multiplier M
+belong to the sample and are shared by all draws. Both maps are one-to-one, so eps is exactly standard normal, for one
+exclusive or and one product an element instead of the hundred operations of a generator call. The points are
 
-- ``independent``: Philox words. Draws are independent within a sample, and samples are pairwise independent within
-  and across draws, hence uncorrelated: the error bar of a sample and that of a mean are both exact.
-- ``sobol``: a scrambled Sobol sequence. The exclusive or is then a digital shift, which keeps the sequence's net
-  structure, so errors fall faster than 1/sqrt(S) while each sample's estimate stays unbiased.
-
-Complementing w negates eps: that is how antithetic pairs are written.
+- ``independent``: Philox words. Draws of a sample are pairwise independent, and so are those of two samples: means and
+  their variances are exact. M, a Philox word, makes every sample see the shared points in its own order; without it all
+  samples of a call would be lucky or unlucky together.
+- ``sobol``: a scrambled Sobol sequence, and M = 1. The exclusive or is then a digital shift, which keeps the sequence's
+  net structure, so errors fall faster than 1/sqrt(S) while each sample's estimate stays unbiased.
 
 References:
     Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), https://doi.org/10.1145/2063384.2063405
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
-STREAM_SHIFT, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(5)
+STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(6)
 
 _MASK = 0xFFFFFFFF
 _BLOCK_WORDS = 1 << 20
@@ -68,11 +68,17 @@ def words(seed: int, index: Tensor, draw: int, stream: int, d: int) -> Tensor:
     return torch.stack(quad, -1).reshape(len(index), -1)[:, :d].to(torch.int32)
 
 
-def shifts(seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
-    """Return each sample's own words Q, int32, shape (B, d); `round_` renews them for further estimates."""
+def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
+    """Return each sample's own words (Q, M), int32, shape (B, 2, d); `round_` renews them for further estimates."""
+
+    def block(index: Tensor) -> Tensor:
+        shift = words(seed, index, round_, STREAM_SHIFT, d)
+        if kind == "sobol":
+            return torch.stack([shift, torch.ones_like(shift)], 1)
+        return torch.stack([shift, words(seed, index, round_, STREAM_MULTIPLIER, d) | 1], 1)
+
     # In blocks: Philox holds eight int64 words for each int32 that it leaves.
-    block = max(1, _BLOCK_WORDS // d)
-    return torch.cat([words(seed, part, round_, STREAM_SHIFT, d) for part in sample_index.split(block)])
+    return torch.cat([block(part) for part in sample_index.split(max(1, _BLOCK_WORDS // d))])
 
 
 def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
@@ -82,7 +88,7 @@ def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch
         kind: "independent" or "sobol".
         draws: which draws, a range inside range(total).
         total: how many draws the estimate has; it fixes the order of the Sobol points.
-        round_: renews independent points for further estimates; Sobol points are renewed by the shifts alone.
+        round_: renews independent points for further estimates; Sobol points are renewed by the keys alone.
     """
     if kind == "sobol":
         return _sobol(total, d)[draws.start : draws.stop].to(device)
@@ -98,14 +104,21 @@ def _sobol(total: int, d: int) -> Tensor:
     return ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
 
 
-def normal(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Map 32-bit words to standard normals through the inverse distribution function.
+def combine(keys: Tensor, point: Tensor) -> Tensor:
+    """Return the words w = (P XOR Q) M, int32, shape (B, R, d), from keys (B, 2, d) and points (R, d)."""
+    return (point[None] ^ keys[:, :1]).mul_(keys[:, 1:])
+
+
+def normal(w: Tensor, sign: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map 32-bit words to standard normals through the inverse distribution function, times a sign where given.
 
     The uniform is scaled by 1 - eps / 2 of the dtype, so that rounding cannot make it 1: in float32 |eps| <= 5.42.
+    Antithetic twins have the same words and the sign -1.
     """
     scale = (1 - torch.finfo(dtype).eps / 2) * 2.0**-31
     half = torch.tensor(scale / 2, dtype=dtype, device=w.device)
-    return torch.add(half, w.to(dtype), alpha=scale).erfinv_().mul_(math.sqrt(2))
+    factor = math.sqrt(2) if sign is None else math.sqrt(2) * sign.to(dtype)
+    return torch.add(half, w.to(dtype), alpha=scale).erfinv_().mul_(factor)
 
 
 def uniform(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,35 +14,37 @@ from .backends import torch as torch_backend
 
 
 @torch.library.custom_op("fastscore::perturb", mutates_args=())
-def perturb(x: Tensor, shift: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x_t, eps) with x_t = alpha x + sigma eps and eps = normal(points XOR shift).
+def perturb(
+    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (x_t, eps) with x_t = alpha x + sigma eps and the noise eps of `fastscore.noise`.
 
     Arguments:
         x: data, float32 or float64, shape (B, d).
-        shift: each sample's words, int32, shape (B, d).
-        points: each row's words, int32, shape (R, d).
-        alpha, sigma: of each row, dtype of x, shape (R,).
+        keys: each sample's words (Q, M), int32, shape (B, 2, d).
+        points: each row's words P, int32, shape (R, d).
+        sign: of each row, -1 for an antithetic twin; as alpha and sigma in the dtype of x, shape (R,).
 
     Returns:
         Two tensors of x's dtype, shape (B, R, d); eps carries no gradient.
     """
-    return torch_backend.perturb(x, shift, points, alpha, sigma)
+    return torch_backend.perturb(x, keys, points, sign, alpha, sigma)
 
 
 @perturb.register_fake
-def _(x, shift, points, alpha, sigma):
+def _(x, keys, points, sign, alpha, sigma):
     shape = (x.shape[0], points.shape[0], x.shape[1])
     return x.new_empty(shape), x.new_empty(shape)
 
 
 def _perturb_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[3])
+    ctx.save_for_backward(inputs[4])
     ctx.mark_non_differentiable(output[1])
 
 
 def _perturb_backward(ctx, grad_x_t, grad_eps):
     (alpha,) = ctx.saved_tensors
-    return torch.einsum("brd,r->bd", grad_x_t, alpha), None, None, None, None
+    return torch.einsum("brd,r->bd", grad_x_t, alpha), None, None, None, None, None
 
 
 perturb.register_autograd(_perturb_backward, setup_context=_perturb_setup)

@@ -120,8 +120,8 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     terms = []
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
-        shift = noise.shifts(plan.seed, part.index, d)
-        errors, controls = row_terms(network, part, shift, rows, tuple(references))
+        keys = noise.sample_keys("independent", plan.seed, part.index, d)
+        errors, controls = row_terms(network, part, keys, rows, tuple(references))
         terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
         plan.step("pilot", len(part) * rule.nfe)
     f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
@@ -191,5 +191,5 @@ def _network_flops(network: Network, samples: Samples) -> int:
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(_pilot_rule(network, 1, 1), "independent", 0), range(1), one.x)
     with FlopCounterMode(display=False) as counter:
-        row_terms(network, one, noise.shifts(0, one.index, one.x.shape[1]), rows, ())
+        row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)

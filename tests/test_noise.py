@@ -61,26 +61,23 @@ def test_normals_match_the_inverse_distribution_function():
     w = torch.tensor([-(2**31), -(2**30), -1, 0, 1, 2**30, 2**31 - 1], dtype=torch.int32)
     exact = torch.special.ndtri((w.double() + 2**31 + 0.5) * 2.0**-32)
     # The scale 1 - 2^-53 shifts the outermost probability, 2^-33, by a millionth.
-    assert torch.allclose(noise.normal(w, torch.float64), exact, rtol=1e-7, atol=1e-16)
-    inner = noise.normal(w[1:-1], torch.float32).double()
+    assert torch.allclose(noise.normal(w, dtype=torch.float64), exact, rtol=1e-7, atol=1e-16)
+    inner = noise.normal(w[1:-1]).double()
     assert torch.allclose(inner, exact[1:-1], rtol=1e-6, atol=1e-9)
-    ends = noise.normal(w[[0, -1]], torch.float32)
+    ends = noise.normal(w[[0, -1]])
     assert torch.isfinite(ends).all()
     assert 5.2 < float(ends[1]) < 5.6
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_complement_is_the_antithetic_twin(dtype, tolerance):
-    w = noise.words(1, torch.arange(50), 0, 0, 33)
-    # The word and its complement round apart by half an ulp of the uniform, which erfinv magnifies in the tail.
-    assert torch.allclose(noise.normal(~w, dtype), -noise.normal(w, dtype), rtol=tolerance, atol=1e-6 * tolerance)
+def draw_eps(kind, seed, samples, draws, d):
+    points = noise.points(kind, seed, range(draws), draws, d, torch.device("cpu"))
+    keys = noise.sample_keys(kind, seed, torch.arange(samples), d)
+    return noise.normal(noise.combine(keys, points), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["independent", "sobol"])
 def test_moments_are_those_of_standard_normals(kind):
-    points = noise.points(kind, 0, range(512), 512, 8, torch.device("cpu"))
-    shift = noise.shifts(0, torch.arange(256), 8)
-    eps = noise.normal(points[None] ^ shift[:, None], torch.float64)
+    eps = draw_eps(kind, 0, 256, 512, 8)
     # 256 shifts make 256 independent means of 512 draws each, over 8 coordinates; five standard errors.
     error = 5 / (256 * 512 * 8) ** 0.5
     assert abs(float(eps.mean())) < error
@@ -89,8 +86,7 @@ def test_moments_are_those_of_standard_normals(kind):
 
 
 def test_samples_and_draws_are_uncorrelated():
-    points = noise.points("independent", 3, range(64), 64, 1024, torch.device("cpu"))
-    eps = noise.normal(points[None] ^ noise.shifts(3, torch.arange(64), 1024)[:, None], torch.float64)
+    eps = draw_eps("independent", 3, 64, 64, 1024)
     # Products of distinct samples, and of distinct draws: mean zero, 1024 coordinates, also for squares.
     for value, variance in ((eps, 1.0), (eps.square() - 1, 2.0)):
         across_samples = (value[0::2] * value[1::2]).mean(-1)
@@ -101,18 +97,31 @@ def test_samples_and_draws_are_uncorrelated():
 
 def test_sobol_points_fill_space_more_evenly_than_random_ones():
     def additive_error(kind):
-        points = noise.points(kind, 0, range(256), 256, 16, torch.device("cpu"))
-        eps = noise.normal(points[None] ^ noise.shifts(0, torch.arange(64), 16)[:, None], torch.float64)
+        eps = draw_eps(kind, 0, 64, 256, 16)
         return float((eps.square().mean(1) - 1).square().mean().sqrt())
 
     # A stratified coordinate integrates eps^2 with error of order 1/S instead of 1/sqrt(S).
     assert additive_error("sobol") < 0.2 * additive_error("independent")
 
 
-def test_shifts_do_not_depend_on_blocks(monkeypatch):
-    whole = noise.shifts(5, torch.arange(100), 7)
+@pytest.mark.parametrize("function", ["linear", "quadratic", "sign"])
+def test_samples_are_not_lucky_together(function):
+    """Given the shared points of one seed, the spread over samples is still that of independent draws."""
+    ratios = []
+    for seed in range(64):
+        eps = draw_eps("independent", seed, 400, 16, 1)[..., 0]
+        value = {"linear": eps, "quadratic": (eps.square() - 1) / 2**0.5, "sign": eps.sign()}[function]
+        ratios.append(float(16 * value.mean(1).var()))
+    ratios = torch.tensor(ratios)
+    # Variances from 400 samples of nearly normal means: standard deviation sqrt(2 / 399) = 0.07; 0.08 with their tails.
+    assert float(ratios.mean()) == pytest.approx(1, abs=5 * 0.08 / 8)
+    assert float(ratios.std()) < 1.5 * 0.08
+
+
+def test_keys_do_not_depend_on_blocks(monkeypatch):
+    whole = noise.sample_keys("independent", 5, torch.arange(100), 7)
     monkeypatch.setattr(noise, "_BLOCK_WORDS", 40)
-    assert torch.equal(noise.shifts(5, torch.arange(100), 7), whole)
+    assert torch.equal(noise.sample_keys("independent", 5, torch.arange(100), 7), whole)
 
 
 def test_uniform_stays_below_one():

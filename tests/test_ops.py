@@ -12,23 +12,25 @@ SIZES = [(1, 1, 1), (3, 5, 63), (2, 4, 100), (7, 9, 13), (1, 3, 1000)]
 def inputs(b, r, d, dtype, requires_grad=False):
     generator = torch.Generator().manual_seed(b + r + d)
     x = torch.randn(b, d, dtype=dtype, generator=generator, requires_grad=requires_grad)
-    shift = noise.shifts(1, torch.arange(b), d)
+    keys = noise.sample_keys("independent", 1, torch.arange(b), d)
     points = noise.points("independent", 1, range(r), r, d, torch.device("cpu"))
+    sign = torch.where(torch.arange(r) % 3 == 1, -1.0, 1.0).to(dtype)
     tables = torch.rand(5, r, dtype=dtype, generator=generator) + 0.1
     prediction = torch.randn(b, r, d, dtype=dtype, generator=generator, requires_grad=requires_grad)
-    return x, shift, points, tables, prediction
+    return x, keys, points, sign, tables, prediction
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("b", "r", "d"), SIZES)
 def test_ops_are_their_definitions(b, r, d, dtype):
-    x, shift, points, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, dtype)
-    x_t, eps = ops.perturb(x, shift, points, alpha, sigma)
+    x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, dtype)
+    x_t, eps = ops.perturb(x, keys, points, sign, alpha, sigma)
     found = ops.residual(prediction, x, eps, a, b_, c)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for i in range(b):
         for j in range(r):
-            e = noise.normal(shift[i] ^ points[j], dtype)
+            word = ((points[j] ^ keys[i, 0]).long() * keys[i, 1].long()).to(torch.int32)
+            e = sign[j] * noise.normal(word, dtype=dtype)
             assert torch.equal(eps[i, j], e)
             assert torch.allclose(x_t[i, j], alpha[j] * x[i] + sigma[j] * e, rtol=tolerance, atol=tolerance)
             error = c[j] * (a[j] * e + b_[j] * x[i] - prediction[i, j])
@@ -36,8 +38,8 @@ def test_ops_are_their_definitions(b, r, d, dtype):
 
 
 def test_the_short_cut_for_eps_is_the_general_formula():
-    x, shift, points, (alpha, sigma, _, _, c), prediction = inputs(3, 4, 33, torch.float64)
-    _, eps = ops.perturb(x, shift, points, alpha, sigma)
+    x, keys, points, sign, (alpha, sigma, _, _, c), prediction = inputs(3, 4, 33, torch.float64)
+    _, eps = ops.perturb(x, keys, points, sign, alpha, sigma)
     one, zero = torch.ones(4).double(), torch.zeros(4).double()
     expected = c.square() * (eps - prediction).square().sum(-1)
     assert torch.allclose(ops.residual(prediction, x, eps, one, zero, c), expected, rtol=1e-12)
@@ -45,17 +47,17 @@ def test_the_short_cut_for_eps_is_the_general_formula():
 
 @pytest.mark.parametrize(("b", "r", "d"), [(1, 1, 1), (3, 4, 7)])
 def test_gradients_match_finite_differences(b, r, d):
-    x, shift, points, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, torch.float64, True)
-    assert torch.autograd.gradcheck(lambda x: ops.perturb(x, shift, points, alpha, sigma)[0], (x,))
-    eps = ops.perturb(x.detach(), shift, points, alpha, sigma)[1]
+    x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, torch.float64, True)
+    assert torch.autograd.gradcheck(lambda x: ops.perturb(x, keys, points, sign, alpha, sigma)[0], (x,))
+    eps = ops.perturb(x.detach(), keys, points, sign, alpha, sigma)[1]
     assert torch.autograd.gradcheck(lambda p, x: ops.residual(p, x, eps, a, b_, c), (prediction, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
-    x, shift, points, (alpha, sigma, a, b_, c), prediction = inputs(2, 3, 5, dtype, True)
-    torch.library.opcheck(ops.perturb, (x, shift, points, alpha, sigma))
-    eps = ops.perturb(x.detach(), shift, points, alpha, sigma)[1]
+    x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(2, 3, 5, dtype, True)
+    torch.library.opcheck(ops.perturb, (x, keys, points, sign, alpha, sigma))
+    eps = ops.perturb(x.detach(), keys, points, sign, alpha, sigma)[1]
     torch.library.opcheck(ops.residual, (prediction, x, eps, a, b_, c))
 
 

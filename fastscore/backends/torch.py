@@ -1,6 +1,6 @@
 r"""The definition of truth: both ops in plain PyTorch, for any device and for float32 and float64.
 
-.. math:: \epsilon = \mathrm{normal}(P \oplus Q), \quad x_t = \alpha x + \sigma\epsilon, \qquad
+.. math:: \epsilon = \pm\mathrm{normal}((P \oplus Q) M), \quad x_t = \alpha x + \sigma\epsilon, \qquad
     r^2 = \| c\,(a\,\epsilon + b\,x - \mathrm{prediction}) \|^2
 
 Shapes: B samples, R rows (draws with their antithetic twins) a sample, d dimensions.
@@ -14,9 +14,11 @@ from torch import Tensor
 from .. import noise
 
 
-def perturb(x: Tensor, shift: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x_t, eps), each (B, R, d); x (B, d), shift (B, d) and points (R, d) int32, alpha and sigma (R,)."""
-    eps = noise.normal(shift[:, None] ^ points[None], x.dtype)
+def perturb(
+    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (x_t, eps), each (B, R, d); x (B, d), keys (B, 2, d) and points (R, d) int32, the others (R,)."""
+    eps = noise.normal(noise.combine(keys, points), sign[:, None], x.dtype)
     x_t = sigma[None, :, None] * eps
     return x_t.addcmul_(alpha[None, :, None], x[:, None]), eps
 

@@ -50,7 +50,7 @@ def density_loss(density: ScoreDensity, x: Tensor, *, seed: int, **cond) -> Tens
     time = schedule.time(log_snr)
     alpha, sigma = (v.to(samples.x)[:, None] for v in schedule.alpha_sigma(time))
     a, b, c = (v.to(samples.x)[:, None] for v in coefficients(density.predicts, schedule, time))
-    eps = noise.normal(w[:, 1:], samples.x.dtype)
+    eps = noise.normal(w[:, 1:], dtype=samples.x.dtype)
     x_t = alpha * samples.x + sigma * eps
     # As one sample with B rows, since every row has its own time here; conditions go along with the rows.
     prediction = predict(density.model, x_t[None], time.to(x.device), cond, samples.shape, density.time_dtype)[0]
