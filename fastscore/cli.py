@@ -98,9 +98,10 @@ def demo(out: str, seed: int) -> None:
     try:
         from .demo import run_demo
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("sklearn", "matplotlib"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("sklearn", "matplotlib"):
             raise
-        raise click.ClickException(f'the demo needs {error.name}; pip install "fastscore[demo]"') from error
+        raise click.ClickException(f'the demo needs {package}; pip install "fastscore[demo]"') from error
     run_demo(out, seed=seed)
 
 

@@ -255,7 +255,7 @@ class ScoreDensity(nn.Module):
         data: Tensor,
         *,
         reference: str = "auto",
-        evaluations: int = 200_000,
+        evaluations: int = 400_000,
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool = True,
@@ -269,8 +269,8 @@ class ScoreDensity(nn.Module):
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
-            evaluations: bound of the network evaluations to spend. Below about 8,000 nothing but the reference is
-                fitted, below about 50,000 the noise is not calibrated and stays independent.
+            evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
+                fitted, below about 90,000 the noise is not calibrated and stays independent.
             cond: keyword arguments of the network for the data.
 
         Raises:

@@ -31,10 +31,11 @@ from .samples import Samples
 BINS = 48
 PILOT_SAMPLES = 64
 MIN_PILOT_SAMPLES = 4
-MIN_CALIBRATION_SAMPLES = 8
+MIN_CALIBRATION_SAMPLES = 16
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
-CALIBRATION_NFE = (16, 32, 128, 512)
-REPLICATES = 8
+CALIBRATION_NFE = (16, 32, 64, 128, 256, 512)
+CALIBRATION_SAMPLES = 96
+REPLICATES = 4
 NORMAL_95 = 1.96
 EM_SAMPLES = 5000
 FULL_MAX_DIM = 1024
@@ -86,7 +87,7 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         return Fitted(found[0], nodes, torch.empty(2, 0, dtype=torch.float64))
     fitted = pilot(network, held.select(slice(0, count)), found, plan)
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
-    count = min(len(held), PILOT_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
+    count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
     if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
         return fitted
     return calibrate(network, held.select(slice(0, count)), fitted, plan)
@@ -159,8 +160,9 @@ def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPla
         # The mean of the largest estimates is the truth for the smaller ones, and costs itself a degree of freedom.
         own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
         truth = sums.mean(0) if truth is None else truth
-        # The 95 % point rather than the mean square: with heavy tails it is the one that makes intervals cover.
-        z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.95)
+        # A quantile rather than the mean square: with heavy tails it is what makes intervals cover. The 96 % point for
+        # 95 % intervals, since its own error, one percent from so few samples, should fall to the wide side.
+        z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.96)
         table.append((torch.tensor(float(nfe)).log2(), 2 * (z.cpu().clamp(min=1e-2) / NORMAL_95).log()))
     table.reverse()
     return Fitted(fitted.reference, fitted.nodes, torch.tensor(table, dtype=torch.float64).T.contiguous())

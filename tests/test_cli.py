@@ -1,0 +1,327 @@
+"""The command line end to end, killed and interrupted, and what it says."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+from torch.export import Dim
+
+import fastscore as fs
+from fastscore import cli
+from fastscore.backends.select import BACKENDS
+
+# A network that is slow as long as a file says so: a pause changes no number.
+ZOO = """
+import os, time
+import torch
+from torch import nn
+import fastscore
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.3, -0.2], [0.5, 0.1]]))
+
+    def forward(self, x, t):
+        if os.path.exists("slow"):
+            time.sleep(0.1)
+        return torch.tanh(x @ self.weight) + 0.1 * t[:, None]
+
+def ready():
+    return fastscore.ScoreDensity(Net(), fastscore.VP(), "eps", nfe=40)
+
+def fails():
+    raise KeyError("weights.bin")
+"""
+ARGUMENTS = (
+    "zoo:Net",
+    "data.npy",
+    "--schedule",
+    "vp",
+    "--predicts",
+    "eps",
+    "--nfe",
+    "32",
+    "--seed",
+    "3",
+    "--batch",
+    "8",
+)
+N = 50
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the module `zoo` and data in every kind of file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "zoo.py").write_text(ZOO)
+    x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
+    np.save("data.npy", x.numpy())
+    np.savez("data.npz", x=x.numpy(), labels=np.arange(N))
+    torch.save({"x": x, "labels": torch.arange(N)}, "data.pt")
+    save_file({"x": x}, "data.safetensors")
+    np.save("levels.npy", np.zeros((N, 2), np.uint8))
+    np.save("wide.npy", np.zeros((N, 3), np.float32))
+    yield tmp_path
+    sys.modules.pop("zoo", None)
+
+
+def evaluate(*arguments, code=0):
+    result = CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def expected(folder, **options):
+    import zoo
+
+    density = fs.ScoreDensity(zoo.Net(), fs.VP(), "eps")
+    return density.estimate(torch.from_numpy(np.load("data.npy")), **{"nfe": 32, "seed": 3} | options)
+
+
+def number(output, label):
+    return float(re.search(rf"^{re.escape(label)}\s+(?:<= )?(\S+)", output, re.MULTILINE)[1])
+
+
+def test_writes_the_densities_and_sums_them_up(folder):
+    output = evaluate(*ARGUMENTS, "--bins", 256, "--low", -2, "--high", 2, "--out", "r.npz").stdout
+    whole = expected(folder)
+    mean, error = whole.mean()
+    bits = float(whole.bits_per_dim(256, -2, 2).mean())
+    stored = np.load("r.npz")
+    np.testing.assert_allclose(stored["log_prob"], whole.log_prob, rtol=1e-5)
+    np.testing.assert_allclose(stored["bits_per_dim"], whole.bits_per_dim(256, -2, 2), rtol=1e-5)
+    assert number(output, "samples") == N
+    assert number(output, "dims") == 2
+    assert number(output, "log_prob") == pytest.approx(mean, rel=1e-5)
+    assert f"+- {error:.2g} nats" in output
+    assert number(output, "bits/dim") == pytest.approx(bits, rel=1e-5)
+    assert f"+- {error / (2 * np.log(2)):.2g}\n" in output
+    assert number(output, "stderr") == pytest.approx(float(whole.stderr.mean()), rel=0.01)
+    assert number(output, "evaluations") == 32
+    assert number(output, "truncation") == pytest.approx(whole.truncation, rel=0.05)
+    assert number(output, "discretization") == pytest.approx(whole.discretization, rel=0.05)
+    assert number(output, "seconds") < 60
+    assert output.endswith("written to      r.npz\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (("--method", "elbo"), {"method": "elbo"}),
+        (("--target-stderr", "1.2", "--max-nfe", "128"), {"target_stderr": 1.2, "max_nfe": 128}),
+        (("--memory", "64KB", "--device", "cpu"), {"memory": "64KB"}),
+    ],
+)
+def test_options_reach_the_estimate(folder, given, options):
+    evaluate(*ARGUMENTS, *given, "--out", "r.csv")
+    whole = expected(folder, **options)
+    table = np.genfromtxt("r.csv", delimiter=",", names=True)
+    assert table.dtype.names == ("sample_index", "log_prob", "stderr", "nfe")
+    np.testing.assert_allclose(table["log_prob"], whole.log_prob, rtol=1e-5)
+    np.testing.assert_allclose(table["stderr"], whole.stderr, rtol=1e-5)
+    np.testing.assert_array_equal(table["nfe"], whole.nfe)
+
+
+@pytest.mark.parametrize("data", ["data.npz:x", "data.pt:x", "data.safetensors"])
+def test_every_kind_of_data_gives_the_same_file(folder, data):
+    evaluate(*ARGUMENTS, "--out", "a.npz")
+    evaluate("zoo:Net", data, *ARGUMENTS[2:], "--out", "b.npz")
+    assert (folder / "a.npz").read_bytes() == (folder / "b.npz").read_bytes()
+
+
+def test_exported_network(folder):
+    evaluate(*ARGUMENTS, "--out", "a.npz")
+    import zoo
+
+    batch = Dim("batch")
+    program = torch.export.export(
+        zoo.Net(), (torch.randn(4, 2), torch.rand(4)), dynamic_shapes=({0: batch}, {0: batch})
+    )
+    torch.export.save(program, "net.pt2")
+    evaluate("net.pt2", *ARGUMENTS[1:], "--out", "b.npz")
+    np.testing.assert_allclose(np.load("b.npz")["log_prob"], np.load("a.npz")["log_prob"], rtol=1e-5)
+    wrong = evaluate("net.pt2", "wide.npy", *ARGUMENTS[2:], "--out", "c.npz", code=1)
+    assert wrong.stderr.startswith("Error: the network does not take data of shape (3,) a sample: ")
+    assert wrong.stderr.count("\n") == 1
+    fixed = torch.export.export(zoo.Net(), (torch.randn(4, 2), torch.rand(4)))
+    torch.export.save(fixed, "fixed.pt2")
+    message = evaluate("fixed.pt2", *ARGUMENTS[1:], "--out", "c.npz", code=1).stderr
+    assert "was exported for x of the fixed shape (4, 2); use torch.export.export(model, (x_t, t), dynamic_" in message
+
+
+def test_ready_density_brings_its_own_options(folder):
+    evaluate("zoo:ready", "data.npy", "--seed", 3, "--out", "r.npz")
+    np.testing.assert_allclose(np.load("r.npz")["log_prob"], expected(folder, nfe=40).log_prob, rtol=1e-5)
+
+
+def test_fit(folder):
+    train = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    np.save("train.npy", train.numpy())
+    evaluate(*ARGUMENTS, "--fit", "train.npy", "--out", "r.npz")
+    import zoo
+
+    density = fs.ScoreDensity(zoo.Net(), fs.VP(), "eps").fit(train, seed=3, progress=False)
+    whole = density.estimate(torch.from_numpy(np.load("data.npy")), nfe=32, seed=3)
+    np.testing.assert_allclose(np.load("r.npz")["log_prob"], whole.log_prob, rtol=1e-5)
+    np.testing.assert_allclose(np.load("r.npz")["stderr"], whole.stderr, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zoo:Net", "levels.npy", *ARGUMENTS[2:]), r"data holds integers \(uint8\).*fastscore\.discrete\.Levels"),
+        (("zoo:Net", "data.npz", *ARGUMENTS[2:]), r"data\.npz holds 2 arrays \(labels, x\); choose one as data\.npz:N"),
+        (("zoo:Net", "data.pt:y", *ARGUMENTS[2:]), r"data\.pt has no 'y'; it holds labels, x"),
+        (("zoo:Net", "none.npy", *ARGUMENTS[2:]), r"there is no data file 'none\.npy'"),
+        (("zoo:Net", "wide.npy", *ARGUMENTS[2:]), r"the network does not take data of shape \(3,\) a sample"),
+        (("zoo:Net", "data.npy"), "zoo:Net is a network; say with --schedule and --predicts how it was trained"),
+        (("zoo:ready", *ARGUMENTS[1:]), "zoo:ready returns a ready ScoreDensity, which brings its own; drop"),
+        ((*ARGUMENTS, "--schedule", "quadratic"), "schedule must be one of ddpm-linear.*got 'quadratic'"),
+        ((*ARGUMENTS, "--fit", "wide.npy"), r"fit data has samples of shape \(3,\), expected \(2,\) as in data"),
+        ((*ARGUMENTS, "--nfe", 2), "nfe=2 leaves fewer than 4 draws"),
+        ((*ARGUMENTS, "--target-stderr", -1), "target_stderr must be positive"),
+        ((*ARGUMENTS, "--memory", "much"), "memory must be a number of bytes or a text like '512MB', got 'much'"),
+        ((*ARGUMENTS, "--device", "abacus"), "device 'abacus' cannot be used: .*; use cpu, cuda or auto"),
+        ((*ARGUMENTS, "--out", "r.parquet"), r"out must be a \.npz or \.csv file, got 'r\.parquet'"),
+    ],
+)
+def test_errors_are_one_sentence(folder, arguments, message):
+    result = evaluate("--out", "r.npz", *arguments, code=1)
+    assert re.match(f"Error: .*{message}", result.stderr.splitlines()[-1]), result.stderr
+    assert result.stdout == ""
+    assert not (folder / "r.npz.partial").exists()
+
+
+def test_a_failing_factory_keeps_its_traceback(folder):
+    result = evaluate("zoo:fails", *ARGUMENTS[1:], "--out", "r.npz", code=1)
+    assert isinstance(result.exception, RuntimeError)
+    assert isinstance(result.exception.__cause__, KeyError)
+
+
+def start_and_stop(folder, how):
+    """Run the command in a process of its own and stop it after two blocks; return its exit code and stderr."""
+    (folder / "slow").touch()
+    command = [sys.executable, "-m", "fastscore", "evaluate", *ARGUMENTS, "--out", "r.npz"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("r.npz.partial/block-*.npz"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    _, stderr = process.communicate(timeout=30)
+    (folder / "slow").unlink()
+    assert not (folder / "r.npz").exists()
+    return process.returncode, stderr
+
+
+def resumed(folder):
+    """Run the command again, and once without interruption; return the line about resuming and compare the files."""
+    line = next(line for line in evaluate(*ARGUMENTS, "--out", "r.npz").stderr.splitlines() if "resuming" in line)
+    evaluate(*ARGUMENTS, "--out", "whole.npz")
+    assert (folder / "r.npz").read_bytes() == (folder / "whole.npz").read_bytes()
+    assert not (folder / "r.npz.partial").exists()
+    return line
+
+
+def test_kill_9_loses_no_finished_block(folder):
+    code, _ = start_and_stop(folder, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    kept = len(list(folder.glob("r.npz.partial/block-*.npz")))
+    refused = evaluate(*ARGUMENTS, "--seed", "4", "--out", "r.npz", code=1).stderr
+    assert f"{kept} finished blocks of another run: seed is 3 there and 4 here. Give another out, or discard" in refused
+    assert resumed(folder) == f"resuming: {kept} of 7 blocks done"
+
+
+def test_ctrl_c_says_how_to_resume(folder):
+    code, stderr = start_and_stop(folder, signal.SIGINT)
+    assert code == 130
+    kept = len(list(folder.glob("r.npz.partial/block-*.npz")))
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == (
+        f"interrupted: {kept} of 7 blocks are kept in r.npz.partial; run the same again to resume"
+    )
+    assert resumed(folder) == f"resuming: {kept} of 7 blocks done"
+
+
+def test_ctrl_c_before_the_work(folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_density", interrupt)
+    assert evaluate(*ARGUMENTS, "--out", "r.npz", code=130).stderr == "interrupted before anything was computed\n"
+
+
+def info():
+    result = CliRunner().invoke(cli.main, ["info"])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_info_names_versions_and_every_backend():
+    output = info()
+    for package in (fs, torch, np):
+        assert re.search(rf"^  {package.__name__} +{re.escape(package.__version__)}$", output, re.MULTILINE)
+    for backend in BACKENDS:
+        reason = backend.why_not(torch.device("cpu"), torch.float32) or "can run"
+        assert re.search(rf"^  {backend.name} on cpu +{re.escape(reason)}$", output, re.MULTILINE)
+    assert re.search(r"^  safetensors +\d", output, re.MULTILINE)
+
+
+def test_info_without_native_module_and_extras(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastscore._C", None)
+    monkeypatch.setattr(cli, "_version", lambda package: None)
+    output = info()
+    assert re.search(r"fastscore\._C +absent: the pure-Python wheel, which gives the same answers", output)
+    for package, extra in cli.EXTRAS:
+        assert f'{package:<14} not installed; pip install "fastscore[{extra}]"' in output
+
+
+def test_info_shows_the_native_module(monkeypatch):
+    native = types.ModuleType("fastscore._C")
+    native.build_info = lambda: {"architectures": "80;90a"}
+    native.runtime = lambda: {"driver": "no CUDA driver"}
+    monkeypatch.setitem(sys.modules, "fastscore._C", native)
+    output = info()
+    assert re.search(r"fastscore\._C +present\n  architectures +80;90a\n  driver +no CUDA driver\n", output)
+
+
+def test_info_survives_what_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastscore._C", types.ModuleType("fastscore._C"))
+    output = info()
+    assert "cannot be found out: AttributeError" in output
+    assert "optional packages" in output
+
+
+def test_demo_passes_its_options_on(monkeypatch):
+    calls = []
+    module = types.ModuleType("fastscore.demo")
+    module.run_demo = lambda *args, **kwargs: calls.append((args, kwargs))
+    monkeypatch.setitem(sys.modules, "fastscore.demo", module)
+    assert CliRunner().invoke(cli.main, ["demo", "--out", "pictures", "--seed", "5"]).exit_code == 0
+    assert calls == [(("pictures",), {"seed": 5})]
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
+def test_demo_names_its_extra(monkeypatch, package):
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name == "fastscore.demo":
+                raise ModuleNotFoundError(f"No module named '{package}.datasets'", name=f"{package}.datasets")
+
+    monkeypatch.delitem(sys.modules, "fastscore.demo", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    result = CliRunner().invoke(cli.main, ["demo", "--out", "pictures"])
+    assert result.exit_code == 1
+    assert result.stderr == f'Error: the demo needs {package}; pip install "fastscore[demo]"\n'
