@@ -277,7 +277,8 @@ def _check_network(density: ScoreDensity, x: Tensor) -> None:
     time = density.schedule.time(ends).to(x.device)
     try:
         with torch.no_grad():
-            predict(density.model, samples.x[:, None].expand(1, 2, -1), time, {}, samples.shape, density.time_dtype)
+            rows, cond = samples.x[:, None].expand(1, 2, -1), samples.conds[0]
+            predict(density.model, rows, time, cond, samples.shape, density.time_dtype)
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(

@@ -25,6 +25,7 @@ from .samples import Samples
 from .schedules import Schedule
 
 PROBE_ROWS = 4
+KEPT_TABLES = 64 << 20  # bytes of noise points that stay from one chunk of samples to the next
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,16 @@ def evaluate(
     rows_per_draw = 1 + int(draws.rule.paired.any())
     span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
-    tables = [Rows.of(network, draws, span, samples.x) for span in spans]
-    keys = noise.sample_keys(draws.noise, draws.seed, samples.index, d, draws.round)
+
+    def table(span: range) -> Rows:
+        return Rows.of(network, draws, span, samples.x)
+
+    kept = [table(span) for span in spans] if 4 * d * total <= KEPT_TABLES else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
-        f = torch.cat([_chunk(network, part, keys[chosen], rows, reference) for rows in tables], 1)
+        keys = noise.sample_keys(draws.noise, draws.seed, part.index, d, draws.round)
+        f = torch.cat([_chunk(network, part, keys, rows, reference) for rows in kept or map(table, spans)], 1)
         _check_finite(f, part, draws.rule)
         yield chosen, f
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +34,35 @@ def warn_if_training(model: nn.Module) -> None:
             return
 
 
-def select_samples(cond: dict, samples: slice, batch: int) -> dict:
-    """Cut conditions whose first dimension is the batch to some samples; pass the others as they are."""
-    return {k: v[samples] if is_per_sample(v, batch) else v for k, v in cond.items()}
+@dataclass(frozen=True)
+class Conditions:
+    """Keyword arguments of the network, told apart once: one entry a sample, or shared by the whole batch.
 
+    A tensor is per sample if its first dimension is the batch size of the call. Chunks keep that verdict, so a shared
+    tensor that happens to have as many rows as a chunk has samples stays shared.
+    """
 
-def is_per_sample(value: object, batch: int) -> bool:
-    """Whether a condition has one entry a sample: a tensor whose first dimension is the batch size."""
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+    per_sample: dict[str, Tensor]
+    shared: dict[str, object]
+
+    @classmethod
+    def of(cls, given: dict[str, object], batch: int) -> Conditions:
+        own = {k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == batch}
+        return cls({k: given[k] for k in own}, {k: v for k, v in given.items() if k not in own})
+
+    def select(self, samples: slice | Tensor) -> Conditions:
+        return Conditions({k: v[samples] for k, v in self.per_sample.items()}, self.shared)
+
+    def repeated(self, rows: int) -> dict[str, object]:
+        """Return the keyword arguments for `rows` consecutive rows of every sample."""
+        return {k: v.repeat_interleave(rows, 0) for k, v in self.per_sample.items()} | self.shared
 
 
 def predict(
     model: nn.Module,
     x_t: Tensor,
     time: Tensor,
-    cond: dict,
+    cond: Conditions,
     shape: tuple[int, ...],
     time_dtype: torch.dtype | None,
 ) -> Tensor:
@@ -67,8 +82,7 @@ def predict(
     elif time_dtype is not None:
         time = time.to(time_dtype)
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
-    repeated = {k: v.repeat_interleave(rows, 0) if is_per_sample(v, batch) else v for k, v in cond.items()}
-    output = _tensor_of(model(passed, time.repeat(batch), **repeated))
+    output = _tensor_of(model(passed, time.repeat(batch), **cond.repeated(rows)))
     prediction = output[:, : shape[0]] if output.ndim == passed.ndim and output.shape[1] > shape[0] else output
     if prediction.shape != passed.shape:
         raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .network import is_per_sample, select_samples
+from .network import Conditions
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Samples:
     x: Tensor
     index: Tensor
     shape: tuple[int, ...]
-    conds: tuple[dict, ...]
+    conds: tuple[Conditions, ...]
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def select(self, samples: slice) -> Samples:
-        conds = tuple(select_samples(cond, samples, len(self)) for cond in self.conds)
+    def select(self, samples: slice | Tensor) -> Samples:
+        conds = tuple(cond.select(samples) for cond in self.conds)
         return Samples(self.x[samples], self.index[samples], self.shape, conds)
 
 
@@ -51,11 +51,12 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
         raise ValueError(
             f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
         )
-    for cond in conds:
-        for name, value in cond.items():
-            if is_per_sample(value, len(x)) and value.device != x.device:
+    told_apart = tuple(Conditions.of(cond, len(x)) for cond in conds)
+    for cond in told_apart:
+        for name, value in cond.per_sample.items():
+            if value.device != x.device:
                 raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
-    return Samples(flat, _check_index(sample_index, len(x)).to(x.device), tuple(x.shape[1:]), conds)
+    return Samples(flat, _check_index(sample_index, len(x)).to(x.device), tuple(x.shape[1:]), told_apart)
 
 
 def _check_index(index: Tensor | None, count: int) -> Tensor:

@@ -136,6 +136,18 @@ def test_conditions_go_with_their_samples():
     assert not torch.allclose(density.estimate(x, nfe=32, label=-label, scale=scale).log_prob, whole, rtol=1e-2)
 
 
+def test_shared_conditions_stay_shared_in_chunks_of_their_length():
+    class Embedding(nn.Module):
+        def forward(self, x, t, table):
+            return x * table.sum()
+
+    density, x, table = fs.ScoreDensity(Embedding(), SCHEDULE), data(8), torch.tensor([0.1, 0.2])
+    whole = density.estimate(x, nfe=16, table=table).log_prob
+    row = max(density._row_bytes.values())
+    cut = density.estimate(x, nfe=16, table=table, memory=row * 33).log_prob  # two samples at once, as many as entries
+    assert torch.allclose(cut, whole, rtol=1e-5)
+
+
 def test_compare_is_the_difference_of_two_estimates_with_a_smaller_error():
     density, x = fs.ScoreDensity(MLP(), SCHEDULE), data(200)
     a, b = {"label": torch.full((200, 1), 0.3)}, {"label": torch.full((200, 1), 0.31)}
@@ -331,6 +343,16 @@ def test_train_mode_with_dropout_warns_once():
         density.eval()
         density.estimate(data(4), nfe=16)
         fs.ScoreDensity(MLP(dropout=0.0), SCHEDULE).estimate(data(4), nfe=16)
+
+
+@pytest.mark.parametrize("noise", ["independent", "sobol"])
+def test_noise_tables_too_large_to_keep_are_made_again(monkeypatch, noise):
+    density, x = fs.ScoreDensity(MLP(), SCHEDULE, noise=noise), data(5)
+    whole = density.estimate(x, nfe=64)
+    row = max(density._row_bytes.values())
+    monkeypatch.setattr("fastscore.integrand.KEPT_TABLES", 0)
+    cut = density.estimate(x, nfe=64, memory=10 * row)
+    assert torch.allclose(cut.log_prob, whole.log_prob, rtol=1e-5)
 
 
 def test_sobol_has_a_highest_dimension():

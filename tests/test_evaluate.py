@@ -242,7 +242,7 @@ def test_foreign_files_stay(tmp_path):
 
 
 def test_fits_once(tmp_path):
-    train, counting = samples(40, seed=1), density()
+    train, counting = samples(100, seed=1), density()
     fitted = evaluate_dataset(counting, samples(), tmp_path / "whole.npz", fit=train, **OPTIONS)
     calls = 10**9 - counting.model.calls
     direct = density().fit(train, seed=3, progress=False)

@@ -64,7 +64,7 @@ def test_estimate_stays_within_its_budget(budget):
     density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(200, 8)
     density.estimate(x[:2], nfe=16)
     peak = peak_bytes(lambda: density.estimate(x, nfe=64, memory=budget))
-    # Beside the chunk there are the data, their shifts and one number a draw: 200 x (8 x 4 x 3 + a few) bytes and Philox.
+    # Beside the chunk there are the data, their shifts and one number a draw: 200 x (8 x 4 x 3 + a few) bytes.
     assert budget / 4 < peak < budget + 200_000
 
 

@@ -71,7 +71,7 @@ def test_discrete_and_elbo_weights_are_their_papers():
     # Li and Yan: (1 - alpha_{t+1}) / (1 - abar_t) for t = 1 .. T-1; ascending log-SNR is descending t.
     found = method_weights(log_snr, "discrete").flip(0)
     assert torch.allclose(found[:-1], (1 - alpha[1:]) / (1 - bar[:-1]), rtol=1e-10)
-    # Ho et al. with posterior variances: (1 - alpha_t) / (alpha_t - abar_t) for t >= 2, and 1 / alpha_1 for the decoder.
+    # Ho et al. with posterior variances: (1 - alpha_t) / (alpha_t - abar_t) for t >= 2, 1 / alpha_1 for the decoder.
     found = method_weights(log_snr, "elbo").flip(0)
     assert torch.allclose(found[1:], (1 - alpha[1:]) / (alpha[1:] - bar[1:]), rtol=1e-10)
     assert float(found[0]) == pytest.approx(1 / float(alpha[0]), rel=1e-12)
@@ -91,7 +91,7 @@ def test_chosen_entries_carry_the_weight_of_the_whole_table(method):
 def test_too_few_evaluations_and_unknown_methods():
     schedule = fs.LogSNR()
     nodes = NodeDensity.uniform(*schedule.log_snr_range)
-    with pytest.raises(ValueError, match="nfe=3 leaves fewer than 4 draws.*use nfe >= 8"):
+    with pytest.raises(ValueError, match=r"nfe=3 leaves fewer than 4 draws.*use nfe >= 8"):
         make_rule(nodes, 3, schedule)
     with pytest.raises(ValueError, match="density, discrete, elbo; got 'vlb'"):
         make_rule(nodes, 64, schedule, "vlb")

@@ -69,7 +69,7 @@ def test_backend_choice_and_message_share_one_predicate():
         reason = backend.why_not(cpu, torch.float32)
         with pytest.raises(ValueError, match=f"{backend.name}: {reason}"):
             select(cpu, torch.float32, backend.name)
-    with pytest.raises(ValueError, match="torch: sums need float32 or float64, got torch.float16"):
+    with pytest.raises(ValueError, match=r"torch: sums need float32 or float64, got torch\.float16"):
         select(cpu, torch.float16)
     with pytest.raises(ValueError, match="'auto' or one of cuda, triton, torch; got 'metal'"):
         select(cpu, torch.float32, "metal")

@@ -117,7 +117,7 @@ def test_mixture_fit_finds_a_mixture(full):
     q = fit_mixture(x[:2000], 3, full)
     truth = Target(torch.full((3,), 1 / 3), mean, 0.09 * torch.eye(3).expand(3, 3, 3))
     gap = float((truth.log_prob(x[2000:]) - q.log_prob(x[2000:])).mean())
-    # A fit with p parameters on n samples loses about p / 2n: here at most 29 / 4000 nats, shrinkage included three times.
+    # A fit with p parameters on n samples loses about p / 2n: 29 / 4000 nats, with shrinkage three times that.
     assert abs(gap) < 0.022
 
 

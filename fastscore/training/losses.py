@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import noise
 from ..density import ScoreDensity
-from ..network import predict
+from ..network import Conditions, predict
 from ..predictions import coefficients
 from ..samples import check_samples
 
@@ -53,7 +53,8 @@ def density_loss(density: ScoreDensity, x: Tensor, *, seed: int, **cond) -> Tens
     eps = noise.normal(w[:, 1:], dtype=samples.x.dtype)
     x_t = alpha * samples.x + sigma * eps
     # As one sample with B rows, since every row has its own time here; conditions go along with the rows.
-    prediction = predict(density.model, x_t[None], time.to(x.device), cond, samples.shape, density.time_dtype)[0]
+    rows = Conditions({}, cond)
+    prediction = predict(density.model, x_t[None], time.to(x.device), rows, samples.shape, density.time_dtype)[0]
     error = (c * (a * eps + b * samples.x - prediction)).square().sum(1)
     integral = weight.to(error) * (error - d * torch.sigmoid(log_snr).to(error))
     return 0.5 * d * math.log(2 * math.pi * math.e) + 0.5 * integral.mean()
