@@ -3,9 +3,12 @@
 from importlib.metadata import version
 
 from .density import ScoreDensity
+from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
+from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .training.losses import density_loss
 
 __version__ = version("fastscore")
 __all__ = [
@@ -17,10 +20,15 @@ __all__ = [
     "Cosine",
     "Curve",
     "Estimate",
+    "FlowLogProb",
     "FlowMatching",
+    "Levels",
     "LiYan",
     "LogSNR",
     "Reference",
     "Schedule",
     "ScoreDensity",
+    "density_loss",
+    "discrete_log_prob",
+    "probability_flow_log_prob",
 ]

@@ -285,6 +285,7 @@ class ScoreDensity(nn.Module):
 
             plan = PilotPlan(evaluations, seed, lambda reference: self._rows_at_once(samples, memory, reference), step)
             fitted = run_pilot(self._network, samples, reference, plan)
+            bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
         self.nodes = _FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
         self._row_bytes.clear()

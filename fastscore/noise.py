@@ -95,7 +95,7 @@ def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch
     return words(seed, torch.arange(draws.start, draws.stop, device=device), round_, STREAM_POINT, d)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
     unit = engine.draw(total, dtype=torch.float64)
