@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 from . import memory as memory_budget
 from .backends.select import select
-from .buffers import FittedBuffers
 from .estimate import (
     Comparison,
     CurveSum,
@@ -36,7 +35,7 @@ from .estimate import (
 from .integrand import Draws, Network, bytes_per_row, evaluate
 from .methods import base, control_variate
 from .network import warn_if_training
-from .nodes import NodeDensity, make_rule
+from .nodes import FittedNodes, NodeDensity, make_rule
 from .noise import SOBOL_MAX_DIM
 from .pilot import PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
@@ -45,21 +44,6 @@ from .samples import Samples, check_samples
 from .schedules import Schedule
 
 NOISES = ("auto", "sobol", "independent")
-
-
-class _FittedNodes(FittedBuffers):
-    """The node density and the calibration of low-discrepancy noise, kept by `state_dict`."""
-
-    def __init__(self, nodes: NodeDensity, calibration: Tensor):
-        super().__init__()
-        self.register_buffer("edges", nodes.edges)
-        self.register_buffer("share", nodes.share)
-        self.register_buffer("paired", nodes.paired)
-        self.register_buffer("calibration", calibration)
-
-    @property
-    def density(self) -> NodeDensity:
-        return NodeDensity(self.edges.cpu(), self.share.cpu(), self.paired.cpu())
 
 
 class ScoreDensity(nn.Module):
@@ -111,7 +95,7 @@ class ScoreDensity(nn.Module):
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         nodes = NodeDensity.uniform(*schedule.log_snr_range)
-        self.nodes = _FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
         self._row_bytes: dict = {}
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
@@ -287,9 +271,24 @@ class ScoreDensity(nn.Module):
             fitted = run_pilot(self._network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
-        self.nodes = _FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
+        self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
         self._row_bytes.clear()
         return self
+
+    def with_reference(self, reference: Reference) -> ScoreDensity:
+        """Return a density with the same network and nodes but another reference, and independent noise."""
+        other = ScoreDensity(
+            self.model,
+            self.schedule,
+            self.predicts,
+            reference=reference,
+            noise="independent",  # calibrated error bars belong to the reference that they were fitted with
+            nfe=self.nfe,
+            backend=self.backend,
+            time_dtype=self.time_dtype,
+        )
+        other.nodes = self.nodes
+        return other
 
     def _round(
         self, samples: Samples, draws: Draws, method: str, rows: int, bar
@@ -346,21 +345,6 @@ class ScoreDensity(nn.Module):
         if key not in self._row_bytes:
             self._row_bytes[key] = bytes_per_row(self._network, samples, reference)
         return memory_budget.chunk_rows(self._row_bytes[key], memory, samples.x.device)
-
-    def with_reference(self, reference: Reference) -> ScoreDensity:
-        """Return a density with the same network and nodes but another reference, and independent noise."""
-        other = ScoreDensity(
-            self.model,
-            self.schedule,
-            self.predicts,
-            reference=reference,
-            noise="independent",  # calibrated error bars belong to the reference that they were fitted with
-            nfe=self.nfe,
-            backend=self.backend,
-            time_dtype=self.time_dtype,
-        )
-        other.nodes = self.nodes
-        return other
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .buffers import FittedBuffers
 from .schedules import Schedule
 
 METHODS = ("density", "discrete", "elbo")
@@ -104,6 +105,21 @@ class NodeDensity:
     def _cumulative(self):
         draws = self.share / (1 + self.paired)
         return torch.cat([torch.zeros(1, dtype=torch.float64), draws.cumsum(0) / draws.sum()])
+
+
+class FittedNodes(FittedBuffers):
+    """The node density and the calibration of low-discrepancy noise, kept by `state_dict`."""
+
+    def __init__(self, nodes: NodeDensity, calibration: Tensor):
+        super().__init__()
+        self.register_buffer("edges", nodes.edges)
+        self.register_buffer("share", nodes.share)
+        self.register_buffer("paired", nodes.paired)
+        self.register_buffer("calibration", calibration)
+
+    @property
+    def density(self) -> NodeDensity:
+        return NodeDensity(self.edges.cpu(), self.share.cpu(), self.paired.cpu())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -161,11 +162,18 @@ def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPla
         own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
         truth = sums.mean(0) if truth is None else truth
         # A quantile rather than the mean square: with heavy tails it is what makes intervals cover. The 96 % point for
-        # 95 % intervals, since its own error, one percent from so few samples, should fall to the wide side.
+        # 95 % intervals, since its own error, a percent from so few samples, should fall to the wide side.
         z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.96)
-        table.append((torch.tensor(float(nfe)).log2(), 2 * (z.cpu().clamp(min=1e-2) / NORMAL_95).log()))
+        table.append((math.log2(nfe), 2 * math.log(max(float(z), 1e-2) / NORMAL_95)))
     table.reverse()
-    return Fitted(fitted.reference, fitted.nodes, torch.tensor(table, dtype=torch.float64).T.contiguous())
+    return Fitted(fitted.reference, fitted.nodes, _smooth(torch.tensor(table, dtype=torch.float64).T))
+
+
+def _smooth(table: Tensor) -> Tensor:
+    """Replace the log ratios by their parabola in log2 nfe, which has half of the six measurements' noise."""
+    at, log_ratio = table
+    powers = torch.stack([torch.ones_like(at), at, at**2], 1)
+    return torch.stack([at, powers @ torch.linalg.lstsq(powers, log_ratio[:, None]).solution[:, 0]])
 
 
 def variance_ratio(calibration: Tensor, nfe: int) -> float:

@@ -1,11 +1,14 @@
 r"""The other density that people know: integrate the probability-flow ODE and its divergence.
 
-In the variance-exploding coordinate y = x_t / alpha with s = log(sigma / alpha) = -log_snr / 2 the flow of every
+With s = log(sigma / alpha) = -log_snr / 2 and u the variance-preserving state (alpha^2 + sigma^2 = 1) the flow of every
 schedule reads
 
-.. math:: \frac{dy}{ds} = e^s\, \hat\epsilon(\alpha y), \qquad
-    \log p(x) = \log p_{s_1}(y(s_1))
-    + \int_{s_0}^{s_1} \mathrm{tr}\,\frac{\partial}{\partial y} e^s \hat\epsilon(\alpha y)\, ds
+.. math:: \frac{du}{ds} = \sigma\hat\epsilon(u) - \sigma^2 u, \qquad
+    \log p(x) = \log p_{s_1}\big(u(s_1) / \alpha_1\big)
+    + \int_{s_0}^{s_1} \mathrm{tr}\,\frac{\partial\, \sigma\hat\epsilon}{\partial u}\, ds
+
+where p_s is the density of x + e^s eps. The volume that sigma^2 u takes away is that between u and u / alpha, so it
+cancels. At both ends u hardly moves, which saves the solver a quarter of the steps that u / alpha would take.
 
 It agrees with `ScoreDensity.log_prob` where the network is an exact score. For a learned one they are two different
 numbers: this one is the density of the deterministic sampler, the formula's is a bound for the stochastic one.
@@ -83,11 +86,10 @@ def probability_flow_log_prob(
     lo, hi = density.schedule.log_snr_range
     ends = samples.x.new_tensor([-hi / 2, -lo / 2])
     columns = samples.x.new_zeros(len(samples), 1 if signs is None else probes)
-    y, divergence = (
-        path[-1] for path in odeint(field, (samples.x.detach(), columns), ends, rtol=rtol, atol=atol, method=method)
-    )
+    start = samples.x.detach() * _alpha(ends[0])
+    u, divergence = (path[-1] for path in odeint(field, (start, columns), ends, rtol=rtol, atol=atol, method=method))
     prior = _diffused(density.reference.gaussian(), torch.exp(2 * ends[1].double()))
-    log_prob = (prior.log_prob(y)[:, None] + divergence).to(samples.x.dtype)
+    log_prob = (prior.log_prob(u / _alpha(ends[1]))[:, None] + divergence).to(samples.x.dtype)
     count = log_prob.shape[1]
     error = log_prob.std(1) / count**0.5 if count > 1 else torch.zeros_like(log_prob[:, 0])
     return FlowLogProb(log_prob.mean(1), error if signs is not None else torch.zeros_like(error), field.nfe)
@@ -101,37 +103,39 @@ class _Field:
 
     def __call__(self, s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.nfe += 1
+        alpha = _alpha(s)
+        sigma = torch.exp(s) * alpha
         with torch.enable_grad():
-            y = state[0].detach().requires_grad_()
-            velocity = self._velocity(s, y)
-            divergence = self._divergence(velocity, y)
-        return velocity.detach(), divergence
+            u = state[0].detach().requires_grad_()
+            noise_part = sigma * self._eps_hat(s, u, alpha)
+            divergence = self._divergence(noise_part, u)
+        return noise_part.detach() - sigma**2 * state[0], divergence
 
-    def _velocity(self, s: Tensor, y: Tensor) -> Tensor:
+    def _eps_hat(self, s: Tensor, u: Tensor, alpha: Tensor) -> Tensor:
         schedule, samples = self.density.schedule, self.samples
-        log_snr = -2 * s.double()
-        time = schedule.time(log_snr[None])
-        alpha, _ = schedule.alpha_sigma(time)
-        c_f, c_x = (c.to(y) for c in eps_from(self.density.predicts, schedule, time))
-        x_t = alpha.to(y) * y
+        time = schedule.time(-2 * s.double()[None])
+        own_alpha, _ = schedule.alpha_sigma(time)
+        c_f, c_x = (c.to(u) for c in eps_from(self.density.predicts, schedule, time))
+        x_t = (own_alpha.to(u) / alpha) * u
+        rows = time.to(u.device)
         output = predict(
-            self.density.model,
-            x_t[:, None],
-            time.to(y.device),
-            samples.conds[0],
-            samples.shape,
-            self.density.time_dtype,
+            self.density.model, x_t[:, None], rows, samples.conds[0], samples.shape, self.density.time_dtype
         )
-        return torch.exp(s).to(y) * (c_f * output[:, 0] + c_x * x_t)
+        return c_f * output[:, 0] + c_x * x_t
 
-    def _divergence(self, velocity: Tensor, y: Tensor) -> Tensor:
+    def _divergence(self, noise_part: Tensor, u: Tensor) -> Tensor:
+        def vjp(v: Tensor) -> Tensor:
+            return torch.autograd.grad(noise_part, u, v, retain_graph=True)[0]
+
         if self.signs is None:
-            columns = range(y.shape[1])
-            return sum(
-                torch.autograd.grad(velocity[:, i].sum(), y, retain_graph=True)[0][:, i : i + 1] for i in columns
-            )
-        parts = [torch.autograd.grad((velocity * v).sum(), y, retain_graph=True)[0].mul(v).sum(1) for v in self.signs]
-        return torch.stack(parts, 1)
+            one = torch.eye(u.shape[1]).to(u)
+            return sum(vjp(row.expand_as(u))[:, i : i + 1] for i, row in enumerate(one))
+        return torch.stack([(vjp(v) * v).sum(1) for v in self.signs], 1)
+
+
+def _alpha(s: Tensor) -> Tensor:
+    """Return the variance-preserving alpha at s = log(sigma / alpha)."""
+    return torch.sigmoid(-2 * s).sqrt()
 
 
 def _signs(samples: Samples, seed: int, probes: int) -> Tensor:

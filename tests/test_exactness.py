@@ -23,37 +23,35 @@ def errors(target, density, nfe=NFE, seed=0):
     return (found.log_prob.double() - target.log_prob(x)), found.stderr.double(), found.truncation
 
 
-@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(("schedule", "predicts"), PAIRS)
-def test_default_estimate_is_exact_within_its_error_bar(name, schedule, predicts):
-    target, schedule = TARGETS[name], SCHEDULES[schedule]
-    density = fs.ScoreDensity(ExactNet(target, schedule, predicts), schedule, predicts)
-    error, stderr, truncation = errors(target, density)
-    within = (error.abs() < 4 * stderr + truncation).double().mean()
-    assert float(within) >= 0.99
-    mean_error = stderr.square().mean().sqrt() / POINTS**0.5
-    assert abs(float(error.mean())) < 3 * float(mean_error) + truncation
-
-
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("schedule", ["ddpm-linear", "log-snr", "flow-1"])
-def test_intervals_cover_before_and_after_fit(name, schedule):
-    target, schedule = TARGETS[name], SCHEDULES[schedule]
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
-    runs = [errors(target, density, seed=seed)[:2] for seed in range(4)]
-    error, stderr = (torch.cat(part) for part in zip(*runs, strict=True))
+def test_default_estimates_are_exact_within_their_error_bars(schedule, predicts):
+    schedule, covered, covered_with_tails = SCHEDULES[schedule], [], []
+    for target in TARGETS.values():
+        density = fs.ScoreDensity(ExactNet(target, schedule, predicts), schedule, predicts)
+        error, stderr, truncation = errors(target, density)
+        assert float((error.abs() < 4 * stderr + truncation).double().mean()) >= 0.99
+        assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + truncation
+        covered.append(error.abs() < 1.96 * stderr)
+        covered_with_tails.append(error.abs() < 1.96 * stderr + truncation)
     # 1,024 intervals of 95 %: their share has a standard error of 0.7 %.
-    assert 0.92 <= float((error.abs() < 1.96 * stderr).double().mean()) <= 0.98
-    if len(target.weight) == 1:
-        return
-    density.fit(target.sample(3000, seed=3).float(), progress=False)
-    runs = [errors(target, density, seed=seed) for seed in range(4)]
-    error, stderr = (torch.cat([run[i] for run in runs]) for i in (0, 1))
-    assert density.estimate(target.sample(2).float()).noise == "sobol"
-    slack = runs[0][2]  # what the schedule's range leaves out is no matter of the noise
-    assert float((error.abs() < 1.96 * stderr + slack).double().mean()) >= 0.92
-    assert float((error.abs() < 1.96 * stderr).double().mean()) <= 0.98
-    assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + slack
+    assert float(torch.cat(covered).double().mean()) <= 0.98
+    assert float(torch.cat(covered_with_tails).double().mean()) >= 0.92
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if "mixture" in name])
+def test_intervals_cover_after_fit(name):
+    target, covered = TARGETS[name], []
+    for schedule in (SCHEDULES[s] for s in ("ddpm-linear", "log-snr", "flow-1")):
+        density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+        density.fit(target.sample(3000, seed=3).float(), progress=False)
+        assert density.estimate(target.sample(2).float()).noise == "sobol"
+        for seed in range(4):
+            error, stderr, truncation = errors(target, density, seed=seed)
+            # What the schedule's range leaves out is no matter of the noise.
+            covered.append(error.abs() < 1.96 * stderr + truncation)
+            assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + truncation
+    # 3,072 intervals of 95 %, of the same 256 points: the noise of their share is 0.7 %, that of a calibration 1.2 %.
+    assert 0.92 <= float(torch.cat(covered).double().mean()) <= 0.98
 
 
 # Root-mean-square error in nats at 32, 128 and 512 evaluations with a mixture reference: the numbers to reach.

@@ -1,0 +1,59 @@
+"""Benchmarks share one thing: tables, printed at the end and written to benchmarks/results with what they ran on."""
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+TABLES = {}
+
+
+@pytest.fixture(scope="session")
+def table():
+    """Return a function that adds one row (a dict) to a named table."""
+    return lambda name, row: TABLES.setdefault(name, []).append(row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, rows in TABLES.items():
+        terminalreporter.section(name)
+        terminalreporter.write_line(_markdown(rows))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus != 0:
+        return  # a failed benchmark leaves the last good numbers alone
+    RESULTS.mkdir(exist_ok=True)
+    for name, rows in TABLES.items():
+        found = {"table": name, **_environment(), "rows": rows}
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        (RESULTS / f"{name}.md").write_text(_markdown(rows) + "\n")
+
+
+def _environment():
+    packages = ("fastscore", "torch", "numpy", "torchdiffeq", "diffusers", "flow_matching")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": "CPU",
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _markdown(rows):
+    titles = list(rows[0])
+    lines = [titles, ["---"] * len(titles), *([_cell(row[t]) for t in titles] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

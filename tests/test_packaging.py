@@ -1,0 +1,133 @@
+"""The wheel and the source distribution: what they hold, and that the wheel works in an environment of its own."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+SMOKE = """
+import math, torch, fastscore
+print(fastscore.__file__)
+
+class Standard(torch.nn.Module):
+    def forward(self, x_t, t):
+        return schedule.alpha_sigma(t)[1].to(x_t)[:, None] * x_t / 2  # half of what N(0, 1) has
+
+schedule = fastscore.LogSNR(-14, 16)
+x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+found = fastscore.ScoreDensity(Standard(), schedule).estimate(x, nfe=256)
+# Against q = N(0, 1) with eps_q = sigma x_t the integrand is, with s = sigma^2 and a = alpha^2 = 1 - s,
+# d ((1 - s / 2)^2 - a^2) + |x|^2 (s a / 4 - s a).
+step = torch.linspace(-14, 16, 300001, dtype=torch.float64)
+s = torch.sigmoid(-step)
+a = 1 - s
+constant, slope = 3 * ((1 - s / 2) ** 2 - a**2), s * a / 4 - s * a
+x2 = x.double().square().sum(1)
+exact = -1.5 * math.log(2 * math.pi) - x2 / 2 - 0.5 * (
+    torch.trapezoid(constant, step) + x2 * torch.trapezoid(slope, step)
+)
+z = (found.log_prob - exact) / found.stderr
+# 200 samples: none beyond 5 of its standard errors, their mean within 4 of its own.
+assert float(z.abs().max()) < 5 and abs(float(z.mean())) < 4 / 200**0.5, z
+"""
+
+
+def run(*command, **options):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | options.pop("env", {})
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, **options)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    flags = ["--no-build-isolation"] if find_spec("scikit_build_core") else []
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *flags, "--wheel-dir", folder, ROOT, cwd=folder)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    env = {}
+    if not find_spec("scikit_build_core"):
+        # pip has no command for a source distribution: the build's own requirements, as pyproject.toml names them.
+        wanted = re.search(r"(?m)^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text())[1]
+        tools = folder / "tools"
+        run(sys.executable, "-m", "pip", "install", "-q", "--target", tools, *re.findall(r'"([^"]+)"', wanted))
+        env = {"PYTHONPATH": str(tools)}
+    build = f"from scikit_build_core.build import build_sdist; build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", build, cwd=ROOT, env=env)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A virtual environment with the wheel; everything else comes from the running interpreter's packages."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    run(sys.executable, "-m", "pip", "--python", folder, "install", "-q", "--no-deps", wheel)
+    # Folders named in a .pth file follow site-packages, and .pth files inside them, an editable install's for one, are
+    # not read: the wheel comes first.
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def metadata(names):
+    (folder,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    return folder
+
+
+def test_wheel_is_pure_and_holds_the_package_and_nothing_else(wheel):
+    assert re.fullmatch(r"fastscore-[0-9.]+\w*-py3-none-any\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        info = metadata(names)
+        about = archive.read(f"{info}/METADATA").decode()
+        commands = archive.read(f"{info}/entry_points.txt").decode()
+        licences = [archive.read(name) for name in names if name.endswith("LICENSE")]
+    sources = {f"fastscore/{path.relative_to(ROOT / 'fastscore')}" for path in (ROOT / "fastscore").rglob("*.py")}
+    sources |= {f"fastscore/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert {"fastscore/density.py", "fastscore/kernels/__init__.py"} <= sources
+    assert {name for name in names if not name.startswith(f"{info}/")} == sources
+    assert "License-Expression: Apache-2.0" in about
+    assert licences == [(ROOT / "LICENSE").read_bytes()]
+    assert re.search(r"\[console_scripts\]\s+fastscore ?= ?fastscore\.cli:main", commands)
+    assert re.search(r"(?m)^Requires-Dist: torch>=2\.8", about)
+
+
+def test_installed_wheel_estimates_a_known_integral(environment):
+    out = run(environment / "bin" / "python", "-P", "-c", SMOKE, cwd=environment)
+    assert Path(out.strip()).is_relative_to(environment)
+
+
+def test_installed_command_tells_its_version_and_what_is_there(environment, wheel):
+    version = wheel.name.split("-")[1]
+    command = environment / "bin" / "fastscore"
+    assert version in run(command, "--version", cwd=environment)
+    info = run(command, "info", cwd=environment)
+    assert re.search(rf"(?m)^  fastscore +{re.escape(version)}$", info)
+    assert re.search(r"(?m)^  torch on cpu +can run$", info)
+    assert "cannot be found out" not in info
+
+
+def test_source_distribution_builds_and_holds_the_sources(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"LICENSE", "README.md", "pyproject.toml", "csrc/README.md", "kernels/__init__.py", "fastscore/density.py"}
+    assert wanted <= names
+    assert not {name for name in names if name.startswith((".venv", ".git/", "tests", ".ci")) or "__pycache__" in name}
