@@ -31,8 +31,8 @@ bench: .venv/bench
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
-.venv/bench: .venv/dev
-	$(PIP) install -c constraints.txt -e '.[bench]'
+.venv/bench: .venv/dev benchmarks/peers.txt
+	$(PIP) install -c constraints.txt -r benchmarks/peers.txt
 	touch $@
 
 clean:

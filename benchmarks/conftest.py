@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def _environment():
-    packages = ("fastscore", "torch", "numpy", "torchdiffeq", "diffusers", "flow_matching")
+    packages = ("fastscore", "torch", "triton", "numpy", "torchdiffeq", "diffusers", "flow_matching")
     return {
         "date": datetime.date.today().isoformat(),
         "device": "CPU",
@@ -45,7 +46,7 @@ def _environment():
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version(package) for package in packages if find_spec(package)},
     }
 
 

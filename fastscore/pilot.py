@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import noise
 from .estimate import draw_sum, draw_variance
@@ -198,6 +197,8 @@ def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
 
 
 def _network_flops(network: Network, samples: Samples) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which importing fastscore must not
+
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(_pilot_rule(network, 1, 1), "independent", 0), range(1), one.x)
     with FlopCounterMode(display=False) as counter:

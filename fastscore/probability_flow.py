@@ -32,6 +32,7 @@ from .predictions import eps_from
 from .reference import Reference
 from .samples import Samples, check_samples
 
+ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 TRACES = ("exact", "hutchinson")
 
 
@@ -82,12 +83,15 @@ def probability_flow_log_prob(
         )
     samples = check_samples(x, None, (cond,), density.model)
     signs = _signs(samples, seed, probes) if trace == "hutchinson" else None
-    field = _Field(density, samples, signs)
     lo, hi = density.schedule.log_snr_range
     ends = samples.x.new_tensor([-hi / 2, -lo / 2])
+    field = _Field(density, samples, signs, (-hi / 2, -lo / 2))
     columns = samples.x.new_zeros(len(samples), 1 if signs is None else probes)
     start = samples.x.detach() * _alpha(ends[0])
-    u, divergence = (path[-1] for path in odeint(field, (start, columns), ends, rtol=rtol, atol=atol, method=method))
+    # An adaptive solver would step past the end and interpolate, where no network was trained.
+    options = {"step_t": ends[1:]} if method in ADAPTIVE else None
+    path = odeint(field, (start, columns), ends, rtol=rtol, atol=atol, method=method, options=options)
+    u, divergence = (part[-1] for part in path)
     prior = _diffused(density.reference.gaussian(), torch.exp(2 * ends[1].double()))
     log_prob = (prior.log_prob(u / _alpha(ends[1]))[:, None] + divergence).to(samples.x.dtype)
     count = log_prob.shape[1]
@@ -98,11 +102,12 @@ def probability_flow_log_prob(
 class _Field:
     """The right-hand side of the ODE: velocity and its divergence."""
 
-    def __init__(self, density: ScoreDensity, samples: Samples, signs: Tensor | None):
-        self.density, self.samples, self.signs, self.nfe = density, samples, signs, 0
+    def __init__(self, density: ScoreDensity, samples: Samples, signs: Tensor | None, ends: tuple[float, float]):
+        self.density, self.samples, self.signs, self.ends, self.nfe = density, samples, signs, ends, 0
 
     def __call__(self, s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.nfe += 1
+        s = s.clamp(*self.ends)  # rounding must not carry the network past its range
         alpha = _alpha(s)
         sigma = torch.exp(s) * alpha
         with torch.enable_grad():

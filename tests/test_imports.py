@@ -147,7 +147,6 @@ def test_a_planted_violation_is_reported(tmp_path, file, text, reported):
     assert reported in violations(tmp_path / "fastscore", tmp_path / "kernels")
 
 
-@pytest.mark.xfail(reason="fastscore.pilot imports torch.utils.flop_counter, which imports triton", strict=True)
 def test_importing_fastscore_touches_no_gpu_and_no_optional_package():
     check = """
 import sys, torch

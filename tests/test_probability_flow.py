@@ -14,8 +14,6 @@ CONTINUOUS = [name for name, schedule in SCHEDULES.items() if not schedule.discr
 TARGET = mixture(2, components=3)
 RANGE = fs.LogSNR(-8, 6)
 TIGHT = dict(rtol=1e-6, atol=1e-6)
-# torchdiffeq probes, and steps, beyond the ends that it is given.
-OUTSIDE = pytest.mark.xfail(reason="the solver leaves the schedule's range", strict=True)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +85,6 @@ def test_every_prediction_has_the_same_flow(name):
     assert all(torch.allclose(other, found[0], rtol=1e-11, atol=0) for other in found)
 
 
-@OUTSIDE
 def test_the_network_is_asked_only_inside_the_schedules_range():
     class Recording(ExactNet):
         def forward(self, x_t, t):
