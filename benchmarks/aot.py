@@ -1,0 +1,190 @@
+"""Compile every kernel configuration for sm_80 and sm_90 without a GPU, and read what the compiler made of it.
+
+    python benchmarks/aot.py            prints the table of docs/kernels.md
+    python benchmarks/aot.py --json     prints the same as JSON, for the tests
+
+Registers, stack and shared memory come from the cubin, instruction counts from its disassembly: matrix instructions
+(HGMMA on sm_90, HMMA on sm_80), local loads and stores (spills), and the longest loop's instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastscore.kernels import density_mlp, packing
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ADALN = ("save", "norm", "affine", "act", "linear", "affine", "add")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the fused kernel: a network's shape, its reference, precision and launch."""
+
+    net: str
+    width: int
+    depth: int
+    d: int
+    reference: str
+    precision: str
+    block_b: int
+    num_warps: int
+    resident: bool
+
+    @property
+    def name(self) -> str:
+        kept = "resident" if self.resident else "streamed"
+        return f"{self.net} H={self.width} L={self.depth} d={self.d} {self.reference} {self.precision} {kept}"
+
+
+CASES = (
+    Case("adaLN", 64, 3, 64, "diagonal", "bf16", 64, 4, True),
+    Case("adaLN", 64, 3, 64, "diagonal", "bf16", 64, 4, False),
+    Case("adaLN", 128, 3, 64, "diagonal", "bf16", 128, 8, True),
+    Case("adaLN", 128, 3, 64, "diagonal", "bf16", 128, 8, False),
+    Case("plain", 128, 3, 64, "diagonal", "bf16", 128, 8, True),
+    Case("adaLN", 256, 3, 64, "diagonal", "bf16", 64, 8, False),
+    Case("adaLN", 64, 3, 64, "full", "bf16", 64, 4, True),
+    Case("adaLN", 64, 3, 64, "mixture", "bf16", 64, 4, True),
+    Case("plain", 128, 3, 2, "full mixture", "bf16", 128, 8, True),
+    Case("adaLN", 64, 3, 784, "diagonal", "bf16", 64, 4, False),
+    Case("adaLN", 64, 3, 64, "diagonal", "tf32x3", 64, 4, True),
+    Case("adaLN", 128, 3, 64, "diagonal", "tf32x3", 64, 8, False),
+    Case("adaLN", 64, 3, 64, "diagonal", "tf32", 64, 4, True),
+    Case("adaLN", 64, 3, 64, "diagonal", "fp16", 64, 4, True),
+)
+COMPONENTS = 10
+
+
+def network(case: Case) -> tuple[tuple, list, list]:
+    """Return code, weights and tables of a network of the case's shape."""
+    rows, h, d = 2, case.width, case.d
+    weights, tables = [torch.zeros(h, d)], [torch.zeros(1, rows, h)]
+    code = [("linear", 0), ("affine", -1, 0)]
+    for layer in range(case.depth):
+        weights.append(torch.zeros(h, h))
+        n = len(tables)
+        if case.net == "adaLN":
+            tables += [torch.zeros(1, rows, h)] * 4
+            code += [("save", 1), ("norm", 1e-6), ("affine", n, n + 1), ("act", "silu")]
+            code += [("linear", layer + 1), ("affine", n + 2, n + 3), ("add", 1, -1)]
+        else:
+            tables.append(torch.zeros(1, rows, h))
+            code += [("act", "silu"), ("linear", layer + 1), ("affine", -1, n)]
+    weights.append(torch.zeros(d, h))
+    tables.append(torch.zeros(1, rows, d))
+    return (*code, ("act", "silu"), ("linear", case.depth + 1), ("affine", -1, len(tables) - 1)), weights, tables
+
+
+def reference(case: Case) -> tuple:
+    k, d = (COMPONENTS if "mixture" in case.reference else 1), case.d
+    basis = torch.eye(d).expand(k, d, d) if "full" in case.reference else torch.empty(0)
+    return torch.full((k,), 1 / k), torch.zeros(k, d), torch.ones(k, d), basis
+
+
+def constants(case: Case) -> dict:
+    """Return the compile-time arguments, by the very functions that a launch uses."""
+    into, dtype = packing.Tables(2, 2), density_mlp.OPERANDS[case.precision]
+    layout, _ = packing.pack_network(*network(case), case.d, into, dtype)
+    control, _, _ = packing.pack_control(reference(case), torch.zeros(2, case.d), torch.ones(2), torch.ones(2), into)
+    return {
+        "D": case.d,
+        "BLOCK_B": case.block_b,
+        "BLOCK_D": packing.block_d(case.d),
+        "WEIGHTS": layout.weights,
+        "PRE": layout.pre,
+        "BODY": layout.body,
+        "POST": layout.post,
+        "CONTROL": control,
+        "RESIDENT": case.resident,
+        "PRECISION": case.precision,
+        "FAST": case.precision in ("bf16", "fp16"),
+    }
+
+
+POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
+POINTERS |= {"b_ptr": "*fp32", "br_ptr": "*fp32", "q_ptr": "*fp32", "y_ptr": "*fp32", "f_ptr": "*fp32"}
+SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
+OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def compile_case(case: Case, capability: int):
+    constexprs = constants(case)
+    signature = POINTERS | {"w_ptr": OPERAND_POINTER[density_mlp.OPERANDS[case.precision]]}
+    signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
+    kernel = density_mlp.density_mlp_fwd_kernel
+    signature = {name: signature[name] for name in kernel.arg_names}
+    # What a launch finds by itself: pointers of torch tensors are aligned.
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def inspect(compiled) -> dict:
+    """Return what the cubin says: registers, stack and shared memory in bytes, and instruction counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([TOOLS / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
+    opcodes = [name.partition(".")[0] for _, name, _ in lines]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "matrix": sum(op in ("HGMMA", "HMMA") for op in opcodes),
+        "wgmma": opcodes.count("HGMMA"),
+        "local": sum(op in ("LDL", "STL") for op in opcodes),
+        "loop": _longest_loop(lines),
+    }
+
+
+def _longest_loop(lines: list) -> int:
+    """Count the instructions of the widest backward branch: the walk over the rows."""
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    longest = 0
+    for i, (address, name, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
+            longest = max(longest, i - at.get(int(target[1], 16), i) + 1)
+    return longest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--match", default="", help="only the cases whose name contains this")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    found = []
+    for case in (c for c in CASES if options.match in c.name):
+        for capability in options.capabilities:
+            row = {"case": case.name, "sm": capability, "samples": case.block_b, "warps": case.num_warps}
+            found.append(row | inspect(compile_case(case, capability)))
+            if not options.json:
+                print(" | ".join(str(v) for v in found[-1].values()), flush=True)
+    if options.json:
+        json.dump({"triton": triton.__version__, "rows": found}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+r"""Activations by name, in float32. FAST takes the hardware's tanh, whose error (2e-4 relative) bf16 operands hide.
+
+.. math:: \mathrm{silu}(x) = h + h \tanh h, \quad h = x/2, \qquad
+    \mathrm{mish}(x) = x\,\frac{n}{n+2}, \quad n = e^x (e^x + 2)
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr, FAST: tl.constexpr):
+    """Apply an activation, float32."""
+    if NAME == "silu":
+        if FAST:
+            h = 0.5 * x
+            return h * _tanh(h, FAST) + h
+        else:
+            return x / (1.0 + tl.exp(-x))
+    elif NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif NAME == "gelu_tanh":
+        u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        if FAST:
+            h = 0.5 * x
+            return h * _tanh(u, FAST) + h
+        else:
+            return x / (1.0 + tl.exp(-2.0 * u))
+    elif NAME == "relu":
+        return tl.maximum(x, 0.0)
+    elif NAME == "mish":
+        e = tl.exp(tl.minimum(x, 20.0))  # beyond, mish(x) = x in float32
+        n = e * (e + 2.0)
+        return x * (n / (n + 2.0))
+    elif NAME == "elu":
+        return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+    elif NAME == "selu":
+        return 1.0507009873554805 * tl.where(x > 0.0, x, 1.6732632423543772 * (tl.exp(tl.minimum(x, 0.0)) - 1.0))
+    elif NAME == "tanh":
+        return _tanh(x, FAST)
+    elif NAME == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        tl.static_assert(NAME == "softplus", "unknown activation")
+        return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))

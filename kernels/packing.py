@@ -1,0 +1,195 @@
+"""Lay out a network, its vector operands and a reference for the fused kernel; plain torch, on any device.
+
+Code is a sequence of tuples, the row machine's instructions: ("linear", weight), ("affine", scale, shift),
+("act", name), ("norm", eps), ("save", slot), ("add", slot, scale); -1 stands for an absent table. It splits into
+
+    x_t -> PRE affine -> first linear -> BODY -> last linear -> POST: F scale + shift + x_t skip
+
+and every table becomes columns of one of three matrices: per row (R, .), per sample (B, .), per pair (B, R, .).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 256  # a wider accumulator does not fit the registers of one tile
+MAX_BLOCK_D = 128
+CHUNK_D = 64
+
+
+def padded(width: int) -> int:
+    """Return the tile width: a power of two, 16 at least, as matrix products ask."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def block_d(d: int) -> int:
+    """Return how many dimensions a chunk holds: all of them up to 128."""
+    return padded(d) if d <= MAX_BLOCK_D else CHUNK_D
+
+
+def why_not(code: tuple, widths: list[tuple[int, int]], d: int) -> str | None:
+    """Return why the fused kernel cannot run this code, or None. `widths` holds (out, in) of every weight."""
+    linear = [i for i, op in enumerate(code) if op[0] == "linear"]
+    if len(linear) < 2:
+        return f"it needs two linear maps at least, the network has {len(linear)}"
+    out = [widths[code[i][1]][0] for i in linear]
+    if max(out[:-1]) > MAX_WIDTH:
+        return f"hidden widths go up to {MAX_WIDTH}, the network has {max(out[:-1])}"
+    if out[-1] != d:
+        return f"the last linear map returns {out[-1]} values for {d} dimensions"
+    x_slots = {op[1] for op in code[: linear[0]] if op[0] == "save"}
+    for i, op in enumerate(code):
+        outside = i < linear[0] or i > linear[-1]
+        if outside and op[0] in ("act", "norm"):
+            return f"{op[0]} works on hidden layers only, not on the {d} data dimensions"
+        if op[0] == "save" and i < linear[0] and any(o[0] == "affine" for o in code[:i]):
+            return "it keeps x_t itself for later, not a scaled copy"
+        if op[0] == "save":
+            x_slots = x_slots if i < linear[0] else x_slots - {op[1]}
+        if op[0] == "add" and (op[1] in x_slots) != outside:
+            return "a sum joins two hidden layers, or x_t and the output"
+    return None
+
+
+@dataclass
+class Tables:
+    """The three matrices of vector operands while they grow."""
+
+    batch: int
+    rows: int
+    columns: dict[str, list[Tensor]] = field(default_factory=lambda: {"r": [], "b": [], "br": []})
+
+    def add(self, table: Tensor | None, width: int) -> tuple:
+        """Append a table that broadcasts to (B, R, width); return its reference."""
+        if table is None:
+            return ()
+        level = "r" if table.shape[0] == 1 else "b" if table.shape[1] == 1 else "br"
+        shape = {"r": (1, self.rows, width), "b": (self.batch, 1, width), "br": (self.batch, self.rows, width)}[level]
+        flat = {"r": (self.rows, width), "b": (self.batch, width), "br": (self.batch, self.rows, width)}[level]
+        offset = sum(t.shape[-1] for t in self.columns[level])
+        self.columns[level].append(table.to(torch.float32).expand(shape).reshape(flat))
+        return level, offset, width
+
+    def matrix(self, level: str, like: Tensor) -> Tensor:
+        parts = self.columns[level]
+        return torch.cat(parts, -1) if parts else like.new_zeros(1, 1, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The compile-time part of a packed network."""
+
+    weights: tuple[tuple[int, int, int], ...]
+    pre: tuple
+    body: tuple
+    post: tuple
+
+    @property
+    def width(self) -> int:
+        """The widest hidden tile."""
+        return max(spec[2] for spec in self.weights[:-1])
+
+
+def pack_network(
+    code: tuple, weights: list[Tensor], tables: list[Tensor], d: int, into: Tables, dtype: torch.dtype
+) -> tuple[Layout, Tensor]:
+    """Return the layout and one buffer of padded weights, each transposed to (in, out), in the operands' dtype."""
+    linear = [i for i, op in enumerate(code) if op[0] == "linear"]
+    pre = _compose(code[: linear[0]], tables)
+    post = _compose(code[linear[-1] + 1 :], tables)
+    width, body, order = weights[code[linear[0]][1]].shape[0], [], [code[i][1] for i in linear]
+    for op in code[linear[0] + 1 : linear[-1]]:
+        if op[0] == "linear":
+            body.append(("linear", sum(o[0] == "linear" for o in body) + 1))
+            width = weights[op[1]].shape[0]
+        elif op[0] == "affine":
+            body.append(("affine", *(into.add(_get(tables, i), width) for i in op[1:])))
+        elif op[0] == "norm":
+            body.append(("norm", width, op[1]))
+        elif op[0] == "add":
+            body.append(("add", op[1], into.add(_get(tables, op[2]), width) or ("one",)))
+        else:
+            body.append(op)
+    specs, buffers, offset, block = [], [], 0, block_d(d)
+    chunked = -(-d // block) * block
+    for n, k in enumerate(order):
+        out, in_ = weights[k].shape
+        shape = (chunked if n == 0 else padded(in_), chunked if n == len(order) - 1 else padded(out))
+        full = weights[k].new_zeros(shape)
+        full[:in_, :out] = weights[k].T
+        buffers.append(full.to(dtype).reshape(-1))
+        specs.append((offset, *shape))
+        offset += full.numel()
+    scale, shift, skip = (into.add(t, d) for t in post)
+    layout = Layout(tuple(specs), tuple(into.add(t, d) for t in pre[:2]), tuple(body), (scale, shift, skip))
+    return layout, torch.cat(buffers)
+
+
+def _compose(code: tuple, tables: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Fold affines, and sums with x_t, into one scale, shift and multiple of x_t; None stands for 1, 0, 0."""
+    scale = shift = skip = None
+    for op in code:
+        if op[0] == "affine":
+            by, plus = (_get(tables, i) for i in op[1:])
+            if by is not None:
+                scale = by if scale is None else scale * by
+                shift, skip = (t if t is None else t * by for t in (shift, skip))
+            if plus is not None:
+                shift = plus if shift is None else shift + plus
+        elif op[0] == "add":
+            multiple = _get(tables, op[2])
+            multiple = torch.ones_like(tables[0][:1, :1, :1]) if multiple is None else multiple
+            skip = multiple if skip is None else skip + multiple
+    return scale, shift, skip
+
+
+def _get(tables: list[Tensor], index: int) -> Tensor | None:
+    return None if index < 0 else tables[index]
+
+
+def pack_control(
+    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None, x: Tensor, alpha: Tensor, sigma: Tensor, into: Tables
+) -> tuple[tuple, Tensor, Tensor]:
+    """Return (CONTROL, q, y) for a mixture (weight, mean, variance, basis); see `control.py` for the kinds.
+
+    Arguments:
+        reference: float64; (K,), (K, d or 1), the same, and (K, d, d) or empty; None for no control variate.
+        alpha, sigma: of each row, float64, shape (R,).
+    """
+    empty = x.new_zeros(1, 1, dtype=torch.float32)
+    if reference is None:
+        return ("none",), empty, empty
+    weight, mean, variance, basis = reference
+    d, k, full = x.shape[1], len(weight), basis.numel() > 0
+    mean, variance = (v.to(torch.float64).expand(k, d) for v in (mean, variance))
+    alpha, sigma = (v.to(torch.float64)[:, None, None] for v in (alpha, sigma))
+    total = alpha**2 * variance + sigma**2  # (R, K, d)
+    q = torch.zeros(k, padded(d), padded(d), device=x.device)
+    if full:
+        q[:, :d, :d] = basis
+    if k == 1:
+        keep, pull = (v.transpose(0, 1) for v in (alpha**2 * variance / total, alpha * sigma / total))  # (1, R, d)
+        if not full:
+            return ("diagonal", *(into.add(t, d) for t in (keep, pull, pull * mean))), empty, empty
+        y = (x.to(torch.float64) - mean) @ basis[0]
+        return ("full", into.add(keep, d), into.add(pull, d)), q, y.float().contiguous()
+    rows = len(total)
+    if full:
+        centre = (alpha * mean).reshape(1, rows, -1)
+        bias = weight.log() - 0.5 * total.log().sum(-1)
+        refs = [_narrow(into.add(t, k * w), w) for t, w in ((centre, d), (1 / total.reshape(1, rows, -1), d))]
+        return ("full mixture", *refs, into.add(bias[None], k), k), q, empty
+    about = weight @ mean  # expanding squares about it keeps float32 accurate
+    shifted, gain = alpha * (mean - about), 1 / total
+    bias = weight.log() - 0.5 * (total.log().sum(-1) + (gain * shifted**2).sum(-1))
+    refs = [into.add((alpha[..., 0] * about)[None], d)]
+    refs += [_narrow(into.add(t.reshape(1, rows, -1), k * d), d) for t in (gain, gain * shifted)]
+    return ("mixture", *refs, into.add(bias[None], k), k, padded(k)), empty, empty
+
+
+def _narrow(reference: tuple, width: int) -> tuple:
+    """Read a table of K x width columns K times."""
+    return (*reference[:2], width)
