@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ ADALN = ("save", "norm", "affine", "act", "linear", "affine", "add")
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of the fused kernel: a network's shape, its reference, precision and launch."""
+    """A network's shape, its reference and the precision of the products; the launch is the heuristic's."""
 
     net: str
     width: int
@@ -40,31 +41,27 @@ class Case:
     d: int
     reference: str
     precision: str
-    block_b: int
-    num_warps: int
-    resident: bool
 
     @property
     def name(self) -> str:
-        kept = "resident" if self.resident else "streamed"
-        return f"{self.net} H={self.width} L={self.depth} d={self.d} {self.reference} {self.precision} {kept}"
+        return f"{self.net} H={self.width} L={self.depth} d={self.d}, {self.reference}, {self.precision}"
 
 
 CASES = (
-    Case("adaLN", 64, 3, 64, "diagonal", "bf16", 64, 4, True),
-    Case("adaLN", 64, 3, 64, "diagonal", "bf16", 64, 4, False),
-    Case("adaLN", 128, 3, 64, "diagonal", "bf16", 128, 8, True),
-    Case("adaLN", 128, 3, 64, "diagonal", "bf16", 128, 8, False),
-    Case("plain", 128, 3, 64, "diagonal", "bf16", 128, 8, True),
-    Case("adaLN", 256, 3, 64, "diagonal", "bf16", 64, 8, False),
-    Case("adaLN", 64, 3, 64, "full", "bf16", 64, 4, True),
-    Case("adaLN", 64, 3, 64, "mixture", "bf16", 64, 4, True),
-    Case("plain", 128, 3, 2, "full mixture", "bf16", 128, 8, True),
-    Case("adaLN", 64, 3, 784, "diagonal", "bf16", 64, 4, False),
-    Case("adaLN", 64, 3, 64, "diagonal", "tf32x3", 64, 4, True),
-    Case("adaLN", 128, 3, 64, "diagonal", "tf32x3", 64, 8, False),
-    Case("adaLN", 64, 3, 64, "diagonal", "tf32", 64, 4, True),
-    Case("adaLN", 64, 3, 64, "diagonal", "fp16", 64, 4, True),
+    Case("adaLN", 64, 3, 64, "diagonal", "bf16"),
+    Case("adaLN", 64, 12, 64, "diagonal", "bf16"),
+    Case("adaLN", 128, 3, 64, "diagonal", "bf16"),
+    Case("adaLN", 128, 6, 64, "diagonal", "bf16"),
+    Case("adaLN", 256, 3, 64, "diagonal", "bf16"),
+    Case("plain", 128, 3, 64, "diagonal", "bf16"),
+    Case("plain", 128, 3, 2, "full mixture", "bf16"),
+    Case("adaLN", 64, 3, 64, "full", "bf16"),
+    Case("adaLN", 64, 3, 64, "mixture", "bf16"),
+    Case("adaLN", 64, 3, 784, "diagonal", "bf16"),
+    Case("adaLN", 64, 3, 64, "diagonal", "fp16"),
+    Case("adaLN", 64, 3, 64, "diagonal", "tf32"),
+    Case("adaLN", 64, 3, 64, "diagonal", "tf32x3"),
+    Case("adaLN", 128, 3, 64, "diagonal", "tf32x3"),
 )
 COMPONENTS = 10
 
@@ -91,28 +88,18 @@ def network(case: Case) -> tuple[tuple, list, list]:
 
 def reference(case: Case) -> tuple:
     k, d = (COMPONENTS if "mixture" in case.reference else 1), case.d
-    basis = torch.eye(d).expand(k, d, d) if "full" in case.reference else torch.empty(0)
-    return torch.full((k,), 1 / k), torch.zeros(k, d), torch.ones(k, d), basis
+    basis = torch.eye(d, dtype=torch.float64).expand(k, d, d) if "full" in case.reference else torch.empty(0)
+    weight = torch.full((k,), 1 / k, dtype=torch.float64)
+    return weight, torch.zeros_like(weight[:, None]).expand(k, d), torch.ones_like(weight[:, None]).expand(k, d), basis
 
 
-def constants(case: Case) -> dict:
-    """Return the compile-time arguments, by the very functions that a launch uses."""
+def constants(case: Case, capability: int) -> tuple[dict, density_mlp.Config]:
+    """Return the compile-time arguments and the launch, by the very functions that a launch uses."""
     into, dtype = packing.Tables(2, 2), density_mlp.OPERANDS[case.precision]
     layout, _ = packing.pack_network(*network(case), case.d, into, dtype)
     control, _, _ = packing.pack_control(reference(case), torch.zeros(2, case.d), torch.ones(2), torch.ones(2), into)
-    return {
-        "D": case.d,
-        "BLOCK_B": case.block_b,
-        "BLOCK_D": packing.block_d(case.d),
-        "WEIGHTS": layout.weights,
-        "PRE": layout.pre,
-        "BODY": layout.body,
-        "POST": layout.post,
-        "CONTROL": control,
-        "RESIDENT": case.resident,
-        "PRECISION": case.precision,
-        "FAST": case.precision in ("bf16", "fp16"),
-    }
+    config = density_mlp.Config.from_heuristic(layout, case.d, case.reference, case.precision, capability)
+    return density_mlp.constants(layout, control, case.d, case.precision, config), config
 
 
 POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
@@ -121,8 +108,9 @@ SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
 OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def compile_case(case: Case, capability: int):
-    constexprs = constants(case)
+def compile_case(case: Case, capability: int) -> tuple:
+    """Return the compiled kernel and its launch configuration."""
+    constexprs, config = constants(case, capability)
     signature = POINTERS | {"w_ptr": OPERAND_POINTER[density_mlp.OPERANDS[case.precision]]}
     signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
     kernel = density_mlp.density_mlp_fwd_kernel
@@ -130,8 +118,8 @@ def compile_case(case: Case, capability: int):
     # What a launch finds by itself: pointers of torch tensors are aligned.
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": 1}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    options = {"num_warps": config.num_warps, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), config
 
 
 def inspect(compiled) -> dict:
@@ -168,6 +156,14 @@ def _longest_loop(lines: list) -> int:
     return longest
 
 
+def measure(case: Case, capability: int) -> dict:
+    """Compile a case and return its row of the table."""
+    compiled, config = compile_case(case, capability)
+    weights = "resident" if config.resident else "streamed"
+    launch = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
+    return {"case": case.name, "sm": capability} | launch | inspect(compiled)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
@@ -175,15 +171,15 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only the cases whose name contains this")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    found = []
-    for case in (c for c in CASES if options.match in c.name):
-        for capability in options.capabilities:
-            row = {"case": case.name, "sm": capability, "samples": case.block_b, "warps": case.num_warps}
-            found.append(row | inspect(compile_case(case, capability)))
-            if not options.json:
-                print(" | ".join(str(v) for v in found[-1].values()), flush=True)
+    jobs = [(case, sm) for case in CASES if options.match in case.name for sm in options.capabilities]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(measure, *zip(*jobs, strict=True)))
     if options.json:
-        json.dump({"triton": triton.__version__, "rows": found}, sys.stdout)
+        json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout)
+        return
+    titles = list(rows[0])
+    for line in (titles, ["---"] * len(titles), *(row.values() for row in rows)):
+        print("| " + " | ".join(map(str, line)) + " |")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Source: A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -26,48 +26,83 @@ from .activations import activate
 from .control import control_residual
 from .noise import load_normals
 from .packing import MAX_BLOCK_D, Layout, Tables, block_d, pack_control, pack_network
-from .tile_ops import affine, layer_norm, matmul, matrix, operand, scaled, tile
+from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, scaled, tile
 
 
 @triton.jit
-def _chunk(x_ptr, keys_ptr, points_ptr, i_b, i_r, sign, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load x and make eps for dimensions c .. c + BLOCK_D; both are zero outside the data."""  # [BB, BD]
+def _load_x(x_ptr, i_b, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr):
+    """Load x for dimensions c .. c + BLOCK_D, zero outside the data.
+
+    The two loads of a row differ in their cache policy alone: so the compiler cannot make them one, which would keep x
+    in registers through all layers.
+    """  # [BB, BD]
     i_d = c + tl.arange(0, BLOCK_D)[None, :]
     mask = (i_b < B)[:, None] & (i_d < D)
-    x = tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0)
-    eps = load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D)
-    return x, tl.where(mask, sign * eps, 0.0)
+    return tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
-def _body(h, ws, w_ptr, tables, i_b, i_r, BODY: tl.constexpr, WEIGHTS: tl.constexpr, RESIDENT: tl.constexpr,
-          PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Run the instructions between the first and the last linear map; h [BB, H] in float32."""
-    saved_0 = h
-    saved_1 = h
-    for i in tl.static_range(len(BODY)):
-        if BODY[i][0] == "linear":
+def _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Make eps for dimensions c .. c + BLOCK_D, zero outside the data."""  # [BB, BD]
+    i_d = c + tl.arange(0, BLOCK_D)[None, :]
+    mask = (i_b < B)[:, None] & (i_d < D)
+    return tl.where(mask, sign * load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D), 0.0)
+
+
+@triton.jit
+def _block(h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r, CODE: tl.constexpr, WEIGHTS: tl.constexpr,
+           RESIDENT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Run straight-line instructions on h and the two saved tiles, [BB, H] in float32."""
+    for i in tl.static_range(len(CODE)):
+        if CODE[i][0] == "linear":
             if RESIDENT:
-                h = matmul(h, ws[BODY[i][1]], PRECISION)
+                h = matmul(h, ws[CODE[i][1]], PRECISION)
             else:
-                h = matmul(h, matrix(w_ptr, WEIGHTS[BODY[i][1]]), PRECISION)
-        elif BODY[i][0] == "affine":
-            h = affine(h, tables, i_b, i_r, 0, BODY[i][1], BODY[i][2])
-        elif BODY[i][0] == "act":
-            h = activate(h, BODY[i][1], FAST)
-        elif BODY[i][0] == "norm":
-            h = layer_norm(h, BODY[i][1], BODY[i][2])
-        elif BODY[i][0] == "save":
-            if BODY[i][1] == 0:
+                h = matmul(h, matrix(w_ptr, WEIGHTS[CODE[i][1]]), PRECISION)
+        elif CODE[i][0] == "affine":
+            h = affine(h, tables, i_b, i_r, 0, CODE[i][1], CODE[i][2])
+        elif CODE[i][0] == "act":
+            h = activate(h, CODE[i][1], FAST)
+        elif CODE[i][0] == "norm":
+            h = layer_norm(h, CODE[i][1], CODE[i][2])
+        elif CODE[i][0] == "save":
+            if CODE[i][1] == 0:
                 saved_0 = h
             else:
                 saved_1 = h
         else:
-            tl.static_assert(BODY[i][0] == "add", "unknown instruction")
-            if BODY[i][1] == 0:
-                h = h + scaled(saved_0, tables, i_b, i_r, 0, BODY[i][2])
+            tl.static_assert(CODE[i][0] == "add", "unknown instruction")
+            if CODE[i][1] == 0:
+                h = h + scaled(saved_0, tables, i_b, i_r, 0, CODE[i][2])
             else:
-                h = h + scaled(saved_1, tables, i_b, i_r, 0, BODY[i][2])
+                h = h + scaled(saved_1, tables, i_b, i_r, 0, CODE[i][2])
+    return h, saved_0, saved_1
+
+
+@triton.jit
+def _body(h, ws, w_ptr, tables, i_b, i_r, BODY: tl.constexpr, WEIGHTS: tl.constexpr, RESIDENT: tl.constexpr,
+          STAGES: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Run the layers between the first and the last linear map.
+
+    BODY is blocks (times, code, weight step, table steps): equal layers become one loop, whose next weights are fetched
+    while this layer computes.
+    """
+    saved_0 = h
+    saved_1 = h
+    for i in tl.static_range(len(BODY)):
+        if BODY[i][0] == 1:
+            h, saved_0, saved_1 = _block(
+                h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r, BODY[i][1], WEIGHTS, RESIDENT, PRECISION, FAST
+            )
+        else:
+            saved_0 = h
+            saved_1 = h
+            for n in tl.range(0, BODY[i][0], num_stages=STAGES):
+                here = advance(tables, n, BODY[i][3])
+                h, saved_0, saved_1 = _block(
+                    h, saved_0, saved_1, ws, w_ptr + n * BODY[i][2], here, i_b, i_r,
+                    BODY[i][1], WEIGHTS, RESIDENT, PRECISION, FAST
+                )  # fmt: skip
     return h
 
 
@@ -102,6 +137,7 @@ def density_mlp_fwd_kernel(
     POST: tl.constexpr,  # (scale, shift, skip): prediction = F scale + shift + x_t skip
     CONTROL: tl.constexpr,  # (kind, ...) of the reference
     RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,  # weights in flight in a loop over layers
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -122,33 +158,37 @@ def density_mlp_fwd_kernel(
         sign, alpha, sigma = tl.load(p), tl.load(p + 1), tl.load(p + 2)
         a, b, c = tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
         if CHUNKS == 1:
-            x, eps = _chunk(x_ptr, keys_ptr, points_ptr, i_b, i_r, sign, 0, B, D, BLOCK_D)
-            x_t = alpha * x + sigma * eps
-            y = affine(x_t, tables, i_b, i_r, 0, PRE[0], PRE[1])
+            eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, 0, B, D, BLOCK_D)
+            x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "evict_last")
+            y = affine(alpha * x + sigma * eps, tables, i_b, i_r, 0, PRE[0], PRE[1])
             if RESIDENT:
                 h = matmul(y, ws[0], PRECISION)
             else:
                 h = matmul(y, matrix(w_ptr, WEIGHTS[0]), PRECISION)
-            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, PRECISION, FAST)
+            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, STAGES, PRECISION, FAST)
             if RESIDENT:
                 F = matmul(h, ws[LAST], PRECISION)
             else:
                 F = matmul(h, matrix(w_ptr, WEIGHTS[LAST]), PRECISION)
+            x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "")
+            x_t = alpha * x + sigma * eps
             error = _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, 0, POST)
             control = control_residual(x, eps, x_t, alpha, sigma, tables, q_ptr, y_ptr, i_b, i_r, 0, D, CONTROL)
         else:
             # Two sweeps over the dimensions: into the first layer, and out of the last; x and eps are made twice.
             h = tl.zeros((BLOCK_B, H), tl.float32)
             for k in tl.range(0, CHUNKS * BLOCK_D, BLOCK_D):
-                x, eps = _chunk(x_ptr, keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
                 y = affine(alpha * x + sigma * eps, tables, i_b, i_r, k, PRE[0], PRE[1])
                 h += matmul(y, tile(w_ptr + WEIGHTS[0][0] + k * H, BLOCK_D, H, H), PRECISION)
-            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, PRECISION, FAST)
+            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, STAGES, PRECISION, FAST)
             h = operand(h, PRECISION)
             error = tl.zeros((BLOCK_B,), tl.float32)
             control = tl.zeros((BLOCK_B,), tl.float32)
             for k in tl.range(0, CHUNKS * BLOCK_D, BLOCK_D):
-                x, eps = _chunk(x_ptr, keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
                 x_t = alpha * x + sigma * eps
                 w = tile(w_ptr + WEIGHTS[LAST][0] + k, WEIGHTS[LAST][1], BLOCK_D, WEIGHTS[LAST][2])
                 error += _residual(matmul(h, w, PRECISION), x, eps, x_t, a, b, tables, i_b, i_r, k, POST)
@@ -158,34 +198,47 @@ def density_mlp_fwd_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is launched: samples a tile, warps, whether weights stay in shared memory, parts of the rows."""
+    """How the kernel is launched: samples a tile, warps, weights in shared memory or streamed, parts of the rows."""
 
     block_b: int
     num_warps: int
     resident: bool
-    splits: int
+    stages: int
+    splits: int = 1
 
     @classmethod
-    def from_heuristic(cls, layout: Layout, d: int, batch: int, rows: int, itemsize: int, multiprocessors: int):
-        """Choose by what ahead-of-time compilation shows (docs/kernels.md); no GPU has measured it yet.
+    def from_heuristic(cls, layout: Layout, d: int, reference: str, precision: str, capability: int) -> Config:
+        """Choose what compiles without spills (docs/kernels.md has the numbers); no GPU has measured the choice yet.
 
-        Sixteen samples a warp is what a warpgroup's matrix product takes. Above width 128 the accumulator of 128
-        samples would spill. Weights stay while they fit beside the tiles. The rows are split until every
-        multiprocessor has two programs to hide each other's latency.
+        Half-precision products on Hopper take 64 rows a warpgroup, and weights stay in shared memory while they fit.
+        Elsewhere, and for float32's three products a multiplication, smaller tiles on more warps keep the accumulator, the
+        saved tile and eps in registers. One stage for weights so large that two would not fit shared memory.
         """
-        wide = layout.width > 128 or block_d(d) > 128
-        block_b = 64 if wide or layout.width <= 64 else 128
-        num_warps = 8 if layout.width > 64 else 4
-        size = itemsize * sum(k * n for _, k, n in layout.weights)
-        resident = d <= MAX_BLOCK_D and size <= RESIDENT_BYTES
-        tiles = triton.cdiv(batch, block_b)
-        splits = max(1, min(rows, triton.cdiv(2 * multiprocessors, tiles)))
-        return cls(block_b, num_warps, resident, splits)
+        half, hopper = OPERANDS[precision].itemsize == 2, capability >= 90
+        size = OPERANDS[precision].itemsize * sum(k * n for _, k, n in layout.weights)
+        fits = d <= MAX_BLOCK_D and size <= RESIDENT_BYTES[hopper]
+        if not half:
+            return cls(32, 8, resident=False, stages=2 if layout.width <= 64 else 1)
+        if layout.width > 128 or "mixture" in reference or (reference == "full" and not hopper):
+            return cls(32, 8, resident=fits, stages=2)
+        if layout.width <= 64:
+            return cls(64, 4, resident=fits, stages=2)
+        if hopper and fits:
+            return cls(128, 8, resident=True, stages=2)
+        return cls(64, 8, resident=False, stages=2)
+
+    def split(self, batch: int, rows: int, multiprocessors: int) -> Config:
+        """Split the rows until every multiprocessor has two programs to hide each other's latency."""
+        tiles = triton.cdiv(batch, self.block_b)
+        return replace(self, splits=max(1, min(rows, triton.cdiv(2 * multiprocessors, tiles))))
 
 
 OPERANDS = {"tf32x3": torch.float32, "tf32": torch.float32, "ieee": torch.float32}
 OPERANDS |= {"bf16": torch.bfloat16, "fp16": torch.float16, "emulated bf16": torch.float32}
-RESIDENT_BYTES = 96 << 10  # of 227 KB; the tiles of a matrix product take the rest
+# By whether the device is a Hopper (227 KB a program) or older (164 KB): the tiles of a product take the rest.
+RESIDENT_BYTES = {True: 144 << 10, False: 96 << 10}
+# Widths above which the kernel would live in spilled registers.
+MAX_WIDTH = {2: 256, 4: 128}
 
 
 def density_mlp(
@@ -223,16 +276,37 @@ def density_mlp(
     control, q, y = pack_control(reference, x, alpha, sigma, into)
     r, b, br = (into.matrix(level, x) for level in ("r", "b", "br"))
     if config is None:
-        cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-        config = Config.from_heuristic(layout, d, batch, count, packed.element_size(), cores)
+        config = Config.from_heuristic(layout, d, control[0], precision, _capability(x.device))
+        if x.is_cuda:
+            config = config.split(batch, count, torch.cuda.get_device_properties(x.device).multi_processor_count)
     f = torch.empty(batch, count, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(batch, config.block_b), config.splits)
     density_mlp_fwd_kernel[grid](
         x, keys, points, rows, packed, r, b, br, q, y, f,
         batch, count, triton.cdiv(count, config.splits), r.shape[-1], b.shape[-1], br.shape[-1],
-        D=d, BLOCK_B=config.block_b, BLOCK_D=block_d(d),
-        WEIGHTS=layout.weights, PRE=layout.pre, BODY=layout.body, POST=layout.post, CONTROL=control,
-        RESIDENT=config.resident, PRECISION=precision, FAST=precision in ("bf16", "fp16"),
-        num_warps=config.num_warps, num_stages=1,
+        **constants(layout, control, d, precision, config), num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     return f
+
+
+def constants(layout: Layout, control: tuple, d: int, precision: str, config: Config) -> dict:
+    """Return the kernel's compile-time arguments."""
+    return {
+        "D": d,
+        "BLOCK_B": config.block_b,
+        "BLOCK_D": block_d(d),
+        "WEIGHTS": layout.weights,
+        "PRE": layout.pre,
+        "BODY": layout.blocks(config.resident),
+        "POST": layout.post,
+        "CONTROL": control,
+        "RESIDENT": config.resident,
+        "STAGES": config.stages,
+        "PRECISION": precision,
+        "FAST": precision in ("bf16", "fp16"),
+    }
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 256  # a wider accumulator does not fit the registers of one tile
+from .blocks import blocks
+
 MAX_BLOCK_D = 128
 CHUNK_D = 64
 
@@ -30,14 +31,14 @@ def block_d(d: int) -> int:
     return padded(d) if d <= MAX_BLOCK_D else CHUNK_D
 
 
-def why_not(code: tuple, widths: list[tuple[int, int]], d: int) -> str | None:
+def why_not(code: tuple, widths: list[tuple[int, int]], d: int, max_width: int) -> str | None:
     """Return why the fused kernel cannot run this code, or None. `widths` holds (out, in) of every weight."""
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
     if len(linear) < 2:
         return f"it needs two linear maps at least, the network has {len(linear)}"
     out = [widths[code[i][1]][0] for i in linear]
-    if max(out[:-1]) > MAX_WIDTH:
-        return f"hidden widths go up to {MAX_WIDTH}, the network has {max(out[:-1])}"
+    if max(out[:-1]) > max_width:
+        return f"hidden widths go up to {max_width}, the network has {max(out[:-1])}"
     if out[-1] != d:
         return f"the last linear map returns {out[-1]} values for {d} dimensions"
     x_slots = {op[1] for op in code[: linear[0]] if op[0] == "save"}
@@ -91,6 +92,10 @@ class Layout:
     def width(self) -> int:
         """The widest hidden tile."""
         return max(spec[2] for spec in self.weights[:-1])
+
+    def blocks(self, unrolled: bool) -> tuple:
+        """Return the body as blocks (times, code, weight step, table steps); see `blocks`."""
+        return ((1, self.body, 0, (0, 0, 0)),) if unrolled else blocks(self.body, self.weights)
 
 
 def pack_network(

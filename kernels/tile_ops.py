@@ -59,12 +59,21 @@ def vector(h, tables, i_b, i_r, c, REF: tl.constexpr):
     r_ptr, b_ptr, br_ptr, r_stride, b_stride, br_stride, B, R = tables
     i_d = c + tl.arange(0, h.shape[1])[None, :]
     if REF[0] == "r":
-        return tl.load(r_ptr + i_r * r_stride + REF[1] + i_d, mask=i_d < REF[2], other=0.0)
-    mask = (i_b < B)[:, None] & (i_d < REF[2])
-    if REF[0] == "b":
-        return tl.load(b_ptr + i_b[:, None] * b_stride + REF[1] + i_d, mask=mask, other=0.0)
+        p, mask = r_ptr + i_r * r_stride, i_d < REF[2]
+    elif REF[0] == "b":
+        p, mask = b_ptr + i_b[:, None] * b_stride, (i_b < B)[:, None] & (i_d < REF[2])
     else:
-        return tl.load(br_ptr + (i_b[:, None] * R + i_r) * br_stride + REF[1] + i_d, mask=mask, other=0.0)
+        p, mask = br_ptr + (i_b[:, None] * R + i_r) * br_stride, (i_b < B)[:, None] & (i_d < REF[2])
+    return tl.load(p + REF[1] + i_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def advance(tables, n, STEPS: tl.constexpr):
+    """Return the tables as the n-th of equal layers sees them: STEPS columns further each."""
+    r_ptr, b_ptr, br_ptr, r_stride, b_stride, br_stride, B, R = tables
+    return (
+        r_ptr + n * STEPS[0], b_ptr + n * STEPS[1], br_ptr + n * STEPS[2], r_stride, b_stride, br_stride, B, R
+    )  # fmt: skip
 
 
 @triton.jit
