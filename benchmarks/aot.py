@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 import triton
+from fastscore.kernels import density_mlp, packing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastscore.kernels import density_mlp, packing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ADALN = ("save", "norm", "affine", "act", "linear", "affine", "add")

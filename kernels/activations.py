@@ -1,4 +1,4 @@
-r"""Activations by name, in float32. FAST takes the hardware's tanh, whose error (2e-4 relative) bf16 operands hide.
+r"""Activations, in float32. FAST takes the hardware's tanh, whose error (2e-4 relative) bf16 operands hide.
 
 .. math:: \mathrm{silu}(x) = h + h \tanh h, \quad h = x/2, \qquad
     \mathrm{mish}(x) = x\,\frac{n}{n+2}, \quad n = e^x (e^x + 2)
@@ -6,6 +6,11 @@ r"""Activations by name, in float32. FAST takes the hardware's tanh, whose error
 
 import triton
 import triton.language as tl
+
+# Numbers, because Triton before 3.7 takes no text inside a constexpr tuple.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "mish", "elu", "selu", "tanh", "sigmoid", "softplus")
+SILU, GELU, GELU_TANH, RELU, MISH = (tl.constexpr(i) for i in range(5))
+ELU, SELU, TANH, SIGMOID, SOFTPLUS = (tl.constexpr(i) for i in range(5, 10))
 
 
 @triton.jit
@@ -17,37 +22,37 @@ def _tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def activate(x, NAME: tl.constexpr, FAST: tl.constexpr):
-    """Apply an activation, float32."""
-    if NAME == "silu":
+def activate(x, KIND: tl.constexpr, FAST: tl.constexpr):
+    """Apply activation number KIND, float32."""
+    if KIND == SILU:
         if FAST:
             h = 0.5 * x
             return h * _tanh(h, FAST) + h
         else:
             return x / (1.0 + tl.exp(-x))
-    elif NAME == "gelu":
+    elif KIND == GELU:
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-    elif NAME == "gelu_tanh":
+    elif KIND == GELU_TANH:
         u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
         if FAST:
             h = 0.5 * x
             return h * _tanh(u, FAST) + h
         else:
             return x / (1.0 + tl.exp(-2.0 * u))
-    elif NAME == "relu":
+    elif KIND == RELU:
         return tl.maximum(x, 0.0)
-    elif NAME == "mish":
+    elif KIND == MISH:
         e = tl.exp(tl.minimum(x, 20.0))  # beyond, mish(x) = x in float32
         n = e * (e + 2.0)
         return x * (n / (n + 2.0))
-    elif NAME == "elu":
+    elif KIND == ELU:
         return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
-    elif NAME == "selu":
+    elif KIND == SELU:
         return 1.0507009873554805 * tl.where(x > 0.0, x, 1.6732632423543772 * (tl.exp(tl.minimum(x, 0.0)) - 1.0))
-    elif NAME == "tanh":
+    elif KIND == TANH:
         return _tanh(x, FAST)
-    elif NAME == "sigmoid":
+    elif KIND == SIGMOID:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
-        tl.static_assert(NAME == "softplus", "unknown activation")
+        tl.static_assert(KIND == SOFTPLUS, "unknown activation")
         return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))

@@ -7,7 +7,7 @@ pair), which all samples share: whatever depends on time alone is a vector per r
 stays in registers through all layers; weights are either loaded before the walk (resident, in shared memory) or from L2
 layer by layer. Only f, one float32 a row, is written: nothing of size B x R x d or B x R x H reaches device memory.
 
-The network is data: BODY holds instructions of the row machine between the first and the last linear map, with every
+The network is data: CODE holds instructions of the row machine between the first and the last linear map, with every
 vector operand a reference (level, offset, width) into a table: per draw ("r"), per sample ("b"), or both ("br").
 
 Source: A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
@@ -16,17 +16,22 @@ Source: A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import ACTIVATIONS, activate
+from .blocks import LEVELS
 from .control import control_residual
 from .noise import load_normals
 from .packing import MAX_BLOCK_D, Layout, Tables, block_d, pack_control, pack_network
-from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, scaled, tile
+from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
+
+INSTRUCTIONS = ("linear", "affine", "act", "norm", "save", "add")
+LINEAR, AFFINE, ACT, NORM, SAVE, ADD = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -50,68 +55,72 @@ def _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, c, B, D: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _block(h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r, CODE: tl.constexpr, WEIGHTS: tl.constexpr,
-           RESIDENT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Run straight-line instructions on h and the two saved tiles, [BB, H] in float32."""
-    for i in tl.static_range(len(CODE)):
-        if CODE[i][0] == "linear":
+def _block(
+    h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r, FIRST: tl.constexpr, END: tl.constexpr, CODE: tl.constexpr,
+    WEIGHTS: tl.constexpr, REFS: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Run straight-line code on h and the two saved tiles, [BB, H] in float32."""
+    for i in tl.static_range(FIRST, END):
+        if CODE[i][0] == LINEAR:
             if RESIDENT:
                 h = matmul(h, ws[CODE[i][1]], PRECISION)
             else:
-                h = matmul(h, matrix(w_ptr, WEIGHTS[CODE[i][1]]), PRECISION)
-        elif CODE[i][0] == "affine":
-            h = affine(h, tables, i_b, i_r, 0, CODE[i][1], CODE[i][2])
-        elif CODE[i][0] == "act":
+                h = matmul(h, matrix(w_ptr, WEIGHTS, CODE[i][1]), PRECISION)
+        elif CODE[i][0] == AFFINE:
+            h = affine(h, tables, i_b, i_r, 0, REFS, CODE[i][1], CODE[i][2])
+        elif CODE[i][0] == ACT:
             h = activate(h, CODE[i][1], FAST)
-        elif CODE[i][0] == "norm":
+        elif CODE[i][0] == NORM:
             h = layer_norm(h, CODE[i][1], CODE[i][2])
-        elif CODE[i][0] == "save":
+        elif CODE[i][0] == SAVE:
             if CODE[i][1] == 0:
                 saved_0 = h
             else:
                 saved_1 = h
         else:
-            tl.static_assert(CODE[i][0] == "add", "unknown instruction")
+            tl.static_assert(CODE[i][0] == ADD, "unknown instruction")
             if CODE[i][1] == 0:
-                h = h + scaled(saved_0, tables, i_b, i_r, 0, CODE[i][2])
+                h = h + affine(saved_0, tables, i_b, i_r, 0, REFS, CODE[i][2], -1)
             else:
-                h = h + scaled(saved_1, tables, i_b, i_r, 0, CODE[i][2])
+                h = h + affine(saved_1, tables, i_b, i_r, 0, REFS, CODE[i][2], -1)
     return h, saved_0, saved_1
 
 
 @triton.jit
-def _body(h, ws, w_ptr, tables, i_b, i_r, BODY: tl.constexpr, WEIGHTS: tl.constexpr, RESIDENT: tl.constexpr,
-          STAGES: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def _body(
+    h, ws, w_ptr, tables, i_b, i_r, BLOCKS: tl.constexpr, CODE: tl.constexpr, WEIGHTS: tl.constexpr, REFS: tl.constexpr,
+    RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Run the layers between the first and the last linear map.
 
-    BODY is blocks (times, code, weight step, table steps): equal layers become one loop, whose next weights are fetched
-    while this layer computes.
+    BLOCKS holds (times, first and end in CODE, weight step, table steps): equal layers become one loop, whose next
+    weights are fetched while this layer computes.
     """
     saved_0 = h
     saved_1 = h
-    for i in tl.static_range(len(BODY)):
-        if BODY[i][0] == 1:
+    for k in tl.static_range(len(BLOCKS)):
+        if BLOCKS[k][0] == 1:
             h, saved_0, saved_1 = _block(
-                h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r, BODY[i][1], WEIGHTS, RESIDENT, PRECISION, FAST
-            )
+                h, saved_0, saved_1, ws, w_ptr, tables, i_b, i_r,
+                BLOCKS[k][1], BLOCKS[k][2], CODE, WEIGHTS, REFS, RESIDENT, PRECISION, FAST,
+            )  # fmt: skip
         else:
             saved_0 = h
             saved_1 = h
-            for n in tl.range(0, BODY[i][0], num_stages=STAGES):
-                here = advance(tables, n, BODY[i][3])
+            for n in tl.range(0, BLOCKS[k][0], num_stages=STAGES):
                 h, saved_0, saved_1 = _block(
-                    h, saved_0, saved_1, ws, w_ptr + n * BODY[i][2], here, i_b, i_r,
-                    BODY[i][1], WEIGHTS, RESIDENT, PRECISION, FAST
+                    h, saved_0, saved_1, ws, w_ptr + n * BLOCKS[k][3], advance(tables, n, BLOCKS, k), i_b, i_r,
+                    BLOCKS[k][1], BLOCKS[k][2], CODE, WEIGHTS, REFS, RESIDENT, PRECISION, FAST,
                 )  # fmt: skip
     return h
 
 
 @triton.jit
-def _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, c, POST: tl.constexpr):
+def _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, c, REFS: tl.constexpr, POST: tl.constexpr):
     """Sum (target - prediction)^2 over one chunk of dimensions, where everything outside the data is zero."""  # [BB]
-    F = affine(F, tables, i_b, i_r, c, POST[0], POST[1])
-    if len(POST[2]):
-        F = F + scaled(x_t, tables, i_b, i_r, c, POST[2])
+    F = affine(F, tables, i_b, i_r, c, REFS, POST[0], POST[1])
+    if POST[2] >= 0:
+        F = F + affine(x_t, tables, i_b, i_r, c, REFS, POST[2], -1)
     error = a * eps + b * x - F
     return tl.sum(error * error, 1)
 
@@ -132,10 +141,13 @@ def density_mlp_fwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WEIGHTS: tl.constexpr,  # (offset, in, out) of every weight: first, body ..., last
+    REFS: tl.constexpr,  # (level, offset, width) of every vector operand
     PRE: tl.constexpr,  # (scale, shift) of x_t before the first linear map
-    BODY: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CODE: tl.constexpr,  # instructions of the row machine
     POST: tl.constexpr,  # (scale, shift, skip): prediction = F scale + shift + x_t skip
-    CONTROL: tl.constexpr,  # (kind, ...) of the reference
+    KIND: tl.constexpr,  # of the reference
+    CONTROL: tl.constexpr,  # its operands
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,  # weights in flight in a loop over layers
     PRECISION: tl.constexpr,
@@ -150,7 +162,7 @@ def density_mlp_fwd_kernel(
     ws = ()
     if RESIDENT:
         for k in tl.static_range(len(WEIGHTS)):
-            ws = ws + (matrix(w_ptr, WEIGHTS[k]),)
+            ws = ws + (matrix(w_ptr, WEIGHTS, k),)
 
     for n in tl.range(0, tl.minimum(ROWS_PER_PROGRAM, R - first), num_stages=1):
         i_r = first + n
@@ -160,29 +172,29 @@ def density_mlp_fwd_kernel(
         if CHUNKS == 1:
             eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, 0, B, D, BLOCK_D)
             x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "evict_last")
-            y = affine(alpha * x + sigma * eps, tables, i_b, i_r, 0, PRE[0], PRE[1])
+            y = affine(alpha * x + sigma * eps, tables, i_b, i_r, 0, REFS, PRE[0], PRE[1])
             if RESIDENT:
                 h = matmul(y, ws[0], PRECISION)
             else:
-                h = matmul(y, matrix(w_ptr, WEIGHTS[0]), PRECISION)
-            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, STAGES, PRECISION, FAST)
+                h = matmul(y, matrix(w_ptr, WEIGHTS, 0), PRECISION)
+            h = _body(h, ws, w_ptr, tables, i_b, i_r, BLOCKS, CODE, WEIGHTS, REFS, RESIDENT, STAGES, PRECISION, FAST)
             if RESIDENT:
                 F = matmul(h, ws[LAST], PRECISION)
             else:
-                F = matmul(h, matrix(w_ptr, WEIGHTS[LAST]), PRECISION)
+                F = matmul(h, matrix(w_ptr, WEIGHTS, LAST), PRECISION)
             x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "")
             x_t = alpha * x + sigma * eps
-            error = _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, 0, POST)
-            control = control_residual(x, eps, x_t, alpha, sigma, tables, q_ptr, y_ptr, i_b, i_r, 0, D, CONTROL)
+            error = _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, 0, REFS, POST)
+            control = control_residual(x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, 0, D, REFS, KIND, CONTROL)
         else:
             # Two sweeps over the dimensions: into the first layer, and out of the last; x and eps are made twice.
             h = tl.zeros((BLOCK_B, H), tl.float32)
             for k in tl.range(0, CHUNKS * BLOCK_D, BLOCK_D):
                 eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
                 x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
-                y = affine(alpha * x + sigma * eps, tables, i_b, i_r, k, PRE[0], PRE[1])
+                y = affine(alpha * x + sigma * eps, tables, i_b, i_r, k, REFS, PRE[0], PRE[1])
                 h += matmul(y, tile(w_ptr + WEIGHTS[0][0] + k * H, BLOCK_D, H, H), PRECISION)
-            h = _body(h, ws, w_ptr, tables, i_b, i_r, BODY, WEIGHTS, RESIDENT, STAGES, PRECISION, FAST)
+            h = _body(h, ws, w_ptr, tables, i_b, i_r, BLOCKS, CODE, WEIGHTS, REFS, RESIDENT, STAGES, PRECISION, FAST)
             h = operand(h, PRECISION)
             error = tl.zeros((BLOCK_B,), tl.float32)
             control = tl.zeros((BLOCK_B,), tl.float32)
@@ -191,8 +203,10 @@ def density_mlp_fwd_kernel(
                 x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
                 x_t = alpha * x + sigma * eps
                 w = tile(w_ptr + WEIGHTS[LAST][0] + k, WEIGHTS[LAST][1], BLOCK_D, WEIGHTS[LAST][2])
-                error += _residual(matmul(h, w, PRECISION), x, eps, x_t, a, b, tables, i_b, i_r, k, POST)
-                control += control_residual(x, eps, x_t, alpha, sigma, tables, q_ptr, y_ptr, i_b, i_r, k, D, CONTROL)
+                error += _residual(matmul(h, w, PRECISION), x, eps, x_t, a, b, tables, i_b, i_r, k, REFS, POST)
+                control += control_residual(
+                    x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, k, D, REFS, KIND, CONTROL
+                )
         tl.store(f_ptr + i_b * R + i_r, c * c * error - control, mask=i_b < B)
 
 
@@ -211,8 +225,8 @@ class Config:
         """Choose what compiles without spills (docs/kernels.md has the numbers); no GPU has measured the choice yet.
 
         Half-precision products on Hopper take 64 rows a warpgroup, and weights stay in shared memory while they fit.
-        Elsewhere, and for float32's three products a multiplication, smaller tiles on more warps keep the accumulator, the
-        saved tile and eps in registers. One stage for weights so large that two would not fit shared memory.
+        Elsewhere, and for float32's three products a multiplication, smaller tiles on more warps keep the accumulator,
+        the saved tile and eps in registers. One stage for weights so large that two would not fit shared memory.
         """
         half, hopper = OPERANDS[precision].itemsize == 2, capability >= 90
         size = OPERANDS[precision].itemsize * sum(k * n for _, k, n in layout.weights)
@@ -291,20 +305,43 @@ def density_mlp(
 
 def constants(layout: Layout, control: tuple, d: int, precision: str, config: Config) -> dict:
     """Return the kernel's compile-time arguments."""
+    blocks = layout.blocks(config.resident)
+    refs: dict[tuple, int] = {}
+
+    def number(value):
+        """Replace references by numbers, everywhere inside nested tuples."""
+        if not isinstance(value, tuple):
+            return value
+        if value == () or (len(value) == 3 and value[0] in LEVELS):
+            return refs.setdefault(value, len(refs)) if value else -1
+        return tuple(number(part) for part in value)
+
+    straight = [op for _, code, _, _ in blocks for op in code]
+    ends = list(accumulate(len(code) for _, code, _, _ in blocks))
+    spans = zip(ends, blocks, strict=True)
+    parts = {"PRE": layout.pre, "CODE": tuple(_numbered(op) for op in straight), "POST": layout.post}
+    parts["CONTROL"] = control[1:]
+    numbered = {name: number(value) for name, value in parts.items()}
+    numbered["BLOCKS"] = tuple((n, end - len(code), end, step, *steps) for end, (n, code, step, steps) in spans)
     return {
         "D": d,
         "BLOCK_B": config.block_b,
         "BLOCK_D": block_d(d),
         "WEIGHTS": layout.weights,
-        "PRE": layout.pre,
-        "BODY": layout.blocks(config.resident),
-        "POST": layout.post,
-        "CONTROL": control,
+        "REFS": tuple((LEVELS.index(level), *where) for level, *where in refs) or ((0, 0, 0),),
+        **numbered,
+        "KIND": control[0],
         "RESIDENT": config.resident,
         "STAGES": config.stages,
         "PRECISION": precision,
         "FAST": precision in ("bf16", "fp16"),
     }
+
+
+def _numbered(op: tuple) -> tuple:
+    """Return an instruction with numbers for its name and its activation's."""
+    arguments = (ACTIVATIONS.index(op[1]),) if op[0] == "act" else op[1:]
+    return (INSTRUCTIONS.index(op[0]), *arguments)
 
 
 def _capability(device: torch.device) -> int:

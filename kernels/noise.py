@@ -3,9 +3,10 @@ r"""The noise of `fastscore.noise` inside a kernel: two integer operations and o
 .. math:: w = (P \oplus Q) M \bmod 2^{32}, \qquad u = 2^{-31} w + 2^{-32}, \qquad
     \epsilon = \sqrt2\,\mathrm{erf}^{-1}(u)
 
-The words are those of the torch definition, bit for bit, and so is u: its product is exact and its sum rounds once. The
-inverse error function is u times a polynomial in t = -log2(1 - u^2), as Giles does it, with coefficients fitted here for
-:math:`\sqrt2\,\mathrm{erf}^{-1}(u) / u`: relative errors 9e-8 up to t = 7.2 (99.3 % of all elements), 3.3e-7 beyond.
+The words are those of the torch definition, bit for bit, and so is u: its product is exact and its sum rounds once.
+The inverse error function is u times a polynomial in t = -log2(1 - u^2), as Giles does it, with coefficients fitted
+here for :math:`\sqrt2\,\mathrm{erf}^{-1}(u) / u`: relative errors 9e-8 up to t = 7.2 (99.7 % of all elements), 3.3e-7
+beyond.
 
 References:
     Approximating the erfinv Function (Giles, 2012), https://doi.org/10.1016/B978-0-12-385963-1.00010-1

@@ -115,7 +115,7 @@ def pack_network(
         elif op[0] == "norm":
             body.append(("norm", width, op[1]))
         elif op[0] == "add":
-            body.append(("add", op[1], into.add(_get(tables, op[2]), width) or ("one",)))
+            body.append(("add", op[1], into.add(_get(tables, op[2]), width)))
         else:
             body.append(op)
     specs, buffers, offset, block = [], [], 0, block_d(d)
@@ -146,7 +146,7 @@ def _compose(code: tuple, tables: list[Tensor]) -> tuple[Tensor | None, Tensor |
                 shift = plus if shift is None else shift + plus
         elif op[0] == "add":
             multiple = _get(tables, op[2])
-            multiple = torch.ones_like(tables[0][:1, :1, :1]) if multiple is None else multiple
+            multiple = torch.ones(1, 1, 1, device=tables[0].device) if multiple is None else multiple
             skip = multiple if skip is None else skip + multiple
     return scale, shift, skip
 

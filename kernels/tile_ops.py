@@ -1,11 +1,14 @@
 """Operations on a tile of rows, [BLOCK_B, width] in float32 registers: products, vector operands, normalization.
 
-A vector operand is a constexpr reference (level, offset, width) into `tables`: level "r" is one vector per row, shared by
-all samples; "b" one per sample, shared by all rows; "br" one for each pair. An empty reference is no operand at all.
+A vector operand is a number K into the constexpr REFS, whose entries (level, offset, width) say where `tables` hold it:
+level PER_ROW is one vector per row, shared by all samples; PER_SAMPLE one per sample, shared by all rows; PER_PAIR one
+for each. K = -1 is no operand. (Triton before 3.7 passes no part of a constexpr tuple to a function, hence numbers.)
 """
 
 import triton
 import triton.language as tl
+
+PER_ROW, PER_SAMPLE, PER_PAIR = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -15,9 +18,9 @@ def tile(ptr, K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def matrix(ptr, SPEC: tl.constexpr):
-    """Load a whole padded weight, SPEC = (offset, in, out)."""
-    return tile(ptr + SPEC[0], SPEC[1], SPEC[2], SPEC[2])
+def matrix(ptr, WEIGHTS: tl.constexpr, K: tl.constexpr):
+    """Load a whole padded weight, WEIGHTS[K] = (offset, in, out)."""
+    return tile(ptr + WEIGHTS[K][0], WEIGHTS[K][1], WEIGHTS[K][2], WEIGHTS[K][2])
 
 
 @triton.jit
@@ -43,8 +46,11 @@ def operand(h, PRECISION: tl.constexpr):
 
 @triton.jit
 def matmul(h, w, PRECISION: tl.constexpr):
-    """Return h w in float32. PRECISION: "tf32x3" (float32's accuracy), "tf32", "bf16", "fp16"; "ieee" and "emulated bf16"
-    are for the interpreter, whose bf16 products are not to be trusted."""
+    """Return h w in float32.
+
+    PRECISION is "tf32x3" (float32's accuracy), "tf32", "bf16" or "fp16"; "ieee" and "emulated bf16" are for the
+    interpreter, whose bf16 products are not to be trusted.
+    """
     if PRECISION == "bf16" or PRECISION == "fp16":
         return tl.dot(operand(h, PRECISION), w)
     elif PRECISION == "emulated bf16":
@@ -54,45 +60,35 @@ def matmul(h, w, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def vector(h, tables, i_b, i_r, c, REF: tl.constexpr):
+def vector(h, tables, i_b, i_r, c, REFS: tl.constexpr, K: tl.constexpr):
     """Load an operand for the columns c, c + 1, ... of a tile like h; zero beyond its width."""  # [1 or BB, width]
     r_ptr, b_ptr, br_ptr, r_stride, b_stride, br_stride, B, R = tables
     i_d = c + tl.arange(0, h.shape[1])[None, :]
-    if REF[0] == "r":
-        p, mask = r_ptr + i_r * r_stride, i_d < REF[2]
-    elif REF[0] == "b":
-        p, mask = b_ptr + i_b[:, None] * b_stride, (i_b < B)[:, None] & (i_d < REF[2])
+    if REFS[K][0] == PER_ROW:
+        p, mask = r_ptr + i_r * r_stride, i_d < REFS[K][2]
+    elif REFS[K][0] == PER_SAMPLE:
+        p, mask = b_ptr + i_b[:, None] * b_stride, (i_b < B)[:, None] & (i_d < REFS[K][2])
     else:
-        p, mask = br_ptr + (i_b[:, None] * R + i_r) * br_stride, (i_b < B)[:, None] & (i_d < REF[2])
-    return tl.load(p + REF[1] + i_d, mask=mask, other=0.0)
+        p, mask = br_ptr + (i_b[:, None] * R + i_r) * br_stride, (i_b < B)[:, None] & (i_d < REFS[K][2])
+    return tl.load(p + REFS[K][1] + i_d, mask=mask, other=0.0)
 
 
 @triton.jit
-def advance(tables, n, STEPS: tl.constexpr):
-    """Return the tables as the n-th of equal layers sees them: STEPS columns further each."""
+def advance(tables, n, BLOCKS: tl.constexpr, K: tl.constexpr):
+    """Return the tables as the n-th of the equal layers of block K sees them: a step further each."""
     r_ptr, b_ptr, br_ptr, r_stride, b_stride, br_stride, B, R = tables
-    return (
-        r_ptr + n * STEPS[0], b_ptr + n * STEPS[1], br_ptr + n * STEPS[2], r_stride, b_stride, br_stride, B, R
-    )  # fmt: skip
+    here = r_ptr + n * BLOCKS[K][4], b_ptr + n * BLOCKS[K][5], br_ptr + n * BLOCKS[K][6]
+    return (here[0], here[1], here[2], r_stride, b_stride, br_stride, B, R)
 
 
 @triton.jit
-def affine(h, tables, i_b, i_r, c, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+def affine(h, tables, i_b, i_r, c, REFS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
     """Return h scale + shift."""
-    if len(SCALE):
-        h = h * vector(h, tables, i_b, i_r, c, SCALE)
-    if len(SHIFT):
-        h = h + vector(h, tables, i_b, i_r, c, SHIFT)
+    if SCALE >= 0:
+        h = h * vector(h, tables, i_b, i_r, c, REFS, SCALE)
+    if SHIFT >= 0:
+        h = h + vector(h, tables, i_b, i_r, c, REFS, SHIFT)
     return h
-
-
-@triton.jit
-def scaled(h, tables, i_b, i_r, c, SCALE: tl.constexpr):
-    """Return h scale; the reference ("one",) stands for a scale of one."""
-    if SCALE[0] == "one":
-        return h
-    else:
-        return h * vector(h, tables, i_b, i_r, c, SCALE)
 
 
 @triton.jit
