@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import triton
-from fastscore.kernels import density_mlp, packing
+from fastscore.kernels import density_mlp, packing, perturb, residual
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -155,8 +155,32 @@ def _longest_loop(lines: list) -> int:
     return longest
 
 
-def measure(case: Case, capability: int) -> dict:
-    """Compile a case and return its row of the table."""
+def compile_thin(name: str, capability: int):
+    """Return a compiled thin kernel, for a network in bfloat16 and 3,072 dimensions."""
+    pointers = {"x_t_ptr": "*bf16", "prediction_ptr": "*bf16", "grad_prediction_ptr": "*bf16"}
+    pointers |= {"keys_ptr": "*i32", "points_ptr": "*i32"}
+    kernel, constexprs = {
+        "perturb_fwd": (perturb.perturb_fwd_kernel, {"KEEP_EPS": False, "BLOCK_R": perturb.BLOCK_R, "BLOCK_D": 256}),
+        "residual_fwd": (residual.residual_fwd_kernel, {"BLOCK_D": residual.BLOCK_D}),
+        "residual_bwd": (residual.residual_bwd_kernel, {"BLOCK_D": residual.BLOCK_D}),
+    }[name]
+    signature = {
+        n: "constexpr" if n in constexprs else pointers.get(n, "*fp32" if n.endswith("_ptr") else "i32")
+        for n in kernel.arg_names
+    }
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr") or n == "D"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
+THIN = ("perturb_fwd", "residual_fwd", "residual_bwd")
+
+
+def measure(case: Case | str, capability: int) -> dict:
+    """Compile a case, or the thin kernel of that name, and return its row of the table."""
+    if isinstance(case, str):
+        launch = {"samples": 1, "warps": 4, "weights": "-"}
+        return {"case": case, "sm": capability} | launch | inspect(compile_thin(case, capability))
     compiled, config = compile_case(case, capability)
     weights = "resident" if config.resident else "streamed"
     launch = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
@@ -170,7 +194,8 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only the cases whose name contains this")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    jobs = [(case, sm) for case in CASES if options.match in case.name for sm in options.capabilities]
+    cases = [case for case in (*CASES, *THIN) if options.match in getattr(case, "name", case)]
+    jobs = [(case, sm) for case in cases for sm in options.capabilities]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(measure, *zip(*jobs, strict=True)))
     if options.json:

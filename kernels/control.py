@@ -6,7 +6,7 @@ With m, C = U diag(v) U^T of a Gaussian, y = U^T (x - m) and z = U^T eps,
     \mathrm{keep} = \frac{\alpha^2 v}{\alpha^2 v + \sigma^2}, \quad
     \mathrm{pull} = \frac{\alpha\sigma}{\alpha^2 v + \sigma^2}
 
-and a mixture's eps_q is the posterior mean of its components'. What depends on the row alone (keep, pull, gains, biases)
+and a mixture's eps_q is the posterior mean of its components'. What depends on the row alone (keep, pull, gains)
 comes in tables; products are as accurate as float32's, whatever the network's are: a biased reference would
 bias the density. KIND, and what CONTROL holds:
 
@@ -17,10 +17,18 @@ bias the density. KIND, and what CONTROL holds:
 - "full mixture": alpha m, gain, bias, K. Components in their own eigenbases q (K, D, D).
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .noise import load_normals
+from .packing import MAX_BLOCK_D, Tables, block_d, number_references, pack_control
 from .tile_ops import vector
+
+BLOCK_B, NUM_WARPS = 32, 8  # 32 samples keep a mixture's tiles in registers (docs/kernels.md)
 
 
 @triton.jit
@@ -116,3 +124,65 @@ def control_residual(
         tl.static_assert(KIND == "full mixture", "unknown reference")
         error = eps - _full_mixture(x_t, sigma, tables, q_ptr, i_b, i_r, REFS, CONTROL)
     return tl.sum(error * error, 1)
+
+
+@triton.jit
+def control_fwd_kernel(
+    x_ptr, keys_ptr, points_ptr,  # float32 (B, D), int32 (B, 2, D), int32 (R, D)
+    rows_ptr,  # sign, alpha, sigma of each row, float32 (R, 3)
+    r_ptr, q_ptr, y_ptr,
+    f_ptr,  # out: float32 (B, R)
+    B, R, r_stride,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REFS: tl.constexpr,
+    KIND: tl.constexpr,
+    CONTROL: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    i_r = tl.program_id(1).to(tl.int64)
+    tables = (r_ptr, r_ptr, r_ptr, r_stride, 0, 0, B, R)
+    p = rows_ptr + i_r * 3
+    sign, alpha, sigma = tl.load(p), tl.load(p + 1), tl.load(p + 2)
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    for c in tl.range(0, D, BLOCK_D):
+        i_d = c + tl.arange(0, BLOCK_D)[None, :]
+        mask = (i_b < B)[:, None] & (i_d < D)
+        x = tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0)
+        eps = sign * load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D)
+        eps = tl.where(mask, eps, 0.0)
+        x_t = alpha * x + sigma * eps
+        total += control_residual(x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, c, D, REFS, KIND, CONTROL)
+    tl.store(f_ptr + i_b * R + i_r, total, mask=i_b < B)
+
+
+def why_not(components: int, full: bool, d: int) -> str | None:
+    """Return why a kernel cannot evaluate a reference, or None."""
+    if (components > 1 or full) and d > MAX_BLOCK_D:
+        return f"mixtures and full covariances go up to {MAX_BLOCK_D} dimensions in a kernel, got {d}"
+    return None
+
+
+def control(
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    reference: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Return the squared norm of eps - eps_q of every row, float32, shape (B, R); alpha and sigma in float64."""
+    (batch, d), count = x.shape, len(points)
+    into = Tables(batch, count)
+    kind, q, y = pack_control(reference, x, alpha, sigma, into)
+    refs, control = number_references(kind[1:])
+    rows, r = torch.stack([sign, alpha, sigma], 1).to(torch.float32), into.matrix("r", x)
+    f = torch.empty(batch, count, device=x.device)
+    grid = (triton.cdiv(batch, BLOCK_B), count)
+    control_fwd_kernel[grid](
+        x, keys, points, rows, r, q, y, f, batch, count, r.shape[-1], D=d, BLOCK_B=BLOCK_B, BLOCK_D=block_d(d),
+        REFS=refs, KIND=kind[0], CONTROL=control, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return f

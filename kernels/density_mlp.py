@@ -24,10 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS, activate
-from .blocks import LEVELS
 from .control import control_residual
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, Layout, Tables, block_d, pack_control, pack_network
+from .packing import MAX_BLOCK_D, Layout, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
 
 INSTRUCTIONS = ("linear", "affine", "act", "norm", "save", "add")
@@ -306,29 +305,20 @@ def density_mlp(
 def constants(layout: Layout, control: tuple, d: int, precision: str, config: Config) -> dict:
     """Return the kernel's compile-time arguments."""
     blocks = layout.blocks(config.resident)
-    refs: dict[tuple, int] = {}
-
-    def number(value):
-        """Replace references by numbers, everywhere inside nested tuples."""
-        if not isinstance(value, tuple):
-            return value
-        if value == () or (len(value) == 3 and value[0] in LEVELS):
-            return refs.setdefault(value, len(refs)) if value else -1
-        return tuple(number(part) for part in value)
-
     straight = [op for _, code, _, _ in blocks for op in code]
     ends = list(accumulate(len(code) for _, code, _, _ in blocks))
     spans = zip(ends, blocks, strict=True)
     parts = {"PRE": layout.pre, "CODE": tuple(_numbered(op) for op in straight), "POST": layout.post}
     parts["CONTROL"] = control[1:]
-    numbered = {name: number(value) for name, value in parts.items()}
+    refs, *numbered = number_references(*parts.values())
+    numbered = dict(zip(parts, numbered, strict=True))
     numbered["BLOCKS"] = tuple((n, end - len(code), end, step, *steps) for end, (n, code, step, steps) in spans)
     return {
         "D": d,
         "BLOCK_B": config.block_b,
         "BLOCK_D": block_d(d),
         "WEIGHTS": layout.weights,
-        "REFS": tuple((LEVELS.index(level), *where) for level, *where in refs) or ((0, 0, 0),),
+        "REFS": refs,
         **numbered,
         "KIND": control[0],
         "RESIDENT": config.resident,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .blocks import blocks
+from .blocks import LEVELS, blocks
 
 MAX_BLOCK_D = 128
 CHUNK_D = 64
@@ -193,6 +193,27 @@ def pack_control(
     refs = [into.add((alpha[..., 0] * about)[None], d)]
     refs += [_narrow(into.add(t.reshape(1, rows, -1), k * d), d) for t in (gain, gain * shifted)]
     return ("mixture", *refs, into.add(bias[None], k), k, padded(k)), empty, empty
+
+
+def number_references(*parts: tuple) -> tuple:
+    """Replace the references in nested tuples by numbers; return (level, offset, width) of each, and the parts.
+
+    An empty reference becomes -1.
+    """
+    refs: dict[tuple, int] = {}
+
+    def number(value):
+        if not isinstance(value, tuple):
+            return value
+        if value == ():
+            return -1
+        if len(value) == 3 and value[0] in LEVELS:
+            return refs.setdefault(value, len(refs))
+        return tuple(number(part) for part in value)
+
+    # An empty part is an empty tuple, not an empty reference.
+    numbered = [number(part) if part else () for part in parts]
+    return tuple((LEVELS.index(level), *where) for level, *where in refs) or ((0, 0, 0),), *numbered
 
 
 def _narrow(reference: tuple, width: int) -> tuple:
