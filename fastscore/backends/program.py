@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
+from ..instructions import Act, Affine, Instruction, Linear, Norm, Save
 
 _ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
