@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from .instructions import SLOTS, Add, Affine, Instruction, Linear, NoProgram
+from .instructions import SLOTS, Add, Affine, Instruction, Linear, NoProgram, Save
 
 Table = fx.Node | float  # a number, or a node that does not depend on x
 
@@ -46,6 +46,17 @@ class Value(NamedTuple):
     scale: Table = 1.0
     shift: Table = 0.0
 
+    @property
+    def width(self) -> int:
+        return self.core.width
+
+    def settled(self, node: fx.Node | None = None) -> Core:
+        """Return the core that has this value, after an `Affine` if tables wait; `node` has the same value."""
+        core, scale, shift = self
+        if is_number(scale, 1) and is_number(shift, 0):
+            return core
+        return Core(Affine, core, core.width, core.layer, node, scale=scale, shift=shift)
+
 
 class Concat(NamedTuple):
     """Columns side by side: one value that depends on x, and nodes that do not; with the column where each starts."""
@@ -53,6 +64,10 @@ class Concat(NamedTuple):
     parts: tuple[Value | fx.Node, ...]
     starts: tuple[int, ...]
     width: int
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return (first column, one after the last) of every part."""
+        return list(zip(self.starts, (*self.starts[1:], self.width)))
 
 
 class Split(NamedTuple):

@@ -8,18 +8,29 @@ are evaluated once per draw or sample like everything else that does not depend 
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .chain import Concat, Core, Matched, Split, Value, emit, is_number
-from .instructions import Act, Add, Affine, Linear, NoProgram, Norm
+from .chain import Concat, Core, Matched, Split, Value, emit
+from .instructions import Act, Add, Linear, NoProgram, Norm
+from .tables import Tables
 from .tracing import Traced, X, layer_of, operation_of, refuse
 
-_SAME = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "contiguous", "to", "_to_copy", "alias"}
-_SAME |= {"_unsafe_view", "dropout", "feature_dropout", "lift_fresh_copy"}
+_SAME = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "alias",
+}
+_SAME |= {"_unsafe_view", "view_as", "dropout", "feature_dropout", "lift_fresh_copy"}
 _ACTIVATIONS = {"silu", "relu", "mish", "selu", "tanh", "sigmoid"}
 
 
@@ -38,12 +49,12 @@ def match(traced: Traced) -> Matched:
     value = matcher.values[traced.output]
     if not isinstance(value, Value):
         raise refuse(traced.output, "the output is a concatenation")
-    return emit(matcher.settle(value, traced.output).core)
+    return emit(value.settled(traced.output))
 
 
 class _Matcher:
     def __init__(self, traced: Traced):
-        self.add = traced.add
+        self.tables = Tables(traced)
         self.values: dict[fx.Node, Value | Concat | Split] = {}
 
     def visit(self, node: fx.Node) -> None:
@@ -62,26 +73,21 @@ class _Matcher:
         value = found(node)
         users = [user for user in node.users if user.meta.get("level", 0) & X]
         if len(users) > 1 and isinstance(value, Value):
-            value = self.settle(value, node)  # once, before it is saved
+            value = Value(value.settled(node))  # once, before it is saved
         self.values[node] = value
-
-    def settle(self, value: Value, node: fx.Node) -> Value:
-        """Return the value with its waiting tables applied."""
-        core, scale, shift = value
-        if is_number(scale, 1) and is_number(shift, 0):
-            return value
-        return Value(Core(Affine, core, core.width, layer_of(node), node, scale=scale, shift=shift))
 
     def next(self, op: type, value: Value, node: fx.Node, argument: object, width: int | None = None, exact=True):
         """Return the core after one more instruction; `exact` says whether it has the node's value."""
-        parent = self.settle(value, node).core
+        parent = value.settled()
         return Core(op, parent, width or parent.width, layer_of(node), node if exact else None, argument)
 
     # One method an operation.
 
     def on_same(self, node):
-        (x, *_) = node.args
-        return self.values[x]
+        value = self.values[node.args[0]]
+        if isinstance(value, Concat) and node.meta["val"].shape[-1] != value.width:
+            raise refuse(node, "reshapes a concatenation")
+        return value
 
     def on_act(self, node):
         return self._activate(node, operation_of(node))
@@ -103,12 +109,12 @@ class _Matcher:
     def _activate(self, node, name):
         value = self.values[node.args[0]]
         if isinstance(value, Concat):
-            parts = (
+            parts = [
                 Value(self.next(Act, part, node, name, exact=False))
                 if isinstance(part, Value)
-                else self.add(_partial(node), part)
+                else self.tables.like(node, part)
                 for part in value.parts
-            )
+            ]
             return value._replace(parts=tuple(parts))
         return Value(self.next(Act, value, node, name))
 
@@ -119,8 +125,8 @@ class _Matcher:
         weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:3]
         core = self.next(Norm, value, node, eps, exact=weight is None and bias is None)
         inner = tuple(shape)
-        scale = 1.0 if weight is None else self._table(weight, inner)
-        return Value(core, scale, 0.0 if bias is None else self._table(bias, inner))
+        scale = 1.0 if weight is None else self.tables.of(weight, inner)
+        return Value(core, scale, 0.0 if bias is None else self.tables.of(bias, inner))
 
     def on_linear(self, node):
         x, weight, bias = (*node.args, None)[:3]
@@ -141,7 +147,7 @@ class _Matcher:
     def _transposed(self, node, weight):
         if weight.meta["level"] & X or weight.meta["val"].ndim != 2:
             raise refuse(node, "is no product of x with a matrix")
-        return self.add(torch.t, weight)
+        return self.tables.transposed(weight)
 
     def _multiply(self, node, x, weight, bias):
         if weight.meta["level"] or (bias is not None and bias.meta["level"] & X):
@@ -149,21 +155,21 @@ class _Matcher:
         if x not in self.values:
             raise refuse(node, "multiplies from the left")
         value, out = self.values[x], node.meta["val"].shape[-1]
-        if x.meta["val"].shape[-1] != _width(value):
+        if x.meta["val"].shape[-1] != value.width:
             raise refuse(node, f"acts on the last dimension of {_inner(x)} alone")
-        shift = 0.0 if bias is None else self._table(bias, (out,))
+        shift = 0.0 if bias is None else self.tables.of(bias, (out,))
         if isinstance(value, Value):
             return Value(self.next(Linear, value, node, weight, out, exact=bias is None), 1.0, shift)
-        for part, (start, stop) in zip(value.parts, _ranges(value)):
-            columns = self.add(_columns, weight, start, stop)
+        for part, (start, stop) in zip(value.parts, value.ranges()):
+            columns = self.tables.columns(weight, start, stop)
             if isinstance(part, Value):
                 core = self.next(Linear, part, node, columns, out, exact=False)
             else:
-                shift = self._plus(shift, self.add(F.linear, part, columns))
+                shift = self.tables.plus(shift, self.tables.linear(part, columns))
         return Value(core, 1.0, shift)
 
-    def on_cat(self, node):
-        nodes, dim = (*node.args, 0)[:2]
+    def on_cat(self, node, dim=0):
+        nodes, dim = (*node.args, dim)[:2]
         shape = node.meta["val"].shape
         if dim % len(shape) != len(shape) - 1 or any(size != 1 for size in shape[1:-1]):
             raise refuse(node, f"concatenates along dimension {dim}; only features can be")
@@ -174,44 +180,49 @@ class _Matcher:
             if part in self.values:
                 parts.append(self._plain(node, part))
             else:
-                parts.append(part if part.meta["val"].ndim == 2 else self.add(_flat, part, (starts[-1],)))
+                parts.append(self.tables.of(part, _inner(part)))
         if sum(isinstance(part, Value) for part in parts) != 1:
             raise refuse(node, "concatenates two values that depend on x")
         return Concat(tuple(parts), tuple(starts), width)
+
+    on_concat = on_concatenate = on_cat
+
+    def on_hstack(self, node):
+        return self.on_cat(node, 1)
 
     def on_add(self, node, sign=1):
         a, b = node.args
         factor = sign * node.kwargs.get("alpha", 1)
         if self._depends(a) and self._depends(b):
-            return self._sum(node, self._plain(node, a), self._scaled(self._plain(node, b), factor))
+            return self._sum(node, self._plain(node, a), self.tables.scaled(self._plain(node, b), factor))
         if self._depends(a):
-            return self._shifted(self.values[a], self._times(self._operand(node, a, b), factor))
-        return self._shifted(self._scaled(self.values[b], factor), self._operand(node, b, a))
+            return self.tables.shifted(self.values[a], self.tables.times(self._operand(node, a, b), factor))
+        return self.tables.shifted(self.tables.scaled(self.values[b], factor), self._operand(node, b, a))
 
     def on_sub(self, node):
         return self.on_add(node, -1)
 
     def on_rsub(self, node):
         a, b = node.args  # b - alpha a
-        return self._shifted(self._scaled(self.values[a], -node.kwargs.get("alpha", 1)), self._operand(node, a, b))
+        minus_a = self.tables.scaled(self.values[a], -node.kwargs.get("alpha", 1))
+        return self.tables.shifted(minus_a, self._operand(node, a, b))
 
     def on_neg(self, node):
-        return self._scaled(self.values[node.args[0]], -1)
+        return self.tables.scaled(self.values[node.args[0]], -1)
 
     def on_mul(self, node):
         a, b = node.args
         if self._depends(a) and self._depends(b):
             return self._gated(node, self._plain(node, a), self._plain(node, b))
         x, table = (a, b) if self._depends(a) else (b, a)
-        return self._scaled(self.values[x], self._operand(node, x, table))
+        return self.tables.scaled(self.values[x], self._operand(node, x, table))
 
     def on_div(self, node):
         a, b = node.args
         if node.kwargs or self._depends(b):
             raise refuse(node, "divides by a value that depends on x, or rounds")
         table = self._operand(node, a, b)
-        inverse = 1 / table if isinstance(table, int | float) else self.add(torch.reciprocal, table)
-        return self._scaled(self.values[a], inverse)
+        return self.tables.scaled(self.values[a], self.tables.inverse(table))
 
     def on_slice(self, node):
         x, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
@@ -232,7 +243,7 @@ class _Matcher:
             start = stop
         return Split(self._plain(node, x), ranges)
 
-    on_chunk = on_split_with_sizes = on_split
+    on_chunk = on_split_with_sizes = on_tensor_split = on_split
 
     def on_getitem(self, node):
         pieces = self.values[node.args[0]]
@@ -253,50 +264,17 @@ class _Matcher:
             return table
         if node.meta["val"].shape != x.meta["val"].shape:
             raise refuse(node, "broadcasts x to a larger shape")
-        return self._table(table, _inner(x))
-
-    def _table(self, node, inner):
-        """Return a table of shape (rows, width or 1), or one that broadcasts to it, for values (rows, *inner)."""
-        return node if len(inner) == 1 else self.add(_flat, node, inner)
-
-    def _scaled(self, value, table):
-        if isinstance(value, Concat):
-            return self._on_parts(value, table, self._times, self._scaled)
-        return value._replace(scale=self._times(value.scale, table), shift=self._times(value.shift, table))
-
-    def _shifted(self, value, table):
-        if isinstance(value, Concat):
-            return self._on_parts(value, table, self._plus, self._shifted)
-        return value._replace(shift=self._plus(value.shift, table))
-
-    def _on_parts(self, value, table, on_node, on_value):
-        parts = []
-        for part, (start, stop) in zip(value.parts, _ranges(value)):
-            own = table if isinstance(table, int | float) else self.add(_columns, table, start, stop)
-            parts.append(on_value(part, own) if isinstance(part, Value) else on_node(part, own))
-        return value._replace(parts=tuple(parts))
-
-    def _times(self, a, b):
-        if isinstance(a, int | float) and isinstance(b, int | float):
-            return a * b
-        if is_number(a, 0) or is_number(b, 0):
-            return 0.0
-        return b if is_number(a, 1) else a if is_number(b, 1) else self.add(operator.mul, a, b)
-
-    def _plus(self, a, b):
-        if isinstance(a, int | float) and isinstance(b, int | float):
-            return a + b
-        return b if is_number(a, 0) else a if is_number(b, 0) else self.add(operator.add, a, b)
+        return self.tables.of(table, _inner(x))
 
     def _sum(self, node, a, b):
-        shift = self._plus(a.shift, b.shift)
+        shift = self.tables.plus(a.shift, b.shift)
         if a.core is b.core:
-            return Value(a.core, self._plus(a.scale, b.scale), shift)
+            return Value(a.core, self.tables.plus(a.scale, b.scale), shift)
         if b.core not in a.core.chain():
             a, b = b, a
         if b.core not in a.core.chain():
             raise refuse(node, "adds two branches that both have layers; a residual must come straight from the chain")
-        parent = self.settle(Value(a.core, a.scale, shift), node).core
+        parent = Value(a.core, a.scale, shift).settled()
         return Value(Core(Add, parent, parent.width, layer_of(node), node, scale=b.scale, saved=b.core))
 
     def _gated(self, node, a, b):
@@ -314,53 +292,11 @@ class _Matcher:
         return start * size, stop * size
 
     def _cut(self, node, value, start, stop):
-        core, scale, shift = value
-        if (start, stop) == (0, core.width):
-            return value
-        if core.op is Linear:
-            weight = self.add(_outputs, core.argument, start, stop)
-            kept = Value(Core(Linear, core.parent, stop - start, core.layer, None, weight))
-        elif core.op in (Act, Affine):
-            kept = self._cut(node, Value(core.parent), start, stop)
-            if core.op is Act:
-                kept = Value(self.next(Act, kept, node, core.argument, exact=False))
-            else:
-                kept = self._cut_tables(kept, core.scale, core.shift, start, stop)
-        else:
+        found = self.tables.cut(value, start, stop)
+        if found is None:
             raise refuse(node, "takes some columns of a value that is no linear layer's")
-        return self._cut_tables(kept, scale, shift, start, stop)
-
-    def _cut_tables(self, value, scale, shift, start, stop):
-        scale, shift = (t if isinstance(t, int | float) else self.add(_columns, t, start, stop) for t in (scale, shift))
-        return self._shifted(self._scaled(value, scale), shift)
+        return found
 
 
 def _inner(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape[1:])
-
-
-def _width(value: Value | Concat) -> int:
-    return value.width if isinstance(value, Concat) else value.core.width
-
-
-def _ranges(value: Concat) -> list[tuple[int, int]]:
-    return list(zip(value.starts, (*value.starts[1:], value.width)))
-
-
-def _partial(node: fx.Node):
-    """Return a node's operation with its arguments after the first."""
-    return lambda part: node.target(part, *node.args[1:], **node.kwargs)
-
-
-def _columns(table: Tensor, start: int, stop: int) -> Tensor:
-    return table if table.ndim == 0 or table.shape[-1] == 1 else table[..., start:stop]
-
-
-def _outputs(weight: Tensor, start: int, stop: int) -> Tensor:
-    return weight[start:stop]
-
-
-def _flat(table: Tensor, inner: tuple[int, ...]) -> Tensor:
-    """Return a table for values (rows, *inner) as (rows or 1, width)."""
-    rows = table.shape[0] if table.ndim == len(inner) + 1 else 1
-    return table.expand(rows, *inner).reshape(rows, -1)

@@ -56,10 +56,10 @@ class Traced:
     leaves: dict[fx.Node, tuple[str, object]]
     output: fx.Node
 
-    def add(self, function, *args) -> fx.Node:
+    def add(self, function, *args, **kwargs) -> fx.Node:
         """Append an operation on nodes that do not depend on x; its level follows from theirs."""
         with self.graph.inserting_before(self.graph.output_node()):
-            node = self.graph.call_function(function, args)
+            node = self.graph.call_function(function, args, kwargs)
         inputs = node.all_input_nodes
         node.meta["level"] = reduce(int.__or__, (n.meta["level"] for n in inputs), 0)
         node.meta["rows"] = any(n.meta["rows"] for n in inputs)
