@@ -39,6 +39,7 @@ from .nodes import FittedNodes, NodeDensity, make_rule
 from .noise import SOBOL_MAX_DIM
 from .pilot import PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
+from .program import Programs
 from .reference import Reference
 from .samples import Samples, check_samples
 from .schedules import Schedule
@@ -59,9 +60,11 @@ class ScoreDensity(nn.Module):
         nfe: network evaluations a sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
+        program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
+            time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False.
 
     Raises:
-        ValueError: for an unknown prediction, noise or backend.
+        ValueError: for an unknown prediction, noise, backend or program.
         TypeError: if the schedule is not a `Schedule`.
 
     Example:
@@ -81,6 +84,7 @@ class ScoreDensity(nn.Module):
         nfe: int = 256,
         backend: str = "auto",
         time_dtype: torch.dtype | None = None,
+        program: bool | str = "auto",
     ):
         super().__init__()
         if not isinstance(schedule, Schedule):
@@ -97,6 +101,7 @@ class ScoreDensity(nn.Module):
         nodes = NodeDensity.uniform(*schedule.log_snr_range)
         self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
         self._row_bytes: dict = {}
+        self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
 
@@ -286,8 +291,9 @@ class ScoreDensity(nn.Module):
             nfe=self.nfe,
             backend=self.backend,
             time_dtype=self.time_dtype,
+            program=self._programs.mode,
         )
-        other.nodes = self.nodes
+        other.nodes, other._programs = self.nodes, self._programs
         return other
 
     def _round(
@@ -319,7 +325,7 @@ class ScoreDensity(nn.Module):
 
     @property
     def _network(self) -> Network:
-        return Network(self.model, self.schedule, self.predicts, self.time_dtype)
+        return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs)
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
         rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
@@ -341,6 +347,7 @@ class ScoreDensity(nn.Module):
             torch.is_grad_enabled(),
             len(samples.conds),
             reference.flops(samples.x.shape[1]),
+            tuple(program is not None for program in self._network.find_programs(samples)),
         )
         if key not in self._row_bytes:
             self._row_bytes[key] = bytes_per_row(self._network, samples, reference)

@@ -117,6 +117,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     rows = Rows.of(network, Draws(rule, "independent", plan.seed), range(len(rule.log_snr)), samples.x)
+    rows = rows.with_programs(network, network.find_programs(samples), samples)
     d = samples.x.shape[1]
     at_once = max(1, min(plan.rows_at_once(q) for q in references) // rule.nfe)
     terms = []

@@ -105,6 +105,12 @@ class Timed:
             for table, width in program.matched.tables
         ]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept, weights left out."""
+        kept = [*self.tables, *self.values.known[TIME].values()]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
     def bind(self, own: dict[str, Tensor]) -> Bound:
         """Return weights and all tables, given the conditions with one entry a sample."""
         if not own:
