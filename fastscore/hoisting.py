@@ -43,6 +43,7 @@ class Hoisted:
                 needed.add(node)
                 waiting += [n for n in node.all_input_nodes if not n.meta["level"] & X]
         self.order = [node for node in traced.graph.nodes if node in needed]
+        self.looked_at = {node: SHAPE_ONLY.get(operation_of(node)) for node in self.order}
 
     @cached_property
     def _steps(self) -> dict[int, list[tuple[fx.Node, list[fx.Node]]]]:
@@ -97,7 +98,7 @@ class Hoisted:
                 del known[n]
 
     def _compute(self, values, node, level):
-        looked_at = SHAPE_ONLY.get(operation_of(node))
+        looked_at = self.looked_at.get(node)
         args = [
             self._stand_in(values, arg, level) if i == looked_at else _fetch_all(self, values, arg, level)
             for i, arg in enumerate(node.args)

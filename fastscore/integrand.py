@@ -26,7 +26,7 @@ from .samples import Samples
 from .schedules import Schedule
 
 PROBE_ROWS = 4
-KEPT_TABLES = 64 << 20  # bytes of noise points and program tables that stay from one chunk of samples to the next
+KEPT_TABLES = 64 << 20  # bytes of noise points that stay from one chunk of samples to the next
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,6 @@ class Rows:
         pairs = zip(programs, samples.conds)
         return replace(self, timed=tuple(program and program.at(time, cond.shared) for program, cond in pairs))
 
-    @property
-    def nbytes(self) -> int:
-        return self.points.nbytes + sum(timed.nbytes for timed in self.timed if timed is not None)
-
 
 def row_terms(
     network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
@@ -129,9 +125,9 @@ def row_terms(
 
 
 def evaluate(
-    network: Network, samples: Samples, draws: Draws, reference: Reference, rows_at_once: int
+    network: Network, samples: Samples, draws: Draws, reference: Reference, chunks: memory.Chunks
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (which samples, f of shape (b, N)) until all samples are done.
+    """Yield (which samples, f of shape (b, N)) until all samples are done, in chunks of `chunks.rows` rows.
 
     With two conditions, f is the difference of the two networks' residuals and the reference cancels. Under autograd
     each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row program needs of the
@@ -139,17 +135,17 @@ def evaluate(
     """
     total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
     programs = network.find_programs(samples)
-    at_once = max(1, rows_at_once // evaluations)
+    at_once = max(1, chunks.rows // evaluations)
     at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
     rows_per_draw = 1 + int(draws.rule.paired.any())
-    span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
+    span = total if chunks.rows >= evaluations else max(1, chunks.rows // rows_per_draw)
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
 
     def table(span: range) -> Rows:
         return Rows.of(network, draws, span, samples.x).with_programs(network, programs, samples)
 
-    first = table(spans[0])
-    kept = [first, *map(table, spans[1:])] if first.nbytes * len(spans) <= KEPT_TABLES else None
+    keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
+    kept = [table(span) for span in spans] if keep else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
@@ -159,8 +155,11 @@ def evaluate(
         yield chosen, f
 
 
-def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> int:
-    """Return the peak memory of one row, network and autograd included, measured on a few rows of the first sample."""
+def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> tuple[int, int]:
+    """Return the peak memory of one row, and of one draw's share in what a row program evaluates for all samples.
+
+    Network and autograd are included; both are measured on a few rows of the first sample.
+    """
     lo, hi = network.schedule.log_snr_range
     log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
     flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
@@ -170,11 +169,11 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> i
     rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
     programs = network.find_programs(samples)
-
-    def run() -> Tensor:
-        return _draw_values(network, one, keys, rows.with_programs(network, programs, one), reference)
-
-    return memory.peak_bytes(run) // PROBE_ROWS
+    timed = rows.with_programs(network, programs, one)
+    return (
+        memory.peak_bytes(lambda: _draw_values(network, one, keys, timed, reference)) // PROBE_ROWS,
+        memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS,
+    )
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

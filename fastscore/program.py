@@ -13,22 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from .backends.program import run
 from .chain import Matched
-from .hoisting import Hoisted, Values
+from .hoisting import BOTH, Hoisted, Values
 from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from .matching import match
+from .module_state import frozen, state_of
 from .network import Conditions, cast_time, model_dtype
-from .tracing import SAMPLE, TIME, Traced, trace
+from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
 from .verification import check
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
 MODES = (True, False, "auto")
+MIN_SPARED = 0.1
 
 
 class RowProgram:
@@ -73,6 +76,29 @@ class RowProgram:
         check(program, shape, time, own, shared)
         return program
 
+    @property
+    def spared(self) -> float:
+        """The share of the network's multiplications that a row does not repeat; the rest of them stays."""
+        return 1 - (self._multiplications[X] + self._multiplications[BOTH]) / max(
+            1, sum(self._multiplications.values())
+        )
+
+    @property
+    def pays(self) -> bool:
+        """Whether fewer operations a row make up for tables with one entry a row, which networks do without."""
+        return self._multiplications[BOTH] == 0 or self.spared >= MIN_SPARED
+
+    @cached_property
+    def _multiplications(self) -> dict[int, int]:
+        """Multiplications of matrices by what they depend on; parameters alone do not count."""
+        found = {TIME: 0, SAMPLE: 0, BOTH: 0, X: 0}
+        for node in self.traced.graph.nodes:
+            level = min(node.meta.get("level", 0), X)
+            matrix = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}.get(operation_of(node))
+            if level and matrix and "val" in node.meta:
+                found[level] += node.args[matrix].meta["val"].numel()
+        return found
+
     def at(self, time: Tensor, shared: dict[str, object] | None = None) -> Timed:
         """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""
         return Timed(self, self.hoisted.at(self.model, time, shared or {}))
@@ -104,12 +130,6 @@ class Timed:
             None if _level(table) & SAMPLE else self._table(values, table, width)
             for table, width in program.matched.tables
         ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept, weights left out."""
-        kept = [*self.tables, *self.values.known[TIME].values()]
-        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
     def bind(self, own: dict[str, Tensor]) -> Bound:
         """Return weights and all tables, given the conditions with one entry a sample."""
@@ -198,6 +218,8 @@ class Programs:
             found = self._look_up(model, shape, model_dtype(model, dtype), cond, time)
             if found.program is None:
                 raise NoProgram(found.reason)
+            if self.mode == "auto" and not found.program.pays:
+                raise NoProgram("most of its work depends on time and a sample's condition together")
         except NoProgram:
             if self.mode is True:
                 raise
@@ -226,7 +248,7 @@ def _structure(cond: Conditions) -> object:
         if isinstance(value, Tensor):
             shared.append((name, tuple(value.shape), value.dtype, value.device))
         elif _is_plain(value):
-            shared.append((name, _frozen(value)))
+            shared.append((name, frozen(value)))
         else:
             raise NoProgram(f"condition {name!r} is a {type(value).__name__}, neither a tensor nor a number or text")
     return tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items())), tuple(shared)
@@ -238,32 +260,3 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
-
-
-def state_of(model: nn.Module) -> object:
-    """Return a value that changes when the network's code may take another way: its layers and their attributes.
-
-    Parameters and buffers are read anew for every call, so only their shapes count.
-    """
-    found = []
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                own = ((k, v) for k, v in value.items() if v is not None)
-                found.append((name, key, tuple((k, tuple(v.shape), v.dtype, v.device) for k, v in own)))
-            elif key != "_modules":
-                found.append((name, key, type(module), _frozen(value)))
-    return found
-
-
-def _frozen(value: object) -> object:
-    """Return a value that compares equal as long as another one has the same content, for what a network reads."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value._version, tuple(value.shape)
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, tuple(map(_frozen, value))
-    if isinstance(value, dict):
-        return type(value).__name__, tuple((_frozen(k), _frozen(v)) for k, v in value.items())
-    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device):
-        return type(value).__name__, value
-    return id(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from .chain import Concat, Core, Table, Value, is_number
 from .instructions import Act, Affine, Linear
-from .tracing import Traced
+from .tracing import SAMPLE, TIME, Traced
 
 
 class Tables:
@@ -40,6 +41,8 @@ class Tables:
         """Return value * table."""
         if isinstance(value, Concat):
             return self._on_parts(value, table, self.times, self.scaled)
+        if _per_row(table, value.scale, neutral=1) or _per_row(table, value.shift, neutral=0):
+            value = Value(value.settled())
         shift = 0.0 if is_number(value.shift, 0) else self.times(value.shift, table)
         return value._replace(scale=self.times(value.scale, table), shift=shift)
 
@@ -47,6 +50,8 @@ class Tables:
         """Return value + table."""
         if isinstance(value, Concat):
             return self._on_parts(value, table, self.plus, self.shifted)
+        if _per_row(table, value.shift, neutral=0):
+            value = Value(value.settled())
         return value._replace(shift=self.plus(value.shift, table))
 
     def columns(self, table: Table, start: int, stop: int) -> Table:
@@ -93,6 +98,12 @@ class Tables:
             own = self.columns(table, start, stop)
             parts.append(on_value(part, own) if isinstance(part, Value) else on_node(part, own))
         return value._replace(parts=tuple(parts))
+
+
+def _per_row(a: Table, b: Table, neutral: float) -> bool:
+    """Return whether composing two tables would make one with an entry a row, (B, R, w), which two passes spare."""
+    levels = [table.meta["level"] for table in (a, b) if isinstance(table, fx.Node)]
+    return reduce(int.__or__, levels, 0) == TIME | SAMPLE and not is_number(b, neutral)
 
 
 def _columns(table: Tensor, start: int, stop: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .instructions import NoProgram
+from .module_state import refuse_changes, restored, state_of
 from .network import read_output
 
 TIME, SAMPLE, X = 1, 2, 4
@@ -74,7 +75,10 @@ class _Call(nn.Module):
         self.network, self.constants = model, constants
 
     def forward(self, x_t, time, own, shared):
-        return read_output(self.network(x_t, time, **own, **shared, **self.constants), x_t)
+        before = state_of(self.network)
+        output = self.network(x_t, time, **own, **shared, **self.constants)
+        refuse_changes(self.network, before)
+        return read_output(output, x_t)
 
 
 def layer_of(node: fx.Node) -> str:
@@ -107,7 +111,12 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, own: dict[str, Tensor], s
     Raises:
         NoProgram: if the network cannot be exported, is random, or mixes rows.
     """
-    _refuse_layers(model, x_t, time, own, shared)
+    with restored(model):
+        _refuse_layers(model, x_t, time, own, shared)
+        return _export(model, x_t, time, own, shared)
+
+
+def _export(model, x_t, time, own, shared):
     tensors = {name: value for name, value in shared.items() if isinstance(value, Tensor)}
     call = _Call(model, {name: value for name, value in shared.items() if name not in tensors})
     own = {name: _example(value) for name, value in own.items()}
@@ -125,6 +134,8 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, own: dict[str, Tensor], s
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # nothing is decomposed, but in-place operations become pure
+    except NoProgram:
+        raise
     except Exception as error:  # export raises whatever the network's code and the tracer raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NoProgram(f"torch.export cannot trace the network: {reason}") from error

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..instructions import Act, Affine, Instruction, Linear, Norm, Save
+from ..instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
 
 _ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -83,6 +83,9 @@ def _run_in_place(code, weights, tables, h):
             scale, shift = scaled or (None, None)
             h, owned = F.layer_norm(h, h.shape[-1:], scale, shift, op.eps), True
             done += scaled is not None
+        elif isinstance(op, Affine) and op.shift < 0 and isinstance(then, Add) and then.scale < 0:
+            h, owned = torch.addcmul(saved[then.slot], h, tables[op.scale], out=h if owned else None), True
+            done += 1
         elif isinstance(op, Affine):
             h, owned = _affine(op, tables, h, owned), True
         elif isinstance(op, Act):
