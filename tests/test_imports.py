@@ -46,6 +46,7 @@ RANKS = {
     "density": 8,
     "discrete": 9,
     "evaluate": 9,
+    "explain": 9,
     "loading": 9,
     "probability_flow": 9,
     "training.losses": 9,
