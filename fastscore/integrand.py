@@ -102,6 +102,8 @@ class Rows:
 
     def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
         """Return the same rows with the programs' tables at their times, differentiable if autograd is on."""
+        if not any(programs):
+            return self
         time = cast_time(self.time, samples.x.dtype, network.time_dtype)
         pairs = zip(programs, samples.conds)
         return replace(self, timed=tuple(program and program.at(time, cond.shared) for program, cond in pairs))

@@ -62,8 +62,7 @@ class _Matcher:
             width = math.prod(node.meta["val"].shape[1:])
             self.x_dtype, self.values[node] = node.meta["val"].dtype, Value(Core(None, None, width, "x_t", node))
             return
-        name = operation_of(node)
-        value = node.meta["val"]
+        name, value = operation_of(node), node.meta["val"]
         if isinstance(value, Tensor) and value.dtype != self.x_dtype:
             raise refuse(node, f"computes in {value.dtype}, not in the {self.x_dtype} of x")
         method = "same" if name in _SAME else "act" if name in _ACTIVATIONS else name
@@ -160,13 +159,13 @@ class _Matcher:
         shift = 0.0 if bias is None else self.tables.of(bias, (out,))
         if isinstance(value, Value):
             return Value(self.next(Linear, value, node, weight, out, exact=bias is None), 1.0, shift)
-        for part, (start, stop) in zip(value.parts, value.ranges()):
-            columns = self.tables.columns(weight, start, stop)
-            if isinstance(part, Value):
-                core = self.next(Linear, part, node, columns, out, exact=False)
-            else:
-                shift = self.tables.plus(shift, self.tables.linear(part, columns))
-        return Value(core, 1.0, shift)
+        columns = [(part, self.tables.columns(weight, *range_)) for part, range_ in zip(value.parts, value.ranges())]
+        x_part, own = next((part, own) for part, own in columns if isinstance(part, Value))
+        product = Value(self.next(Linear, x_part, node, own, out, exact=False), 1.0, shift)
+        for part, own in columns:
+            if part is not x_part:
+                product = self.tables.shifted(product, self.tables.linear(part, own))
+        return product
 
     def on_cat(self, node, dim=0):
         nodes, dim = (*node.args, dim)[:2]
@@ -221,8 +220,7 @@ class _Matcher:
         a, b = node.args
         if node.kwargs or self._depends(b):
             raise refuse(node, "divides by a value that depends on x, or rounds")
-        table = self._operand(node, a, b)
-        return self.tables.scaled(self.values[a], self.tables.inverse(table))
+        return self.tables.scaled(self.values[a], self.tables.inverse(self._operand(node, a, b)))
 
     def on_slice(self, node):
         x, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]

@@ -132,6 +132,8 @@ def _export(model, x_t, time, own, shared):
             warnings.simplefilter("ignore")
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
+            for node in program.graph.nodes:
+                _refuse_random(node)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # nothing is decomposed, but in-place operations become pure
     except NoProgram:
@@ -174,14 +176,22 @@ def _example(value: Tensor) -> Tensor:
     return value.detach()[torch.arange(EXAMPLE_ROWS, device=value.device) % len(value)]
 
 
+def _refuse_random(node: fx.Node) -> None:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    name = operation_of(node)
+    if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_quiet(node, name):
+        raise refuse(node, "is random, so every evaluation differs (train mode?)")
+    if name == "batch_norm" and node.args[5]:
+        raise refuse(node, "takes its statistics from the batch in train mode")
+
+
 def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _split(program: torch.export.ExportedProgram, inputs: list[str], own: int) -> Traced:
     graph, signature = program.graph, program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise NoProgram(f"the network changes its buffers: {', '.join(signature.buffers_to_mutate.values())}")
     for node in list(graph.nodes):
         if operation_of(node) == "_assert_tensor_metadata":
             graph.erase_node(node)
@@ -199,7 +209,7 @@ def _split(program: torch.export.ExportedProgram, inputs: list[str], own: int) -
             leaves[node] = ("state", spec.target.removeprefix("network."))
         else:
             leaves[node] = ("constant", program.constants[spec.target])
-    (output,) = graph.output_node().args[0]
+    output = graph.output_node().args[0][-1]  # after the buffers that change
     symbol = next(n.meta["val"].shape[0] for n, source in leaves.items() if source[0] == "x")
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -207,20 +217,17 @@ def _split(program: torch.export.ExportedProgram, inputs: list[str], own: int) -
             node.meta["rows"] = node.meta["level"] > 0
         elif node.op == "call_function":
             _classify(node, symbol)
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise NoProgram(f"the network changes its buffers: {', '.join(signature.buffers_to_mutate.values())}")
     return Traced(graph, leaves, output)
 
 
 def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
-    """Set a node's level and whether it has rows; refuse what is random, has effects, or mixes rows."""
-    name, value = operation_of(node), node.meta.get("val")
+    """Set a node's level and whether it has rows; refuse what has effects or mixes rows."""
+    value = node.meta.get("val")
     if isinstance(node.target, torch._ops.HigherOrderOperator) or value is None:
         raise refuse(node, "is no plain operation on tensors")
-    if isinstance(node.target, torch._ops.OpOverload):
-        if torch.Tag.nondeterministic_seeded in node.target.tags and not _is_quiet(node, name):
-            raise refuse(node, "is random, so every evaluation differs (train mode?)")
-        if name == "batch_norm" and node.args[5]:
-            raise refuse(node, "takes its statistics from the batch in train mode")
-    looked_at = SHAPE_ONLY.get(name)
+    looked_at = SHAPE_ONLY.get(operation_of(node))
     inputs = [n for i, arg in enumerate(node.args) for n in _nodes_in(arg) if i != looked_at]
     inputs += _nodes_in(list(node.kwargs.values()))
     node.meta["level"] = level = reduce(int.__or__, (n.meta["level"] for n in inputs), 0)
