@@ -5,6 +5,7 @@ from importlib.metadata import version
 from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
+from .explain import explain
 from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
@@ -30,5 +31,6 @@ __all__ = [
     "ScoreDensity",
     "density_loss",
     "discrete_log_prob",
+    "explain",
     "probability_flow_log_prob",
 ]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import memory as memory_budget
 from .backends.select import select
 from .estimate import (
     Comparison,
@@ -33,12 +32,14 @@ from .estimate import (
     truncation_bound,
 )
 from .integrand import Draws, Network, bytes_per_row, evaluate
+from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .network import warn_if_training
 from .nodes import FittedNodes, NodeDensity, make_rule
 from .noise import SOBOL_MAX_DIM
-from .pilot import PilotPlan, run_pilot, variance_ratio
+from .pilot import PILOT_DRAWS, PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
+from .program import Programs
 from .reference import Reference
 from .samples import Samples, check_samples
 from .schedules import Schedule
@@ -59,9 +60,11 @@ class ScoreDensity(nn.Module):
         nfe: network evaluations a sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
+        program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
+            time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False.
 
     Raises:
-        ValueError: for an unknown prediction, noise or backend.
+        ValueError: for an unknown prediction, noise, backend or program.
         TypeError: if the schedule is not a `Schedule`.
 
     Example:
@@ -81,6 +84,7 @@ class ScoreDensity(nn.Module):
         nfe: int = 256,
         backend: str = "auto",
         time_dtype: torch.dtype | None = None,
+        program: bool | str = "auto",
     ):
         super().__init__()
         if not isinstance(schedule, Schedule):
@@ -97,6 +101,8 @@ class ScoreDensity(nn.Module):
         nodes = NodeDensity.uniform(*schedule.log_snr_range)
         self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
         self._row_bytes: dict = {}
+        self._draw_bytes: dict = {}
+        self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
 
@@ -124,9 +130,9 @@ class ScoreDensity(nn.Module):
         """
         samples = self._samples(x, sample_index, cond)
         draws = self._draws(nfe, seed, samples)
-        rows = self._rows_at_once(samples, memory)
+        chunks = self._chunks(samples, memory, len(draws))
         weight = draws.rule.weight.to(samples.x.device)
-        integral = [f.double() @ weight for _, f in evaluate(self._network, samples, draws, self.reference, rows)]
+        integral = [f.double() @ weight for _, f in evaluate(self._network, samples, draws, self.reference, chunks)]
         log_prob = self.reference.log_prob(samples.x) - 0.5 * torch.cat(integral)
         return log_prob.to(samples.x.dtype)
 
@@ -172,10 +178,10 @@ class ScoreDensity(nn.Module):
         samples = self._samples(x, sample_index, cond)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
-        rows = self._rows_at_once(samples, memory)
         first = self._draws(nfe, seed, samples, method)
+        chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
-            total, variance, curve, offset = self._round(samples, first, method, rows, bar)
+            total, variance, curve, offset = self._round(samples, first, method, chunks, bar)
             spent = torch.full_like(total, first.rule.nfe)
             active = self._above(target_stderr, variance, spent, max_nfe)
             round_ = 0
@@ -184,7 +190,7 @@ class ScoreDensity(nn.Module):
                 round_ += 1
                 draws = self._draws(int(spent[active[0]]), seed, samples, method, round_)
                 bar.reset(total=len(active))
-                extra, extra_variance, _, _ = self._round(samples.select(active), draws, method, rows, bar)
+                extra, extra_variance, _, _ = self._round(samples.select(active), draws, method, chunks, bar)
                 share = draws.rule.nfe / (spent[active] + draws.rule.nfe)
                 total[active] += share * (extra - total[active])
                 variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra_variance
@@ -227,8 +233,8 @@ class ScoreDensity(nn.Module):
         samples = self._samples(x, sample_index, cond_a, cond_b)
         # Low-discrepancy error bars are calibrated for densities, not for differences.
         draws = Draws(make_rule(self.nodes.density, nfe or self.nfe, self.schedule), "independent", seed)
-        rows = max(1, self._rows_at_once(samples, memory))
-        parts = [f for _, f in evaluate(self._network, samples, draws, self.reference, rows)]
+        chunks = self._chunks(samples, memory, len(draws))
+        parts = [f for _, f in evaluate(self._network, samples, draws, self.reference, chunks)]
         difference = torch.cat([draw_sum(f, draws.rule) for f in parts])
         variance = torch.cat([draw_variance(f, draws.rule) for f in parts])
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
@@ -267,7 +273,10 @@ class ScoreDensity(nn.Module):
                 bar.set_description(f"fit: {what}")
                 bar.update(count)
 
-            plan = PilotPlan(evaluations, seed, lambda reference: self._rows_at_once(samples, memory, reference), step)
+            def chunks(reference: Reference) -> Chunks:
+                return self._chunks(samples, memory, PILOT_DRAWS, reference)
+
+            plan = PilotPlan(evaluations, seed, chunks, step)
             fitted = run_pilot(self._network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
@@ -286,18 +295,19 @@ class ScoreDensity(nn.Module):
             nfe=self.nfe,
             backend=self.backend,
             time_dtype=self.time_dtype,
+            program=self._programs.mode,
         )
-        other.nodes = self.nodes
+        other.nodes, other._programs = self.nodes, self._programs
         return other
 
     def _round(
-        self, samples: Samples, draws: Draws, method: str, rows: int, bar
+        self, samples: Samples, draws: Draws, method: str, chunks: Chunks, bar
     ) -> tuple[Tensor, Tensor, object, float]:
         """Evaluate one set of draws: value and variance of each sample, the curve, and the offset to the integral."""
         reference = control_variate(method, self.reference)
         value, variance = (torch.empty(len(samples), dtype=torch.float64, device=samples.x.device) for _ in range(2))
         curve, offset, rule = CurveSum(draws.rule), 0.0, draws.rule
-        for chosen, f in evaluate(self._network, samples, draws, reference, rows):
+        for chosen, f in evaluate(self._network, samples, draws, reference, chunks):
             x = samples.x[chosen]
             value[chosen] = base(method, reference, x, self.schedule) + draw_sum(f, rule)
             variance[chosen] = draw_variance(f, rule)
@@ -319,7 +329,7 @@ class ScoreDensity(nn.Module):
 
     @property
     def _network(self) -> Network:
-        return Network(self.model, self.schedule, self.predicts, self.time_dtype)
+        return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs)
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
         rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
@@ -333,7 +343,7 @@ class ScoreDensity(nn.Module):
             )
         return Draws(rule, kind, int(seed), round_)
 
-    def _rows_at_once(self, samples: Samples, memory, reference: Reference | None = None) -> int:
+    def _chunks(self, samples: Samples, memory, draws: int, reference: Reference | None = None) -> Chunks:
         reference = reference or self.reference
         key = (
             samples.shape,
@@ -341,10 +351,11 @@ class ScoreDensity(nn.Module):
             torch.is_grad_enabled(),
             len(samples.conds),
             reference.flops(samples.x.shape[1]),
+            tuple(program is not None for program in self._network.find_programs(samples)),
         )
         if key not in self._row_bytes:
-            self._row_bytes[key] = bytes_per_row(self._network, samples, reference)
-        return memory_budget.chunk_rows(self._row_bytes[key], memory, samples.x.device)
+            self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self._network, samples, reference)
+        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], draws, memory, samples.x.device)
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import memory, noise, ops
-from .network import predict
+from .network import cast_time, predict
 from .nodes import Rule
 from .predictions import coefficients
+from .program import Programs, RowProgram, Timed
 from .reference import Reference
 from .samples import Samples
 from .schedules import Schedule
@@ -30,12 +31,25 @@ KEPT_TABLES = 64 << 20  # bytes of noise points that stay from one chunk of samp
 
 @dataclass(frozen=True)
 class Network:
-    """A network with all that is needed to read it: what it predicts, and on which schedule."""
+    """A network with all that is needed to read it: what it predicts, on which schedule, and its row programs."""
 
     model: nn.Module
     schedule: Schedule
     predicts: str
     time_dtype: torch.dtype | None = None
+    programs: Programs | None = None
+
+    def find_programs(self, samples: Samples) -> tuple[RowProgram | None, ...]:
+        """Return the row program under each condition of the samples, None where the network itself must run."""
+        if self.programs is None:
+            return (None,) * len(samples.conds)
+
+        def times() -> Tensor:
+            log_snr = torch.linspace(*self.schedule.log_snr_range, PROBE_ROWS, dtype=torch.float64)
+            return self.schedule.time(log_snr).to(samples.x.device)
+
+        data = self.model, samples.shape, samples.x.dtype
+        return tuple(self.programs.find(*data, cond, times, self.time_dtype) for cond in samples.conds)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Rows:
     alpha: Tensor  # float64, as sigma
     sigma: Tensor
     coefficients: tuple[Tensor, Tensor, Tensor]
+    timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
 
     @classmethod
     def of(cls, network: Network, draws: Draws, span: range, x: Tensor) -> Rows:
@@ -85,6 +100,14 @@ class Rows:
             coefficients=tuple(v[draw].to(x) for v in coefficients(network.predicts, schedule, time)),
         )
 
+    def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
+        """Return the same rows with the programs' tables at their times, differentiable if autograd is on."""
+        if not any(programs):
+            return self
+        time = cast_time(self.time, samples.x.dtype, network.time_dtype)
+        pairs = zip(programs, samples.conds)
+        return replace(self, timed=tuple(program and program.at(time, cond.shared) for program, cond in pairs))
+
 
 def row_terms(
     network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
@@ -93,32 +116,38 @@ def row_terms(
     x = samples.x
     x_t, eps = ops.perturb(x, keys, rows.points, rows.sign, rows.alpha.to(x), rows.sigma.to(x))
     errors = []
-    for cond in samples.conds:
-        prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
+    for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
+        if timed is not None:
+            prediction = timed.predict(x_t, cond.per_sample)
+        else:
+            prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
         errors.append(ops.residual(prediction, x, eps, *rows.coefficients))
     controls = [q.residual(x, x_t, eps, rows.alpha, rows.sigma) for q in references]
     return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
 
 
 def evaluate(
-    network: Network, samples: Samples, draws: Draws, reference: Reference, rows_at_once: int
+    network: Network, samples: Samples, draws: Draws, reference: Reference, chunks: memory.Chunks
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (which samples, f of shape (b, N)) until all samples are done.
+    """Yield (which samples, f of shape (b, N)) until all samples are done, in chunks of `chunks.rows` rows.
 
     With two conditions, f is the difference of the two networks' residuals and the reference cancels. Under autograd
-    each chunk is recomputed in the backward pass, so memory stays that of one chunk.
+    each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row program needs of the
+    times alone is evaluated outside of the chunks, once.
     """
     total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
-    at_once = max(1, rows_at_once // evaluations)
+    programs = network.find_programs(samples)
+    at_once = max(1, chunks.rows // evaluations)
     at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
     rows_per_draw = 1 + int(draws.rule.paired.any())
-    span = total if rows_at_once >= evaluations else max(1, rows_at_once // rows_per_draw)
+    span = total if chunks.rows >= evaluations else max(1, chunks.rows // rows_per_draw)
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
 
     def table(span: range) -> Rows:
-        return Rows.of(network, draws, span, samples.x)
+        return Rows.of(network, draws, span, samples.x).with_programs(network, programs, samples)
 
-    kept = [table(span) for span in spans] if 4 * d * total <= KEPT_TABLES else None
+    keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
+    kept = [table(span) for span in spans] if keep else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
@@ -128,8 +157,11 @@ def evaluate(
         yield chosen, f
 
 
-def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> int:
-    """Return the peak memory of one row, network and autograd included, measured on a few rows of the first sample."""
+def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> tuple[int, int]:
+    """Return the peak memory of one row, and of one draw's share in what a row program evaluates for all samples.
+
+    Network and autograd are included; both are measured on a few rows of the first sample.
+    """
     lo, hi = network.schedule.log_snr_range
     log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
     flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
@@ -138,7 +170,12 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> i
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
-    return memory.peak_bytes(lambda: _draw_values(network, one, keys, rows, reference)) // PROBE_ROWS
+    programs = network.find_programs(samples)
+    timed = rows.with_programs(network, programs, one)
+    return (
+        memory.peak_bytes(lambda: _draw_values(network, one, keys, timed, reference)) // PROBE_ROWS,
+        memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS,
+    )
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,28 +94,62 @@ def steady_heap() -> None:
     torch.empty(HEAP_HINT, dtype=torch.uint8)
 
 
-def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device) -> int:
+class Chunks(NamedTuple):
+    """How much is evaluated at once.
+
+    Arguments:
+        rows: network evaluations at once.
+        keep_tables: whether what row programs evaluate once per draw stays from one chunk of samples to the next.
+    """
+
+    rows: int
+    keep_tables: bool = True
+
+
+def plan_chunks(
+    bytes_per_row: int, bytes_per_draw: int, draws: int, memory: int | str | None, device: torch.device
+) -> Chunks:
+    """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
+
+    Arguments:
+        bytes_per_row, bytes_per_draw: as `peak_bytes` measured; the second is shared by all samples.
+        memory: as in `chunk_rows`.
+
+    Raises:
+        ValueError: as `chunk_rows`.
+    """
+    tables = draws * bytes_per_draw
+    if 4 * tables <= _budget(memory, device):
+        return Chunks(chunk_rows(bytes_per_row, memory, device, tables))
+    return Chunks(chunk_rows(bytes_per_row + bytes_per_draw, memory, device), False)
+
+
+def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device, kept: int = 0) -> int:
     """Return how many rows to evaluate at once.
 
     Arguments:
         bytes_per_row: as `peak_bytes` measured.
         memory: the caller's budget, or None for half of the free memory of a GPU, 1 GiB of a CPU.
+        kept: bytes of the budget that are taken already.
 
     Raises:
         ValueError: if not even one row fits the caller's budget.
     """
     bytes_per_row = max(1, bytes_per_row)
-    if memory is None:
-        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BUDGET
-    else:
-        budget = parse_bytes(memory)
-        if budget < bytes_per_row:
-            raise ValueError(
-                f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row:,} bytes; "
-                f"give memory >= {bytes_per_row}"
-            )
+    budget = _budget(memory, device) - kept
+    if memory is not None and budget < bytes_per_row:
+        raise ValueError(
+            f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row + kept:,} bytes; "
+            f"give memory >= {bytes_per_row + kept}"
+        )
     rows = budget // bytes_per_row
     if device.type == "cpu":
         steady_heap()
         rows = min(rows, max(CPU_WORKING_SET // bytes_per_row, MIN_AUTO_ROWS))
     return max(1, rows)
+
+
+def _budget(memory: int | str | None, device: torch.device) -> int:
+    if memory is not None:
+        return parse_bytes(memory)
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BUDGET

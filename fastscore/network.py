@@ -77,19 +77,32 @@ def predict(
         ValueError: if what comes back does not have the rows and the shape of what was passed.
     """
     batch, rows, d = x_t.shape
-    if time.is_floating_point():
-        time = time.to(time_dtype or x_t.dtype)
-    elif time_dtype is not None:
-        time = time.to(time_dtype)
+    time = cast_time(time, x_t.dtype, time_dtype)
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
-    output = _tensor_of(model(passed, time.repeat(batch), **cond.repeated(rows)))
-    prediction = output[:, : shape[0]] if output.ndim == passed.ndim and output.shape[1] > shape[0] else output
+    prediction = read_output(model(passed, time.repeat(batch), **cond.repeated(rows)), passed)
+    return prediction.reshape(batch, rows, d).to(x_t.dtype)
+
+
+def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
+    """Return times as the network gets them: in `time_dtype`, or int64 for a table and the dtype of x_t else."""
+    return time.to(time_dtype or (dtype if time.is_floating_point() else time.dtype))
+
+
+def read_output(output: object, passed: Tensor) -> Tensor:
+    """Return the prediction in what a network returned for x_t = `passed`, in the shape of x_t.
+
+    Raises:
+        ValueError: as in `predict`.
+    """
+    output = _tensor_of(output)
+    more = output.ndim == passed.ndim and output.shape[1] > passed.shape[1]
+    prediction = output[:, : passed.shape[1]] if more else output
     if prediction.shape != passed.shape:
         raise ValueError(
-            f"the network was called with x_t {tuple(passed.shape)} and t ({batch * rows},) and returned "
+            f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},) and returned "
             f"{tuple(output.shape)}; it must return the shape of x_t (more channels in dimension 1 are allowed)"
         )
-    return prediction.reshape(batch, rows, d).to(x_t.dtype)
+    return prediction
 
 
 def _tensor_of(output: object) -> Tensor:

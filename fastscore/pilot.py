@@ -23,6 +23,7 @@ from torch import Tensor
 from . import noise
 from .estimate import draw_sum, draw_variance
 from .integrand import Draws, Network, Rows, evaluate, row_terms
+from .memory import Chunks
 from .mixture import fit_mixture
 from .nodes import NodeDensity, Rule, make_rule
 from .reference import Reference
@@ -35,6 +36,7 @@ MIN_CALIBRATION_SAMPLES = 16
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
 CALIBRATION_NFE = (16, 32, 64, 128, 256, 512)
 CALIBRATION_SAMPLES = 96
+PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 NORMAL_95 = 1.96
 EM_SAMPLES = 5000
@@ -59,11 +61,11 @@ class Fitted:
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """How much a pilot may spend: network evaluations, rows at once for a reference, and whom to tell."""
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
 
     evaluations: int
     seed: int
-    rows_at_once: Callable[[Reference], int]
+    chunks: Callable[[Reference], Chunks]
     step: Step
 
 
@@ -116,8 +118,9 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     rows = Rows.of(network, Draws(rule, "independent", plan.seed), range(len(rule.log_snr)), samples.x)
+    rows = rows.with_programs(network, network.find_programs(samples), samples)
     d = samples.x.shape[1]
-    at_once = max(1, min(plan.rows_at_once(q) for q in references) // rule.nfe)
+    at_once = max(1, min(plan.chunks(q).rows for q in references) // rule.nfe)
     terms = []
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
@@ -146,13 +149,13 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
 
 def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
     """Measure how much smaller the variance of low-discrepancy noise is than its successive differences say."""
-    table, rows, truth = [], plan.rows_at_once(fitted.reference), None
+    table, chunks, truth = [], plan.chunks(fitted.reference), None
     for nfe in sorted(CALIBRATION_NFE, reverse=True):
         rule = make_rule(fitted.nodes, nfe, network.schedule)
         sums, variances = [], []
         for replicate in range(REPLICATES):
             draws = Draws(rule, "sobol", plan.seed, 1 + replicate)
-            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, rows)]
+            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, chunks)]
             sums.append(torch.cat([draw_sum(f, rule) for f in parts]))
             variances.append(torch.cat([draw_variance(f, rule) for f in parts]))
             plan.step(f"calibration at {nfe}", len(samples) * rule.nfe)
