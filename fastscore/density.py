@@ -329,7 +329,7 @@ class ScoreDensity(nn.Module):
 
     @property
     def _network(self) -> Network:
-        return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs)
+        return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs, self.backend)
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
         rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)

@@ -17,6 +17,9 @@ the same for all rows, one entry a draw, one a sample, or one a row.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,3 +66,17 @@ class Bound(NamedTuple):
 
     weights: list[Tensor]
     tables: list[Tensor]
+
+
+_BY_NAME = {kind.__name__.lower(): kind for kind in (Linear, Affine, Act, Norm, Save, Add)}
+
+
+def encode(code: Sequence[Instruction]) -> str:
+    """Return a program as text, which an operator's schema can carry: [["linear", 0], ["affine", -1, 0], ...]."""
+    return json.dumps([[type(op).__name__.lower(), *op] for op in code])
+
+
+@lru_cache(maxsize=64)
+def decode(text: str) -> tuple[Instruction, ...]:
+    """Return the instructions that `encode` wrote."""
+    return tuple(_BY_NAME[name](*arguments) for name, *arguments in json.loads(text))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import memory, noise, ops
+from .backends.select import implementation, select
+from .instructions import encode
 from .network import cast_time, predict
 from .nodes import Rule
 from .predictions import coefficients
@@ -38,6 +40,7 @@ class Network:
     predicts: str
     time_dtype: torch.dtype | None = None
     programs: Programs | None = None
+    backend: str = "auto"
 
     def find_programs(self, samples: Samples) -> tuple[RowProgram | None, ...]:
         """Return the row program under each condition of the samples, None where the network itself must run."""
@@ -78,6 +81,7 @@ class Rows:
     alpha: Tensor  # float64, as sigma
     sigma: Tensor
     coefficients: tuple[Tensor, Tensor, Tensor]
+    backend: str
     timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
 
     @classmethod
@@ -98,6 +102,7 @@ class Rows:
             alpha=alpha[draw].to(device),
             sigma=sigma[draw].to(device),
             coefficients=tuple(v[draw].to(x) for v in coefficients(network.predicts, schedule, time)),
+            backend=select(device, x.dtype, network.backend),
         )
 
     def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
@@ -113,17 +118,30 @@ def row_terms(
     network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
-    x = samples.x
-    x_t, eps = ops.perturb(x, keys, rows.points, rows.sign, rows.alpha.to(x), rows.sigma.to(x))
+    x, noise_words = samples.x, (keys, rows.points, rows.sign)
+    by_kernel = tuple(not torch.is_grad_enabled() and _has_kernel(q, rows, x) for q in references)
+    keep_eps = rows.backend == "torch" or not all(by_kernel)
+    x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, rows.backend)
     errors = []
     for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
         if timed is not None:
             prediction = timed.predict(x_t, cond.per_sample)
         else:
             prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
-        errors.append(ops.residual(prediction, x, eps, *rows.coefficients))
-    controls = [q.residual(x, x_t, eps, rows.alpha, rows.sigma) for q in references]
+        errors.append(ops.residual(prediction, x, eps, *noise_words, *rows.coefficients, rows.backend))
+    controls = [
+        ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
+        if kernel
+        else q.residual(x, x_t, eps, rows.alpha, rows.sigma)
+        for q, kernel in zip(references, by_kernel)
+    ]
     return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
+
+
+def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
+    if rows.backend == "torch":
+        return False
+    return implementation(rows.backend).why_not_control(reference.components, reference.full, x.shape[1]) is None
 
 
 def evaluate(
@@ -187,11 +205,39 @@ def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, referen
 def _draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     """Return f of shape (b, number of draws): the mean over each draw's rows."""
     controls = (reference,) if len(samples.conds) == 1 else ()
-    errors, control = row_terms(network, samples, keys, rows, controls)
-    f = errors[0] - (control[0] if controls else errors[1])
+    if why_not_fused(samples, rows, reference) is None:
+        f = _fused(samples, keys, rows, reference)
+    else:
+        errors, control = row_terms(network, samples, keys, rows, controls)
+        f = errors[0] - (control[0] if controls else errors[1])
     if len(rows.share) == rows.draws:
         return f
     return f.new_zeros(len(f), rows.draws).index_add(1, rows.draw, f * rows.share)
+
+
+def why_not_fused(samples: Samples, rows: Rows, reference: Reference) -> str | None:
+    """Return why no kernel runs these rows in one pass, or None."""
+    if rows.backend == "torch":
+        return "backend 'torch' has no kernels"
+    if len(samples.conds) > 1:
+        return "two conditions are compared"
+    (timed,) = rows.timed or (None,)
+    if timed is None:
+        return "the network is no row program"
+    backend = implementation(rows.backend)
+    d = samples.x.shape[1]
+    return backend.why_not_fused(timed.program.code, timed.weights, d) or backend.why_not_control(
+        reference.components, reference.full, d
+    )
+
+
+def _fused(samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
+    """Return f of every row, (b, R), by one kernel."""
+    x, (timed,) = samples.x, rows.timed
+    weights, tables = timed.bind(samples.conds[0].per_sample)
+    row = torch.stack([rows.sign, rows.alpha.to(x), rows.sigma.to(x), *rows.coefficients], 1)
+    code, q = encode(timed.program.code), reference.tensors()
+    return ops.density_mlp(x, keys, rows.points, row, rows.alpha, rows.sigma, code, weights, tables, q, rows.backend)
 
 
 def _check_finite(f: Tensor, samples: Samples, rule: Rule) -> None:

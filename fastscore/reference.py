@@ -60,6 +60,10 @@ class Reference(FittedBuffers):
         """Whether the covariances are full matrices."""
         return self.basis.numel() > 0
 
+    def tensors(self) -> list[Tensor]:
+        """Return weight, mean, variance and basis, as the ops take them."""
+        return [self.weight, self.mean, self.variance, self.basis]
+
     def flops(self, d: int) -> int:
         """Multiply-adds times two of one control-variate row, as `torch.utils.flop_counter` counts a network's."""
         if self.full:

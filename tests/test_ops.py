@@ -25,7 +25,9 @@ def inputs(b, r, d, dtype, requires_grad=False):
 def test_ops_are_their_definitions(b, r, d, dtype):
     x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, dtype)
     x_t, eps = ops.perturb(x, keys, points, sign, alpha, sigma)
-    found = ops.residual(prediction, x, eps, a, b_, c)
+    found = ops.residual(prediction, x, eps, keys, points, sign, a, b_, c)
+    again = ops.residual(prediction, x, eps.new_empty(0), keys, points, sign, a, b_, c)
+    assert torch.equal(again, found)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for i in range(b):
         for j in range(r):
@@ -42,7 +44,7 @@ def test_the_short_cut_for_eps_is_the_general_formula():
     _, eps = ops.perturb(x, keys, points, sign, alpha, sigma)
     one, zero = torch.ones(4).double(), torch.zeros(4).double()
     expected = c.square() * (eps - prediction).square().sum(-1)
-    assert torch.allclose(ops.residual(prediction, x, eps, one, zero, c), expected, rtol=1e-12)
+    assert torch.allclose(ops.residual(prediction, x, eps, keys, points, sign, one, zero, c), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("b", "r", "d"), [(1, 1, 1), (3, 4, 7)])
@@ -50,7 +52,7 @@ def test_gradients_match_finite_differences(b, r, d):
     x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(b, r, d, torch.float64, True)
     assert torch.autograd.gradcheck(lambda x: ops.perturb(x, keys, points, sign, alpha, sigma)[0], (x,))
     eps = ops.perturb(x.detach(), keys, points, sign, alpha, sigma)[1]
-    assert torch.autograd.gradcheck(lambda p, x: ops.residual(p, x, eps, a, b_, c), (prediction, x))
+    assert torch.autograd.gradcheck(lambda p, x: ops.residual(p, x, eps, keys, points, sign, a, b_, c), (prediction, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -58,10 +60,11 @@ def test_opcheck(dtype):
     x, keys, points, sign, (alpha, sigma, a, b_, c), prediction = inputs(2, 3, 5, dtype, True)
     torch.library.opcheck(ops.perturb, (x, keys, points, sign, alpha, sigma))
     eps = ops.perturb(x.detach(), keys, points, sign, alpha, sigma)[1]
-    torch.library.opcheck(ops.residual, (prediction, x, eps, a, b_, c))
+    torch.library.opcheck(ops.residual, (prediction, x, eps, keys, points, sign, a, b_, c))
 
 
-def test_backend_choice_and_message_share_one_predicate():
+def test_backend_choice_and_message_share_one_predicate(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     cpu = torch.device("cpu")
     assert select(cpu, torch.float32) == "torch"
     assert select(cpu, torch.float64, "torch") == "torch"

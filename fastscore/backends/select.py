@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+
+from . import interpreting
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend and `why_not(device, dtype)`: the reason why it cannot run there, or None if it can."""
+    """A backend, `why_not(device, dtype)`: the reason why it cannot run there, or None, and where "auto" takes it."""
 
     name: str
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    devices: tuple[str, ...]
 
 
 def _torch_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -23,9 +30,20 @@ def _torch_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype != torch.float32:
+        return f"its kernels sum in float32, got {dtype}"
+    if device.type == "cpu" and interpreting():
+        return None
     if device.type != "cuda":
         return f"needs tensors on a CUDA device, got {device.type}"
-    return "this version has no Triton kernels yet"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA's GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
+    return None
 
 
 def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -36,9 +54,9 @@ def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 # In order of preference.
 BACKENDS = (
-    Backend("cuda", _cuda_why_not),
-    Backend("triton", _triton_why_not),
-    Backend("torch", _torch_why_not),
+    Backend("cuda", _cuda_why_not, ("cuda",)),
+    Backend("triton", _triton_why_not, ("cuda",)),
+    Backend("torch", _torch_why_not, ("cpu", "cuda")),
 )
 
 
@@ -53,10 +71,18 @@ def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(known)}; got {name!r}")
     asked = BACKENDS if name == "auto" else (known[name],)
     reasons = {backend.name: backend.why_not(device, dtype) for backend in asked}
-    for backend, reason in reasons.items():
-        if reason is None:
-            return backend
+    for backend in asked:
+        # Triton's interpreter can run on a CPU, and nobody but a test would want it to.
+        preferred = name != "auto" or device.type in backend.devices or backend.name == "torch"
+        if reasons[backend.name] is None and preferred:
+            return backend.name
     listed = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
     raise ValueError(
         f"no backend can run on {device} in {dtype}: {listed}. Use backend='auto' with float32 or float64 data"
     )
+
+
+@cache
+def implementation(name: str) -> ModuleType:
+    """Return the module that computes for a backend; imported at first use, since Triton takes a second."""
+    return importlib.import_module(f".{name}", __package__)

@@ -1,0 +1,292 @@
+"""Every Triton kernel, in the interpreter, against the torch backend in float64; outputs start as NaN."""
+
+import pytest
+import torch
+from fastscore.kernels import density_mlp as fused
+from fastscore.kernels.noise import normal
+
+from fastscore import Reference, noise, ops
+from fastscore.backends import torch as truth
+from fastscore.backends import triton as backend
+from fastscore.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+# Sums of d terms in float32, each with a rounding of 6e-8 and errors of eps of 5e-7: 1e-5 of the mean is far above.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill every output with NaN beforehand: an element that no program writes fails its test."""
+    empty, empty_like = torch.empty, torch.empty_like
+    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+class Case:
+    """Random data, noise words and coefficients, float64, for B samples, R rows and d dimensions."""
+
+    def __init__(self, b, r, d, seed=0):
+        self.b, self.r, self.d = b, r, d
+        self.generator = torch.Generator().manual_seed(1000 * b + 10 * r + d + seed)
+        self.x = self.randn(b, d).float().double()
+        self.keys = noise.sample_keys("independent", 3, torch.arange(b) + 7, d)
+        self.points = noise.points("independent", 3, range(r), r, d, torch.device("cpu"))
+        self.sign = torch.where(torch.arange(r) % 2 == 0, 1.0, -1.0).double()
+        log_snr = torch.linspace(-6, 6, r, dtype=torch.float64)
+        self.alpha, self.sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        self.a, self.b_, self.c = self.randn(r), self.randn(r), self.randn(r)
+        # The noise of the truth comes from float32's uniforms: rounding of the words is no error of a kernel.
+        w = noise.combine(self.keys, self.points).float() * 2.0**-31 + 2.0**-32
+        top = 1 - 2.0**-24
+        self.eps = w.clamp(-top, top).double().erfinv() * 2**0.5 * self.sign[:, None]
+        self.x_t = self.alpha[:, None] * self.x[:, None] + self.sigma[:, None] * self.eps
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    @property
+    def rows(self):
+        return torch.stack([self.sign, self.alpha, self.sigma, self.a, self.b_, self.c], 1)
+
+    def reference(self, kind, components=5):
+        k = components if "mixture" in kind else 1
+        weight, mean = self.randn(k).softmax(0), self.randn(k, self.d)
+        variance = (self.randn(k, self.d) - 0.5).exp()
+        if kind == "isotropic":
+            return Reference.isotropic(1.3)
+        basis = torch.linalg.qr(self.randn(k, self.d, self.d))[0] if "full" in kind else None
+        return Reference(weight, mean, variance, basis)
+
+
+def close(found, expected, tolerance=TOLERANCE):
+    """Whether every element agrees relative to itself plus the mean size, which is what sums cancel from."""
+    expected = expected.double()
+    scale = expected.abs() + expected.abs().mean()
+    return bool(((found.double() - expected).abs() <= tolerance * scale).all())
+
+
+@triton.jit
+def words_kernel(p_ptr, q_ptr, m_ptr, w_ptr, n_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    w = tl.mul(tl.load(p_ptr + i) ^ tl.load(q_ptr + i), tl.load(m_ptr + i), sanitize_overflow=False)
+    tl.store(w_ptr + i, w)
+    tl.store(n_ptr + i, normal(w))
+
+
+def test_noise_words_are_bit_exact_and_normals_are_float32s():
+    n = 1 << 16
+    keys = noise.sample_keys("independent", 5, torch.arange(1), n)
+    points = noise.points("independent", 5, range(1), 1, n, torch.device("cpu"))
+    points[0, :4] = keys[0, 0, :4] ^ torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int64).to(torch.int32)
+    w, found = torch.zeros(n, dtype=torch.int32), torch.empty(n)
+    words_kernel[(1,)](points[0], keys[0, 0].contiguous(), keys[0, 1].contiguous(), w, found, n)
+    assert torch.equal(w, noise.combine(keys, points)[0, 0])
+    uniform = (w.float() * 2.0**-31 + 2.0**-32).clamp(-1 + 2.0**-24, 1 - 2.0**-24)
+    exact = uniform.double().erfinv() * 2**0.5
+    # The polynomial's 3.3e-7 and the roundings of nine steps.
+    assert torch.allclose(found.double(), exact, rtol=1e-6, atol=0)
+    assert torch.allclose(noise.normal(w).double(), exact, rtol=1e-6, atol=0)
+
+
+THIN = [(1, 1, 1), (7, 8, 2), (3, 33, 13), (5, 3, 100), (2, 4, 784), (1, 2, 3000), (63, 1, 50), (1000, 1, 64)]
+
+
+@pytest.mark.parametrize(("b", "r", "d"), THIN)
+def test_thin_kernels_forward_and_backward(b, r, d):
+    case = Case(b, r, d)
+    x, sign, alpha, sigma = (v.float() for v in (case.x, case.sign, case.alpha, case.sigma))
+    words = case.keys, case.points, sign
+    x_t, eps = ops.perturb(x, *words, alpha, sigma, True, "triton")
+    assert close(x_t, case.x_t)
+    assert close(eps, case.eps)
+    assert torch.equal(ops.perturb(x, *words, alpha, sigma, False, "triton")[0], x_t)
+
+    prediction = case.randn(b, r, d)
+    want = truth.residual(prediction, case.x, case.eps, *words, case.a, case.b_, case.c)
+    leaves = [prediction.float().requires_grad_(), x.clone().requires_grad_()]
+    coefficients = [v.float() for v in (case.a, case.b_, case.c)]
+    found = ops.residual(*leaves, x.new_empty(0), *words, *coefficients, "triton")
+    assert close(found.detach(), want)
+    grad = case.randn(b, r)
+    expected = truth.residual_backward(grad, prediction, case.x, case.eps, *words, case.a, case.b_, case.c)
+    for got, wanted in zip(torch.autograd.grad(found, leaves, grad.float()), expected):
+        assert close(got, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full", "mixture", "full mixture"])
+@pytest.mark.parametrize(("b", "r", "d"), [(1, 1, 1), (7, 5, 2), (63, 2, 13), (3, 3, 100)])
+def test_control_kernel(kind, b, r, d):
+    case = Case(b, r, d)
+    q = case.reference(kind)
+    words = case.keys, case.points, case.sign.float()
+    found = ops.control(case.x.float(), *words, case.alpha, case.sigma, q.tensors(), "triton")
+    assert close(found, q.residual(case.x, case.x_t, case.eps, case.alpha, case.sigma))
+
+
+def test_control_kernel_says_why_it_cannot():
+    assert backend.why_not_control(1, False, 100_000) is None
+    assert "128 dimensions in a kernel, got 129" in backend.why_not_control(5, False, 129)
+
+
+def adaln(case, width, depth, name="silu"):
+    """Pre-norm residual blocks whose modulation comes per draw, per sample, per pair and for all alike."""
+    b, r, h = case.b, case.r, width
+    weights, tables = [case.randn(h, case.d) / case.d**0.5], [0.3 * case.randn(1, r, h)]
+    code = [Linear(0), Affine(-1, 0)]
+    for layer in range(depth):
+        n = len(tables)
+        weights.append(case.randn(h, h) / h**0.5)
+        tables += [1 + 0.2 * case.randn(1, r, h), 0.2 * case.randn(b, r, h)]
+        tables += [1 + 0.2 * case.randn(b, 1, h), 0.1 * case.randn(1, 1, h)]
+        code += [Save(1), Norm(1e-6), Affine(n, n + 1), Act(name), Linear(layer + 1), Affine(n + 2, n + 3), Add(1)]
+    weights.append(case.randn(case.d, h) / h**0.5)
+    tables.append(0.1 * case.randn(1, 1, case.d))
+    return [*code, Act(name), Linear(depth + 1), Affine(-1, len(tables) - 1)], weights, tables
+
+
+def edm(case, width, depth, name="gelu"):
+    """Unequal widths between c_in x_t and c_skip x_t + c_out F, with scales after a sum."""
+    d, r = case.d, case.r
+    weights, tables = [case.randn(width, d) / d**0.5], [case.randn(1, r, 1), case.randn(1, r, d)]
+    code = [Save(0), Affine(0, 1), Linear(0)]
+    for layer in range(depth):
+        wide = width if layer % 2 else max(1, width - 5)
+        weights.append(case.randn(wide, weights[-1].shape[0]) / width**0.5)
+        tables.append(0.1 * case.randn(1, 1, wide))
+        code += [Act(name), Linear(layer + 1), Affine(-1, len(tables) - 1)]
+    weights.append(case.randn(d, weights[-1].shape[0]) / width**0.5)
+    n = len(tables)
+    tables += [case.randn(1, r, 1), case.randn(1, r, d), case.randn(1, r, 1), case.randn(1, 1, d)]
+    return [*code, Act(name), Linear(depth + 1), Affine(n, n + 1), Add(0, n + 2), Affine(n + 3, -1)], weights, tables
+
+
+def run(case, net, kind=None, dtype=torch.float32):
+    """Return f by the kernel and by the definition, in float64, for a network (code, weights, tables)."""
+    code, weights, tables = net
+    q = case.reference(kind).tensors() if kind else []
+    assert backend.why_not_fused(code, [w.to(dtype) for w in weights], case.d) is None
+    words = case.keys, case.points
+    got = ops.density_mlp(
+        case.x.float(), *words, case.rows.float(), case.alpha, case.sigma, encode(code),
+        [w.to(dtype) for w in weights], [t.float() for t in tables], q, "triton",
+    )  # fmt: skip
+    prediction = truth.run(code, weights, tables, case.x_t)
+    want = truth.residual(prediction, case.x, case.eps, *words, case.sign, case.a, case.b_, case.c)
+    if kind:
+        want = want - Reference(*q).residual(case.x, case.x_t, case.eps, case.alpha, case.sigma)
+    return got, want
+
+
+# Not every pair of sizes, but every size of each kind.
+FUSED = [
+    (adaln, 1, 1, 1, 16, 1, "isotropic"),
+    (adaln, 7, 8, 2, 64, 3, "full mixture"),
+    (edm, 63, 2, 13, 100, 2, "full"),
+    (adaln, 5, 33, 50, 64, 2, "mixture"),
+    (edm, 7, 3, 64, 128, 1, "diagonal"),
+    (adaln, 3, 2, 100, 100, 4, "full"),
+    (edm, 2, 2, 784, 64, 2, "isotropic"),
+    (adaln, 3, 2, 784, 128, 3, "diagonal"),
+    (adaln, 1000, 1, 2, 16, 0, None),
+]
+
+
+@pytest.mark.parametrize(("net", "b", "r", "d", "width", "depth", "kind"), FUSED)
+def test_fused_kernel_is_the_definition(net, b, r, d, width, depth, kind):
+    case = Case(b, r, d)
+    assert close(*run(case, net(case, width, depth), kind))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(name):
+    case = Case(3, 2, 5)
+    assert close(*run(case, edm(case, 20, 2, name)))
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_bf16_products_stay_within_their_rounding(width):
+    case = Case(7, 4, 13)
+    code, weights, tables = adaln(case, width, 3)
+    weights = [w.bfloat16().double() for w in weights]
+    got, want = run(case, (code, weights, tables), "diagonal", torch.bfloat16)
+    # Every operand is rounded to 2^-9 of itself at random, through depth + 2 products; the largest of 28 rows may
+    # show four times the root of the sum of squares. (What would show a wrong operand is of order one.)
+    bound = 4 * (5 * 2) ** 0.5 * 2.0**-9
+    assert close(got, want, bound)
+    assert not close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fused.Config(16, 4, resident=True, stages=1, splits=1),
+        fused.Config(32, 4, resident=False, stages=2, splits=3),
+        fused.Config(64, 8, resident=True, stages=2, splits=7),
+    ],
+)
+def test_every_launch_gives_the_same_numbers(config, monkeypatch):
+    case = Case(37, 7, 13)
+    net = adaln(case, 64, 4)
+    got, want = run(case, net, "full")
+    monkeypatch.setattr(fused.Config, "from_heuristic", lambda *a: config)
+    again, _ = run(case, net, "full")
+    assert close(got, want)
+    # The same operations in the same order for every row, whatever tile and split it lies in.
+    assert torch.allclose(again, got, rtol=1e-6, atol=1e-6 * float(got.abs().mean()))
+
+
+def test_gradients_of_the_fused_op_are_the_definitions():
+    case = Case(3, 4, 5)
+    code, weights, tables = edm(case, 20, 2)
+    q = case.reference("diagonal").tensors()
+
+    def gradients(name, dtype):
+        leaves = [v.to(dtype).requires_grad_() for v in (case.x, *weights, *tables)]
+        n = len(weights) + 1
+        f = ops.density_mlp(
+            leaves[0], case.keys, case.points, case.rows.to(dtype), case.alpha, case.sigma, encode(code),
+            leaves[1:n], leaves[n:], q, name,
+        )  # fmt: skip
+        return torch.autograd.grad(f.square().sum(), leaves)
+
+    for got, want in zip(gradients("triton", torch.float32), gradients("torch", torch.float64)):
+        # Noise from float32's uniforms differs from float64's by 6e-8 / |density|: the tail sets this bound.
+        assert close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_opcheck_of_the_fused_op(name):
+    case = Case(2, 3, 5)
+    code, weights, tables = adaln(case, 16, 1)
+    floats = lambda values: [v.float().requires_grad_() for v in values]  # noqa: E731
+    (x,) = floats([case.x])
+    arguments = case.keys, case.points, case.rows.float(), case.alpha, case.sigma, encode(code)
+    q = case.reference("diagonal").tensors()
+    torch.library.opcheck(ops.density_mlp, (x, *arguments, floats(weights), floats(tables), q, name))
+    words = case.keys, case.points, case.sign.float()
+    torch.library.opcheck(ops.control, (case.x.float(), *words, case.alpha, case.sigma, q, name))
+
+
+def test_code_survives_its_text():
+    code, _, _ = adaln(Case(1, 1, 1), 16, 2)
+    assert list(decode(encode(code))) == code
+
+
+@pytest.mark.parametrize(
+    ("code", "widths", "reason"),
+    [
+        ([Linear(0)], [(5, 5)], "two linear maps at least, the network has 1"),
+        ([Linear(0), Act("silu"), Linear(1)], [(129, 5), (5, 129)], "hidden widths go up to 128, the network has 129"),
+        ([Linear(0), Linear(1)], [(16, 5), (6, 16)], "returns 6 values for 5 dimensions"),
+        ([Norm(1e-5), Linear(0), Linear(1)], [(16, 5), (5, 16)], "norm works on hidden layers only"),
+        ([Linear(0), Linear(1), Act("tanh")], [(16, 5), (5, 16)], "act works on hidden layers only"),
+        ([Affine(0, -1), Save(0), Linear(0), Linear(1), Add(0)], [(16, 5), (5, 16)], "keeps x_t itself for later"),
+        ([Save(0), Linear(0), Add(0), Linear(1)], [(5, 5), (5, 5)], "a sum joins two hidden layers"),
+    ],
+)
+def test_the_fused_kernel_says_why_it_cannot(code, widths, reason):
+    assert reason in backend.why_not_fused(code, [torch.zeros(w) for w in widths], 5)
