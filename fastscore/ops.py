@@ -140,7 +140,7 @@ def density_mlp(
     weights: list[Tensor],
     tables: list[Tensor],
     reference: list[Tensor],
-    backend: str = "torch",
+    backend: str,  # no default: the autograd of lists loses arguments that equal theirs
 ) -> Tensor:
     r"""Return :math:`\|\epsilon - \hat\epsilon\|^2 - \|\epsilon - \epsilon_q\|^2` of every row of a row program.
 
@@ -160,7 +160,7 @@ def density_mlp(
 
 
 @density_mlp.register_fake
-def _(x, keys, points, rows, alpha, sigma, code, weights, tables, reference, backend="torch"):
+def _(x, keys, points, rows, alpha, sigma, code, weights, tables, reference, backend):
     return x.new_empty(x.shape[0], points.shape[0])
 
 
@@ -172,15 +172,13 @@ def _density_mlp_setup(ctx, inputs, output):
 
 def _density_mlp_backward(ctx, grad):
     x, keys, points, rows, alpha, sigma, *rest = ctx.saved_tensors
-    n, m = ctx.counts
-    leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in (x, *rest[: n + m])]
+    n, m = ctx.counts[0], sum(ctx.counts)
+    leaves = [v.detach().requires_grad_() for v in (x, *rest[:m])]
+    weights, tables, reference = leaves[1 : n + 1], leaves[n + 1 :], rest[m:]
     with torch.enable_grad():
-        f = torch_backend.density_mlp(
-            leaves[0], keys, points, rows, alpha, sigma, ctx.code, leaves[1 : n + 1], leaves[n + 1 :], rest[n + m :]
-        )
-        grads = torch.autograd.grad(f, leaves, grad, allow_unused=True)
-    nothing = [None] * (len(rest) - n - m)
-    return grads[0], *(None,) * 6, list(grads[1 : n + 1]), list(grads[n + 1 :]), nothing, None
+        f = torch_backend.density_mlp(leaves[0], keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference)
+        grads = torch.autograd.grad(f, leaves, grad, materialize_grads=True)
+    return grads[0], *(None,) * 6, list(grads[1 : n + 1]), list(grads[n + 1 :]), [None] * len(reference), None
 
 
 density_mlp.register_autograd(_density_mlp_backward, setup_context=_density_mlp_setup)

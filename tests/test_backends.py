@@ -1,0 +1,119 @@
+"""The choice of backend never changes an answer beyond rounding, from end to end."""
+
+import pytest
+import torch
+from analytic import ExactNet, ill_conditioned, mixture
+from torch import nn
+
+import fastscore as fs
+from fastscore import integrand
+from fastscore.backends.select import BACKENDS
+from fastscore.backends.triton import why_not_fused
+
+CPU = torch.device("cpu")
+# Under the interpreter Triton's kernels run here too; the CUDA backend says why it cannot.
+RUNNABLE = [b.name for b in BACKENDS if b.name != "torch" and b.why_not(CPU, torch.float32) is None]
+TARGETS = {"gaussian": ill_conditioned(), "mixture d=2": mixture(2), "mixture d=16": mixture(16)}
+
+
+class Net(nn.Module):
+    """A residual MLP with time-dependent modulation, a row program of every level of table."""
+
+    def __init__(self, d, width=32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, 2 * width))
+        self.inside, self.hidden, self.out = nn.Linear(d, width), nn.Linear(width, width), nn.Linear(width, d)
+        self.label = nn.Linear(3, width)
+
+    def forward(self, x_t, t, label=None):
+        scale, shift = self.time(t[:, None].float() / 1000).chunk(2, 1)
+        h = self.inside(x_t) + (0 if label is None else self.label(label))
+        h = h + self.hidden(nn.functional.silu(h * (1 + scale) + shift))
+        return self.out(nn.functional.gelu(h))
+
+
+def agree(found, expected):
+    # The error of float32 sums over evaluations, each of which is right to 1e-5 of its mean size.
+    scale = 1 + float(expected.abs().mean())
+    assert float((found - expected).abs().max()) < 2e-5 * scale
+
+
+def test_triton_runs_here():
+    assert RUNNABLE == ["triton"]
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("predicts", ["eps", "v", "x0"])
+def test_general_networks_give_the_same_densities(name, predicts, backend):
+    target, schedule = TARGETS[name], fs.LogSNR(-8, 6)
+    x = target.sample(9, seed=1).float()
+    estimates = []
+    for choice in ("torch", backend):
+        density = fs.ScoreDensity(ExactNet(target, schedule, predicts), schedule, predicts, backend=choice)
+        estimates.append(density.estimate(x, nfe=24, seed=3))
+    agree(estimates[1].log_prob, estimates[0].log_prob)
+    assert torch.allclose(estimates[1].stderr, estimates[0].stderr, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("reference", ["isotropic", "diagonal", "full", "mixture"])
+def test_fitted_programs_give_the_same_densities_in_one_kernel(reference, backend, monkeypatch):
+    target, schedule = mixture(5), fs.DDPM.linear(1000)
+    data, x = target.sample(400, seed=2).float(), target.sample(7, seed=3).float()
+    label = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    torch_density = fs.ScoreDensity(Net(5).eval(), schedule, backend="torch")
+    torch_density.fit(data, reference=reference, evaluations=30_000, progress=False)
+    density = fs.ScoreDensity(Net(5).eval(), schedule, backend=backend)
+    density.load_state_dict(torch_density.state_dict())
+    fused = []
+    monkeypatch.setattr(integrand, "_fused", lambda *a, run=integrand._fused: fused.append(1) or run(*a))
+    for cond in ({}, {"label": label}):
+        expected = torch_density.estimate(x, nfe=32, **cond)
+        assert not fused
+        agree(density.estimate(x, nfe=32, **cond).log_prob, expected.log_prob)
+        assert fused
+        fused.clear()
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_gradients_agree(backend):
+    target, schedule = mixture(5), fs.DDPM.linear(1000)
+    x = target.sample(5, seed=3).float()
+
+    def gradients(choice):
+        model, leaf = Net(5).eval(), x.clone().requires_grad_()
+        density = fs.ScoreDensity(model, schedule, backend=choice)
+        density.log_prob(leaf, nfe=24).sum().backward()
+        return [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    for found, expected in zip(gradients(backend), gradients("torch"), strict=True):
+        # Sums of 120 rows' gradients in float32.
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_comparisons_and_the_other_methods_agree(backend):
+    target, schedule = mixture(3), fs.DDPM.linear(1000)
+    x = target.sample(4, seed=3).float()
+    one, other = torch.eye(3)[[0, 1, 2, 0]], torch.eye(3)[[1, 1, 1, 1]]
+    densities = [fs.ScoreDensity(Net(3).eval(), schedule, backend=b) for b in ("torch", backend)]
+    differences = [d.compare(x, {"label": one}, {"label": other}, nfe=24).difference for d in densities]
+    agree(differences[1], differences[0])
+    for method in ("discrete", "elbo"):
+        found = [d.estimate(x, nfe=24, method=method).log_prob for d in densities]
+        agree(found[1], found[0])
+
+
+def test_automatic_choice_on_a_cpu_is_torch_even_where_triton_interprets():
+    density = fs.ScoreDensity(Net(3).eval(), fs.DDPM.linear(1000))
+    x = torch.randn(2, 3)
+    forced = fs.ScoreDensity(density.model, density.schedule, backend="torch")
+    assert torch.equal(density.estimate(x, nfe=16).log_prob, forced.estimate(x, nfe=16).log_prob)
+
+
+def test_double_precision_networks_have_no_kernel():
+    from fastscore.instructions import Linear
+
+    assert "float64" in why_not_fused([Linear(0), Linear(1)], [torch.zeros(16, 3).double()] * 2, 3)
