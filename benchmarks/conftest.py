@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def _environment():
-    packages = ("fastscore", "torch", "numpy", "torchdiffeq", "diffusers", "flow_matching")
+    packages = ("fastscore", "torch", "numpy", "torchdiffeq", "diffusers", "flow_matching", "sbi")
     return {
         "date": datetime.date.today().isoformat(),
         "device": "CPU",
@@ -45,8 +45,15 @@ def _environment():
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: _version(package) for package in packages},
     }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _markdown(rows):

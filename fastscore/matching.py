@@ -17,21 +17,8 @@ from .instructions import Act, Add, Linear, NoProgram, Norm
 from .tables import Tables
 from .tracing import Traced, X, layer_of, operation_of, refuse
 
-_SAME = set(
-    [
-        "view",
-        "_unsafe_view",
-        "view_as",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "broadcast_to",
-    ]
-)
-_SAME |= set(["clone", "contiguous", "to", "_to_copy", "alias", "lift_fresh_copy", "dropout", "feature_dropout"])
+_SAME = {"view", "_unsafe_view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_SAME |= {"expand", "broadcast_to", "clone", "contiguous", "to", "_to_copy", "alias", "dropout"}
 _ACTIVATIONS = {"silu", "relu", "mish", "selu", "tanh", "sigmoid"}
 
 
