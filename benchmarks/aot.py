@@ -1,7 +1,7 @@
 """Compile every kernel configuration for sm_80 and sm_90 without a GPU, and read what the compiler made of it.
 
-    python benchmarks/aot.py            prints the table of docs/kernels.md
-    python benchmarks/aot.py --json     prints the same as JSON, for the tests
+    python benchmarks/aot.py                                            prints the table of docs/kernels.md
+    python benchmarks/aot.py --json > benchmarks/results/aot.json       records what the tests hold kernels to
 
 Registers, stack and shared memory come from the cubin, instruction counts from its disassembly: matrix instructions
 (HGMMA on sm_90, HMMA on sm_80), local loads and stores (spills), and the longest loop's instructions.
@@ -199,7 +199,7 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(measure, *zip(*jobs, strict=True)))
     if options.json:
-        json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout)
+        json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout, indent=1)
         return
     titles = list(rows[0])
     for line in (titles, ["---"] * len(titles), *(row.values() for row in rows)):

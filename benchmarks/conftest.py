@@ -38,7 +38,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def _environment():
-    packages = ("fastscore", "torch", "triton", "numpy", "torchdiffeq", "diffusers", "flow_matching")
+    packages = ("fastscore", "torch", "triton", "numpy", "torchdiffeq", "diffusers", "flow_matching", "sbi")
     return {
         "date": datetime.date.today().isoformat(),
         "device": "CPU",

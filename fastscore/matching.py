@@ -17,20 +17,8 @@ from .instructions import Act, Add, Linear, NoProgram, Norm
 from .tables import Tables
 from .tracing import Traced, X, layer_of, operation_of, refuse
 
-_SAME = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "clone",
-    "contiguous",
-    "to",
-    "_to_copy",
-    "alias",
-}
-_SAME |= {"_unsafe_view", "view_as", "dropout", "feature_dropout", "lift_fresh_copy"}
+_SAME = {"view", "_unsafe_view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_SAME |= {"expand", "broadcast_to", "clone", "contiguous", "to", "_to_copy", "alias", "dropout"}
 _ACTIVATIONS = {"silu", "relu", "mish", "selu", "tanh", "sigmoid"}
 
 
@@ -83,9 +71,9 @@ class _Matcher:
     # One method an operation.
 
     def on_same(self, node):
-        value = self.values[node.args[0]]
-        if isinstance(value, Concat) and node.meta["val"].shape[-1] != value.width:
-            raise refuse(node, "reshapes a concatenation")
+        value, shape = self.values[node.args[0]], node.meta["val"].shape
+        if math.prod(shape[1:]) != value.width or (isinstance(value, Concat) and shape[-1] != value.width):
+            raise refuse(node, "repeats x, or reshapes a concatenation")
         return value
 
     def on_act(self, node):

@@ -35,7 +35,7 @@ def refuse_changes(model: nn.Module, before: list) -> None:
 def _plain_attributes(module: nn.Module) -> dict[str, tuple[object, object]]:
     """Return attributes, with a copy of their content where they are lists or dicts."""
     found = {key: value for key, value in vars(module).items() if key not in _TENSORS}
-    return {key: (value, value.copy() if isinstance(value, list | dict) else None) for key, value in found.items()}
+    return {key: (value, value.copy() if type(value) in (list, dict) else None) for key, value in found.items()}
 
 
 def _put_back(attributes: dict[str, object], old: dict[str, tuple[object, object]]) -> None:
@@ -45,7 +45,7 @@ def _put_back(attributes: dict[str, object], old: dict[str, tuple[object, object
         attributes[key] = value
         if content is not None:
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            (value.extend if type(value) is list else value.update)(content)
 
 
 def state_of(model: nn.Module) -> list[tuple]:

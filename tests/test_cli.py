@@ -34,6 +34,7 @@ class Net(nn.Module):
     def forward(self, x, t):
         if os.path.exists("slow"):
             time.sleep(0.1)
+            x = x.flip(1).flip(1)  # is no instruction of a row program, which would not pause
         return torch.tanh(x @ self.weight) + 0.1 * t[:, None]
 
 def ready():

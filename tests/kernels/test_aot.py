@@ -1,0 +1,56 @@
+"""Gates without a GPU: every kernel configuration compiles for sm_80 and sm_90 within its recorded resources."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that one program can have
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile everything in another process: this one has Triton's interpreter in its place."""
+    script = [sys.executable, "-P", str(ROOT / "benchmarks" / "aot.py"), "--json"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def rows(found):
+    return {(row["case"], row["sm"]): row for row in found["rows"]}
+
+
+def test_every_kernel_compiles_and_fits(compiled):
+    assert rows(compiled).keys() == rows(RECORDED).keys()
+    for (case, sm), row in rows(compiled).items():
+        assert row["shared"] <= SHARED[sm], case
+        assert row["registers"] <= 255, case
+        # Below width 256 and in half precision nothing spills more than a few registers around a loop.
+        assert row["stack"] <= (256 if "tf32x3" in case else 64), (case, sm, row["stack"])
+
+
+def test_products_use_the_matrix_units(compiled):
+    for (case, sm), row in rows(compiled).items():
+        if "wd" not in case:
+            assert row["matrix"] > 0, (case, sm)
+        if sm == 90 and row["samples"] >= 64:
+            assert row["wgmma"] == row["matrix"] > 0, case
+
+
+def test_resources_are_the_recorded_ones(compiled):
+    if compiled["triton"] != RECORDED["triton"]:
+        pytest.skip(f"recorded with Triton {RECORDED['triton']}, this is {compiled['triton']}")
+    for key, row in rows(compiled).items():
+        recorded = rows(RECORDED)[key]
+        for resource in ("stack", "shared", "local"):
+            assert row[resource] <= recorded[resource], (key, resource)
+        for resource in ("registers", "loop"):
+            assert row[resource] <= 1.05 * recorded[resource] + 1, (key, resource)
