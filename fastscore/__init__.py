@@ -6,6 +6,7 @@ from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
 from .explain import explain
+from .graph import CapturedDensity
 from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
@@ -17,6 +18,7 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "CapturedDensity",
     "Comparison",
     "Cosine",
     "Curve",

@@ -128,11 +128,9 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: as in `estimate`.
         """
-        samples = self._samples(x, sample_index, cond)
-        draws = self._draws(nfe, seed, samples)
-        chunks = self._chunks(samples, memory, len(draws))
+        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond)
         weight = draws.rule.weight.to(samples.x.device)
-        integral = [f.double() @ weight for _, f in evaluate(self._network, samples, draws, self.reference, chunks)]
+        integral = [f.double() @ weight for _, f in evaluate(self.network, samples, draws, self.reference, chunks)]
         log_prob = self.reference.log_prob(samples.x) - 0.5 * torch.cat(integral)
         return log_prob.to(samples.x.dtype)
 
@@ -234,7 +232,7 @@ class ScoreDensity(nn.Module):
         # Low-discrepancy error bars are calibrated for densities, not for differences.
         draws = Draws(make_rule(self.nodes.density, nfe or self.nfe, self.schedule), "independent", seed)
         chunks = self._chunks(samples, memory, len(draws))
-        parts = [f for _, f in evaluate(self._network, samples, draws, self.reference, chunks)]
+        parts = [f for _, f in evaluate(self.network, samples, draws, self.reference, chunks)]
         difference = torch.cat([draw_sum(f, draws.rule) for f in parts])
         variance = torch.cat([draw_variance(f, draws.rule) for f in parts])
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
@@ -277,7 +275,7 @@ class ScoreDensity(nn.Module):
                 return self._chunks(samples, memory, PILOT_DRAWS, reference)
 
             plan = PilotPlan(evaluations, seed, chunks, step)
-            fitted = run_pilot(self._network, samples, reference, plan)
+            fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
@@ -307,7 +305,7 @@ class ScoreDensity(nn.Module):
         reference = control_variate(method, self.reference)
         value, variance = (torch.empty(len(samples), dtype=torch.float64, device=samples.x.device) for _ in range(2))
         curve, offset, rule = CurveSum(draws.rule), 0.0, draws.rule
-        for chosen, f in evaluate(self._network, samples, draws, reference, chunks):
+        for chosen, f in evaluate(self.network, samples, draws, reference, chunks):
             x = samples.x[chosen]
             value[chosen] = base(method, reference, x, self.schedule) + draw_sum(f, rule)
             variance[chosen] = draw_variance(f, rule)
@@ -328,8 +326,17 @@ class ScoreDensity(nn.Module):
         return ((variance.sqrt() > target) & (2 * spent <= max_nfe)).nonzero().flatten()
 
     @property
-    def _network(self) -> Network:
+    def network(self) -> Network:
+        """The network with all that is needed to read it."""
         return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs, self.backend)
+
+    def prepare(
+        self, x: Tensor, nfe: int | None, seed: int, sample_index: Tensor | None, memory: int | str | None, cond: dict
+    ) -> tuple[Samples, Draws, Chunks]:
+        """Check the data and plan an estimate with method "density": arguments as in `estimate`."""
+        samples = self._samples(x, sample_index, cond)
+        draws = self._draws(nfe, seed, samples)
+        return samples, draws, self._chunks(samples, memory, len(draws))
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
         rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
@@ -351,10 +358,10 @@ class ScoreDensity(nn.Module):
             torch.is_grad_enabled(),
             len(samples.conds),
             reference.flops(samples.x.shape[1]),
-            tuple(program is not None for program in self._network.find_programs(samples)),
+            tuple(program is not None for program in self.network.find_programs(samples)),
         )
         if key not in self._row_bytes:
-            self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self._network, samples, reference)
+            self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self.network, samples, reference)
         return plan_chunks(self._row_bytes[key], self._draw_bytes[key], draws, memory, samples.x.device)
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:

@@ -191,18 +191,18 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)
     return (
-        memory.peak_bytes(lambda: _draw_values(network, one, keys, timed, reference)) // PROBE_ROWS,
+        memory.peak_bytes(lambda: draw_values(network, one, keys, timed, reference)) // PROBE_ROWS,
         memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS,
     )
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     if not torch.is_grad_enabled():
-        return _draw_values(network, samples, keys, rows, reference)
-    return checkpoint(_draw_values, network, samples, keys, rows, reference, use_reentrant=False)
+        return draw_values(network, samples, keys, rows, reference)
+    return checkpoint(draw_values, network, samples, keys, rows, reference, use_reentrant=False)
 
 
-def _draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
+def draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     """Return f of shape (b, number of draws): the mean over each draw's rows."""
     controls = (reference,) if len(samples.conds) == 1 else ()
     if why_not_fused(samples, rows, reference) is None:

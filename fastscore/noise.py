@@ -116,7 +116,7 @@ def normal(w: Tensor, sign: Tensor | None = None, dtype: torch.dtype = torch.flo
     below 1, in float32 |eps| <= 5.42. Antithetic twins have the same words and the sign -1.
     """
     top = 1 - torch.finfo(dtype).eps / 2
-    half = torch.tensor(2.0**-32, dtype=dtype, device=w.device)
+    half = w.new_full((), 2.0**-32, dtype=dtype)  # a fill, where torch.tensor would copy from the host
     factor = math.sqrt(2) if sign is None else math.sqrt(2) * sign.to(dtype)
     return torch.add(half, w.to(dtype), alpha=2.0**-31).clamp_(-top, top).erfinv_().mul_(factor)
 

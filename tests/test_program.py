@@ -340,7 +340,7 @@ def test_memory_is_measured_on_the_program():
     on, off = (fs.ScoreDensity(net, SCHEDULE, "flow", program=program) for program in (True, False))
     with torch.no_grad():
         samples = on._samples(x, None, shared)
-        (row, draw), (module_row, none) = (bytes_per_row(d._network, samples, d.reference) for d in (on, off))
+        (row, draw), (module_row, none) = (bytes_per_row(d.network, samples, d.reference) for d in (on, off))
     assert row < module_row
     # Two blocks of three tables and a final layer's two, 24 floats wide, besides the evaluation's own tensors.
     assert draw >= 4 * 24 * 8
