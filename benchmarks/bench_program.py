@@ -1,8 +1,10 @@
 """Row programs: the same estimate with and without, and beside the log-density that sbi computes with its network.
 
 With and without run in turns in one process. The network of sbi is trained on a posterior that is known exactly; its
-own log_prob (the probability-flow ODE with the exact trace) and the estimate are both compared to that posterior, and
-the estimate is timed at the first number of evaluations whose error is not above that of the ODE.
+own log_prob (the probability-flow ODE with the exact trace) and the estimate are both compared to that posterior. They
+are two numbers of one learned network, the density of its ODE and its evidence lower bound: the second feels errors of
+the network more, and no number of evaluations makes up for that. So the times are not at equal error, and the table
+says both errors beside the estimate's own standard error.
 """
 
 import statistics
@@ -15,7 +17,7 @@ from torch import nn
 
 import fastscore as fs
 
-SAMPLES, NFE = 256, 128
+SAMPLES, NFE, SBI_NFE = 256, 128, 32
 NETWORKS = {
     "MAR head, d = 16, W = 256, D = 3": (lambda: nets.MARHead(16, 256, 3, cond=32), 16, {"c": (1, 32)}),
     "sbi AdaMLP, d = 6, H = 100, 5 blocks": (lambda: nets.AdaMLP(6, 4, 100, 5), 6, {"condition": (1, 4)}),
@@ -92,19 +94,21 @@ def test_beside_sbi(benchmark, table):
     prior = torch.distributions.MultivariateNormal(torch.zeros(d), torch.eye(d))
     potential = VectorFieldBasedPotential(estimator, prior, x_o=y)
     density = fs.ScoreDensity(Velocity(estimator), fs.FlowMatching(data_at=0), "flow", program=True)
+    density.fit(potential.flow.sample((2000,)).reshape(-1, d), progress=False, condition=y)
+    exact = posterior.log_prob(theta)
 
     def rmse(log_prob):
-        return float((log_prob - posterior.log_prob(theta)).square().mean().sqrt())
+        return float((log_prob - exact).square().mean().sqrt())
 
     theirs = [seconds(lambda: potential(theta)) for _ in range(3)]
-    target = rmse(potential(theta))
-    for nfe in (2**k for k in range(4, 13)):
-        ours = rmse(density.estimate(theta, nfe=nfe, condition=y).log_prob)
-        if ours <= target:
-            break
-    benchmark.pedantic(lambda: density.estimate(theta, nfe=nfe, condition=y), rounds=5, warmup_rounds=1)
-    row = {"samples": SAMPLES, "sbi rmse, nats": target, "sbi, s": statistics.median(theirs)}
-    row |= {"nfe": nfe, "fastscore rmse, nats": ours, "fastscore, s": benchmark.stats.stats.median}
-    row["ratio"] = row["sbi, s"] / row["fastscore, s"]
-    table("program beside sbi", row)
+    found = density.estimate(theta, nfe=SBI_NFE, condition=y)
+    # Correct before timed: a hundred times the evaluations give the same, within the stated errors.
+    truth = density.estimate(theta[:32], nfe=32 * SBI_NFE, condition=y).log_prob
+    assert float(((found.log_prob[:32] - truth).abs() < 3 * found.stderr[:32]).double().mean()) > 0.8
+    benchmark.pedantic(lambda: density.estimate(theta, nfe=SBI_NFE, condition=y), rounds=5, warmup_rounds=1)
+    row = {"samples": SAMPLES, "sbi rmse, nats": rmse(potential(theta)), "sbi, s": statistics.median(theirs)}
+    row |= {"nfe": SBI_NFE, "fastscore stderr, nats": float(found.stderr.mean())}
+    row |= {"fastscore rmse, nats": rmse(found.log_prob), "fastscore, s": benchmark.stats.stats.median}
+    row["ratio of times"] = row["sbi, s"] / row["fastscore, s"]
+    table("program_beside_sbi", row)
     benchmark.extra_info.update(row)
