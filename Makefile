@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint wheel bench clean
+.PHONY: demo test lint wheel bench gpu-check clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
 test: lint
-	$(BIN)/python -P -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -P -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -21,6 +21,11 @@ wheel: .venv/dev
 
 bench: .venv/bench
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q
+
+# With the Python, torch and Triton of the GPU's machine, offline: the package is built beside them, not into them.
+gpu-check:
+	rm -rf build/gpu && $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/gpu .
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv

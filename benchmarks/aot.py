@@ -160,9 +160,9 @@ def compile_thin(name: str, capability: int):
     pointers = {"x_t_ptr": "*bf16", "prediction_ptr": "*bf16", "grad_prediction_ptr": "*bf16"}
     pointers |= {"keys_ptr": "*i32", "points_ptr": "*i32"}
     kernel, constexprs = {
-        "perturb_fwd": (perturb.perturb_fwd_kernel, {"KEEP_EPS": False, "BLOCK_R": perturb.BLOCK_R, "BLOCK_D": 256}),
-        "residual_fwd": (residual.residual_fwd_kernel, {"BLOCK_D": residual.BLOCK_D}),
-        "residual_bwd": (residual.residual_bwd_kernel, {"BLOCK_D": residual.BLOCK_D}),
+        "perturb_fwd": (perturb.perturb_fwd_kernel, {"KEEP_EPS": False, "BLOCK_N": 4, "BLOCK_D": 256}),
+        "residual_fwd": (residual.residual_fwd_kernel, {"BLOCK_N": 1, "BLOCK_D": residual.TILE}),
+        "residual_bwd": (residual.residual_bwd_kernel, {"BLOCK_B": 1, "BLOCK_D": residual.TILE}),
     }[name]
     signature = {
         n: "constexpr" if n in constexprs else pointers.get(n, "*fp32" if n.endswith("_ptr") else "i32")

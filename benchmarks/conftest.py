@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rehearsal import REHEARSING
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = {}
@@ -28,11 +29,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus != 0:
+    if exitstatus != 0 or REHEARSING:
         return  # a failed benchmark leaves the last good numbers alone
     RESULTS.mkdir(exist_ok=True)
+    on_gpu = torch.cuda.is_available()
     for name, rows in TABLES.items():
         found = {"table": name, **_environment(), "rows": rows}
+        name = f"{_device().lower().replace(' ', '-')}-{name}" if on_gpu else name
         (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         (RESULTS / f"{name}.md").write_text(_markdown(rows) + "\n")
 
@@ -41,13 +44,17 @@ def _environment():
     packages = ("fastscore", "torch", "triton", "numpy", "torchdiffeq", "diffusers", "flow_matching", "sbi")
     return {
         "date": datetime.date.today().isoformat(),
-        "device": "CPU",
+        "device": _device(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages if find_spec(package)},
     }
+
+
+def _device():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _markdown(rows):

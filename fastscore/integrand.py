@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import memory, noise, ops
 from .backends.select import implementation, select
 from .instructions import encode
-from .network import cast_time, predict
+from .network import cast_time, model_dtype, predict
 from .nodes import Rule
 from .predictions import coefficients
 from .program import Programs, RowProgram, Timed
@@ -121,7 +121,9 @@ def row_terms(
     x, noise_words = samples.x, (keys, rows.points, rows.sign)
     by_kernel = tuple(not torch.is_grad_enabled() and _has_kernel(q, rows, x) for q in references)
     keep_eps = rows.backend == "torch" or not all(by_kernel)
-    x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, rows.backend)
+    # Where nothing but the network reads x_t, it is written in the network's dtype at once.
+    dtype = None if keep_eps or any(rows.timed) else model_dtype(network.model, x.dtype)
+    x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, dtype, rows.backend)
     errors = []
     for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
         if timed is not None:

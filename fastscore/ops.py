@@ -26,6 +26,7 @@ def perturb(
     alpha: Tensor,
     sigma: Tensor,
     keep_eps: bool = True,
+    dtype: torch.dtype | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Return (x_t, eps) with x_t = alpha x + sigma eps and the noise eps of `fastscore.noise`.
@@ -36,17 +37,18 @@ def perturb(
         points: each row's words P, int32, shape (R, d).
         sign: of each row, -1 for an antithetic twin; as alpha and sigma in the dtype of x, shape (R,).
         keep_eps: whether eps is wanted; `residual` makes it again where it is not there.
+        dtype: of x_t, rounded once from the dtype of x; that of x if None.
 
     Returns:
-        Two tensors of x's dtype, shape (B, R, d); eps carries no gradient, and is empty unless kept.
+        Two tensors of shape (B, R, d), eps in x's dtype; it carries no gradient, and is empty unless kept.
     """
-    return implementation(backend).perturb(x, keys, points, sign, alpha, sigma, keep_eps)
+    return implementation(backend).perturb(x, keys, points, sign, alpha, sigma, keep_eps, dtype or x.dtype)
 
 
 @perturb.register_fake
-def _(x, keys, points, sign, alpha, sigma, keep_eps=True, backend="torch"):
+def _(x, keys, points, sign, alpha, sigma, keep_eps=True, dtype=None, backend="torch"):
     shape = (x.shape[0], points.shape[0], x.shape[1])
-    return x.new_empty(shape), x.new_empty(shape if keep_eps else (0,))
+    return x.new_empty(shape, dtype=dtype or x.dtype), x.new_empty(shape if keep_eps else (0,))
 
 
 def _perturb_setup(ctx, inputs, output):
@@ -56,7 +58,7 @@ def _perturb_setup(ctx, inputs, output):
 
 def _perturb_backward(ctx, grad_x_t, grad_eps):
     (alpha,) = ctx.saved_tensors
-    return torch.einsum("brd,r->bd", grad_x_t, alpha), *(None,) * 7
+    return torch.einsum("brd,r->bd", grad_x_t.to(alpha.dtype), alpha), *(None,) * 8
 
 
 perturb.register_autograd(_perturb_backward, setup_context=_perturb_setup)

@@ -2,8 +2,9 @@ r"""The first thin kernel, for networks that the fused one does not run: noised 
 
 .. math:: x_t = \alpha_r x_b + \sigma_r\, \epsilon_{br}
 
-One program makes BLOCK_D dimensions of BLOCK_R rows of one sample. The noise is made in registers from its words; it is
-written only where somebody asks for it, because `residual` makes it again: what reaches device memory is x_t alone.
+One program makes BLOCK_D dimensions of BLOCK_N rows, counted over all samples. The noise is made in registers from its
+words; it is written only where somebody asks for it, because `residual` makes it again: what reaches device memory is
+x_t alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .noise import load_normals
 
-BLOCK_R, BLOCK_D, NUM_WARPS = 4, 256, 4  # eight elements a thread; float4 loads
+TILE, BLOCK_D, NUM_WARPS = 1024, 256, 4  # eight elements a thread, in loads of 16 bytes
 
 
 @triton.jit
@@ -26,21 +27,21 @@ def perturb_fwd_kernel(
     sign_ptr, alpha_ptr, sigma_ptr,  # float32 (R,)
     x_t_ptr,  # out: (B, R, D)
     eps_ptr,  # out: float32 (B, R, D), if KEEP_EPS
-    R, D,
+    N, R, D,
     KEEP_EPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
-    i_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    i_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    mask = (i_r < R) & (i_d < D)
-    sign = tl.load(sign_ptr + i_r, mask=i_r < R, other=0.0)  # [BR, 1]
-    alpha = tl.load(alpha_ptr + i_r, mask=i_r < R, other=0.0)
-    sigma = tl.load(sigma_ptr + i_r, mask=i_r < R, other=0.0)
-    x = tl.load(x_ptr + i_b * D + i_d, mask=i_d < D, other=0.0)
-    eps = sign * load_normals(keys_ptr, points_ptr, i_b, i_r, i_d, mask, D)  # [BR, BD]
-    o = (i_b * R + i_r) * D + i_d
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    i_b, i_r = i_n // R, i_n % R
+    mask = (i_n < N) & (i_d < D)
+    sign = tl.load(sign_ptr + i_r, mask=i_n < N, other=0.0)  # [BN, 1]
+    alpha = tl.load(alpha_ptr + i_r, mask=i_n < N, other=0.0)
+    sigma = tl.load(sigma_ptr + i_r, mask=i_n < N, other=0.0)
+    x = tl.load(x_ptr + i_b * D + i_d, mask=mask, other=0.0)
+    eps = sign * load_normals(keys_ptr, points_ptr, i_b, i_r, i_d, mask, D)  # [BN, BD]
+    o = i_n * D + i_d
     tl.store(x_t_ptr + o, alpha * x + sigma * eps, mask=mask)
     if KEEP_EPS:
         tl.store(eps_ptr + o, eps, mask=mask)
@@ -61,9 +62,10 @@ def perturb(
     x_t = torch.empty(batch, rows, d, dtype=dtype, device=x.device)
     eps = torch.empty((batch, rows, d) if keep_eps else (0,), device=x.device)
     block_d = min(BLOCK_D, triton.next_power_of_2(d))
-    block_r = min(triton.next_power_of_2(rows), BLOCK_R * BLOCK_D // block_d)
-    grid = (batch, triton.cdiv(rows, block_r), triton.cdiv(d, block_d))
+    block_n = TILE // block_d
+    grid = (triton.cdiv(batch * rows, block_n), triton.cdiv(d, block_d))
     perturb_fwd_kernel[grid](
-        x, keys, points, sign, alpha, sigma, x_t, eps, rows, d, keep_eps, block_r, block_d, num_warps=NUM_WARPS
-    )
+        x, keys, points, sign, alpha, sigma, x_t, eps, batch * rows, rows, d, keep_eps, block_n, block_d,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return x_t, eps

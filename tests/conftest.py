@@ -2,4 +2,8 @@
 
 import os
 
+import torch
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many workers as cores: more threads would wait for each other

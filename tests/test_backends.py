@@ -7,12 +7,13 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import integrand
+from fastscore.backends import interpreting
 from fastscore.backends.select import BACKENDS
 from fastscore.backends.triton import why_not_fused
 
-CPU = torch.device("cpu")
-# Under the interpreter Triton's kernels run here too; the CUDA backend says why it cannot.
-RUNNABLE = [b.name for b in BACKENDS if b.name != "torch" and b.why_not(CPU, torch.float32) is None]
+DEVICE = torch.device("cpu" if interpreting() else "cuda")
+# Under the interpreter Triton's kernels run on a CPU too; the CUDA backend says why it cannot.
+RUNNABLE = [b.name for b in BACKENDS if b.name != "torch" and b.why_not(DEVICE, torch.float32) is None]
 TARGETS = {"gaussian": ill_conditioned(), "mixture d=2": mixture(2), "mixture d=16": mixture(16)}
 
 
@@ -33,6 +34,17 @@ class Net(nn.Module):
         return self.out(nn.functional.gelu(h))
 
 
+class OnHost(nn.Module):
+    """The exact network of a target, which lives on the CPU, for data anywhere."""
+
+    def __init__(self, *arguments):
+        super().__init__()
+        self.net = ExactNet(*arguments)
+
+    def forward(self, x_t, t):
+        return self.net(x_t.cpu(), t.cpu()).to(x_t.device)
+
+
 def agree(found, expected):
     # The error of float32 sums over evaluations, each of which is right to 1e-5 of its mean size.
     scale = 1 + float(expected.abs().mean())
@@ -48,10 +60,10 @@ def test_triton_runs_here():
 @pytest.mark.parametrize("predicts", ["eps", "v", "x0"])
 def test_general_networks_give_the_same_densities(name, predicts, backend):
     target, schedule = TARGETS[name], fs.LogSNR(-8, 6)
-    x = target.sample(9, seed=1).float()
+    x = target.sample(9, seed=1).float().to(DEVICE)
     estimates = []
     for choice in ("torch", backend):
-        density = fs.ScoreDensity(ExactNet(target, schedule, predicts), schedule, predicts, backend=choice)
+        density = fs.ScoreDensity(OnHost(target, schedule, predicts), schedule, predicts, backend=choice).to(DEVICE)
         estimates.append(density.estimate(x, nfe=24, seed=3))
     agree(estimates[1].log_prob, estimates[0].log_prob)
     assert torch.allclose(estimates[1].stderr, estimates[0].stderr, rtol=1e-3)
@@ -61,11 +73,11 @@ def test_general_networks_give_the_same_densities(name, predicts, backend):
 @pytest.mark.parametrize("reference", ["isotropic", "diagonal", "full", "mixture"])
 def test_fitted_programs_give_the_same_densities_in_one_kernel(reference, backend, monkeypatch):
     target, schedule = mixture(5), fs.DDPM.linear(1000)
-    data, x = target.sample(400, seed=2).float(), target.sample(7, seed=3).float()
-    label = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
-    torch_density = fs.ScoreDensity(Net(5).eval(), schedule, backend="torch")
+    data, x = (target.sample(n, seed=n).float().to(DEVICE) for n in (400, 7))
+    label = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    torch_density = fs.ScoreDensity(Net(5).eval(), schedule, backend="torch").to(DEVICE)
     torch_density.fit(data, reference=reference, evaluations=30_000, progress=False)
-    density = fs.ScoreDensity(Net(5).eval(), schedule, backend=backend)
+    density = fs.ScoreDensity(Net(5).eval(), schedule, backend=backend).to(DEVICE)
     density.load_state_dict(torch_density.state_dict())
     fused = []
     monkeypatch.setattr(integrand, "_fused", lambda *a, run=integrand._fused: fused.append(1) or run(*a))
@@ -80,10 +92,10 @@ def test_fitted_programs_give_the_same_densities_in_one_kernel(reference, backen
 @pytest.mark.parametrize("backend", RUNNABLE)
 def test_gradients_agree(backend):
     target, schedule = mixture(5), fs.DDPM.linear(1000)
-    x = target.sample(5, seed=3).float()
+    x = target.sample(5, seed=3).float().to(DEVICE)
 
     def gradients(choice):
-        model, leaf = Net(5).eval(), x.clone().requires_grad_()
+        model, leaf = Net(5).eval().to(DEVICE), x.clone().requires_grad_()
         density = fs.ScoreDensity(model, schedule, backend=choice)
         density.log_prob(leaf, nfe=24).sum().backward()
         return [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -96,9 +108,9 @@ def test_gradients_agree(backend):
 @pytest.mark.parametrize("backend", RUNNABLE)
 def test_comparisons_and_the_other_methods_agree(backend):
     target, schedule = mixture(3), fs.DDPM.linear(1000)
-    x = target.sample(4, seed=3).float()
-    one, other = torch.eye(3)[[0, 1, 2, 0]], torch.eye(3)[[1, 1, 1, 1]]
-    densities = [fs.ScoreDensity(Net(3).eval(), schedule, backend=b) for b in ("torch", backend)]
+    x = target.sample(4, seed=3).float().to(DEVICE)
+    one, other = torch.eye(3, device=DEVICE)[[0, 1, 2, 0]], torch.eye(3, device=DEVICE)[[1, 1, 1, 1]]
+    densities = [fs.ScoreDensity(Net(3).eval(), schedule, backend=b).to(DEVICE) for b in ("torch", backend)]
     differences = [d.compare(x, {"label": one}, {"label": other}, nfe=24).difference for d in densities]
     agree(differences[1], differences[0])
     for method in ("discrete", "elbo"):

@@ -293,7 +293,7 @@ NAN_AT[2, 3] = float("nan")
         ({"method": "vlb"}, ValueError, "density, discrete, elbo; got 'vlb'"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr must be positive"),
         ({"memory": 10}, ValueError, "does not hold one row"),
-        ({"backend": "triton"}, ValueError, "triton: needs tensors on a CUDA device, got cpu"),
+        ({"backend": "cuda"}, ValueError, "cuda: needs tensors on a CUDA device, got cpu"),
         ({"sample_index": torch.arange(3)}, ValueError, r"4 non-negative integers.*got torch.int64 of shape \(3,\)"),
         ({"sample_index": torch.zeros(4)}, ValueError, "non-negative integers.*float32"),
         ({"sample_index": torch.arange(4) - 1}, ValueError, "non-negative integers"),

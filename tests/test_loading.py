@@ -167,7 +167,7 @@ def test_exported_network(tmp_path):
     assert load_density(export(tmp_path / "other.pt2", net), "vp", "v", CPU)[1] != identity
 
 
-@pytest.mark.parametrize("time", [torch.rand(4), torch.arange(4)], ids=str)
+@pytest.mark.parametrize("time", [torch.rand(4), torch.arange(4)], ids=["float", "int"])
 def test_exported_network_gets_times_in_its_own_dtype(tmp_path, time):
     net = Net().eval()
     density, _ = load_density(export(tmp_path / "net.pt2", net, time=time), "ddpm-linear:100", "eps", CPU)

@@ -18,14 +18,22 @@ from .program import run
 
 
 def perturb(
-    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, keep_eps: bool = True
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    keep_eps: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (x_t, eps), each (B, R, d); x (B, d), keys (B, 2, d) and points (R, d) int32, the others (R,)."""
     eps = noise.normal(noise.combine(keys, points), sign[:, None], x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         return alpha[None, :, None] * x[:, None] + sigma[None, :, None] * eps, eps
     x_t = sigma[None, :, None] * eps
-    return x_t.addcmul_(alpha[None, :, None], x[:, None]), eps if keep_eps else eps.new_empty(0)
+    x_t = x_t.addcmul_(alpha[None, :, None], x[:, None])
+    return x_t.to(dtype or x.dtype), eps if keep_eps else eps.new_empty(0)
 
 
 def residual(

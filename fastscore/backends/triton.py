@@ -18,9 +18,16 @@ from . import interpreting
 
 
 def perturb(
-    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, keep_eps: bool
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    keep_eps: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return perturb_kernel.perturb(*_contiguous(x, keys, points, sign, alpha, sigma), keep_eps, x.dtype)
+    return perturb_kernel.perturb(*_contiguous(x, keys, points, sign, alpha, sigma), keep_eps, dtype)
 
 
 def residual(
