@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import memory, noise, ops
 from .backends.select import implementation, select
 from .instructions import encode
-from .network import cast_time, model_dtype, predict
+from .network import Conditions, cast_time, model_dtype, predict
 from .nodes import Rule
 from .predictions import coefficients
 from .program import Programs, RowProgram, Timed
@@ -28,6 +28,7 @@ from .samples import Samples
 from .schedules import Schedule
 
 PROBE_ROWS = 4
+KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
 KEPT_TABLES = 64 << 20  # bytes of noise points that stay from one chunk of samples to the next
 
 
@@ -82,10 +83,11 @@ class Rows:
     sigma: Tensor
     coefficients: tuple[Tensor, Tensor, Tensor]
     backend: str
+    per_call: int  # how many rows the network gets in one call; all if 0
     timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
 
     @classmethod
-    def of(cls, network: Network, draws: Draws, span: range, x: Tensor) -> Rows:
+    def of(cls, network: Network, draws: Draws, span: range, x: Tensor, per_call: int = 0) -> Rows:
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
         paired, time = draws.rule.paired[part].long(), draws.rule.time[part]
         alpha, sigma = schedule.alpha_sigma(time)
@@ -103,6 +105,7 @@ class Rows:
             sigma=sigma[draw].to(device),
             coefficients=tuple(v[draw].to(x) for v in coefficients(network.predicts, schedule, time)),
             backend=select(device, x.dtype, network.backend),
+            per_call=per_call,
         )
 
     def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
@@ -126,10 +129,7 @@ def row_terms(
     x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, dtype, rows.backend)
     errors = []
     for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
-        if timed is not None:
-            prediction = timed.predict(x_t, cond.per_sample)
-        else:
-            prediction = predict(network.model, x_t, rows.time, cond, samples.shape, network.time_dtype)
+        prediction = _predict(network, samples.shape, x_t, rows, cond, timed)
         errors.append(ops.residual(prediction, x, eps, *noise_words, *rows.coefficients, rows.backend))
     controls = [
         ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
@@ -138,6 +138,22 @@ def row_terms(
         for q, kernel in zip(references, by_kernel)
     ]
     return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
+
+
+def _predict(
+    network: Network, shape: tuple[int, ...], x_t: Tensor, rows: Rows, cond: Conditions, timed: Timed | None
+) -> Tensor:
+    """Return the prediction of every row, (B, R, d): by the row program or the network, some samples a call."""
+    samples_per_call = max(1, rows.per_call // x_t.shape[1]) if rows.per_call else len(x_t)
+    predictions = []
+    for start in range(0, len(x_t), samples_per_call):
+        part = slice(start, start + samples_per_call)
+        some = cond.select(part)
+        if timed is not None:
+            predictions.append(timed.predict(x_t[part], some.per_sample))
+        else:
+            predictions.append(predict(network.model, x_t[part], rows.time, some, shape, network.time_dtype))
+    return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
 
 
 def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
@@ -164,14 +180,18 @@ def evaluate(
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
 
     def table(span: range) -> Rows:
-        return Rows.of(network, draws, span, samples.x).with_programs(network, programs, samples)
+        return Rows.of(network, draws, span, samples.x, chunks.per_call).with_programs(network, programs, samples)
 
+    chunks_of_keys = max(1, KEY_WORDS // (at_once * d))
     keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
     kept = [table(span) for span in spans] if keep else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
-        keys = noise.sample_keys(draws.noise, draws.seed, part.index, d, draws.round)
+        if start % (at_once * chunks_of_keys) == 0:
+            index = samples.index[start : start + at_once * chunks_of_keys]
+            many = noise.sample_keys(draws.noise, draws.seed, index, d, draws.round).split(at_once)
+        keys = many[start // at_once % chunks_of_keys]
         f = torch.cat([_chunk(network, part, keys, rows, reference) for rows in kept or map(table, spans)], 1)
         _check_finite(f, part, draws.rule)
         yield chosen, f

@@ -17,10 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # On a CPU a chunk that stays near the caches is faster than a large one; the tables of benchmarks/ show it.
-CPU_WORKING_SET = 24 << 20
+CPU_WORKING_SET = 36 << 20
+# The network's own activations want to be nearer still, while the chunk's other passes want few, long operations.
+CPU_CALL = 5 << 20
+# What the allocator and a library's scratch take beside tensors, as a share of the caller's budget.
+HEADROOM = 0.1
 HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
-MIN_AUTO_ROWS = 16
+MIN_AUTO_ROWS = 32
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -99,10 +103,12 @@ class Chunks(NamedTuple):
 
     Arguments:
         rows: network evaluations at once.
+        per_call: of these, how many the network gets in one call, if a whole sample is not more.
         keep_tables: whether what row programs evaluate once per draw stays from one chunk of samples to the next.
     """
 
     rows: int
+    per_call: int
     keep_tables: bool = True
 
 
@@ -119,9 +125,11 @@ def plan_chunks(
         ValueError: as `chunk_rows`.
     """
     tables = draws * bytes_per_draw
-    if 4 * tables <= _budget(memory, device):
-        return Chunks(chunk_rows(bytes_per_row, memory, device, tables))
-    return Chunks(chunk_rows(bytes_per_row + bytes_per_draw, memory, device), False)
+    keep = 4 * tables <= _budget(memory, device)
+    row = bytes_per_row if keep else bytes_per_row + bytes_per_draw
+    rows = chunk_rows(row, memory, device, tables if keep else 0)
+    per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
+    return Chunks(rows, per_call, keep)
 
 
 def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device, kept: int = 0) -> int:
@@ -142,7 +150,7 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
             f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row + kept:,} bytes; "
             f"give memory >= {bytes_per_row + kept}"
         )
-    rows = budget // bytes_per_row
+    rows = int((1 - HEADROOM) * budget) // bytes_per_row
     if device.type == "cpu":
         steady_heap()
         rows = min(rows, max(CPU_WORKING_SET // bytes_per_row, MIN_AUTO_ROWS))

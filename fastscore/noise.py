@@ -32,7 +32,7 @@ SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders
 STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(6)
 
 _MASK = 0xFFFFFFFF
-_BLOCK_WORDS = 1 << 20
+_BLOCK_WORDS = 1 << 16
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
@@ -56,26 +56,29 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
-def words(seed: int, index: Tensor, draw: int, stream: int, d: int) -> Tensor:
+def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> Tensor:
     """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
 
     Element i is word i % 4 of counter (i // 4, index mod 2^32, draw, stream + 16 (index // 2^32)) under the key
-    (seed mod 2^32, seed // 2^32).
+    (seed mod 2^32, seed // 2^32). Several streams, a tensor (n,), give shape (len(index), n, d).
     """
     group = torch.arange((d + 3) // 4, device=index.device)
-    low, high = (index & _MASK)[:, None], (index >> 32)[:, None]
-    quad = philox((group[None, :], low, draw, stream + 16 * high), (seed, seed >> 32))
-    return torch.stack(quad, -1).reshape(len(index), -1)[:, :d].to(torch.int32)
+    low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
+    streams = torch.as_tensor(stream, device=index.device).reshape(-1, 1)
+    quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
+    found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
+    return found if isinstance(stream, Tensor) else found[:, 0]
 
 
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
     """Return each sample's own words (Q, M), int32, shape (B, 2, d); `round_` renews them for further estimates."""
 
     def block(index: Tensor) -> Tensor:
-        shift = words(seed, index, round_, STREAM_SHIFT, d)
         if kind == "sobol":
+            shift = words(seed, index, round_, STREAM_SHIFT, d)
             return torch.stack([shift, torch.ones_like(shift)], 1)
-        return torch.stack([shift, words(seed, index, round_, STREAM_MULTIPLIER, d) | 1], 1)
+        streams = torch.tensor([STREAM_SHIFT, STREAM_MULTIPLIER])
+        return words(seed, index, round_, streams, d) | torch.tensor([[0], [1]], dtype=torch.int32, device=index.device)
 
     # In blocks: Philox holds eight int64 words for each int32 that it leaves.
     return torch.cat([block(part) for part in sample_index.split(max(1, _BLOCK_WORDS // d))])

@@ -40,7 +40,7 @@ def test_bad_budgets(bad):
 
 
 def test_rows_follow_the_budget():
-    assert chunk_rows(1000, 50_000, CPU) == 50
+    assert chunk_rows(1000, 50_000, CPU) == 45
     assert chunk_rows(10**9, None, CPU) == 1
     with pytest.raises(
         ValueError, match="does not hold one row of this network, which takes 1,000 bytes; give memory >= 1000"
