@@ -92,8 +92,8 @@ def _body(
 ):  # fmt: skip
     """Run the layers between the first and the last linear map.
 
-    BLOCKS holds (times, first and end in CODE, weight step, table steps): equal layers become one loop, whose next
-    weights are fetched while this layer computes.
+    BLOCKS holds (times, first and end in CODE, weight step, table steps, whether each saved tile starts anew): equal
+    layers become one loop, whose next weights are fetched while this layer computes.
     """
     saved_0 = h
     saved_1 = h
@@ -104,8 +104,11 @@ def _body(
                 BLOCKS[k][1], BLOCKS[k][2], CODE, WEIGHTS, REFS, RESIDENT, PRECISION, FAST,
             )  # fmt: skip
         else:
-            saved_0 = h
-            saved_1 = h
+            # A tile that the loop saves before it reads one has no old value, and needs the loop's shape.
+            if BLOCKS[k][7]:
+                saved_0 = h
+            if BLOCKS[k][8]:
+                saved_1 = h
             for n in tl.range(0, BLOCKS[k][0], num_stages=STAGES):
                 h, saved_0, saved_1 = _block(
                     h, saved_0, saved_1, ws, w_ptr + n * BLOCKS[k][3], advance(tables, n, BLOCKS, k), i_b, i_r,
@@ -312,7 +315,10 @@ def constants(layout: Layout, control: tuple, d: int, precision: str, config: Co
     parts["CONTROL"] = control[1:]
     refs, *numbered = number_references(*parts.values())
     numbered = dict(zip(parts, numbered, strict=True))
-    numbered["BLOCKS"] = tuple((n, end - len(code), end, step, *steps) for end, (n, code, step, steps) in spans)
+    numbered["BLOCKS"] = tuple(
+        (n, end - len(code), end, step, *steps, *(_starts_anew(code, slot) for slot in (0, 1)))
+        for end, (n, code, step, steps) in spans
+    )
     return {
         "D": d,
         "BLOCK_B": config.block_b,
@@ -326,6 +332,11 @@ def constants(layout: Layout, control: tuple, d: int, precision: str, config: Co
         "PRECISION": precision,
         "FAST": precision in ("bf16", "fp16"),
     }
+
+
+def _starts_anew(code: tuple, slot: int) -> bool:
+    """Return whether code saves a slot before it reads it."""
+    return next((op[0] == "save" for op in code if op[0] in ("save", "add") and op[1] == slot), False)
 
 
 def _numbered(op: tuple) -> tuple:

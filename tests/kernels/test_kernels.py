@@ -172,6 +172,18 @@ def edm(case, width, depth, name="gelu"):
     return [*code, Act(name), Linear(depth + 1), Affine(n, n + 1), Add(0, n + 2), Affine(n + 3, -1)], weights, tables
 
 
+def waiting(case, width, depth, name="silu"):
+    """A tile saved before equal layers, one that each of them adds, and one that waits for all of them."""
+    weights, tables = [case.randn(width, case.d) / case.d**0.5], [0.3 * case.randn(1, case.r, width)]
+    code = [Linear(0), Affine(-1, 0), Save(0), Act(name), Save(1)]
+    for layer in range(depth):
+        weights.append(case.randn(width, width) / width**0.5)
+        tables.append(0.1 * case.randn(1, 1, width))
+        code += [Linear(layer + 1), Affine(-1, layer + 1), Act(name), Add(0)]
+    weights.append(case.randn(case.d, width) / width**0.5)
+    return [*code, Add(1), Linear(depth + 1)], weights, tables
+
+
 def run(case, net, kind=None, dtype=torch.float32):
     """Return f by the kernel and by the definition, in float64, for a network (code, weights, tables)."""
     code, weights, tables = net
@@ -200,6 +212,7 @@ FUSED = [
     (edm, 2, 2, 784, 64, 2, "isotropic"),
     (adaln, 3, 2, 784, 128, 3, "diagonal"),
     (adaln, 1000, 1, 2, 16, 0, None),
+    (waiting, 3, 2, 150, 32, 3, None),
 ]
 
 
