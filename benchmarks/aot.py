@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
-from fastscore.kernels import density_mlp, packing, perturb, residual
+from fastscore.kernels import density_mlp, density_mlp_dx, packing, perturb, residual
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -103,6 +103,7 @@ def constants(case: Case, capability: int) -> tuple[dict, density_mlp.Config]:
 
 POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
 POINTERS |= {"b_ptr": "*fp32", "br_ptr": "*fp32", "q_ptr": "*fp32", "y_ptr": "*fp32", "f_ptr": "*fp32"}
+POINTERS |= {"grad_ptr": "*fp32", "grad_x_ptr": "*fp32", "error_ptr": "*fp32"}
 SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
 OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -110,15 +111,19 @@ OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float1
 def compile_case(case: Case, capability: int) -> tuple:
     """Return the compiled kernel and its launch configuration."""
     constexprs, config = constants(case, capability)
+    return build(density_mlp.density_mlp_fwd_kernel, constexprs, case, config, capability), config
+
+
+def build(kernel, constexprs: dict, case: Case, config: density_mlp.Config, capability: int):
+    """Compile a kernel of the fused family."""
     signature = POINTERS | {"w_ptr": OPERAND_POINTER[density_mlp.OPERANDS[case.precision]]}
     signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
-    kernel = density_mlp.density_mlp_fwd_kernel
     signature = {name: signature[name] for name in kernel.arg_names}
     # What a launch finds by itself: pointers of torch tensors are aligned.
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": config.num_warps, "num_stages": 1}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), config
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def inspect(compiled) -> dict:
@@ -173,18 +178,36 @@ def compile_thin(name: str, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+DX = tuple(
+    Case("adaLN", width, depth, 64, "diagonal", precision)
+    for width, depth, precision in ((64, 3, "bf16"), (128, 1, "bf16"), (64, 3, "tf32x3"))
+)
+
+
+def compile_dx(case: Case, capability: int) -> tuple:
+    """Return the compiled gradient kernel of a case, and its launch."""
+    into, dtype = packing.Tables(2, 2), density_mlp.OPERANDS[case.precision]
+    layout, _ = packing.pack_network(*network(case), case.d, into, dtype)
+    control, _, _ = packing.pack_control(reference(case), torch.zeros(2, case.d), torch.ones(2), torch.ones(2), into)
+    config = density_mlp.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, False, 1)
+    straight = replace(config, resident=True)
+    constexprs = density_mlp_dx.dx_constants(layout, control, case.d, case.precision, straight)
+    return build(density_mlp_dx.density_mlp_dx_kernel, constexprs, case, config, capability), config
+
+
 THIN = ("perturb_fwd", "residual_fwd", "residual_bwd")
 
 
-def measure(case: Case | str, capability: int) -> dict:
+def measure(case: Case | str, capability: int, gradient: bool = False) -> dict:
     """Compile a case, or the thin kernel of that name, and return its row of the table."""
     if isinstance(case, str):
         launch = {"samples": 1, "warps": 4, "weights": "-"}
         return {"case": case, "sm": capability} | launch | inspect(compile_thin(case, capability))
-    compiled, config = compile_case(case, capability)
+    compiled, config = (compile_dx if gradient else compile_case)(case, capability)
     weights = "resident" if config.resident else "streamed"
     launch = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
-    return {"case": case.name, "sm": capability} | launch | inspect(compiled)
+    name = f"dx of {case.name}" if gradient else case.name
+    return {"case": name, "sm": capability} | launch | inspect(compiled)
 
 
 def main() -> None:
@@ -195,7 +218,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     cases = [case for case in (*CASES, *THIN) if options.match in getattr(case, "name", case)]
-    jobs = [(case, sm) for case in cases for sm in options.capabilities]
+    jobs = [(case, sm, False) for case in cases for sm in options.capabilities]
+    jobs += [(case, sm, True) for case in DX if options.match in f"dx of {case.name}" for sm in options.capabilities]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(measure, *zip(*jobs, strict=True)))
     if options.json:

@@ -219,7 +219,7 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or why_not_fused(samples, rows, reference) is None:  # the fused op keeps no row
         return draw_values(network, samples, keys, rows, reference)
     return checkpoint(draw_values, network, samples, keys, rows, reference, use_reentrant=False)
 

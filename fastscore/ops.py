@@ -156,7 +156,7 @@ def density_mlp(
 
     Returns:
         Shape (B, R) in the dtype of x, differentiable with respect to x, weights and tables: the backward pass
-        evaluates the rows again in plain PyTorch.
+        evaluates the rows again, in plain PyTorch, or in one kernel (`density_mlp_dx`) if x alone wants a gradient.
     """
     return implementation(backend).density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
 
@@ -166,8 +166,34 @@ def _(x, keys, points, rows, alpha, sigma, code, weights, tables, reference, bac
     return x.new_empty(x.shape[0], points.shape[0])
 
 
+@torch.library.custom_op("fastscore::density_mlp_dx", mutates_args=())
+def density_mlp_dx(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    code: str,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+    backend: str,
+) -> Tensor:
+    """Return the gradient of `density_mlp` with respect to x alone, shape (B, d), by a kernel; grad is (B, R)."""
+    return implementation(backend).density_mlp_dx(
+        grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference
+    )
+
+
+@density_mlp_dx.register_fake
+def _(grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference, backend):
+    return torch.empty_like(x)
+
+
 def _density_mlp_setup(ctx, inputs, output):
-    x, keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference, _ = inputs
+    x, keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference, ctx.backend = inputs
     ctx.counts = len(weights), len(tables)
     ctx.save_for_backward(x, keys, points, rows, alpha, sigma, *weights, *tables, *reference)
 
@@ -175,10 +201,17 @@ def _density_mlp_setup(ctx, inputs, output):
 def _density_mlp_backward(ctx, grad):
     x, keys, points, rows, alpha, sigma, *rest = ctx.saved_tensors
     n, m = ctx.counts[0], sum(ctx.counts)
+    weights, tables, reference = rest[:n], rest[n:m], rest[m:]
+    words = keys, points, rows, alpha, sigma
+    frozen = not any(v.requires_grad for v in rest)
+    if frozen and ctx.backend != "torch":
+        reason = implementation(ctx.backend).why_not_dx(ctx.code, weights, x.shape[1], reference)
+        if reason is None:
+            dx = density_mlp_dx(grad, x, *words, ctx.code, weights, tables, reference, ctx.backend)
+            return dx, *(None,) * 6, [None] * n, [None] * (m - n), [None] * len(reference), None
     leaves = [v.detach().requires_grad_() for v in (x, *rest[:m])]
-    weights, tables, reference = leaves[1 : n + 1], leaves[n + 1 :], rest[m:]
     with torch.enable_grad():
-        f = torch_backend.density_mlp(leaves[0], keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference)
+        f = torch_backend.density_mlp(leaves[0], *words, ctx.code, leaves[1 : n + 1], leaves[n + 1 :], reference)
         grads = torch.autograd.grad(f, leaves, grad, materialize_grads=True)
     return grads[0], *(None,) * 6, list(grads[1 : n + 1]), list(grads[n + 1 :]), [None] * len(reference), None
 

@@ -56,3 +56,38 @@ def activate(x, KIND: tl.constexpr, FAST: tl.constexpr):
     else:
         tl.static_assert(KIND == SOFTPLUS, "unknown activation")
         return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def derivative(x, KIND: tl.constexpr, FAST: tl.constexpr):
+    """Return the derivative of activation number KIND at x, float32."""
+    if KIND == SILU:
+        s = 1.0 / (1.0 + tl.exp(-x))
+        return s * (1.0 + x * (1.0 - s))
+    elif KIND == GELU:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + x * density
+    elif KIND == GELU_TANH:
+        u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        s = 1.0 / (1.0 + tl.exp(-2.0 * u))
+        return s + 2.0 * x * s * (1.0 - s) * (0.7978845608028654 + 0.10703222440890037 * x * x)
+    elif KIND == RELU:
+        return tl.where(x > 0.0, 1.0, 0.0)
+    elif KIND == MISH:
+        e = tl.exp(tl.minimum(x, 20.0))
+        n = e * (e + 2.0)
+        t = n / (n + 2.0)  # tanh(softplus(x))
+        return t + x * (1.0 - t * t) * (e / (1.0 + e))
+    elif KIND == ELU:
+        return tl.where(x > 0.0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    elif KIND == SELU:
+        return 1.0507009873554805 * tl.where(x > 0.0, 1.0, 1.6732632423543772 * tl.exp(tl.minimum(x, 0.0)))
+    elif KIND == TANH:
+        t = _tanh(x, FAST)
+        return 1.0 - t * t
+    elif KIND == SIGMOID:
+        s = 1.0 / (1.0 + tl.exp(-x))
+        return s * (1.0 - s)
+    else:
+        tl.static_assert(KIND == SOFTPLUS, "unknown activation")
+        return 1.0 / (1.0 + tl.exp(-x))

@@ -45,4 +45,4 @@ def load_normals(keys_ptr, points_ptr, i_b, i_r, i_d, mask, D):
     p = tl.load(points_ptr + i_r * D + i_d, mask=mask, other=0)
     q = tl.load(keys_ptr + i_b * (2 * D) + i_d, mask=mask, other=0)
     m = tl.load(keys_ptr + i_b * (2 * D) + D + i_d, mask=mask, other=0)
-    return normal(tl.mul(p ^ q, m, sanitize_overflow=False))
+    return normal((p ^ q) * m)  # modulo 2^32

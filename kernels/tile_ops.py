@@ -98,3 +98,16 @@ def layer_norm(h, WIDTH: tl.constexpr, EPS: tl.constexpr):
     mean = tl.sum(tl.where(inside, h, 0.0), 1) / WIDTH
     centred = tl.where(inside, h - mean[:, None], 0.0)
     return centred * tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)[:, None]
+
+
+@triton.jit
+def layer_norm_backward(grad, h, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Return the gradient at h of `layer_norm`: rstd (g - mean(g) - y mean(g y)) over the first WIDTH columns."""
+    inside = tl.arange(0, h.shape[1])[None, :] < WIDTH
+    mean = tl.sum(tl.where(inside, h, 0.0), 1) / WIDTH
+    centred = tl.where(inside, h - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)[:, None]
+    y = centred * rstd
+    grad = tl.where(inside, grad, 0.0)
+    along = tl.sum(grad * y, 1)[:, None] / WIDTH
+    return tl.where(inside, rstd * (grad - tl.sum(grad, 1)[:, None] / WIDTH - y * along), 0.0)

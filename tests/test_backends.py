@@ -8,7 +8,7 @@ from torch import nn
 import fastscore as fs
 from fastscore import integrand
 from fastscore.backends import interpreting
-from fastscore.backends.select import BACKENDS
+from fastscore.backends.select import BACKENDS, implementation
 from fastscore.backends.triton import why_not_fused
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
@@ -103,6 +103,24 @@ def test_gradients_agree(backend):
     for found, expected in zip(gradients(backend), gradients("torch"), strict=True):
         # Sums of 120 rows' gradients in float32.
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_frozen_networks_get_the_gradient_of_the_data_from_a_kernel(backend, monkeypatch):
+    target, schedule = mixture(5), fs.DDPM.linear(1000)
+    x = target.sample(5, seed=3).float().to(DEVICE)
+    module, calls = implementation(backend), []
+    kernel = module.density_mlp_dx
+    monkeypatch.setattr(module, "density_mlp_dx", lambda *a: calls.append(1) or kernel(*a))
+    gradients = []
+    for choice in ("torch", backend):
+        density = fs.ScoreDensity(Net(5).eval().requires_grad_(False), schedule, backend=choice).to(DEVICE)
+        leaf = x.clone().requires_grad_()
+        density.log_prob(leaf, nfe=24).sum().backward()
+        gradients.append(leaf.grad)
+        assert len(calls) == (choice != "torch")
+    # Sums of 24 rows' gradients in float32.
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)

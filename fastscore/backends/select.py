@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -32,6 +33,9 @@ def _torch_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < TRITON:
+        return f"its kernels need Triton {TRITON[0]}.{TRITON[1]}, found {found}"
     if dtype != torch.float32:
         return f"its kernels sum in float32, got {dtype}"
     if device.type == "cpu" and interpreting():
@@ -44,6 +48,9 @@ def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < (8, 0):
         return f"needs compute capability 8.0, got {capability[0]}.{capability[1]}"
     return None
+
+
+TRITON = (3, 6)  # older ones cannot hold a network's weights in one tuple
 
 
 def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:

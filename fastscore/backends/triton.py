@@ -11,6 +11,7 @@ from torch import Tensor
 from ..instructions import Instruction, decode
 from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
+from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import packing
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
@@ -85,6 +86,37 @@ def density_mlp(
         tuple(reference) or None,
         precision(weights[0].dtype),
     )
+
+
+def density_mlp_dx(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    code: str,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+    splits: int | None = None,
+) -> Tensor:
+    return fused_dx.density_mlp_dx(
+        *_contiguous(grad, x, keys, points, rows, alpha, sigma),
+        _plain(decode(code)),
+        weights,
+        tables,
+        tuple(reference) or None,
+        precision(weights[0].dtype),
+        splits,
+    )
+
+
+def why_not_dx(code: str, weights: list[Tensor], d: int, reference: list[Tensor]) -> str | None:
+    """Return why no kernel gives the gradient of `density_mlp` with respect to x, or None."""
+    many, full = (len(reference[0]) > 1, reference[3].numel() > 0) if reference else (False, False)
+    return fused_dx.why_not(_plain(decode(code)), [tuple(w.shape) for w in weights], d, many, full)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -33,8 +33,8 @@ def test_every_kernel_compiles_and_fits(compiled):
     for (case, sm), row in rows(compiled).items():
         assert row["shared"] <= SHARED[sm], case
         assert row["registers"] <= 255, case
-        # Below width 256 and in half precision nothing spills more than a few registers around a loop.
-        assert row["stack"] <= (256 if "tf32x3" in case else 64), (case, sm, row["stack"])
+        # In half precision nothing spills more than a few registers around a loop.
+        assert row["stack"] <= (384 if "tf32x3" in case else 64), (case, sm, row["stack"])
 
 
 def test_products_use_the_matrix_units(compiled):

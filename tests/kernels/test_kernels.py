@@ -78,7 +78,7 @@ def close(found, expected, tolerance=TOLERANCE):
 @triton.jit
 def words_kernel(p_ptr, q_ptr, m_ptr, w_ptr, n_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    w = tl.mul(tl.load(p_ptr + i) ^ tl.load(q_ptr + i), tl.load(m_ptr + i), sanitize_overflow=False)
+    w = (tl.load(p_ptr + i) ^ tl.load(q_ptr + i)) * tl.load(m_ptr + i)
     tl.store(w_ptr + i, w)
     tl.store(n_ptr + i, normal(w))
 
@@ -277,6 +277,40 @@ def test_gradients_of_the_fused_op_are_the_definitions():
     for got, want in zip(gradients("triton", torch.float32), gradients("torch", torch.float64)):
         # Noise from float32's uniforms differs from float64's by 6e-8 / |density|: the tail sets this bound.
         assert close(got, want, 1e-4)
+
+
+DX = [
+    (adaln, 1, 1, 1, 16, 1, "isotropic"),
+    (adaln, 7, 8, 2, 64, 3, "diagonal"),
+    (edm, 33, 2, 13, 100, 2, "diagonal"),
+    (waiting, 5, 33, 50, 32, 3, None),
+    (adaln, 3, 2, 100, 100, 2, "isotropic"),
+]
+
+
+@pytest.mark.parametrize(("net", "b", "r", "d", "width", "depth", "kind"), DX)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_fused_gradient_of_the_data(net, b, r, d, width, depth, kind, splits):
+    case = Case(b, r, d)
+    code, weights, tables = net(case, width, depth)
+    q = case.reference(kind).tensors() if kind else []
+    v, leaf = case.randn(b, r), case.x.clone().requires_grad_()
+    x_t = case.alpha[:, None] * leaf[:, None] + case.sigma[:, None] * case.eps
+    prediction = truth.run(code, weights, tables, x_t)
+    f = truth.residual(prediction, leaf, case.eps, case.keys, case.points, case.sign, case.a, case.b_, case.c)
+    if kind:
+        f = f - Reference(*q).residual(leaf, x_t, case.eps, case.alpha, case.sigma)
+    (want,) = torch.autograd.grad(f, leaf, v)
+    got = backend.density_mlp_dx(
+        v.float(), case.x.float(), case.keys, case.points, case.rows.float(), case.alpha, case.sigma, encode(code),
+        [w.float() for w in weights], [t.float() for t in tables], q, splits,
+    )  # fmt: skip
+    assert close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_derivative(name):
+    test_fused_gradient_of_the_data(lambda *a: edm(*a, name), 3, 2, 5, 20, 2, "diagonal", 1)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
