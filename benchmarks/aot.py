@@ -225,9 +225,13 @@ def main() -> None:
     if options.json:
         json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout, indent=1)
         return
-    titles = list(rows[0])
-    for line in (titles, ["---"] * len(titles), *(row.values() for row in rows)):
-        print("| " + " | ".join(map(str, line)) + " |")
+    print("| kernel | sm | samples, warps | weights | registers | stack, B | shared, KB | matrix instructions | loop |")
+    print("|---" * 9 + "|")
+    for row in rows:
+        products = f"{row['matrix']} {'wgmma' if row['wgmma'] else 'mma'}" if row["matrix"] else "-"
+        cells = [row["case"], row["sm"], f"{row['samples']}, {row['warps']}", row["weights"], row["registers"]]
+        cells += [row["stack"], f"{row['shared'] / 1024:.0f}", products, row["loop"] or "-"]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for step in ("machine", "correctness", "measurements"):
         assert f"== {step}: passed" in done.stdout
-    for table in ("ceilings", "kernels", "precisions", "sweep", "thin"):
+    for table in ("ceilings", "kernels", "precisions", "gradient", "sweep", "thin"):
         assert f" {table} " in done.stdout
     assert {path: path.read_bytes() for path in results.iterdir()} == before
 
