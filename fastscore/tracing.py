@@ -17,7 +17,10 @@ level                   depends on                  evaluated on
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import reduce
 
@@ -38,6 +41,7 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
+_TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
 _NEVER = (
     *(nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RNNBase),
@@ -128,8 +132,7 @@ def _export(model, x_t, time, own, shared):
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:
@@ -142,6 +145,21 @@ def _export(model, x_t, time, own, shared):
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise NoProgram(f"torch.export cannot trace the network: {reason}") from error
     return _split(program, ["x", "time", *own, *tensors], len(own))
+
+
+@contextmanager
+def _quiet():
+    """Keep to itself what the tracer warns of and logs: a network without a program is nothing to worry about."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, _TRACERS)}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it prints the graph where it gave up
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _refuse_layers(model, x_t, time, own, shared):

@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 import real_networks as nets
@@ -447,3 +449,18 @@ def test_networks_of_diffusers_run_themselves(kind):
     assert torch.equal(on.estimate(x, nfe=8, **cond).log_prob, off.estimate(x, nfe=8, **cond).log_prob)
     (found,) = on._programs._found.values()
     assert "which no row program holds" in found.reason
+
+
+def test_a_network_that_cannot_be_traced_is_no_noise_on_the_screen():
+    # In another process: pytest catches what the tracer logs.
+    script = """
+import torch, fastscore as fs
+class Branching(torch.nn.Module):
+    def forward(self, x_t, t):
+        if t.ne(t.round()).any():
+            return x_t * t[:, None]
+        return x_t
+fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4)).estimate(torch.randn(2, 3), nfe=16)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
