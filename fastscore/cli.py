@@ -24,7 +24,7 @@ from .predictions import PREDICTIONS
 
 EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "torchdiffeq": "torchdiffeq"}
-PURE_WHEEL = "absent: the pure-Python wheel, which gives the same answers with torch on CPUs and Triton on NVIDIA GPUs"
+PURE_WHEEL = "absent: this wheel is pure Python; it uses torch on CPUs and Triton on NVIDIA GPUs"
 SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp:0.1,20; or a file of alphas_cumprod."
 
 
@@ -129,7 +129,7 @@ def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
     yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"
     yield f"seconds         {seconds:.1f}"
     yield f"truncation      <= {result.truncation:.2g} nats"
-    label = "<= {:.2g} nats" if result.method == "density" else "{:.2g} nats above the integral"
+    label = "<= {:.2g} nats" if result.method == "density" else "{:+.2g} nats from the integral"
     yield f"discretization  {label.format(result.discretization)}"
     yield f"written to      {options['out']}"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backends.select import select
+from .backends.select import check_name, select
 from .estimate import (
     Comparison,
     CurveSum,
@@ -95,6 +95,11 @@ class ScoreDensity(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
+        if reference is not None and not isinstance(reference, Reference):
+            raise TypeError(f"reference must be a fastscore Reference, got {type(reference).__name__}")
+        if time_dtype is not None and not isinstance(time_dtype, torch.dtype):
+            raise TypeError(f"time_dtype must be a torch.dtype such as torch.float32, got {time_dtype!r}")
+        check_name(backend)
         self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
@@ -176,6 +181,11 @@ class ScoreDensity(nn.Module):
         samples = self._samples(x, sample_index, cond)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
+        if target_stderr is not None and (self.nfe if nfe is None else nfe) > max_nfe:
+            raise ValueError(
+                f"max_nfe={max_nfe} is below the {self.nfe if nfe is None else nfe} evaluations to start from; "
+                "give a smaller nfe"
+            )
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
@@ -230,7 +240,9 @@ class ScoreDensity(nn.Module):
         """
         samples = self._samples(x, sample_index, cond_a, cond_b)
         # Low-discrepancy error bars are calibrated for densities, not for differences.
-        draws = Draws(make_rule(self.nodes.density, nfe or self.nfe, self.schedule), "independent", seed)
+        draws = Draws(
+            make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule), "independent", seed
+        )
         chunks = self._chunks(samples, memory, len(draws))
         parts = [f for _, f in evaluate(self.network, samples, draws, self.reference, chunks)]
         difference = torch.cat([draw_sum(f, draws.rule) for f in parts])
@@ -367,6 +379,11 @@ class ScoreDensity(nn.Module):
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)
         select(samples.x.device, samples.x.dtype, self.backend)
+        own = self.reference.mean.shape[1]
+        if own not in (1, samples.x.shape[1]):
+            raise ValueError(
+                f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
+            )
         warn_if_training(self.model)
         return samples
 

@@ -45,9 +45,9 @@ def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None 
         return f"no row program: {reason}"
     lines = [_line(program, instruction, core) for instruction, core in zip(program.code, program.matched.cores)]
     width = max((len(left) for left, _ in lines), default=0)
-    text = [f"row program of {type(model).__name__}, x_t ({', '.join(map(str, shape))})"]
+    text = [f"row program of {type(model).__name__}, x_t {tuple(shape)}"]
     text += [f"{left:<{width}}  {right}".rstrip() for left, right in lines]
-    spared = f"{program.spared:.0%} of the network's multiplications are not repeated for every row"
+    spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     return "\n".join([*text, spared + ("" if program.pays else "; too few to run it unless program=True")])
 
 

@@ -47,6 +47,8 @@ class CapturedDensity:
         memory: int | str | None = None,
         **cond,
     ):
+        if not isinstance(density, ScoreDensity):
+            raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
         self.density = density
         samples, draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
         self.samples, self.draws = replace(samples, x=samples.x.clone()), draws
@@ -61,7 +63,9 @@ class CapturedDensity:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return (log_prob, stderr) in nats, each (B,), for data of the captured shape."""
+        """Return (log_prob, stderr) in nats, each (B,), for data of the captured shape, in the dtype of the sums."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.shape[1:] != self.samples.shape or len(x) != len(self.samples):
             raise ValueError(
                 f"this graph takes x of shape {(len(self.samples), *self.samples.shape)}, got {tuple(x.shape)}; "
@@ -76,7 +80,7 @@ class CapturedDensity:
             self.result = self._estimate()
         else:
             self.graph.replay()
-        log_prob, stderr = (v.to(x.dtype, copy=True) for v in self.result)
+        log_prob, stderr = (v.to(self.samples.x.dtype, copy=True) for v in self.result)
         if not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
         return log_prob, stderr

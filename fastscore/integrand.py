@@ -201,6 +201,9 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
     """Return the peak memory of one row, and of one draw's share in what a row program evaluates for all samples.
 
     Network and autograd are included; both are measured on a few rows of the first sample.
+
+    Raises:
+        ValueError: if the network cannot be called with such data, with its reason.
     """
     lo, hi = network.schedule.log_snr_range
     log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
@@ -212,10 +215,17 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)
-    return (
-        memory.peak_bytes(lambda: draw_values(network, one, keys, timed, reference)) // PROBE_ROWS,
-        memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS,
-    )
+    try:
+        row = memory.peak_bytes(lambda: draw_values(network, one, keys, timed, reference))
+    except (RuntimeError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"the network does not take data of shape {samples.shape} a sample, with these conditions (those whose "
+            f"first dimension is {len(samples)} go with their samples): {type(error).__name__}: {reason}"
+        ) from error
+    return row // PROBE_ROWS, memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

@@ -29,7 +29,7 @@ def warn_if_training(model: nn.Module) -> None:
                 f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
                 "random; call model.eval() first",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             return
 

@@ -37,10 +37,14 @@ class Reference(FittedBuffers):
         mean: means, shape (K, d) or (K, 1).
         variance: variances along the basis, shape of mean.
         basis: orthogonal matrices with eigenvectors in columns, shape (K, d, d), or None.
+
+    Raises:
+        ValueError: for shapes that do not fit, weights that do not sum to 1, or variances that are not positive.
     """
 
     def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
         super().__init__()
+        _check(weight, mean, variance)
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
             self.register_buffer(name, value.detach().to(torch.float64).clone())
         empty = torch.empty(0, dtype=torch.float64)
@@ -49,6 +53,8 @@ class Reference(FittedBuffers):
     @classmethod
     def isotropic(cls, std: float = 1.0) -> Reference:
         """N(0, std^2 I) in any dimension."""
+        if not std > 0:
+            raise ValueError(f"std must be positive, got {std}")
         return cls(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1), float(std) ** 2))
 
     @property
@@ -195,3 +201,15 @@ class Reference(FittedBuffers):
     def __repr__(self):
         kind = "full" if self.full else "isotropic" if self.mean.shape[1] == 1 else "diagonal"
         return f"Reference({self.components} x {kind} Gaussian)"
+
+
+def _check(weight: Tensor, mean: Tensor, variance: Tensor) -> None:
+    if mean.shape != variance.shape or mean.ndim != 2 or weight.shape != mean.shape[:1]:
+        raise ValueError(
+            f"a reference needs weight (K,), mean (K, d) and variance (K, d); got {tuple(weight.shape)}, "
+            f"{tuple(mean.shape)} and {tuple(variance.shape)}"
+        )
+    if bool((weight < 0).any()) or abs(float(weight.double().sum()) - 1) > 1e-5:
+        raise ValueError(f"weights must sum to 1, got {float(weight.double().sum()):.6g}; divide by their sum")
+    if not bool((variance > 0).all()) or not bool(torch.isfinite(mean).all()):
+        raise ValueError(f"variances must be positive and means finite, got a variance of {float(variance.min()):.3g}")

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-# Beyond these log-SNRs every integrand that we measured is below 1e-4 nats per dimension.
+# Beyond these log-SNRs `Estimate.truncation` bounds what is left out.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
 
 

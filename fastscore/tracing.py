@@ -143,6 +143,8 @@ def _export(model, x_t, time, own, shared):
         raise
     except Exception as error:  # export raises whatever the network's code and the tracer raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if reason.startswith("Constraints violated"):
+            reason = "its code fixes the number of rows, as len(x) does; x.shape[0] does not"
         raise NoProgram(f"torch.export cannot trace the network: {reason}") from error
     return _split(program, ["x", "time", *own, *tensors], len(own))
 

@@ -224,7 +224,7 @@ class Config:
 
     @classmethod
     def from_heuristic(cls, layout: Layout, d: int, reference: str, precision: str, capability: int) -> Config:
-        """Choose what compiles without spills (docs/kernels.md has the numbers); no GPU has measured the choice yet.
+        """Choose what spills least as compiled (docs/kernels.md has the numbers); no GPU has measured the choice yet.
 
         Half-precision products on Hopper take 64 rows a warpgroup, and weights stay in shared memory while they fit.
         Elsewhere, and for float32's three products a multiplication, smaller tiles on more warps keep the accumulator,

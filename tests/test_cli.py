@@ -284,7 +284,7 @@ def test_info_without_native_module_and_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastscore._C", None)
     monkeypatch.setattr(cli, "_version", lambda package: None)
     output = info()
-    assert re.search(r"fastscore\._C +absent: the pure-Python wheel, which gives the same answers", output)
+    assert re.search(r"fastscore\._C +absent: this wheel is pure Python; it uses torch on CPUs", output)
     for package, extra in cli.EXTRAS:
         assert f'{package:<14} not installed; pip install "fastscore[{extra}]"' in output
 

@@ -267,7 +267,11 @@ class Broken(nn.Module):
 def bad(**changes):
     """One estimate with something wrong in it."""
     options = {"model": MLP(), "x": data(4), "schedule": SCHEDULE} | changes
-    new = {k: options.pop(k) for k in ("model", "schedule", "predicts", "noise", "backend") if k in options}
+    new = {
+        k: options.pop(k)
+        for k in ("model", "schedule", "predicts", "noise", "backend", "reference", "time_dtype")
+        if k in options
+    }
     density = fs.ScoreDensity(new.pop("model"), new.pop("schedule"), **new)
     return density.estimate(options.pop("x"), **{"nfe": 16, **options})
 
@@ -293,7 +297,21 @@ NAN_AT[2, 3] = float("nan")
         ({"method": "vlb"}, ValueError, "density, discrete, elbo; got 'vlb'"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr must be positive"),
         ({"memory": 10}, ValueError, "does not hold one row"),
-        ({"backend": "cuda"}, ValueError, "cuda: needs tensors on a CUDA device, got cpu"),
+        ({"backend": "cuda"}, ValueError, "cuda: this version has no CUDA kernels yet"),
+        ({"backend": "gpu"}, ValueError, "'auto' or one of cuda, triton, torch; got 'gpu'"),
+        ({"reference": 3}, TypeError, "must be a fastscore Reference, got int"),
+        ({"time_dtype": "float32"}, TypeError, "torch.dtype such as torch.float32, got 'float32'"),
+        ({"target_stderr": 0.1, "max_nfe": 8}, ValueError, "max_nfe=8 is below the .* evaluations to start from"),
+        (
+            {"x": torch.zeros(4, 5)},
+            ValueError,
+            r"does not take data of shape \(5,\) a sample.*RuntimeError: mat1 and mat2",
+        ),
+        (
+            {"reference": fs.Reference(torch.ones(1), torch.zeros(1, 5), torch.ones(1, 5))},
+            ValueError,
+            "x has 6 dimensions a sample and the reference 5; fit again",
+        ),
         ({"sample_index": torch.arange(3)}, ValueError, r"4 non-negative integers.*got torch.int64 of shape \(3,\)"),
         ({"sample_index": torch.zeros(4)}, ValueError, "non-negative integers.*float32"),
         ({"sample_index": torch.arange(4) - 1}, ValueError, "non-negative integers"),

@@ -60,3 +60,14 @@ def test_another_shape_and_nan_are_errors():
         density.model.out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="names sample and log-SNR"):
         captured(torch.zeros(4, 5, device=DEVICE))
+
+
+def test_data_of_other_dtypes():
+    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000)).to(DEVICE)
+    x = mixture(5).sample(4).float().to(DEVICE)
+    captured = fs.CapturedDensity(density, x, nfe=32)
+    assert captured(x.half())[0].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"floating point tensor, got torch\.int64"):
+        captured(x.long())
+    with pytest.raises(TypeError, match="must be a ScoreDensity, got Net"):
+        fs.CapturedDensity(density.model, x)

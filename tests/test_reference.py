@@ -135,3 +135,22 @@ def test_too_few_samples_for_a_mixture():
         fit_mixture(torch.randn(7, 2), 4)
     with pytest.raises(ValueError, match="closed-form residuals need one Gaussian, got 3"):
         make("full", 3).expected_integral(torch.randn(2, D), -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.tensor([0.25, 0.25]), torch.zeros(2, 3), torch.ones(2, 3)), r"sum to 1, got 0\.5; divide"),
+        ((torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3)), "variances must be positive"),
+        ((torch.ones(1), torch.full((1, 3), torch.inf), torch.ones(1, 3)), "means finite"),
+        ((torch.ones(1), torch.zeros(1, 3), torch.ones(1, 2)), r"got \(1,\), \(1, 3\) and \(1, 2\)"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Reference(*arguments)
+
+
+def test_a_negative_deviation_is_refused():
+    with pytest.raises(ValueError, match="std must be positive, got -1"):
+        Reference.isotropic(-1)

@@ -54,8 +54,6 @@ TRITON = (3, 6)  # older ones cannot hold a network's weights in one tuple
 
 
 def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"needs tensors on a CUDA device, got {device.type}"
     return "this version has no CUDA kernels yet"
 
 
@@ -67,16 +65,21 @@ BACKENDS = (
 )
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the valid ones, if there is no backend of that name."""
+    known = [backend.name for backend in BACKENDS]
+    if name != "auto" and name not in known:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(known)}; got {name!r}")
+
+
 def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:
     """Return the name of the first backend that can run, or of the one asked for.
 
     Raises:
         ValueError: for an unknown name, or with each backend's reason where the choice cannot run.
     """
-    known = {backend.name: backend for backend in BACKENDS}
-    if name != "auto" and name not in known:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(known)}; got {name!r}")
-    asked = BACKENDS if name == "auto" else (known[name],)
+    check_name(name)
+    asked = tuple(backend for backend in BACKENDS if name in ("auto", backend.name))
     reasons = {backend.name: backend.why_not(device, dtype) for backend in asked}
     for backend in asked:
         # Triton's interpreter can run on a CPU, and nobody but a test would want it to.
