@@ -56,6 +56,9 @@ CASES = (
     Case("plain", 128, 3, 2, "full mixture", "bf16"),
     Case("adaLN", 64, 3, 64, "full", "bf16"),
     Case("adaLN", 64, 3, 64, "mixture", "bf16"),
+    Case("plain", 128, 2, 128, "full", "bf16"),
+    Case("plain", 128, 2, 128, "full mixture", "bf16"),
+    Case("plain", 64, 2, 64, "none", "bf16"),
     Case("adaLN", 64, 3, 784, "diagonal", "bf16"),
     Case("adaLN", 64, 3, 64, "diagonal", "fp16"),
     Case("adaLN", 64, 3, 64, "diagonal", "tf32"),
@@ -85,7 +88,9 @@ def network(case: Case) -> tuple[tuple, list, list]:
     return (*code, ("act", "silu"), ("linear", case.depth + 1), ("affine", -1, len(tables) - 1)), weights, tables
 
 
-def reference(case: Case) -> tuple:
+def reference(case: Case) -> tuple | None:
+    if case.reference == "none":
+        return None
     k, d = (COMPONENTS if "mixture" in case.reference else 1), case.d
     basis = torch.eye(d, dtype=torch.float64).expand(k, d, d) if "full" in case.reference else torch.empty(0)
     weight = torch.full((k,), 1 / k, dtype=torch.float64)

@@ -43,12 +43,22 @@ class Reference(FittedBuffers):
     """
 
     def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
-        super().__init__()
         _check(weight, mean, variance)
+        self._store(weight, mean, variance, basis)
+
+    def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
+        super().__init__()
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
             self.register_buffer(name, value.detach().to(torch.float64).clone())
         empty = torch.empty(0, dtype=torch.float64)
         self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64).clone())
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor]) -> Reference:
+        """Return the reference whose `tensors` these are; unchecked, so that a compiler can trace it."""
+        reference = cls.__new__(cls)
+        reference._store(*tensors)
+        return reference
 
     @classmethod
     def isotropic(cls, std: float = 1.0) -> Reference:

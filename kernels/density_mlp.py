@@ -232,10 +232,12 @@ class Config:
         """
         half, hopper = OPERANDS[precision].itemsize == 2, capability >= 90
         size = OPERANDS[precision].itemsize * sum(k * n for _, k, n in layout.weights)
-        fits = d <= MAX_BLOCK_D and size <= RESIDENT_BYTES[hopper]
+        # The eigenbasis of a full reference is an operand in float32: 64 KB beyond 64 dimensions.
+        basis = 4 * block_d(d) ** 2 if "full" in reference and block_d(d) > 64 else 0
+        fits = d <= MAX_BLOCK_D and size + basis <= RESIDENT_BYTES[hopper]
         if not half:
             return cls(32, 8, resident=False, stages=2 if layout.width <= 64 else 1)
-        if layout.width > 128 or "mixture" in reference or (reference == "full" and not hopper):
+        if layout.width > 128 or "mixture" in reference or (reference == "full" and (basis or not hopper)):
             return cls(32, 8, resident=fits, stages=2)
         if layout.width <= 64:
             return cls(64, 4, resident=fits, stages=2)

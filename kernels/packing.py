@@ -46,6 +46,8 @@ def why_not(code: tuple, widths: list[tuple[int, int]], d: int, max_width: int) 
         outside = i < linear[0] or i > linear[-1]
         if outside and op[0] in ("act", "norm"):
             return f"{op[0]} works on hidden layers only, not on the {d} data dimensions"
+        if op[0] == "add" and i < linear[0]:
+            return "a sum joins two hidden layers, or x_t and the output"
         if op[0] == "save" and i < linear[0] and any(o[0] == "affine" for o in code[:i]):
             return "it keeps x_t itself for later, not a scaled copy"
         if op[0] == "save":
@@ -103,8 +105,8 @@ def pack_network(
 ) -> tuple[Layout, Tensor]:
     """Return the layout and one buffer of padded weights, each transposed to (in, out), in the operands' dtype."""
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
-    pre = _compose(code[: linear[0]], tables)
-    post = _compose(code[linear[-1] + 1 :], tables)
+    pre = _compose(code[: linear[0]], tables, weights[0])
+    post = _compose(code[linear[-1] + 1 :], tables, weights[0])
     width, body, order = weights[code[linear[0]][1]].shape[0], [], [code[i][1] for i in linear]
     for op in code[linear[0] + 1 : linear[-1]]:
         if op[0] == "linear":
@@ -133,7 +135,7 @@ def pack_network(
     return layout, torch.cat(buffers)
 
 
-def _compose(code: tuple, tables: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _compose(code: tuple, tables: list[Tensor], like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Fold affines, and sums with x_t, into one scale, shift and multiple of x_t; None stands for 1, 0, 0."""
     scale = shift = skip = None
     for op in code:
@@ -146,7 +148,7 @@ def _compose(code: tuple, tables: list[Tensor]) -> tuple[Tensor | None, Tensor |
                 shift = plus if shift is None else shift + plus
         elif op[0] == "add":
             multiple = _get(tables, op[2])
-            multiple = torch.ones(1, 1, 1, device=tables[0].device) if multiple is None else multiple
+            multiple = like.new_ones(1, 1, 1) if multiple is None else multiple
             skip = multiple if skip is None else skip + multiple
     return scale, shift, skip
 

@@ -79,7 +79,7 @@ def control(
 ) -> Tensor:
     """Return the squared norm of eps - eps_q, shape (B, R); alpha and sigma in float64."""
     x_t, eps = perturb(x, keys, points, sign, alpha.to(x), sigma.to(x))
-    return Reference(*reference).residual(x, x_t, eps, alpha, sigma)
+    return Reference.from_tensors(reference).residual(x, x_t, eps, alpha, sigma)
 
 
 def density_mlp(
@@ -99,7 +99,7 @@ def density_mlp(
     x_t, eps = perturb(x, keys, points, sign, row_alpha, row_sigma)
     prediction = run(decode(code), weights, tables, x_t.to(weights[0].dtype)).to(x.dtype)
     f = residual(prediction, x, eps, keys, points, sign, a, b, c)
-    return f - Reference(*reference).residual(x, x_t, eps, alpha, sigma) if reference else f
+    return f - Reference.from_tensors(reference).residual(x, x_t, eps, alpha, sigma) if reference else f
 
 
 def _eps(eps: Tensor, x: Tensor, keys: Tensor, points: Tensor, sign: Tensor) -> Tensor:

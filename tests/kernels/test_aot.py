@@ -33,8 +33,10 @@ def test_every_kernel_compiles_and_fits(compiled):
     for (case, sm), row in rows(compiled).items():
         assert row["shared"] <= SHARED[sm], case
         assert row["registers"] <= 255, case
-        # In half precision nothing spills more than a few registers around a loop.
-        assert row["stack"] <= (384 if "tf32x3" in case else 64), (case, sm, row["stack"])
+        # In half precision nothing spills more than a few registers around a loop, but for a full reference in 128
+        # dimensions, whose float32 products take a tile of their own.
+        most = 384 if "tf32x3" in case else 640 if "d=128, full" in case else 64
+        assert row["stack"] <= most, (case, sm, row["stack"])
 
 
 def test_products_use_the_matrix_units(compiled):

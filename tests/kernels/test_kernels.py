@@ -184,6 +184,12 @@ def waiting(case, width, depth, name="silu"):
     return [*code, Add(1), Linear(depth + 1)], weights, tables
 
 
+def skip(case, width, depth, name="silu"):
+    """x_t plus a network without biases: no table at all."""
+    weights = [case.randn(width, case.d) / case.d**0.5, case.randn(case.d, width) / width**0.5]
+    return [Save(0), Linear(0), Act(name), Linear(1), Add(0)], weights, []
+
+
 def run(case, net, kind=None, dtype=torch.float32):
     """Return f by the kernel and by the definition, in float64, for a network (code, weights, tables)."""
     code, weights, tables = net
@@ -213,6 +219,7 @@ FUSED = [
     (adaln, 3, 2, 784, 128, 3, "diagonal"),
     (adaln, 1000, 1, 2, 16, 0, None),
     (waiting, 3, 2, 150, 32, 3, None),
+    (skip, 3, 2, 5, 32, 0, "isotropic"),
 ]
 
 
@@ -341,6 +348,7 @@ def test_code_survives_its_text():
         ([Linear(0), Linear(1), Act("tanh")], [(16, 5), (5, 16)], "act works on hidden layers only"),
         ([Affine(0, -1), Save(0), Linear(0), Linear(1), Add(0)], [(16, 5), (5, 16)], "keeps x_t itself for later"),
         ([Save(0), Linear(0), Add(0), Linear(1)], [(5, 5), (5, 5)], "a sum joins two hidden layers"),
+        ([Save(0), Affine(0, -1), Add(0), Linear(0), Linear(1)], [(16, 5), (5, 16)], "a sum joins two hidden layers"),
     ],
 )
 def test_the_fused_kernel_says_why_it_cannot(code, widths, reason):
