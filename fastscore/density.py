@@ -237,6 +237,10 @@ class ScoreDensity(nn.Module):
             x: data, shape (B, *shape).
             cond_a, cond_b: keyword arguments of the network.
             nfe: evaluations a sample under each condition.
+            seed, sample_index, memory: as in `estimate`.
+
+        Raises:
+            ValueError: as `estimate`.
         """
         samples = self._samples(x, sample_index, cond_a, cond_b)
         # Low-discrepancy error bars are calibrated for densities, not for differences.
@@ -270,7 +274,11 @@ class ScoreDensity(nn.Module):
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
-                fitted, below about 90,000 the noise is not calibrated and stays independent.
+                fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
+                independent.
+            seed: key of the pilot's noise and of the choice of held-out samples.
+            memory: as in `estimate`.
+            progress: show a progress bar.
             cond: keyword arguments of the network for the data.
 
         Raises:

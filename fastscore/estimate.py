@@ -82,7 +82,7 @@ class Estimate:
         Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
         rate, which may be negative and depends on the units of x.
         """
-        return -(self.log_prob / self.dims + _log_width(bins, low, high)) / math.log(2)
+        return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
 
     def bits_per_dim_stderr(self) -> Tensor:
         """Return the standard error of `bits_per_dim`, shape (B,)."""
@@ -181,7 +181,8 @@ def discretization_bound(curve: Curve, rule: Rule) -> float:
     return float(((widths * mean).sum() - coarse).abs()) / 2
 
 
-def _log_width(bins: int | None, low: float, high: float) -> float:
+def log_width(bins: int | None, low: float, high: float) -> float:
+    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
     if bins is None:
         return 0.0
     if bins < 2 or not high > low:

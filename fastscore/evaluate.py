@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .dataset import Array, check_data, digest, digest_data, take
 from .density import ScoreDensity
-from .estimate import CurveSum, Estimate, discretization_bound, truncation_bound
+from .estimate import CurveSum, Estimate, discretization_bound, log_width, truncation_bound
 from .memory import parse_bytes
 from .network import predict
 from .nodes import make_rule, method_table
@@ -94,6 +94,7 @@ def evaluate_dataset(
         "target_stderr": target_stderr,
         "max_nfe": max_nfe,
     }
+    log_width(bins, low, high)  # what is wrong with them is better said before the work than after it
     with run.locked():
         options["memory"] = _budget(memory, device, run)
         work = _Work.check(density, data, indices, batch, device, options)
@@ -141,6 +142,8 @@ class _Work:
         index = torch.arange(len(data)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
+        if options["target_stderr"] is not None and not options["target_stderr"] > 0:
+            raise ValueError(f"target_stderr must be positive (nats), got {options['target_stderr']}")
         make_rule(density.nodes.density, options["nfe"], density.schedule, options["method"])
         work = cls(density, data, index.split(batch), device, options)
         _check_network(density, work.rows(index[:1]))

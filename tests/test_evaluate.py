@@ -310,3 +310,17 @@ def test_errors_come_before_the_work(tmp_path, monkeypatch, data, options, messa
     with pytest.raises(ValueError, match=message):
         evaluate_dataset(density(), data, **{"out": "r.npz"} | OPTIONS | options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"target_stderr": 0.0}, "target_stderr must be positive"), ({"bins": 4, "low": 1, "high": 0}, "high > low")],
+)
+def test_what_cannot_be_reported_is_refused_before_the_work(tmp_path, options, message):
+    class Untouched(nn.Module):
+        def forward(self, x_t, t):
+            raise AssertionError("the network has run")
+
+    density = fs.ScoreDensity(Untouched(), fs.LogSNR(-4, 4))
+    with pytest.raises(ValueError, match=message):
+        evaluate_dataset(density, torch.zeros(4, 3), tmp_path / "out.npz", **options)
