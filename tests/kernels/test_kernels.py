@@ -194,7 +194,9 @@ def run(case, net, kind=None, dtype=torch.float32):
     """Return f by the kernel and by the definition, in float64, for a network (code, weights, tables)."""
     code, weights, tables = net
     q = case.reference(kind).tensors() if kind else []
-    assert backend.why_not_fused(code, [w.to(dtype) for w in weights], case.d) is None
+    # In float32 width 256 spills on a GPU, so the choice refuses it; the kernel itself is right there too.
+    reason = backend.why_not_fused(code, [w.to(dtype) for w in weights], case.d)
+    assert reason is None or (dtype == torch.float32 and "128, the network has 256" in reason)
     words = case.keys, case.points
     got = ops.density_mlp(
         case.x.float(), *words, case.rows.float(), case.alpha, case.sigma, encode(code),
@@ -220,6 +222,7 @@ FUSED = [
     (adaln, 1000, 1, 2, 16, 0, None),
     (waiting, 3, 2, 150, 32, 3, None),
     (skip, 3, 2, 5, 32, 0, "isotropic"),
+    (adaln, 7, 3, 50, 256, 2, "diagonal"),
 ]
 
 
