@@ -184,6 +184,13 @@ def waiting(case, width, depth, name="silu"):
     return [*code, Add(1), Linear(depth + 1)], weights, tables
 
 
+def both(case, width, depth, name="silu"):
+    """Equal layers that read a tile saved before them and save another of their own."""
+    code, weights, tables = waiting(case, width, depth, name)
+    inside = [op for k in range(depth) for op in (Save(1), *code[5 + 4 * k : 9 + 4 * k], Add(1))]
+    return [*code[:4], *inside, code[-1]], weights, tables
+
+
 def skip(case, width, depth, name="silu"):
     """x_t plus a network without biases: no table at all."""
     weights = [case.randn(width, case.d) / case.d**0.5, case.randn(case.d, width) / width**0.5]
@@ -221,6 +228,7 @@ FUSED = [
     (adaln, 3, 2, 784, 128, 3, "diagonal"),
     (adaln, 1000, 1, 2, 16, 0, None),
     (waiting, 3, 2, 150, 32, 3, None),
+    (both, 3, 2, 150, 32, 3, None),
     (skip, 3, 2, 5, 32, 0, "isotropic"),
     (adaln, 7, 3, 50, 256, 2, "diagonal"),
 ]
