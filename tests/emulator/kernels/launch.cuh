@@ -2,6 +2,13 @@
 #pragma once
 #include <cuda_runtime.h>
 
+// The mistake a test plants in its kernel: only in the emulator, so that nvcc sees what is right.
+#if defined(__CUDACC__)
+#define PLANTED(mistake) false
+#else
+#define PLANTED(mistake) (planted == mistake)
+#endif
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
            Arguments... arguments) {

@@ -9,11 +9,11 @@
 
 namespace ptx = fastscore::ptx;
 
-enum Mistake { kNone, kNoCopyWait, kNoWait, kNoCommit, kNoFence, kOtherDescriptor, kOneAccumulates };
+enum Mistake { kNone, kNoCopyWait, kNoWait, kNoCommit, kNoFence, kOtherDescriptor };
 
 template <int N, int K, bool A_IN_REGISTERS>
 __global__ __launch_bounds__(128) void wgmma_kernel(const uint32_t* a, const uint8_t* a_image, const uint8_t* b_image,
-                                                    float* out, int mistake) {
+                                                    float* out, int planted) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr uint32_t a_bytes = 64 * K * 2, b_bytes = N * K * 2;
   uint32_t a_shared = ptx::shared_address(ptx::shared_memory()), b_shared = a_shared + a_bytes;
@@ -27,7 +27,7 @@ __global__ __launch_bounds__(128) void wgmma_kernel(const uint32_t* a, const uin
     ptx::bulk_copy(b_shared, b_image, b_bytes, full);
   }
   __syncthreads();
-  if (mistake != kNoCopyWait) ptx::mbarrier_wait(full, 0);
+  if (!PLANTED(kNoCopyWait)) ptx::mbarrier_wait(full, 0);
   constexpr int OFFSET = 4;  // the accumulators need not start the array
   float d[N / 2 + OFFSET];
   uint32_t fragments[K / 4];
@@ -36,12 +36,12 @@ __global__ __launch_bounds__(128) void wgmma_kernel(const uint32_t* a, const uin
     int k = i / 4 * 16 + column + i % 4 / 2 * 8, m = row + i % 2 * 8;
     fragments[i] = a[(m * K + k) / 2];
   }
-  if (mistake != kNoFence) ptx::wgmma_fence();
+  if (!PLANTED(kNoFence)) ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < K / 16; k++) {
     uint32_t block = k / 4, inside = k % 4 * 32;
     uint64_t b = ptx::wgmma_descriptor(b_shared + block * N * 128 + inside);
-    if (mistake == kOtherDescriptor && threadIdx.x == 77) b += 2;
+    if (PLANTED(kOtherDescriptor) && threadIdx.x == 77) b += 2;
     if constexpr (A_IN_REGISTERS) {
       const uint32_t* f = fragments + 4 * k;
       ptx::wgmma<N, OFFSET>(d, f[0], f[1], f[2], f[3], b, k > 0);
@@ -49,31 +49,31 @@ __global__ __launch_bounds__(128) void wgmma_kernel(const uint32_t* a, const uin
       ptx::wgmma<N, OFFSET>(d, ptx::wgmma_descriptor(a_shared + block * 64 * 128 + inside), b, k > 0);
     }
   }
-  if (mistake != kNoCommit) ptx::wgmma_commit();
-  if (mistake != kNoWait) ptx::wgmma_wait<0>();
+  if (!PLANTED(kNoCommit)) ptx::wgmma_commit();
+  if (!PLANTED(kNoWait)) ptx::wgmma_wait<0>();
   ptx::wgmma_hold(d);
 #pragma unroll
   for (int c = 0; c < N / 8; c++)
 #pragma unroll
     for (int i = 0; i < 4; i++) out[(row + i / 2 * 8) * N + 8 * c + column + i % 2] = d[OFFSET + 4 * c + i];
-  if (mistake == kNoWait) ptx::wgmma_wait<0>();
-  if (mistake == kNoCopyWait) ptx::mbarrier_wait(full, 0);
+  if (PLANTED(kNoWait)) ptx::wgmma_wait<0>();
+  if (PLANTED(kNoCopyWait)) ptx::mbarrier_wait(full, 0);
 #endif
 }
 
 template <int N, int K>
 int launch_wgmma(bool a_in_registers, const uint32_t* a, const uint8_t* a_image, const uint8_t* b_image, float* out,
-                 int mistake) {
+                 int planted) {
   size_t bytes = (64 + N) * K * 2 + 8;
-  if (a_in_registers) return launch(wgmma_kernel<N, K, true>, 1, 128, 1, bytes, a, a_image, b_image, out, mistake);
-  return launch(wgmma_kernel<N, K, false>, 1, 128, 1, bytes, a, a_image, b_image, out, mistake);
+  if (a_in_registers) return launch(wgmma_kernel<N, K, true>, 1, 128, 1, bytes, a, a_image, b_image, out, planted);
+  return launch(wgmma_kernel<N, K, false>, 1, 128, 1, bytes, a, a_image, b_image, out, planted);
 }
 
 extern "C" int run_wgmma(int n, bool a_in_registers, const uint32_t* a, const uint8_t* a_image, const uint8_t* b_image,
-                         float* out, int mistake) {
-  if (n == 16) return launch_wgmma<16, 128>(a_in_registers, a, a_image, b_image, out, mistake);
-  if (n == 32) return launch_wgmma<32, 128>(a_in_registers, a, a_image, b_image, out, mistake);
-  if (n == 64) return launch_wgmma<64, 128>(a_in_registers, a, a_image, b_image, out, mistake);
-  if (n == 128) return launch_wgmma<128, 128>(a_in_registers, a, a_image, b_image, out, mistake);
-  return launch_wgmma<256, 128>(a_in_registers, a, a_image, b_image, out, mistake);
+                         float* out, int planted) {
+  if (n == 16) return launch_wgmma<16, 128>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 32) return launch_wgmma<32, 128>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 64) return launch_wgmma<64, 128>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 128) return launch_wgmma<128, 128>(a_in_registers, a, a_image, b_image, out, planted);
+  return launch_wgmma<256, 128>(a_in_registers, a, a_image, b_image, out, planted);
 }

@@ -72,8 +72,8 @@ inline void preempt() {
   if (machine.schedule != Schedule::in_order && one_in(8)) enter_scheduler(current_thread());
 }
 
-inline void start_asynchronous(const char* name, std::function<void()> perform) {
-  machine.in_flight.push_back({machine.current, name, std::move(perform)});
+inline void start_asynchronous(const char* name, bool from_global_memory, std::function<void()> perform) {
+  machine.in_flight.push_back({machine.current, name, from_global_memory, std::move(perform)});
 }
 
 inline void perform_asynchronous(size_t i) {
@@ -85,13 +85,16 @@ inline void perform_asynchronous(size_t i) {
 }
 
 // Lets the hardware finish some work in flight: when it likes, or, if `must`, because nothing else can go on. In order,
-// it is always as late as it can be, so that a thread that does not wait finds NaN.
+// it is as late as it can be, and copies from global memory are last, so that who does not wait for them finds NaN.
 inline bool progress(bool must) {
   size_t count = machine.in_flight.size();
   if (count == 0) return false;
   if (machine.schedule == Schedule::in_order) {
-    if (must) perform_asynchronous(0);
-    return must;
+    if (!must) return false;
+    size_t i = 0;
+    while (i < count && machine.in_flight[i].from_global_memory) i++;
+    perform_asynchronous(i % count);
+    return true;
   }
   if (!must && !one_in(machine.schedule == Schedule::random ? 4 : 256)) return false;
   perform_asynchronous(random_bits() % count);

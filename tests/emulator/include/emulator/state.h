@@ -101,6 +101,7 @@ struct Block {
 struct InFlight {
   Thread* issuer;
   const char* name;
+  bool from_global_memory;
   std::function<void()> perform;
 };
 

@@ -10,7 +10,7 @@ inline void start_bulk_copy(Block& block, uint32_t dst, const void* src, uint32_
   if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail("%s from %p is not aligned to 16 bytes", operation, src);
   poison_destination(block, dst, bytes, operation);
   shared_bytes(block, bar, 8, 8, operation);
-  start_asynchronous(operation, [=, &block] {
+  start_asynchronous(operation, true, [=, &block] {
     if (block.running == 0) fail("%s to CTA %u, which has ended", operation, block.rank);
     memcpy(shared_bytes(block, dst, bytes, 16, operation), src, bytes);
     complete_bytes(block, bar, bytes);

@@ -134,7 +134,7 @@ inline void commit_wgmma() {
   WgmmaGroup& group = queue.groups[position];
   if (group.end != thread.wgmma.committed) fail("wgmma_commit of other wgmma than another thread of the warpgroup");
   if (++group.threads == kWarpgroupSize)
-    start_asynchronous("wgmma", [block = thread.block, warpgroup] { perform_wgmma_group(*block, warpgroup); });
+    start_asynchronous("wgmma", false, [block = thread.block, warpgroup] { perform_wgmma_group(*block, warpgroup); });
 }
 
 inline void wait_wgmma(uint64_t may_be_in_flight) {
