@@ -16,12 +16,17 @@ struct Configuration {
   size_t shared_bytes = 0;
 };
 
+// Name and template arguments of a kernel, as far as the library exports them.
 inline std::string kernel_name(const void* kernel) {
   Dl_info info;
   if (!dladdr(kernel, &info) || !info.dli_sname) return "kernel";
   int status = 0;
-  std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), free);
-  return status == 0 ? name.get() : info.dli_sname;
+  std::unique_ptr<char, void (*)(void*)> demangled(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status),
+                                                   free);
+  std::string name = status == 0 ? demangled.get() : info.dli_sname;
+  size_t arguments = name.rfind(">(");
+  name.resize(arguments == std::string::npos ? std::min(name.find('('), name.size()) : arguments + 1);
+  return name.starts_with("void ") ? name.substr(5) : name;
 }
 
 // The first and last frame of every thread.
