@@ -5,17 +5,13 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator.build import ADVERSARIAL, CSRC, IN_ORDER, RANDOM, build
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from build import ADVERSARIAL, CSRC, IN_ORDER, RANDOM, build  # noqa: E402
-
-KERNELS = sorted((HERE / "kernels").glob("*.cu"))
+KERNELS = sorted((Path(__file__).parent / "kernels").glob("*.cu"))
 SCHEDULES = [(0, IN_ORDER), (1, RANDOM), (2, RANDOM), (3, ADVERSARIAL), (4, ADVERSARIAL)]
 LAUNCH_FAILURE, INVALID_CONFIGURATION = 719, 9
 
@@ -138,7 +134,9 @@ def test_conversions(lib):
     some = np.float32([0, -0.0, 1, 65504, 65519.996, 65520, 1e30, 6e-8, 2.9e-8, 5.96e-8, 6.1e-5, -6.0e-5, np.inf])
     # Ties of both formats, and numbers of every size a float16 has.
     ties = np.float32([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-25, 3 * 2.0**-25])
-    wide = rng.standard_normal(1024 - len(some) - len(ties)) * np.exp2(rng.uniform(-28, 18, 1024 - len(some) - len(ties)))
+    wide = rng.standard_normal(1024 - len(some) - len(ties)) * np.exp2(
+        rng.uniform(-28, 18, 1024 - len(some) - len(ties))
+    )
     x = np.concatenate([some, ties, wide]).astype(np.float32)
     packed, unpacked = np.zeros((1024, 2), np.uint32), np.zeros((1024, 2, 2), np.float32)
     functions = np.zeros((1024, 8), np.float32)
@@ -171,7 +169,7 @@ VIOLATIONS = {
     "copy over a barrier": (ring, dict(planted=8), "overwrites the mbarrier at"),
     "no initialisation": (ring, dict(planted=9), "where no mbarrier was initialised"),
     "setmaxnreg by three warps": (ring, dict(planted=10), "lanes in registers_decrease(0x18"),
-    "other count": (barriers, dict(planted=2), "for 96 threads where others gave 64"),
+    "other count": (barriers, dict(planted=2), "threads where others gave"),
     "one warp missing": (barriers, dict(planted=3), "32 lanes in named_barrier_sync(0x1, 64)"),
     "divergent shuffle": (barriers, dict(planted=4), "other lanes of the warp are in"),
 }
@@ -185,7 +183,7 @@ def test_violations_are_reported(lib, mistake, schedule):
     status, _, _ = case(lib, **arguments)
     error = lib.emulator_error().decode()
     assert status == LAUNCH_FAILURE
-    assert message in error or (case is barriers and "one warp" not in mistake and "where other" in error), error
+    assert message in error, error
     assert error.startswith(f"{case.__name__}_kernel"), error
 
 
@@ -196,13 +194,13 @@ def test_violations_are_reported(lib, mistake, schedule):
         (wgmma, dict(n=64, planted=2)),  # no wait for the product
         (mma, dict(planted=1)),  # no wait for cp.async
         (barriers, dict(planted=1)),  # no barrier
-        (ring, dict(planted=1)),  # no wait for the copy
+        (ring, dict(planted=1, count=3)),  # no wait for the copy; no stage is used twice
     ],
 )
 def test_a_missing_wait_gives_nan(lib, case, arguments):
     lib.emulator_seed(0, IN_ORDER)
-    status, out, _ = case(lib, **arguments)
-    assert np.isnan(out).any() or (status and b"still in flight" in lib.emulator_error())
+    _, out, _ = case(lib, **arguments)
+    assert np.isnan(out).any()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +252,14 @@ def disassembler():
 # Of every kernel, what the wrappers must become on an H100.
 INSTRUCTIONS = {
     "wgmma": [*(f"HGMMA.64x{n}x16.F32.BF16" for n in (16, 32, 64, 128, 256)), "UBLKCP", "SYNCS", "WARPGROUP.ARRIVE"],
-    "ring": ["UBLKCP.S.G.MULTICAST", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "USETMAXREG", "UCGABAR", "LDS", "MAPA"],
+    "ring": [
+        "UBLKCP.S.G.MULTICAST",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT",
+        "USETMAXREG",
+        "UCGABAR",
+        "SYNCS.ARRIVE.TRANS64.RED",
+        "LDS",
+    ],
     "mma": ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"],
     "proxy": ["STS.128", "FENCE.VIEW.ASYNC", "HGMMA.64x64x16.F32.BF16", "BAR.SYNC"],
     "barriers": ["BAR.SYNC", "LDS", "STS", "SHFL.BFLY"],
@@ -273,6 +278,8 @@ def test_the_same_kernels_assemble(source, tmp_path):
     assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", result.stderr), result.stderr
     if tool := disassembler():
         sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        # Only cluster_sync throws away the L1 cache: mbarrier_wait is in the innermost loops.
+        assert sass.count("CCTL.IVALL") <= sass.count("UCGABAR_WAIT")
         missing = [instruction for instruction in INSTRUCTIONS[source.stem] if instruction not in sass]
         assert not missing, missing
     # An older architecture gets empty bodies where it lacks the instructions.

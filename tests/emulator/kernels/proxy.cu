@@ -18,7 +18,7 @@ __global__ __launch_bounds__(128) void proxy_kernel(const uint4* a, const uint4*
     ptx::store_shared(b_shared + i / 8 * 128 + unit * 16, b[i]);
   }
   if (!PLANTED(kNoProxyFence)) ptx::fence_proxy_async();
-  if (PLANTED(kStoreAfterFence) && threadIdx.x == 5) ptx::store_shared(b_shared + 256, 0.0f);
+  if (PLANTED(kStoreAfterFence) && threadIdx.x == 5) ptx::store_shared(b_shared + 5 * 16, b[5]);
   ptx::named_barrier_sync(1, 128);
   float d[32];
   ptx::wgmma_fence();

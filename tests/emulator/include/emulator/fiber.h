@@ -5,13 +5,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(FASTSCORE_UCONTEXT)
+#define FASTSCORE_UCONTEXT
 #include <ucontext.h>
 #endif
 
 namespace fastscore::emulator {
 
-#if defined(__x86_64__)
+#if !defined(FASTSCORE_UCONTEXT)
 
 // A suspended computation is its stack pointer; the registers that calls preserve are on the stack.
 struct Context {

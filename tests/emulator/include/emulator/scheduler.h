@@ -101,14 +101,13 @@ inline bool progress(bool must) {
   return true;
 }
 
-// The adversary keeps a warp, or a whole warpgroup, from running for a long time.
+// The adversary keeps a warp, a warpgroup or a CTA from running for a long time.
 inline void stall_somebody() {
-  Warp& victim = machine.warps[random_bits() % machine.warps.size()];
+  const Warp& victim = machine.warps[random_bits() % machine.warps.size()];
   uint64_t until = machine.step + random_bits() % 2000;
-  bool group = one_in(2);
+  int group = std::array{1, 4, 32}[random_bits() % 3];  // warps
   for (Warp& warp : machine.warps)
-    if (&warp == &victim || (group && warp.block == victim.block && warp.index / 4 == victim.index / 4))
-      warp.stalled_until = until;
+    if (warp.block == victim.block && warp.index / group == victim.index / group) warp.stalled_until = until;
 }
 
 // The next warp to run: in turn, or a random one that can run and is not stalled.
@@ -183,16 +182,14 @@ inline std::string deadlock_report() {
 // Runs the threads of machine.threads until all have returned or one broke a rule.
 inline void run_cluster() {
   size_t running = machine.threads.size();
-  auto count_running = [&] {
-    running = 0;
-    for (const Block& block : machine.blocks) running += block.running;
-  };
+  if (machine.schedule == Schedule::adversarial) stall_somebody();
   while (running > 0) {
     progress(false);
     if (Warp* warp = choose_warp()) {
       run_warp(*warp);
       if (!machine.error.empty()) return;
-      count_running();
+      running = 0;
+      for (const Block& block : machine.blocks) running += block.running;
     } else if (!progress(true)) {
       throw Violation{deadlock_report()};
     }
