@@ -66,7 +66,7 @@ def close_to_product(out, a, b):
 
 
 def wgmma(lib, n, in_registers=True, planted=0):
-    a, b, out = random_bf16(64, 128, seed=1), random_bf16(n, 128, seed=2), np.zeros((64, n), np.float32)
+    a, b, out = random_bf16(64, 192, seed=1), random_bf16(n, 192, seed=2), np.zeros((64, n), np.float32)
     a_image, b_image = image(a), image(b)
     arrays = [pointer(array) for array in (a, a_image, b_image, out)]
     status = lib.run_wgmma(n, ctypes.c_bool(in_registers), *arrays, planted)

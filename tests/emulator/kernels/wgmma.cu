@@ -36,20 +36,23 @@ __global__ __launch_bounds__(128) void wgmma_kernel(const uint32_t* a, const uin
     int k = i / 4 * 16 + column + i % 4 / 2 * 8, m = row + i % 2 * 8;
     fragments[i] = a[(m * K + k) / 2];
   }
-  if (!PLANTED(kNoFence)) ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < K / 16; k++) {
-    uint32_t block = k / 4, inside = k % 4 * 32;
-    uint64_t b = ptx::wgmma_descriptor(b_shared + block * N * 128 + inside);
-    if (PLANTED(kOtherDescriptor) && threadIdx.x == 77) b += 2;
-    if constexpr (A_IN_REGISTERS) {
-      const uint32_t* f = fragments + 4 * k;
-      ptx::wgmma<N, OFFSET>(d, f[0], f[1], f[2], f[3], b, k > 0);
-    } else {
-      ptx::wgmma<N, OFFSET>(d, ptx::wgmma_descriptor(a_shared + block * 64 * 128 + inside), b, k > 0);
+  for (int block = 0; block < K / 64; block++) {  // a group each; one is in flight while the next is issued
+    if (!PLANTED(kNoFence)) ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      uint64_t b = ptx::wgmma_descriptor(b_shared + block * N * 128 + k * 32);
+      if (PLANTED(kOtherDescriptor) && threadIdx.x == 77) b += 2;
+      if constexpr (A_IN_REGISTERS) {
+        const uint32_t* f = fragments + 16 * block + 4 * k;
+        ptx::wgmma<N, OFFSET>(d, f[0], f[1], f[2], f[3], b, block + k > 0);
+      } else {
+        ptx::wgmma<N, OFFSET>(d, ptx::wgmma_descriptor(a_shared + block * 64 * 128 + k * 32), b, block + k > 0);
+      }
     }
+    if (!PLANTED(kNoCommit)) ptx::wgmma_commit();
+    if (block > 0) ptx::wgmma_wait<1>();
   }
-  if (!PLANTED(kNoCommit)) ptx::wgmma_commit();
   if (!PLANTED(kNoWait)) ptx::wgmma_wait<0>();
   ptx::wgmma_hold(d);
 #pragma unroll
@@ -71,9 +74,9 @@ int launch_wgmma(bool a_in_registers, const uint32_t* a, const uint8_t* a_image,
 
 extern "C" int run_wgmma(int n, bool a_in_registers, const uint32_t* a, const uint8_t* a_image, const uint8_t* b_image,
                          float* out, int planted) {
-  if (n == 16) return launch_wgmma<16, 128>(a_in_registers, a, a_image, b_image, out, planted);
-  if (n == 32) return launch_wgmma<32, 128>(a_in_registers, a, a_image, b_image, out, planted);
-  if (n == 64) return launch_wgmma<64, 128>(a_in_registers, a, a_image, b_image, out, planted);
-  if (n == 128) return launch_wgmma<128, 128>(a_in_registers, a, a_image, b_image, out, planted);
-  return launch_wgmma<256, 128>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 16) return launch_wgmma<16, 192>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 32) return launch_wgmma<32, 192>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 64) return launch_wgmma<64, 192>(a_in_registers, a, a_image, b_image, out, planted);
+  if (n == 128) return launch_wgmma<128, 192>(a_in_registers, a, a_image, b_image, out, planted);
+  return launch_wgmma<256, 192>(a_in_registers, a, a_image, b_image, out, planted);
 }

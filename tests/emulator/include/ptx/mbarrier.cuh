@@ -77,19 +77,22 @@ inline void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
   emulator::arrive_at_mbarrier(block, bar, 0, "mbarrier_arrive_remote");
 }
 
+// Suspends the thread until a phase completes, then looks again: like the hardware, it misses a phase if the next one
+// has completed before it looked.
 inline bool mbarrier_try_wait(uint32_t bar, uint32_t phase) {
-  return emulator::mbarrier_at(*emulator::current_thread().block, bar, "mbarrier_try_wait").phase != phase;
-}
-
-// A thread that is woken looks again: like the hardware, it misses a phase if the next one completed before it looked.
-inline void mbarrier_wait(uint32_t bar, uint32_t phase) {
   emulator::preempt();
   if (phase > 1) emulator::fail("mbarrier_wait at 0x%x: the phase is a parity, not %u", bar, phase);
   emulator::Thread& thread = emulator::current_thread();
   emulator::Mbarrier& mbarrier = emulator::mbarrier_at(*thread.block, bar, "mbarrier_wait");
-  while (mbarrier.phase == phase) {
+  if (mbarrier.phase == phase) {
     mbarrier.waiting.push_back(&thread);
     emulator::block("mbarrier_wait", bar, phase);
+  }
+  return mbarrier.phase != phase;
+}
+
+inline void mbarrier_wait(uint32_t bar, uint32_t phase) {
+  while (!mbarrier_try_wait(bar, phase)) {
   }
 }
 
