@@ -49,13 +49,20 @@ def run(*command, **options):
     return done.stdout
 
 
+def build(source, folder, **env):
+    """Build a wheel from a folder or a source distribution, with the installed build tools if there are any."""
+    tools = all(map(find_spec, ("scikit_build_core", "pybind11")))
+    flags = ["--no-build-isolation"] if tools else []
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *flags, "--wheel-dir", folder, source]
+    run(*command, cwd=folder.parent, env=env)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    flags = ["--no-build-isolation"] if find_spec("scikit_build_core") else []
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *flags, "--wheel-dir", folder, ROOT, cwd=folder)
-    (path,) = folder.iterdir()
-    return path
+    """The wheel without CUDA kernels."""
+    return build(ROOT, tmp_path_factory.mktemp("wheel"), FASTSCORE_NO_CUDA="1")
 
 
 @pytest.fixture(scope="module")
