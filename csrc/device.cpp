@@ -78,11 +78,13 @@ std::optional<std::string> why_not(int device) try {
   return error.what();
 }
 
-DeviceGuard::DeviceGuard(int device) {
+DeviceGuard::DeviceGuard(int device) : device_(device) {
   check(cudaGetDevice(&before_), "cudaGetDevice");
-  if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(%d)", device);
+  if (device_ != before_) check(cudaSetDevice(device_), "cudaSetDevice(%d)", device_);
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+DeviceGuard::~DeviceGuard() {
+  if (device_ != before_) cudaSetDevice(before_);
+}
 
 }  // namespace fastscore

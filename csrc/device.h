@@ -26,7 +26,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
+  int device_, before_ = 0;
 };
 
 }  // namespace fastscore

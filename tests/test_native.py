@@ -1,6 +1,7 @@
 """The module of the CUDA kernels, where the installed package has it: it answers on any machine, and runs on a GPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -27,8 +28,11 @@ def gpu(native):
     return native.why_not(0) is None
 
 
-def test_it_lies_beside_the_package(native):
-    assert Path(native.__file__).parent == Path(fastscore.__file__).parent
+def test_the_package_under_test_is_the_installed_one(native):
+    if os.environ.get("FASTSCORE_REQUIRE_CUDA") != "1":
+        pytest.skip("an editable install leaves the package in its folder")
+    for module in (fastscore, native):
+        assert Path(module.__file__).is_relative_to(sys.prefix)
 
 
 def test_it_tells_how_it_was_built(native):
@@ -67,21 +71,46 @@ def test_a_kernel_runs(native):
         native.fill(out.data_ptr(), 1000, 2.5, 99, 0)
 
 
-def test_importing_it_is_quick_and_asks_no_driver(native):
-    check = f"""
+LOAD = """
 import sys, time
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 start = time.perf_counter()
-loader = ExtensionFileLoader("_C", {native.__file__!r})
+loader = ExtensionFileLoader("_C", sys.argv[1])
 module = module_from_spec(spec_from_loader("_C", loader))
 loader.exec_module(module)
-print(time.perf_counter() - start, "torch" in sys.modules, "libcuda.so" in open("/proc/self/maps").read())
+seconds = time.perf_counter() - start
 """
-    done = subprocess.run([sys.executable, "-P", "-c", check], capture_output=True, text=True, check=True)
-    seconds, *loaded = done.stdout.split()
+
+
+def load(native, then, **env):
+    """Load the module alone in another process, and return what a line of code prints there."""
+    command = [sys.executable, "-P", "-c", LOAD + then, native.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | env).stdout.strip()
+
+
+def test_importing_it_is_quick_and_asks_no_driver(native):
+    maps = "open('/proc/self/maps').read()"
+    seconds, *loaded = load(native, f"print(seconds, 'torch' in sys.modules, 'libcuda.so' in {maps})").split()
     assert float(seconds) < 0.5
     assert loaded == ["False", "False"]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to make a driver's stand-in with")
+@pytest.mark.parametrize(
+    ("version", "initialized", "reason"),
+    [
+        (12040, 0, "the kernels need a driver of CUDA 13.0 (580 or newer), found one of CUDA 12.4; update it"),
+        (13000, 100, "no CUDA-capable device is detected"),
+    ],
+)
+def test_the_reasons_of_a_driver_that_cannot_run_them(native, tmp_path, version, initialized, reason):
+    code = f"int cuInit(unsigned flags) {{ return {initialized}; }}"
+    code += f"int cuDriverGetVersion(int* version) {{ *version = {version}; return 0; }}"
+    (tmp_path / "driver.c").write_text(code)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    assert load(native, "print(module.why_not(0))", LD_LIBRARY_PATH=str(tmp_path)).startswith(reason)
 
 
 @pytest.mark.parametrize(
