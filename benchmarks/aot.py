@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import sass
 import torch
 import triton
 from fastscore.kernels import density_mlp, density_mlp_dx, packing, perturb, residual
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ADALN = ("save", "norm", "affine", "act", "linear", "affine", "add")
 
 
@@ -136,33 +134,16 @@ def inspect(compiled) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run([TOOLS / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
-    opcodes = [name.partition(".")[0] for _, name, _ in lines]
+        (row,) = sass.kernels(cubin).values()
     return {
-        "registers": registers,
-        "stack": stack,
+        "registers": row["registers"],
+        "stack": row["stack"],
         "shared": compiled.metadata.shared,
-        "matrix": sum(op in ("HGMMA", "HMMA") for op in opcodes),
-        "wgmma": opcodes.count("HGMMA"),
-        "local": sum(op in ("LDL", "STL") for op in opcodes),
-        "loop": _longest_loop(lines),
+        "matrix": row["hgmma"] + row["hmma"],
+        "wgmma": row["hgmma"],
+        "local": row["ldl"] + row["stl"],
+        "loop": row["loop"],
     }
-
-
-def _longest_loop(lines: list) -> int:
-    """Count the instructions of the widest backward branch: the walk over the rows."""
-    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
-    longest = 0
-    for i, (address, name, operands) in enumerate(lines):
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
-            longest = max(longest, i - at.get(int(target[1], 16), i) + 1)
-    return longest
 
 
 def compile_thin(name: str, capability: int):

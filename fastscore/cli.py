@@ -8,14 +8,13 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import click
 import torch
 
-from .backends.select import BACKENDS
+from .backends.select import BACKENDS, native
 from .estimate import Estimate
 from .evaluate import Interrupted, evaluate_dataset
 from .loading import SCHEDULES, load_array, load_density
@@ -24,7 +23,6 @@ from .predictions import PREDICTIONS
 
 EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "torchdiffeq": "torchdiffeq"}
-PURE_WHEEL = "absent: this wheel is pure Python; it uses torch on CPUs and Triton on NVIDIA GPUs"
 SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp:0.1,20; or a file of alphas_cumprod."
 
 
@@ -166,14 +164,13 @@ def _devices() -> Lines:
 
 
 def _native() -> Lines:
-    try:
-        native = import_module("fastscore._C")
-    except ModuleNotFoundError:
-        yield "fastscore._C", PURE_WHEEL
+    module = native()
+    if isinstance(module, str):
+        yield "fastscore._C", module
         return
     yield "fastscore._C", "present"
-    for name, value in {**native.build_info(), **native.runtime()}.items():
-        yield name, str(value)
+    yield from module.build_info().items()
+    yield from module.runtime().items()
 
 
 def _backends() -> Lines:

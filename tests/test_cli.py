@@ -17,7 +17,7 @@ from torch.export import Dim
 
 import fastscore as fs
 from fastscore import cli
-from fastscore.backends.select import BACKENDS
+from fastscore.backends.select import BACKENDS, native
 
 # A network that is slow as long as a file says so: a pause changes no number.
 ZOO = """
@@ -280,26 +280,49 @@ def test_info_names_versions_and_every_backend():
     assert re.search(r"^  safetensors +\d", output, re.MULTILINE)
 
 
-def test_info_without_native_module_and_extras(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastscore._C", None)
+@pytest.fixture
+def native_module(monkeypatch):
+    """Return a function that puts a module, or None, in the place of fastscore._C."""
+
+    def replace(module):
+        monkeypatch.setitem(sys.modules, "fastscore._C", module)
+        native.cache_clear()
+
+    yield replace
+    native.cache_clear()
+
+
+def test_info_without_native_module_and_extras(native_module, monkeypatch):
+    native_module(None)
     monkeypatch.setattr(cli, "_version", lambda package: None)
     output = info()
-    assert re.search(r"fastscore\._C +absent: this wheel is pure Python; it uses torch on CPUs", output)
+    assert re.search(r"fastscore\._C +absent: this wheel is pure Python; .* FASTSCORE_REQUIRE_CUDA=1 pip", output)
+    assert re.search(r"cuda on cpu +fastscore\._C is absent: this wheel is pure Python", output)
     for package, extra in cli.EXTRAS:
         assert f'{package:<14} not installed; pip install "fastscore[{extra}]"' in output
 
 
-def test_info_shows_the_native_module(monkeypatch):
-    native = types.ModuleType("fastscore._C")
-    native.build_info = lambda: {"architectures": "80;90a"}
-    native.runtime = lambda: {"driver": "no CUDA driver"}
-    monkeypatch.setitem(sys.modules, "fastscore._C", native)
+def test_info_shows_the_native_module(native_module):
+    module = types.ModuleType("fastscore._C")
+    module.build_info = lambda: {"architectures": "80;90a"}
+    module.runtime = lambda: {"driver": "none", "kernels": "cannot run: no NVIDIA driver is installed"}
+    native_module(module)
     output = info()
-    assert re.search(r"fastscore\._C +present\n  architectures +80;90a\n  driver +no CUDA driver\n", output)
+    assert re.search(
+        r"fastscore\._C +present\n  architectures +80;90a\n  driver +none\n  kernels +cannot run: no", output
+    )
 
 
-def test_info_survives_what_is_broken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastscore._C", types.ModuleType("fastscore._C"))
+def test_info_shows_why_the_native_module_cannot_be_loaded(native_module, monkeypatch, tmp_path):
+    (tmp_path / "_C.py").write_text("raise ImportError('libstdc++.so.6: version GLIBCXX_3.4.29 not found')")
+    monkeypatch.setattr(fs, "__path__", [str(tmp_path), *fs.__path__])
+    monkeypatch.delitem(sys.modules, "fastscore._C", raising=False)
+    native.cache_clear()
+    assert re.search(r"fastscore\._C +unusable: libstdc\+\+\.so\.6: version GLIBCXX_3\.4\.29 not found\n", info())
+
+
+def test_info_survives_what_is_broken(native_module):
+    native_module(types.ModuleType("fastscore._C"))
     output = info()
     assert "cannot be found out: AttributeError" in output
     assert "optional packages" in output

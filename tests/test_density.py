@@ -297,7 +297,7 @@ NAN_AT[2, 3] = float("nan")
         ({"method": "vlb"}, ValueError, "density, discrete, elbo; got 'vlb'"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr must be positive"),
         ({"memory": 10}, ValueError, "does not hold one row"),
-        ({"backend": "cuda"}, ValueError, "cuda: this version has no CUDA kernels yet"),
+        ({"backend": "cuda"}, ValueError, "no backend can run on cpu in torch.float32: cuda: "),
         ({"backend": "gpu"}, ValueError, "'auto' or one of cuda, triton, torch; got 'gpu'"),
         ({"reference": 3}, TypeError, "must be a fastscore Reference, got int"),
         ({"time_dtype": "float32"}, TypeError, "torch.dtype such as torch.float32, got 'float32'"),

@@ -53,8 +53,36 @@ def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 TRITON = (3, 6)  # older ones cannot hold a network's weights in one tuple
 
 
+@cache
+def native() -> ModuleType | str:
+    """Return fastscore._C, the CUDA kernels, or the reason why it cannot be imported; importing it asks no driver."""
+    try:
+        return importlib.import_module("fastscore._C")
+    except ModuleNotFoundError:
+        return PURE_WHEEL
+    except ImportError as error:
+        return f"unusable: {error}"
+
+
+PURE_WHEEL = (
+    "absent: this wheel is pure Python; where there is nvcc of CUDA 13, FASTSCORE_REQUIRE_CUDA=1 pip install . "
+    "builds the CUDA kernels or says why it cannot"
+)
+
+
 def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "this version has no CUDA kernels yet"
+    kernels = native()
+    if isinstance(kernels, str):
+        return f"fastscore._C is {kernels}"
+    if find_spec(f"{__package__}.cuda") is None:
+        return "this version has no CUDA kernels yet"
+    if dtype != torch.float32:
+        return f"its kernels sum in float32, got {dtype}"
+    if device.type != "cuda":
+        return f"needs tensors on a CUDA device, got {device.type}"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA's GPUs"
+    return kernels.why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # In order of preference.

@@ -17,7 +17,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that one program can have
 @pytest.fixture(scope="module")
 def compiled():
     """Compile everything in another process: this one has Triton's interpreter in its place."""
-    script = [sys.executable, "-P", str(ROOT / "benchmarks" / "aot.py"), "--json"]
+    script = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--json"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
