@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "density_mlp.h"
 #include "device.h"
 #include "probe.h"
 
@@ -41,4 +42,41 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("out"), py::arg("count"), py::arg("value"), py::arg("device"), py::arg("stream"),
       "Fill `count` floats at the address `out` with a value.");
+  m.def(
+      "plan",
+      [](int hidden, int data, int linears, int row_stride, int capability, int shared_limit) -> py::object {
+        fastscore::Plan plan;
+        const std::string reason = fastscore::plan(hidden, data, linears, row_stride, capability, shared_limit, &plan);
+        if (!reason.empty()) return py::str(reason);
+        py::dict result;
+        result["samples"] = plan.samples, result["threads"] = plan.threads, result["tiles"] = plan.tiles;
+        result["stages"] = plan.stages, result["table_stages"] = plan.table_stages;
+        result["cluster"] = plan.cluster, result["shared_bytes"] = plan.shared_bytes;
+        return result;
+      },
+      py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("row_stride"), py::arg("capability"),
+      py::arg("shared_limit"),
+      "Return how a kernel of these padded widths divides shared memory, or the reason why there is none.");
+  m.def(
+      "density_mlp",
+      [](int hidden, int data, int linears, const std::vector<uint64_t>& pointers, const std::vector<int32_t>& sizes,
+         const std::vector<int32_t>& operands, const std::string& program, int device, uintptr_t stream) {
+        fastscore::DeviceGuard guard(device);
+        if (pointers.size() != 9 || sizes.size() != 6 || operands.size() != 8) {
+          throw std::runtime_error("density_mlp takes 9 addresses, 6 sizes and 8 operands, got " +
+                                   std::to_string(pointers.size()) + ", " + std::to_string(sizes.size()) + " and " +
+                                   std::to_string(operands.size()));
+        }
+        const fastscore::Limits limits = fastscore::limits(device);
+        fastscore::Plan plan;
+        const std::string reason =
+            fastscore::plan(hidden, data, linears, sizes[3], limits.capability, limits.shared_bytes, &plan);
+        if (!reason.empty()) throw std::runtime_error("no compiled kernel runs this network: " + reason);
+        fastscore::density_mlp(
+            fastscore::arguments(pointers.data(), sizes.data(), operands.data(), program.data(), program.size()), plan,
+            limits.multiprocessors, pointer<CUstream_st>(stream));
+      },
+      py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("pointers"), py::arg("sizes"),
+      py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"),
+      "Launch the fused kernel; fastscore/backends/cuda.py makes the arguments.");
 }

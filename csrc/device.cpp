@@ -87,4 +87,15 @@ DeviceGuard::~DeviceGuard() {
   if (device_ != before_) cudaSetDevice(before_);
 }
 
+Limits limits(int device) {
+  auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute: attribute %d of device %d",
+          static_cast<int>(attribute), device);
+    return value;
+  };
+  return {10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMultiProcessorCount)};
+}
+
 }  // namespace fastscore

@@ -17,6 +17,12 @@ Facts runtime();     // the driver, and of every GPU its name and whether kernel
 // The reason why kernels cannot run on a device, or nothing. Does not throw.
 std::optional<std::string> why_not(int device);
 
+// What a device grants: compute capability (90 for 9.0), shared memory of a block, multiprocessors.
+struct Limits {
+  int capability, shared_bytes, multiprocessors;
+};
+Limits limits(int device);
+
 // Makes a device current, and the one before it again when the scope ends.
 class DeviceGuard {
  public:

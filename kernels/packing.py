@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .blocks import LEVELS, blocks
 
@@ -59,21 +60,28 @@ def why_not(code: tuple, widths: list[tuple[int, int]], d: int, max_width: int) 
 
 @dataclass
 class Tables:
-    """The three matrices of vector operands while they grow."""
+    """The three matrices of vector operands while they grow.
+
+    `hidden` and `data` are the columns that an operand of the hidden layers, or of the data, takes at least: zeros fill
+    what is beyond its width.
+    """
 
     batch: int
     rows: int
+    hidden: int = 0
+    data: int = 0
     columns: dict[str, list[Tensor]] = field(default_factory=lambda: {"r": [], "b": [], "br": []})
 
-    def add(self, table: Tensor | None, width: int) -> tuple:
-        """Append a table that broadcasts to (B, R, width); return its reference."""
+    def add(self, table: Tensor | None, width: int, at_least: int = 0) -> tuple:
+        """Append a table that broadcasts to (B, R, width), in `at_least` columns; return its reference."""
         if table is None:
             return ()
         level = "r" if table.shape[0] == 1 else "b" if table.shape[1] == 1 else "br"
         shape = {"r": (1, self.rows, width), "b": (self.batch, 1, width), "br": (self.batch, self.rows, width)}[level]
         flat = {"r": (self.rows, width), "b": (self.batch, width), "br": (self.batch, self.rows, width)}[level]
         offset = sum(t.shape[-1] for t in self.columns[level])
-        self.columns[level].append(table.to(torch.float32).expand(shape).reshape(flat))
+        columns = table.to(torch.float32).expand(shape).reshape(flat)
+        self.columns[level].append(pad(columns, (0, at_least - width)) if at_least > width else columns)
         return level, offset, width
 
     def matrix(self, level: str, like: Tensor) -> Tensor:
@@ -100,10 +108,13 @@ class Layout:
         return ((1, self.body, 0, (0, 0, 0)),) if unrolled else blocks(self.body, self.weights)
 
 
-def pack_network(
-    code: tuple, weights: list[Tensor], tables: list[Tensor], d: int, into: Tables, dtype: torch.dtype
-) -> tuple[Layout, Tensor]:
-    """Return the layout and one buffer of padded weights, each transposed to (in, out), in the operands' dtype."""
+def split_network(
+    code: tuple, weights: list[Tensor], tables: list[Tensor], d: int, into: Tables
+) -> tuple[tuple, tuple, tuple, list[int]]:
+    """Return PRE, BODY and POST, their tables as references into `into`, and the weights in the order of their use.
+
+    In BODY a linear map is numbered by that order, and a norm brings its width: ("norm", width, eps).
+    """
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
     pre = _compose(code[: linear[0]], tables, weights[0])
     post = _compose(code[linear[-1] + 1 :], tables, weights[0])
@@ -113,13 +124,22 @@ def pack_network(
             body.append(("linear", sum(o[0] == "linear" for o in body) + 1))
             width = weights[op[1]].shape[0]
         elif op[0] == "affine":
-            body.append(("affine", *(into.add(_get(tables, i), width) for i in op[1:])))
+            body.append(("affine", *(into.add(_get(tables, i), width, into.hidden) for i in op[1:])))
         elif op[0] == "norm":
             body.append(("norm", width, op[1]))
         elif op[0] == "add":
-            body.append(("add", op[1], into.add(_get(tables, op[2]), width)))
+            body.append(("add", op[1], into.add(_get(tables, op[2]), width, into.hidden)))
         else:
             body.append(op)
+    post = tuple(into.add(t, d, into.data) for t in post)
+    return tuple(into.add(t, d, into.data) for t in pre[:2]), tuple(body), post, order
+
+
+def pack_network(
+    code: tuple, weights: list[Tensor], tables: list[Tensor], d: int, into: Tables, dtype: torch.dtype
+) -> tuple[Layout, Tensor]:
+    """Return the layout and one buffer of padded weights, each transposed to (in, out), in the operands' dtype."""
+    pre, body, post, order = split_network(code, weights, tables, d, into)
     specs, buffers, offset, block = [], [], 0, block_d(d)
     chunked = -(-d // block) * block
     for n, k in enumerate(order):
@@ -130,9 +150,7 @@ def pack_network(
         buffers.append(full.to(dtype).reshape(-1))
         specs.append((offset, *shape))
         offset += full.numel()
-    scale, shift, skip = (into.add(t, d) for t in post)
-    layout = Layout(tuple(specs), tuple(into.add(t, d) for t in pre[:2]), tuple(body), (scale, shift, skip))
-    return layout, torch.cat(buffers)
+    return Layout(tuple(specs), pre, body, post), torch.cat(buffers)
 
 
 def _compose(code: tuple, tables: list[Tensor], like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -180,7 +198,8 @@ def pack_control(
     if k == 1:
         keep, pull = (v.transpose(0, 1) for v in (alpha**2 * variance / total, alpha * sigma / total))  # (1, R, d)
         if not full:
-            return ("diagonal", *(into.add(t, d) for t in (keep, pull, pull * mean))), empty, empty
+            operands = (into.add(t, d, into.data) for t in (keep, pull, pull * mean))
+            return ("diagonal", *operands), empty, empty
         y = (x.to(torch.float64) - mean) @ basis[0]
         return ("full", into.add(keep, d), into.add(pull, d)), q, y.float().contiguous()
     rows = len(total)

@@ -80,7 +80,7 @@ def density_mlp(
 ) -> Tensor:
     return fused.density_mlp(
         *_contiguous(x, keys, points, rows, alpha, sigma),
-        _plain(decode(code)),
+        plain(decode(code)),
         weights,
         tables,
         tuple(reference) or None,
@@ -104,7 +104,7 @@ def density_mlp_dx(
 ) -> Tensor:
     return fused_dx.density_mlp_dx(
         *_contiguous(grad, x, keys, points, rows, alpha, sigma),
-        _plain(decode(code)),
+        plain(decode(code)),
         weights,
         tables,
         tuple(reference) or None,
@@ -116,7 +116,7 @@ def density_mlp_dx(
 def why_not_dx(code: str, weights: list[Tensor], d: int, reference: list[Tensor]) -> str | None:
     """Return why no kernel gives the gradient of `density_mlp` with respect to x, or None."""
     many, full = (len(reference[0]) > 1, reference[3].numel() > 0) if reference else (False, False)
-    return fused_dx.why_not(_plain(decode(code)), [tuple(w.shape) for w in weights], d, many, full)
+    return fused_dx.why_not(plain(decode(code)), [tuple(w.shape) for w in weights], d, many, full)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -137,7 +137,7 @@ def why_not_fused(code: list[Instruction], weights: list[Tensor], d: int) -> str
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"weights are {dtype}, the kernel takes float32, bfloat16 and float16"
     widest = fused.MAX_WIDTH[dtype.itemsize]
-    return packing.why_not(_plain(code), [tuple(w.shape) for w in weights], d, widest)
+    return packing.why_not(plain(code), [tuple(w.shape) for w in weights], d, widest)
 
 
 def why_not_control(components: int, full: bool, d: int) -> str | None:
@@ -145,7 +145,7 @@ def why_not_control(components: int, full: bool, d: int) -> str | None:
     return control_kernel.why_not(components, full, d)
 
 
-def _plain(code) -> tuple:
+def plain(code) -> tuple:
     return tuple((type(op).__name__.lower(), *op) for op in code)
 
 

@@ -141,6 +141,7 @@ inline cudaError_t last_error = cudaSuccess;
 inline std::mutex one_launch;  // there is one machine
 }  // namespace fastscore::emulator
 
+inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";
   if (error == cudaErrorInvalidValue) return "invalid argument";

@@ -1,0 +1,62 @@
+r"""The image of a network's weights that the CUDA kernels copy into shared memory as it is.
+
+A weight (out, in) becomes tiles of at most 128 outputs x 64 inputs, in the order in which a product reads them: 64
+inputs after 64, and of each all outputs. A tile has a line of 128 bytes an output, and its 16-byte chunk c lies at
+:math:`c \oplus (\text{line} \bmod 8)`, the 128-byte swizzle of Hopper's matrix unit, which keeps ldmatrix free of bank
+conflicts too.
+
+Within groups of 16, inputs and outputs are reordered alike, so that the four columns that a thread owns in the register
+layout of matrix products (2t, 2t + 1, 2t + 8, 2t + 9) are columns 4t .. 4t + 3 of the network.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Position in the register layout -> column of the network, within a group of 16.
+COLUMN = tuple(4 * (p % 8 // 2) + p % 2 + 2 * (p // 8) for p in range(16))
+TILE_OUT, TILE_IN, CHUNK = 128, 64, 8
+
+
+def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
+    """Return the tiles of all weights, each `stage` bytes, bfloat16, flat.
+
+    Arguments:
+        weights: (out, in) each, in the order of their use.
+        shapes: what each is padded to: outputs a multiple of 16, inputs of 16.
+    """
+    sizes = tuple(tuple(w.shape) for w in weights)
+    index = _gather(sizes, shapes, stage // 2, weights[0].device)
+    flat = torch.cat([w.reshape(-1) for w in weights] + [weights[0].new_zeros(1)])
+    return flat.to(torch.bfloat16)[index]
+
+
+@lru_cache(maxsize=16)
+def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> Tensor:
+    """Return, for every element of the image, where in the flat weights it lies; the last one is the zero."""
+    zero, start, parts = sum(o * i for o, i in sizes), 0, []
+    for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
+        n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
+        where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
+        parts.append(_tiles(where, stage, zero))
+        start += out * in_
+    return torch.cat(parts).to(device)
+
+
+def _columns(count: int) -> Tensor:
+    """Return the network's column at every position of the register layout."""
+    return (torch.arange(0, count, 16)[:, None] + torch.tensor(COLUMN)).reshape(-1)
+
+
+def _tiles(where: Tensor, stage: int, zero: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles, inputs outermost, and fill each up to `stage` elements."""
+    out, in_ = where.shape
+    where = torch.nn.functional.pad(where, (0, -in_ % TILE_IN), value=zero)
+    lines = min(out, TILE_OUT)
+    tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK).permute(2, 0, 1, 3, 4)
+    chunk = torch.arange(TILE_IN // CHUNK)[None, :] ^ (torch.arange(lines)[:, None] % 8)
+    tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
+    return torch.nn.functional.pad(tiles, (0, stage - lines * TILE_IN), value=zero).reshape(-1)
