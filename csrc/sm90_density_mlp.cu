@@ -34,12 +34,12 @@ struct Chain {
 
 template <int H, int D>
 struct ChainEngine {
-  static constexpr int kWidth = H, kHidden = H, kData = D;
+  static constexpr int kHidden = H, kData = D;
   static constexpr bool kKeepsEps = Chain<H>::kNarrow;
 
   Weights weights;
   uint32_t scratch;  // this thread's first 16 bytes of its warpgroup's part
-  int hidden_column, data_column;
+  int column;
 
   __device__ __forceinline__ void first(float (&h)[H / 2], const uint32_t (&a)[D / 4]) { multiply<H, D>(h, a); }
   __device__ __forceinline__ void hidden(float (&h)[H / 2]) {
@@ -113,10 +113,10 @@ __device__ __forceinline__ void consume(const DensityMlp& p, const Barriers& bar
   const int column = 4 * (lane % 4);
   constexpr uint32_t kScratch = 256 * (Chain<H>::kNarrow ? D : H);
   const uint32_t scratch = shared + p.scratch_at + group * kScratch + 16 * thread;
-  ChainEngine<H, D> engine{{p, barriers, shared, {}}, scratch, column, column};
+  ChainEngine<H, D> engine{{p, barriers, shared, {}}, scratch, column};
 
-  const int sample0 = (blockIdx.x * Chain<H>::kConsumers + group) * 64 + 16 * warp + lane / 4, sample1 = sample0 + 8;
-  Vectors vectors{p, 0, 0, {min(sample0, p.batch - 1), min(sample1, p.batch - 1)}};
+  const int sample = (blockIdx.x * Chain<H>::kConsumers + group) * 64 + 16 * warp + lane / 4;
+  Vectors vectors{p, 0, 0, {min(sample, p.batch - 1), min(sample + 8, p.batch - 1)}};
   const uint32_t table_bytes = (4 * p.row_stride + 127) / 128 * 128;
   Position table;
 #pragma unroll 1
@@ -128,8 +128,7 @@ __device__ __forceinline__ void consume(const DensityMlp& p, const Barriers& bar
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(barriers.table_empty(table.stage));
     table.advance(p.table_stages);
-    if (lane % 4 == 0 && sample0 < p.batch) p.f[static_cast<size_t>(sample0) * p.rows_total + row] = f.x;
-    if (lane % 4 == 0 && sample1 < p.batch) p.f[static_cast<size_t>(sample1) * p.rows_total + row] = f.y;
+    store(p, sample, row, f);
   }
 }
 

@@ -2,9 +2,8 @@
 // linear map to the last, and one switch a instruction, taken alike by all threads, replaces a kernel a network.
 //
 // An Engine is a kernel's way of multiplying. It has
-//   kWidth                      columns of h
-//   kHidden, kData              columns of h and of x that one thread's fragments are a part of
-//   hidden_column, data_column  where the thread's columns start
+//   kHidden, kData              columns of h and of x
+//   column                      the first of the four columns in 16 that the thread owns
 //   first(h, a), hidden(h), last(F, h)   the linear maps; a is x_t, rounded to the operand of a product
 //   saved()                     where saved tiles wait
 //   row_sum(v)                  the sum of v over all threads that share the thread's two rows
@@ -29,7 +28,7 @@ template <bool Padded, class Engine>
 __device__ __forceinline__ void layer_norm(Engine& engine, float (&h)[Engine::kHidden / 2], int width, float epsilon) {
   constexpr int kGroups = Engine::kHidden / 16;
   const float scale = 1.0f / static_cast<float>(width);
-  auto inside = [&](int q, int i) { return !Padded || engine.hidden_column + 16 * q + i < width; };
+  auto inside = [&](int q, int i) { return !Padded || engine.column + 16 * q + i < width; };
   float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
@@ -94,13 +93,13 @@ __device__ __forceinline__ void run(Engine& engine, float (&h)[Engine::kHidden /
         engine.hidden(h);
         break;
       case kAffine:
-        affine<Engine::kHidden>(h, op.scale, op.shift, vectors, engine.hidden_column);
+        affine<Engine::kHidden>(h, op.scale, op.shift, vectors, engine.column);
         break;
       case kAct:
         activate(h, op.argument);
         break;
       case kNorm:
-        if (op.argument < Engine::kWidth) {
+        if (op.argument < Engine::kHidden) {
           layer_norm<true>(engine, h, op.argument, op.value);
         } else {
           layer_norm<false>(engine, h, op.argument, op.value);
@@ -110,7 +109,7 @@ __device__ __forceinline__ void run(Engine& engine, float (&h)[Engine::kHidden /
         saved.save(op.argument, h);
         break;
       default:  // kAdd
-        add_saved<Engine::kHidden>(saved, h, op.argument, op.scale, vectors, engine.hidden_column);
+        add_saved<Engine::kHidden>(saved, h, op.argument, op.scale, vectors, engine.column);
     }
   }
 }
@@ -133,7 +132,7 @@ __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& 
   const float sign = Row(p.rows, vectors.row).sign;
 #pragma unroll 1  // unrolled, the loads of all groups would wait in registers
   for (int q = 0; q < Engine::kData / 16; ++q) {
-    const int column = engine.data_column + 16 * q;
+    const int column = engine.column + 16 * q;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, p.dimensions, sign);
@@ -148,7 +147,7 @@ struct Data {
 
   template <int D, class Engine>
   __device__ __forceinline__ static Data load(const Engine& engine, const Vectors& vectors, int q, int i) {
-    const size_t at = static_cast<size_t>(vectors.sample[i]) * D + engine.data_column + 16 * q;
+    const size_t at = static_cast<size_t>(vectors.sample[i]) * D + engine.column + 16 * q;
     return {__ldg(reinterpret_cast<const float4*>(vectors.p.x + at)),
             ptx::load_shared<float4>(engine.scratch + 4096 * q + 2048 * i)};
   }
@@ -170,8 +169,8 @@ __device__ __forceinline__ void make_x_t(uint32_t (&a)[Engine::kData / 4], const
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float4 x_t = Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma);
-      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
-      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
+      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.column + 16 * q));
+      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.column + 16 * q));
       a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
       a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
     }
@@ -187,7 +186,7 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
   float error[2] = {0.0f, 0.0f}, control[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int q = 0; q < Engine::kData / 16; ++q) {
-    const int column = engine.data_column + 16 * q;
+    const int column = engine.column + 16 * q;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Data data = Data::load<D>(engine, vectors, q, i);
@@ -224,6 +223,13 @@ __device__ __forceinline__ float2 evaluate_row(Engine& engine, const Vectors& ve
   engine.last(prediction, h);
   if (!Engine::kKeepsEps) make_noise<D>(engine, vectors);
   return compare<D>(prediction, engine, vectors);
+}
+
+// Write f of the thread's two rows of the tile, whose samples are `sample` and `sample` + 8: one lane of the four does.
+__device__ __forceinline__ void store(const DensityMlp& p, int sample, int row, float2 f) {
+  if (threadIdx.x % 4 != 0) return;
+  if (sample < p.batch) p.f[static_cast<size_t>(sample) * p.rows_total + row] = f.x;
+  if (sample + 8 < p.batch) p.f[static_cast<size_t>(sample + 8) * p.rows_total + row] = f.y;
 }
 
 }  // namespace fastscore
