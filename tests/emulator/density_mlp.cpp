@@ -4,9 +4,20 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 using namespace fastscore;
+
+// Tests may link one kernel family alone.
+namespace fastscore {
+[[gnu::weak]] void sm90_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
+  throw std::logic_error("Hopper's kernels are not linked");
+}
+[[gnu::weak]] void sm80_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
+  throw std::logic_error("Ampere's kernel is not linked");
+}
+}  // namespace fastscore
 
 // What fastscore._C.density_mlp does, on the emulated GPU; returns an error's text, or an empty one.
 extern "C" const char* launch(int hidden, int data, int linears, const uint64_t* pointers, const int32_t* sizes,
