@@ -5,7 +5,6 @@
 
 #include "density_mlp.h"
 #include "device.h"
-#include "probe.h"
 
 namespace py = pybind11;
 
@@ -35,14 +34,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("why_not", &fastscore::why_not, py::arg("device"),
         "Return the reason why kernels cannot run on the GPU of that index, or None.");
   m.def(
-      "fill",
-      [](uintptr_t out, int64_t count, float value, int device, uintptr_t stream) {
-        fastscore::DeviceGuard guard(device);
-        fastscore::fill(pointer<float>(out), count, value, pointer<CUstream_st>(stream));
-      },
-      py::arg("out"), py::arg("count"), py::arg("value"), py::arg("device"), py::arg("stream"),
-      "Fill `count` floats at the address `out` with a value.");
-  m.def(
       "plan",
       [](int hidden, int data, int linears, int row_stride, int capability, int shared_limit) -> py::object {
         fastscore::Plan plan;
@@ -60,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "density_mlp",
       [](int hidden, int data, int linears, const std::vector<uint64_t>& pointers, const std::vector<int32_t>& sizes,
-         const std::vector<int32_t>& operands, const std::string& program, int device, uintptr_t stream) {
+         const std::vector<int32_t>& operands, const std::string& program, int device, uintptr_t stream, int cluster,
+         int splits) {
         fastscore::DeviceGuard guard(device);
         if (pointers.size() != 9 || sizes.size() != 6 || operands.size() != 8) {
           throw std::runtime_error("density_mlp takes 9 addresses, 6 sizes and 8 operands, got " +
@@ -74,9 +66,9 @@ PYBIND11_MODULE(_C, m) {
         if (!reason.empty()) throw std::runtime_error("no compiled kernel runs this network: " + reason);
         fastscore::density_mlp(
             fastscore::arguments(pointers.data(), sizes.data(), operands.data(), program.data(), program.size()), plan,
-            limits.multiprocessors, pointer<CUstream_st>(stream));
+            {cluster, splits}, limits.multiprocessors, pointer<CUstream_st>(stream));
       },
       py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("pointers"), py::arg("sizes"),
-      py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"),
-      "Launch the fused kernel; fastscore/backends/cuda.py makes the arguments.");
+      py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"), py::arg("cluster") = 0,
+      py::arg("splits") = 0, "Launch the fused kernel; fastscore/backends/cuda.py makes the arguments.");
 }

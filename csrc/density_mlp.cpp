@@ -93,20 +93,26 @@ DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32
   return p;
 }
 
-void density_mlp(DensityMlp p, const Plan& chosen, int multiprocessors, cudaStream_t stream) {
+// As many parts of the rows as make the longest multiprocessor's work shortest; a part costs about a row to start.
+static int best_splits(int tiles, int rows, int multiprocessors) {
+  int64_t least = INT64_MAX;
+  int best = 1;
+  for (int splits = 1; splits <= std::min(rows, 2 * multiprocessors); ++splits) {
+    const int64_t waves = (static_cast<int64_t>(tiles) * splits + multiprocessors - 1) / multiprocessors;
+    const int64_t work = waves * ((rows + splits - 1) / splits + 1);
+    if (work < least) least = work, best = splits;
+  }
+  return best;
+}
+
+void density_mlp(DensityMlp p, const Plan& chosen, const Config& config, int multiprocessors, cudaStream_t stream) {
   if (p.batch == 0 || p.rows_total == 0) return;
   Plan plan = chosen;
   int tiles = (p.batch + plan.samples - 1) / plan.samples;
+  if (config.cluster > 0 && plan.stages < plan.tiles) plan.cluster = config.cluster;
   while (plan.cluster > tiles) plan.cluster /= 2;
   tiles = static_cast<int>(round_up(tiles, plan.cluster));
-  // As many parts of the rows as make the longest multiprocessor's work shortest; a part costs about a row to start.
-  int64_t least = INT64_MAX;
-  int splits = 1;
-  for (int parts = 1; parts <= std::min(p.rows_total, 2 * multiprocessors); ++parts) {
-    const int64_t waves = (static_cast<int64_t>(tiles) * parts + multiprocessors - 1) / multiprocessors;
-    const int64_t work = waves * ((p.rows_total + parts - 1) / parts + 1);
-    if (work < least) least = work, splits = parts;
-  }
+  int splits = config.splits > 0 ? config.splits : best_splits(tiles, p.rows_total, multiprocessors);
   p.rows_per_block = (p.rows_total + splits - 1) / splits;
   splits = (p.rows_total + p.rows_per_block - 1) / p.rows_per_block;
   p.stages = plan.stages, p.tiles = plan.tiles, p.table_stages = plan.table_stages;

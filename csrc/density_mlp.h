@@ -82,9 +82,15 @@ std::string plan(int hidden, int data, int linears, int row_stride, int capabili
 DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* operands, const char* program,
                      size_t bytes);
 
-// Launch on the current device; throws std::runtime_error with the values if CUDA refuses. `multiprocessors` decides
-// over how many blocks the rows are split, which changes no result.
-void density_mlp(DensityMlp parameters, const Plan& plan, int multiprocessors, cudaStream_t stream);
+// How blocks share the work, which changes no result; 0 where the launch chooses.
+struct Config {
+  int cluster;  // blocks that share the weights they stream: 1, 2 or 4
+  int splits;   // parts of the rows, each a block's
+};
+
+// Launch on the current device of so many multiprocessors; throws std::runtime_error with the values if CUDA refuses.
+void density_mlp(DensityMlp parameters, const Plan& plan, const Config& config, int multiprocessors,
+                 cudaStream_t stream);
 
 // One launch function a kernel family; `blocks` are tiles of samples times parts of the rows.
 void sm90_density_mlp(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);

@@ -57,18 +57,17 @@ def test_a_machine_without_a_driver(native):
         pytest.skip("there is a driver")
     assert native.why_not(0) == "no NVIDIA driver is installed"
     with pytest.raises(RuntimeError, match=r"^cudaGetDevice failed: .*\(cudaErrorInsufficientDriver\)$"):
-        native.fill(0, 1, 1.0, 0, 0)
+        native.density_mlp(64, 16, 2, [0] * 9, [0] * 6, [0] * 8, b"", 0, 0)
 
 
-def test_a_kernel_runs(native):
+def test_arguments_of_a_wrong_length_are_refused(native):
     if not gpu(native):
         pytest.skip(native.why_not(0))
-    out = torch.full((1001,), float("nan"), device="cuda")
-    native.fill(out.data_ptr(), 1000, 2.5, out.device.index, torch.cuda.current_stream().cuda_stream)
-    assert out[:1000].eq(2.5).all()
-    assert out[1000].isnan()
+    message = r"^density_mlp takes 9 addresses, 6 sizes and 8 operands, got 8, 6 and 8$"
+    with pytest.raises(RuntimeError, match=message):
+        native.density_mlp(64, 16, 2, [0] * 8, [0] * 6, [0] * 8, b"", 0, 0)
     with pytest.raises(RuntimeError, match=r"^cudaSetDevice\(99\) failed: .*\(cudaErrorInvalidDevice\)$"):
-        native.fill(out.data_ptr(), 1000, 2.5, 99, 0)
+        native.density_mlp(64, 16, 2, [0] * 9, [0] * 6, [0] * 8, b"", 99, 0)
 
 
 LOAD = """

@@ -72,7 +72,7 @@ def test_a_planted_change_is_reported(change, reported):
 @pytest.mark.parametrize(
     ("name", "short"),
     [
-        ("fastscore::(anonymous namespace)::fill_kernel(float*, long, float)", "fill_kernel"),
+        ("fastscore::(anonymous namespace)::copy_kernel(float*, long, float)", "copy_kernel"),
         ("void fastscore::mlp_kernel<64, (fastscore::Noise)1>(fastscore::Parameters)", "mlp_kernel<64, (Noise)1>"),
         ("void f<int (*)(int)>(int (*)(int))", "f<int (*)(int)>"),
     ],

@@ -132,7 +132,8 @@ __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& 
   const float sign = Row(p.rows, vectors.row).sign;
 #pragma unroll 1  // unrolled, the loads of all groups would wait in registers
   for (int q = 0; q < Engine::kData / 16; ++q) {
-    const int column = engine.column + 16 * q;
+    int column = engine.column + 16 * q;
+    asm volatile("" : "+r"(column));  // or a loop of one turn would keep the samples' keys in registers all along
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, p.dimensions, sign);

@@ -181,7 +181,16 @@ def pack(
     )
 
 
-def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: int) -> None:
+@dataclass(frozen=True)
+class Config:
+    """How a launch's blocks share the work, which changes no result; 0: the launch chooses (csrc/density_mlp.cpp)."""
+
+    cluster: int = 0  # blocks that share the weights they stream; chosen: as many as read 256 samples, so that a
+    # weight is loaded once for 256 rows of a product
+    splits: int = 0  # parts of the rows; chosen: those that leave multiprocessors idle least
+
+
+def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: int, config: Config = Config()) -> None:
     """Launch the kernel that a packed network asks for; `module` is `fastscore._C` or what stands in for it."""
     module.density_mlp(
         *packed.shape,
@@ -191,6 +200,8 @@ def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: i
         packed.program,
         device,
         stream,
+        config.cluster,
+        config.splits,
     )
 
 

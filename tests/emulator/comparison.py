@@ -70,10 +70,11 @@ class Module:
     def __init__(self, library: ctypes.CDLL, device: tuple[int, int]):
         self.library, self.device = library, device
 
-    def density_mlp(self, hidden, data, linears, pointers, sizes, operands, program, device, stream):
+    def density_mlp(self, hidden, data, linears, pointers, sizes, operands, program, device, stream, cluster, splits):
         message = self.library.launch(
             hidden, data, linears, (ctypes.c_uint64 * 9)(*pointers), (ctypes.c_int32 * 6)(*sizes),
             (ctypes.c_int32 * 8)(*operands), program, len(program), *self.device, 3,
+            cluster, splits,
         )  # fmt: skip
         assert not message, (message.decode(), self.library.emulator_error())
 
@@ -134,29 +135,58 @@ def prediction(code: tuple, weights: list[Tensor], tables: list[Tensor], x_t: Te
     return h, ambiguous
 
 
-def compare(library: ctypes.CDLL, device: tuple[int, int], case: Case, schedule: int = 0) -> Errors:
-    """Run a case on the emulated device, whose threads take turns by `schedule`."""
-    generator = torch.Generator().manual_seed(case.hidden + case.d + case.depth + case.batch)
-    code, weights, tables = network(case, generator)
-    d, rows = case.d, case.rows
-    x = torch.randn(case.batch, d, generator=generator)
-    keys = noise.sample_keys("independent", 3, torch.arange(case.batch), d)
-    points = noise.points("independent", 3, range(rows), rows, d, torch.device("cpu"))
-    log_snr = torch.linspace(-4, 4, rows, dtype=torch.float64)
-    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-    sign = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0) if case.antithetic else torch.ones(rows)
-    coefficients = torch.randn(rows, 3, generator=generator)
-    table = torch.cat([torch.stack([sign, alpha.float(), sigma.float()], 1), coefficients], 1)
-    reference = Reference.isotropic(1.3).tensors() if case.reference else []
-    packed = cuda.pack(x, keys, points, table, alpha, sigma, code, weights, tables, reference)
-    f = torch.full((case.batch, rows), float("nan"))
+class Problem:
+    """A case's data and network on a device: laid out for a kernel, and what the definition says in float64."""
+
+    def __init__(self, case: Case, device: str = "cpu"):
+        generator = torch.Generator().manual_seed(case.hidden + case.d + case.depth + case.batch)
+        code, weights, tables = network(case, generator)
+        d, rows = case.d, case.rows
+        x = torch.randn(case.batch, d, generator=generator)
+        keys = noise.sample_keys("independent", 3, torch.arange(case.batch), d)
+        points = noise.points("independent", 3, range(rows), rows, d, torch.device("cpu"))
+        log_snr = torch.linspace(-4, 4, rows, dtype=torch.float64)
+        alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        sign = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0) if case.antithetic else torch.ones(rows)
+        coefficients = torch.randn(rows, 3, generator=generator)
+        table = torch.cat([torch.stack([sign, alpha.float(), sigma.float()], 1), coefficients], 1)
+        reference = Reference.isotropic(1.3).tensors() if case.reference else []
+
+        def there(tensors):
+            return [t.to(device) for t in tensors]
+
+        self.packed = cuda.pack(
+            *there((x, keys, points, table, alpha, sigma)), code, there(weights), there(tables), there(reference)
+        )
+        x_t, eps = truth.perturb(x, keys, points, sign, alpha.float(), sigma.float())
+        predicted, ambiguous = prediction(code, weights, [t.double() for t in tables], x_t)
+        words = keys, points, sign.double()
+        want = truth.residual(predicted, x.double(), eps.double(), *words, *coefficients.double().unbind(1))
+        if reference:
+            data = x.double(), x_t.double(), eps.double()
+            want = want - Reference.from_tensors(reference).residual(*data, alpha, sigma)
+        self.want, self.ambiguous = want, ambiguous.expand_as(want)
+        self.f = torch.full(want.shape, float("nan"), device=device)  # an element that no thread writes shows
+
+    def errors(self) -> Errors:
+        return Errors((self.f.cpu() - self.want).abs() / self.want.square().mean().sqrt(), self.ambiguous)
+
+
+def emulate(
+    library: ctypes.CDLL,
+    device: tuple[int, int],
+    problem: Problem,
+    schedule: int = 0,
+    config: cuda.Config | None = None,
+) -> None:
+    """Run a problem on the emulated device, whose threads take turns by `schedule`."""
     library.emulator_device(*divmod(device[0], 10), 3)
     library.emulator_seed(ctypes.c_uint64(7), schedule)
-    cuda.launch(Module(library, device), packed, f, 0, 0)
-    x_t, eps = truth.perturb(x, keys, points, sign, alpha.float(), sigma.float())
-    predicted, ambiguous = prediction(code, weights, [t.double() for t in tables], x_t)
-    words = keys, points, sign.double()
-    want = truth.residual(predicted, x.double(), eps.double(), *words, *coefficients.double().unbind(1))
-    if reference:
-        want = want - Reference.from_tensors(reference).residual(x.double(), x_t.double(), eps.double(), alpha, sigma)
-    return Errors((f - want).abs() / want.square().mean().sqrt(), ambiguous.expand_as(f))
+    cuda.launch(Module(library, device), problem.packed, problem.f, 0, 0, config or cuda.Config())
+
+
+def compare(library: ctypes.CDLL, device: tuple[int, int], case: Case, schedule: int = 0) -> Errors:
+    """Run a case on the emulated device."""
+    problem = Problem(case)
+    emulate(library, device, problem, schedule)
+    return problem.errors()

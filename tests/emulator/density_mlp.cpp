@@ -22,13 +22,14 @@ namespace fastscore {
 // What fastscore._C.density_mlp does, on the emulated GPU; returns an error's text, or an empty one.
 extern "C" const char* launch(int hidden, int data, int linears, const uint64_t* pointers, const int32_t* sizes,
                               const int32_t* operands, const char* program, int bytes, int capability, int limit,
-                              int multiprocessors) {
+                              int multiprocessors, int cluster, int splits) {
   static thread_local std::string message;
   try {
     Plan chosen;
     message = plan(hidden, data, linears, sizes[3], capability, limit, &chosen);
     if (message.empty()) {
-      density_mlp(arguments(pointers, sizes, operands, program, bytes), chosen, multiprocessors, nullptr);
+      density_mlp(arguments(pointers, sizes, operands, program, bytes), chosen, {cluster, splits}, multiprocessors,
+                  nullptr);
     }
   } catch (const std::exception& error) {
     message = error.what();

@@ -5,7 +5,9 @@ import random
 
 import pytest
 from emulator import build as builder
-from emulator.comparison import AMPERE, HOPPER, Case, compare, load
+from emulator.comparison import AMPERE, HOPPER, Case, Problem, compare, emulate, load
+
+from fastscore.backends.cuda import Config
 
 pytestmark = pytest.mark.slow
 DIMENSIONS, DEPTHS = (1, 2, 13, 50, 64, 100, 128), (1, 2, 3, 4, 5, 6)
@@ -67,6 +69,15 @@ def test_blocks_that_share_their_weights_agree_with_the_definition(library, hidd
     # More than two blocks of samples: Hopper's blocks form clusters where they stream weights.
     for number, case in enumerate([Case(hidden, 13, 6, 300, 2), Case(hidden, 64, 4, 450, 3, modulated=3)]):
         assert compare(library, HOPPER, case, SCHEDULES[1 + number]).complaint() is None
+
+
+def test_how_blocks_share_the_work_changes_no_bit(library):
+    problem, found = Problem(Case(128, 13, 6, 450, 5)), []
+    for cluster, splits in ((0, 0), (1, 1), (2, 3), (4, 5)):
+        problem.f.fill_(float("nan"))
+        emulate(library, HOPPER, problem, builder.RANDOM, Config(cluster, splits))
+        found.append(problem.f.clone())
+    assert all(f.equal(found[0]) for f in found)
 
 
 def test_what_does_not_fit_ampere_is_refused_with_its_sizes(library):

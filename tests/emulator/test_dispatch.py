@@ -1,0 +1,82 @@
+"""Where the op of backend="cuda" goes: to a compiled kernel on the emulated GPU, or to Triton's in its interpreter."""
+
+import types
+
+import pytest
+import torch
+from emulator import build as builder
+from emulator.comparison import HOPPER, Module, load
+
+from fastscore import Reference, noise
+from fastscore.backends import cuda
+from fastscore.backends import torch as truth
+from fastscore.instructions import decode, encode
+from fastscore.program import RowProgram
+
+pytestmark = pytest.mark.slow
+BATCH, ROWS, D, WIDTH = 5, 3, 13, 50
+
+
+@pytest.fixture(scope="module")
+def library():
+    return load(builder.CSRC, "sm80_density_mlp", "sm90_density_mlp")
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(D, WIDTH), torch.nn.Linear(WIDTH, D)
+
+    def forward(self, x, t):
+        return self.last(torch.nn.functional.silu(self.first(x) + t[:, None].to(x.dtype)))
+
+
+def mixture() -> Reference:
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(2, D, generator=generator, dtype=torch.float64)
+    return Reference(torch.full((2,), 0.5, dtype=torch.float64), mean, torch.ones(2, D, dtype=torch.float64), None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reference", "fused"),
+    [
+        (torch.bfloat16, Reference.isotropic(1.3), True),
+        (torch.bfloat16, mixture(), True),  # its control variate comes from Triton's kernel
+        (torch.float32, Reference.isotropic(1.3), False),  # the compiled kernels multiply bfloat16 only
+    ],
+)
+def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype, reference, fused):
+    launched = []
+    module = Module(library, HOPPER)
+    module.plan = lambda *shape: {}
+    run = module.density_mlp
+    module.density_mlp = lambda *arguments: (launched.append("cuda"), run(*arguments))
+    monkeypatch.setattr(cuda, "native", lambda: module)
+    monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    through_triton = cuda.through_triton.density_mlp
+    monkeypatch.setattr(
+        cuda.through_triton, "density_mlp", lambda *a: (launched.append("triton"), through_triton(*a))[1]
+    )
+    library.emulator_device(9, 0, 3)
+    torch.manual_seed(0)
+    network = Network().to(dtype)
+    x = torch.randn(BATCH, D)
+    keys = noise.sample_keys("independent", 3, torch.arange(BATCH), D)
+    points = noise.points("independent", 3, range(ROWS), ROWS, D, torch.device("cpu"))
+    alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in ((0.9, 0.6, 0.1), (0.19**0.5, 0.8, 0.99**0.5)))
+    ones, zeros = torch.ones(ROWS), torch.zeros(ROWS)
+    rows = torch.stack([ones, alpha.float(), sigma.float(), ones, zeros, ones], 1)
+    time = torch.linspace(0, 1, ROWS)
+    program = RowProgram.trace(network, (D,), time, dtype=dtype)
+    code = encode(program.code)
+    weights, tables = program.bind(time)
+    arguments = x, keys, points, rows, alpha, sigma, code, weights, tables, reference.tensors()
+    with torch.no_grad():
+        found = cuda.density_mlp(*arguments)
+        expected = truth.density_mlp(*arguments)
+    assert launched == ["cuda" if fused else "triton"]
+    assert (cuda.why_not_native(list(decode(code)), weights, D) is None) is fused
+    # bfloat16 rounds the operands of two products in the kernel, and results too in the definition.
+    tolerance = 3 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    assert float(((found - expected).abs() / (expected.abs() + expected.abs().mean())).max()) < tolerance

@@ -1,0 +1,71 @@
+"""The compiled kernels on a GPU, against the torch backend in float64 with the same rounding of operands.
+
+What they do on a machine without one is tested by tests/emulator, on the same cases; `make gpu-check` runs this.
+"""
+
+import pytest
+import torch
+from emulator.comparison import Case, Problem
+from emulator.test_density_mlp import CASES
+
+import fastscore as fs
+from fastscore.backends import cuda, select
+
+REASON = select._cuda_why_not(torch.device("cuda:0"), torch.float32)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"compiled kernels: {REASON}")
+
+
+def run(problem: Problem, cluster: int = 0, splits: int = 0) -> torch.Tensor:
+    problem.f.fill_(float("nan"))
+    stream = torch.cuda.current_stream().cuda_stream
+    cuda.launch(select.native(), problem.packed, problem.f, 0, stream, cuda.Config(cluster, splits))
+    return problem.f.clone()
+
+
+@pytest.mark.parametrize("hidden", CASES)
+def test_every_case_agrees_with_the_definition(hidden):
+    capability, shared = cuda._device(torch.device("cuda:0"))
+    ran = 0
+    for case in CASES[hidden]:
+        problem = Problem(case, "cuda")
+        stride = problem.packed.tables[0].shape[-1]
+        if isinstance(select.native().plan(*problem.packed.shape, stride, capability, shared), str):
+            continue
+        run(problem)
+        # The hardware's tanh is off by up to 2^-11, so operands round otherwise in places: 2^-9 each, at random,
+        # through 2 depth + 2 products; twice the root of their sum, of the mean square.
+        error = problem.errors().error.square().mean().sqrt()
+        assert float(error) < 2 * (2 * case.depth + 2) ** 0.5 * 2.0**-9, (case, float(error))
+        ran += 1
+    assert ran > 0 or capability != 90
+
+
+@pytest.mark.parametrize("case", [Case(64, 64, 3, 63, 5), Case(128, 13, 6, 450, 5), Case(256, 64, 3, 300, 3)])
+def test_launches_repeat_to_the_bit_and_in_a_graph(case):
+    problem = Problem(case, "cuda")
+    if isinstance(select.native().plan(*problem.packed.shape, 0, *cuda._device(torch.device("cuda:0"))), str):
+        pytest.skip("no kernel of this width here")
+    first = run(problem)
+    for cluster, splits in ((1, 1), (2, 3), (4, 5)):
+        assert run(problem, cluster, splits).equal(first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.launch(select.native(), problem.packed, problem.f, 0, torch.cuda.current_stream().cuda_stream)
+    problem.f.fill_(float("nan"))
+    graph.replay()
+    assert problem.f.equal(first)
+
+
+def test_an_estimate_is_tritons_up_to_its_rounding():
+    from real_networks import MARHead
+
+    torch.manual_seed(0)
+    network = MARHead(13, 64, 3)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.5 / p.shape[-1] ** 0.5)
+    network, x = network.bfloat16().eval().cuda(), torch.randn(100, 13, device="cuda")
+    found, expected = (
+        fs.ScoreDensity(network, fs.VP(), backend=name).estimate(x, nfe=64).log_prob for name in ("cuda", "triton")
+    )
+    scale = expected.abs() + expected.abs().mean()
+    assert float(((found - expected).abs() / scale).max()) < 4 * 8**0.5 * 2.0**-9
