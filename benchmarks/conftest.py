@@ -64,4 +64,6 @@ def _markdown(rows):
 
 
 def _cell(value):
+    if value is None:
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
