@@ -47,7 +47,7 @@ def sanitize(environment: dict) -> None:
         print(f"\n== compute-sanitizer: NOT RUN, found none on PATH nor at {SANITIZER}", flush=True)
         return
     for tool in ("memcheck", "racecheck"):
-        under = SANITIZER, "--tool", tool, "--error-exitcode", "1", "--kernel-regex", "kns=density_mlp"
+        under = SANITIZER, "--tool", tool, "--error-exitcode", "1"
         run(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", SANITIZED, environment=environment, under=under)
 
 

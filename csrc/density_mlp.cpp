@@ -22,6 +22,8 @@ bool divide(Plan* plan, uint32_t scratch, uint32_t table_bytes, uint32_t limit) 
 // All weights in shared memory, or as many stages of a ring as fit beside the rest: four at least, so that copies stay
 // ahead of two consumers, before a second row's vectors, and two at the very least, since a consumer holds the stage
 // before the one it waits for.
+//
+// Width 512 takes four in any case: of every four, each of its warpgroups waits for two before it releases the others.
 bool fit(Plan* plan, uint32_t scratch, uint32_t table_bytes, uint32_t limit, bool may_stream) {
   plan->stages = plan->tiles;
   for (plan->table_stages = 3; plan->table_stages >= (may_stream ? 2 : 3); --plan->table_stages) {
@@ -29,7 +31,7 @@ bool fit(Plan* plan, uint32_t scratch, uint32_t table_bytes, uint32_t limit, boo
   }
   if (!may_stream) return false;
   for (plan->table_stages = 2; plan->table_stages >= 1; --plan->table_stages) {
-    const int fewest = plan->table_stages == 2 ? 4 : 2;
+    const int fewest = plan->table_stages == 2 || plan->hidden == 512 ? 4 : 2;
     for (plan->stages = plan->tiles - 1; plan->stages >= fewest; --plan->stages) {
       if (divide(plan, scratch, table_bytes, limit)) return true;
     }
@@ -41,8 +43,8 @@ bool fit(Plan* plan, uint32_t scratch, uint32_t table_bytes, uint32_t limit, boo
 
 std::string plan(int hidden, int data, int linears, int row_stride, int capability, int shared_limit, Plan* plan) {
   const bool wgmma = capability == 90;  // later architectures have other instructions
-  const bool narrow = hidden <= 128;
-  const int widest = wgmma ? 256 : 128;
+  const bool narrow = hidden <= 128, wide = hidden > 256;
+  const int widest = wgmma ? 512 : 128;
   if (hidden > widest) {
     return "hidden widths go up to " + std::to_string(widest) + " on compute capability " +
            std::to_string(capability / 10) + "." + std::to_string(capability % 10) + ", the network has " +
@@ -54,9 +56,9 @@ std::string plan(int hidden, int data, int linears, int row_stride, int capabili
   plan->tiles = (plan->data + 63) / 64 * parts + (linears - 2) * blocks * parts + blocks;
   plan->stage_bytes = 128 * std::min(128, std::max(hidden, plan->data));
   const int consumers = wgmma && hidden == 64 ? 3 : 2;
-  plan->samples = 64 * consumers;
+  plan->samples = wide ? 64 : 64 * consumers;
   plan->threads = wgmma ? 128 * (consumers + 1) : 256;
-  const uint32_t scratch = 256u * consumers * (narrow ? plan->data : hidden);
+  const uint32_t scratch = wide ? kWideScratch : 256u * consumers * (narrow ? plan->data : hidden);
   const uint32_t table_bytes = round_up(4 * row_stride, 128);
   if (!fit(plan, scratch, table_bytes, shared_limit, wgmma)) {
     return "weights (" + std::to_string(plan->tiles * plan->stage_bytes >> 10) + " KB) and the vectors of a row (" +
@@ -118,7 +120,7 @@ void density_mlp(DensityMlp p, const Plan& chosen, const Config& config, int mul
   p.stages = plan.stages, p.tiles = plan.tiles, p.table_stages = plan.table_stages;
   p.stage_bytes = plan.stage_bytes, p.tables_at = plan.tables_at;
   p.scratch_at = plan.scratch_at, p.barriers_at = plan.barriers_at;
-  const auto launch = plan.wgmma ? sm90_density_mlp : sm80_density_mlp;
+  const auto launch = !plan.wgmma ? sm80_density_mlp : plan.hidden > 256 ? sm90_density_mlp_wide : sm90_density_mlp;
   launch(p, plan, tiles, splits, stream);
 }
 

@@ -82,6 +82,9 @@ std::string plan(int hidden, int data, int linears, int row_stride, int capabili
 DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* operands, const char* program,
                      size_t bytes);
 
+// Shared memory of width 512 beside weights and vectors: the operand, half of a saved tile, buffers of sums.
+constexpr uint32_t kWideScratch = 64 * 512 * 2 + 64 * 512 + 1024;
+
 // How blocks share the work, which changes no result; 0 where the launch chooses.
 struct Config {
   int cluster;  // blocks that share the weights they stream: 1, 2 or 4
@@ -94,6 +97,7 @@ void density_mlp(DensityMlp parameters, const Plan& plan, const Config& config, 
 
 // One launch function a kernel family; `blocks` are tiles of samples times parts of the rows.
 void sm90_density_mlp(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
+void sm90_density_mlp_wide(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
 void sm80_density_mlp(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
 
 }  // namespace fastscore

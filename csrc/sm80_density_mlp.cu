@@ -25,13 +25,13 @@ constexpr int kTableStages = 3;
 
 template <int H, int D>
 struct MmaEngine {
-  static constexpr int kHidden = H, kData = D;
+  static constexpr int kHidden = H, kData = D, kWidth = H;
   static constexpr bool kKeepsEps = true;
 
   const DensityMlp& p;
   uint32_t shared;   // address of the weights
   uint32_t scratch;  // this thread's first 16 bytes of its four warps' part
-  int column;
+  int column, data_column;
   int tile;  // of the weights, the next to be read
 
   __device__ __forceinline__ void first(float (&h)[H / 2], const uint32_t (&a)[D / 4]) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1) sm80_density_mlp_fwd_kernel(co
   prefetch(first + 1);
 
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32, column = 4 * (lane % 4);
-  MmaEngine<H, D> engine{p, shared, shared + p.scratch_at + group * 256 * D + 16 * thread, column};
+  MmaEngine<H, D> engine{p, shared, shared + p.scratch_at + group * 256 * D + 16 * thread, column, column};
   const int sample = (blockIdx.x * 2 + group) * 64 + thread / 32 * 16 + lane / 4;
   Vectors vectors{p, 0, 0, {min(sample, p.batch - 1), min(sample + 8, p.batch - 1)}};
 #pragma unroll 1

@@ -34,12 +34,12 @@ struct Chain {
 
 template <int H, int D>
 struct ChainEngine {
-  static constexpr int kHidden = H, kData = D;
+  static constexpr int kHidden = H, kData = D, kWidth = H;
   static constexpr bool kKeepsEps = Chain<H>::kNarrow;
 
   Weights weights;
   uint32_t scratch;  // this thread's first 16 bytes of its warpgroup's part
-  int column;
+  int column, data_column;
 
   __device__ __forceinline__ void first(float (&h)[H / 2], const uint32_t (&a)[D / 4]) { multiply<H, D>(h, a); }
   __device__ __forceinline__ void hidden(float (&h)[H / 2]) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void consume(const DensityMlp& p, const Barriers& bar
   const int column = 4 * (lane % 4);
   constexpr uint32_t kScratch = 256 * (Chain<H>::kNarrow ? D : H);
   const uint32_t scratch = shared + p.scratch_at + group * kScratch + 16 * thread;
-  ChainEngine<H, D> engine{{p, barriers, shared, {}}, scratch, column};
+  ChainEngine<H, D> engine{{p, barriers, shared, {}}, scratch, column, column};
 
   const int sample = (blockIdx.x * Chain<H>::kConsumers + group) * 64 + 16 * warp + lane / 4;
   Vectors vectors{p, 0, 0, {min(sample, p.batch - 1), min(sample + 8, p.batch - 1)}};

@@ -25,7 +25,8 @@ def network(width=64, d=8, dtype=torch.bfloat16, slots=1):
         ({"slots": 2}, 8, cuda.Shape(64, 16, 3)),
         ({"dtype": torch.float32}, 8, "weights are torch.float32, the compiled kernels take bfloat16"),
         ({"d": 129}, 129, "d goes up to 128, got 129"),
-        ({"width": 300}, 8, "hidden widths go up to 256, the network has 300"),
+        ({"width": 300}, 8, cuda.Shape(512, 128, 3)),
+        ({"width": 513}, 8, "hidden widths go up to 512, the network has 513"),
         ({"width": 128, "slots": 2}, 8, "2 tiles are saved at width 128; one goes, two up to width 64"),
     ],
 )

@@ -90,10 +90,18 @@ struct Weights {
 
   __device__ __forceinline__ bool resident() const { return p.stages >= p.tiles; }
 
-  // Wait for the next tile; return its address.
-  __device__ __forceinline__ uint32_t wait() const {
-    ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
-    return shared + at.stage * p.stage_bytes;
+  // Wait for the tile at a position; return its address.
+  __device__ __forceinline__ uint32_t wait(const Position& tile) const {
+    ptx::mbarrier_wait(barriers.full(tile.stage), tile.phase);
+    return shared + tile.stage * p.stage_bytes;
+  }
+  __device__ __forceinline__ uint32_t wait() const { return wait(at); }
+
+  // The position `tiles` ahead, at most one turn of a ring.
+  __device__ __forceinline__ Position ahead(int tiles) const {
+    const int stage = at.stage + tiles;
+    const bool turned = stage >= p.stages;
+    return {turned ? stage - p.stages : stage, at.phase ^ turned};
   }
 
   __device__ __forceinline__ void advance() { at.advance(p.stages, !resident()); }

@@ -2,8 +2,9 @@
 // linear map to the last, and one switch a instruction, taken alike by all threads, replaces a kernel a network.
 //
 // An Engine is a kernel's way of multiplying. It has
-//   kHidden, kData              columns of h and of x
-//   column                      the first of the four columns in 16 that the thread owns
+//   kHidden, kData              columns of h and of x that the thread's warpgroup has
+//   kWidth                      columns of h in all
+//   column, data_column         the first of the four columns in 16 of h and of x that the thread owns
 //   first(h, a), hidden(h), last(F, h)   the linear maps; a is x_t, rounded to the operand of a product
 //   saved()                     where saved tiles wait
 //   row_sum(v)                  the sum of v over all threads that share the thread's two rows
@@ -99,7 +100,7 @@ __device__ __forceinline__ void run(Engine& engine, float (&h)[Engine::kHidden /
         activate(h, op.argument);
         break;
       case kNorm:
-        if (op.argument < Engine::kHidden) {
+        if (op.argument < Engine::kWidth) {
           layer_norm<true>(engine, h, op.argument, op.value);
         } else {
           layer_norm<false>(engine, h, op.argument, op.value);
@@ -132,7 +133,7 @@ __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& 
   const float sign = Row(p.rows, vectors.row).sign;
 #pragma unroll 1  // unrolled, the loads of all groups would wait in registers
   for (int q = 0; q < Engine::kData / 16; ++q) {
-    int column = engine.column + 16 * q;
+    int column = engine.data_column + 16 * q;
     asm volatile("" : "+r"(column));  // or a loop of one turn would keep the samples' keys in registers all along
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -148,7 +149,7 @@ struct Data {
 
   template <int D, class Engine>
   __device__ __forceinline__ static Data load(const Engine& engine, const Vectors& vectors, int q, int i) {
-    const size_t at = static_cast<size_t>(vectors.sample[i]) * D + engine.column + 16 * q;
+    const size_t at = static_cast<size_t>(vectors.sample[i]) * D + engine.data_column + 16 * q;
     return {__ldg(reinterpret_cast<const float4*>(vectors.p.x + at)),
             ptx::load_shared<float4>(engine.scratch + 4096 * q + 2048 * i)};
   }
@@ -170,8 +171,8 @@ __device__ __forceinline__ void make_x_t(uint32_t (&a)[Engine::kData / 4], const
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float4 x_t = Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma);
-      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.column + 16 * q));
-      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.column + 16 * q));
+      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
+      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
       a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
       a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
     }
@@ -187,7 +188,7 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
   float error[2] = {0.0f, 0.0f}, control[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int q = 0; q < Engine::kData / 16; ++q) {
-    const int column = engine.column + 16 * q;
+    const int column = engine.data_column + 16 * q;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Data data = Data::load<D>(engine, vectors, q, i);

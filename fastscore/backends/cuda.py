@@ -1,6 +1,6 @@
 """The ops through the compiled kernels of `fastscore._C`, and through Triton's for all that they do not cover.
 
-What they cover: row programs with bfloat16 weights, hidden widths up to 256 on Hopper (compute capability 9.0) and 128
+What they cover: row programs with bfloat16 weights, hidden widths up to 512 on Hopper (compute capability 9.0) and 128
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
 same pass; another reference comes from Triton's kernel. `why_not_native` says what stands in the way.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "why_not_dx", "why_not_fused", "why_not_native",
 ]  # fmt: skip
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 256, 512)
 DATA = (16, 64, 128)
 MAX_INSTRUCTIONS = 160
 CODES = ("linear", "affine", "act", "norm", "save", "add")
@@ -63,7 +63,8 @@ def shape_of(code: tuple, weights: list[Tensor], d: int) -> Shape | str:
         return f"{slots} tiles are saved at width {hidden}; one goes, two up to width 64"
     if len(body) > MAX_INSTRUCTIONS:
         return f"a program has up to {MAX_INSTRUCTIONS} instructions between its first and last layer, got {len(body)}"
-    return Shape(hidden, next(n for n in DATA if n >= d), len(linear))
+    data = DATA[-1] if hidden == WIDTHS[-1] else next(n for n in DATA if n >= d)
+    return Shape(hidden, data, len(linear))
 
 
 def why_not_native(code: list[Instruction], weights: list[Tensor], d: int) -> str | None:

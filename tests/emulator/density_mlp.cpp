@@ -14,6 +14,9 @@ namespace fastscore {
 [[gnu::weak]] void sm90_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
   throw std::logic_error("Hopper's kernels are not linked");
 }
+[[gnu::weak]] void sm90_density_mlp_wide(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
+  throw std::logic_error("Hopper's wide kernel is not linked");
+}
 [[gnu::weak]] void sm80_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
   throw std::logic_error("Ampere's kernel is not linked");
 }

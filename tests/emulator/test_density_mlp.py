@@ -27,12 +27,12 @@ def cases(hidden: int, narrower: int) -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = {64: cases(64, 50), 128: cases(128, 100), 256: cases(256, 200)}
+CASES = {64: cases(64, 50), 128: cases(128, 100), 256: cases(256, 200), 512: cases(512, 300)}
 
 
 @pytest.fixture(scope="module")
 def library():
-    return load(builder.CSRC, "sm80_density_mlp", "sm90_density_mlp")
+    return load(builder.CSRC, "sm80_density_mlp", "sm90_density_mlp", "sm90_density_mlp_wide")
 
 
 def test_the_cases_meet_every_value_of_every_choice_beside_every_other():

@@ -19,7 +19,7 @@ BATCH, ROWS, D, WIDTH = 5, 3, 13, 50
 
 @pytest.fixture(scope="module")
 def library():
-    return load(builder.CSRC, "sm80_density_mlp", "sm90_density_mlp")
+    return load(builder.CSRC, "sm90_density_mlp")
 
 
 class Network(torch.nn.Module):

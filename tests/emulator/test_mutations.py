@@ -10,6 +10,7 @@ from emulator.comparison import AMPERE, HOPPER, Case, compare, load
 
 pytestmark = pytest.mark.slow
 NARROW, PADDED, STREAMED = Case(64, 13, 2, 63, 5), Case(50, 13, 2, 63, 5), Case(256, 64, 3, 63, 5)
+WIDE = Case(512, 13, 2, 63, 5)
 
 
 class Mistake(NamedTuple):
@@ -17,17 +18,23 @@ class Mistake(NamedTuple):
     right: str
     wrong: str
     case: Case = NARROW
-    device: tuple = HOPPER
+    family: str = "sm90_density_mlp"
 
 
 MISTAKES = {
-    "wrong swizzle": Mistake("sm80_density_mlp.cu", "(row % 8)", "(row % 4)", device=AMPERE),
+    "wrong swizzle": Mistake("sm80_density_mlp.cu", "(row % 8)", "(row % 4)", family="sm80_density_mlp"),
     "missing wait": Mistake("sm90_density_mlp.cu", "ptx::wgmma_wait<0>();", ""),
     "unmasked padding": Mistake("common/row_machine.cuh", "return !Padded ||", "return true ||", PADDED),
     "wrong fragment map": Mistake("common/fragment.cuh", "(i >> 1) * 4 + row * 2", "(i >> 1) * 2 + row * 4"),
     "off-by-one draw": Mistake("common/noise.cuh", "points + row * D", "points + row / 2 * D"),
     "stale weights": Mistake(
         "common/ring.cuh", "if (!resident) ptx::mbarrier_wait(", "if (false) ptx::mbarrier_wait(", STREAMED
+    ),
+    "operand read too early": Mistake(
+        "sm90_density_mlp_wide.cu", "ptx::fence_proxy_async();", "", WIDE, "sm90_density_mlp_wide"
+    ),
+    "a barrier's phase missed": Mistake(
+        "sm90_density_mlp_wide.cu", "__syncwarp();  // a lane", "// a lane", WIDE, "sm90_density_mlp_wide"
     ),
     "last sample left out": Mistake("common/row_machine.cuh", "sample + 8 < p.batch", "sample + 9 < p.batch"),
 }
@@ -45,9 +52,10 @@ def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(builder, "INCLUDES", [*builder.INCLUDES[:2], "-I", str(folder)])
     monkeypatch.setattr(builder, "FLAGS", [*builder.FLAGS, "-O0"])  # compiled once, run once
     monkeypatch.setattr(builder, "cache_folder", lambda: tmp_path / "cache")
-    library = load(folder, "sm90_density_mlp" if mistake.device is HOPPER else "sm80_density_mlp")
+    library = load(folder, mistake.family)
     try:
-        complaint = compare(library, mistake.device, mistake.case).complaint()
+        device = AMPERE if "sm80" in mistake.family else HOPPER
+        complaint = compare(library, device, mistake.case, builder.RANDOM).complaint()
     except AssertionError as error:  # the emulator saw a rule of the hardware broken
         complaint = str(error)
     assert complaint
