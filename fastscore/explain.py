@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from .backends.select import implementation, select
 from .chain import Core
 from .instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
 from .network import Conditions, model_dtype
@@ -48,7 +51,20 @@ def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None 
     text = [f"row program of {type(model).__name__}, x_t {tuple(shape)}"]
     text += [f"{left:<{width}}  {right}".rstrip() for left, right in lines]
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
-    return "\n".join([*text, spared + ("" if program.pays else "; too few to run it unless program=True")])
+    text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
+    return "\n".join([*text, _kernel(program, time.to(device), conditions.shared, math.prod(shape))])
+
+
+def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:
+    """Return what runs the program on its network's device, by the predicate that an evaluation asks."""
+    name = select(time.device, torch.float32)
+    if name == "torch":
+        return f"on {time.device}: one PyTorch operation after another; kernels need a GPU"
+    weights = program.at(time, shared).weights
+    reason = implementation(name).why_not_fused(program.code, weights, d)
+    return f"on {time.device}: " + (
+        f"one kernel of backend {name}" if reason is None else f"no single kernel: {reason}"
+    )
 
 
 def _line(program: RowProgram, instruction: Instruction, core: Core | None) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Where the op of backend="cuda" goes: to a compiled kernel on the emulated GPU, or to Triton's in its interpreter."""
 
+import sys
 import types
 
 import pytest
@@ -23,9 +24,9 @@ def library():
 
 
 class Network(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, width=WIDTH):
         super().__init__()
-        self.first, self.last = torch.nn.Linear(D, WIDTH), torch.nn.Linear(WIDTH, D)
+        self.first, self.last = torch.nn.Linear(D, width), torch.nn.Linear(width, D)
 
     def forward(self, x, t):
         return self.last(torch.nn.functional.silu(self.first(x) + t[:, None].to(x.dtype)))
@@ -80,3 +81,19 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
     # bfloat16 rounds the operands of two products in the kernel, and results too in the definition.
     tolerance = 3 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert float(((found - expected).abs() / (expected.abs() + expected.abs().mean())).max()) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("width", "last"),
+    [
+        (WIDTH, "on cpu: one kernel of backend cuda"),
+        (600, "on cpu: no single kernel: compiled kernel: hidden widths go up to 512, the network has 600; Triton: "),
+    ],
+)
+def test_explain_names_what_runs_a_network(monkeypatch, width, last):
+    explain = sys.modules["fastscore.explain"]  # not the function of that name
+    monkeypatch.setattr(explain, "select", lambda device, dtype: "cuda")
+    module = types.SimpleNamespace(plan=lambda *shape: {})
+    monkeypatch.setattr(cuda, "native", lambda: module)
+    monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)
+    assert f"\n{last}" in explain.explain(Network(width).bfloat16(), (D,))
