@@ -20,11 +20,6 @@ __device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
   return packed;
 }
 
-// The floats of two packed bfloat16 values, lower half first.
-__device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
-  return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
-}
-
 // The floats of two packed float16 values, lower half first.
 __device__ __forceinline__ float2 unpack_f16(uint32_t packed) {
   float2 values;
@@ -78,20 +73,6 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Sine, absolute error 2^-20.5 in [-pi, pi].
-__device__ __forceinline__ float sin_approx(float x) {
-  float y;
-  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Cosine, absolute error 2^-20.5 in [-pi, pi].
-__device__ __forceinline__ float cos_approx(float x) {
-  float y;
-  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -138,17 +138,16 @@ def test_conversions(lib):
         rng.uniform(-28, 18, 1024 - len(some) - len(ties))
     )
     x = np.concatenate([some, ties, wide]).astype(np.float32)
-    packed, unpacked = np.zeros((1024, 2), np.uint32), np.zeros((1024, 2, 2), np.float32)
-    functions = np.zeros((1024, 8), np.float32)
+    packed, unpacked = np.zeros((1024, 2), np.uint32), np.zeros((1024, 2), np.float32)
+    functions = np.zeros((1024, 6), np.float32)
     assert lib.run_convert(8, pointer(x), pointer(packed), pointer(unpacked), pointer(functions)) == 0
     pairs = np.stack([x, x[::-1]], 1)
     with np.errstate(all="ignore"):
         half = pairs.astype(np.float16)
-        expected = [np.tanh(x), np.exp2(x), np.log2(x), np.sqrt(x), 1 / np.sqrt(x), 1 / x, np.sin(x), np.cos(x)]
+        expected = [np.tanh(x), np.exp2(x), np.log2(x), np.sqrt(x), 1 / np.sqrt(x), 1 / x]
     assert np.array_equal(packed[:, 0], bf16(pairs).view(np.uint32)[:, 0])
     assert np.array_equal(packed[:, 1], half.view(np.uint32)[:, 0])
-    assert np.array_equal(unpacked[:, 0], floats(bf16(pairs)))
-    assert np.array_equal(unpacked[:, 1], half.astype(np.float32))
+    assert np.array_equal(unpacked, half.astype(np.float32))
     np.testing.assert_allclose(functions, np.stack(expected, 1), rtol=1e-5)
 
 
@@ -263,7 +262,7 @@ INSTRUCTIONS = {
     "mma": ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"],
     "proxy": ["STS.128", "FENCE.VIEW.ASYNC", "HGMMA.64x64x16.F32.BF16", "BAR.SYNC"],
     "barriers": ["BAR.SYNC", "LDS", "STS", "SHFL.BFLY"],
-    "convert": ["F2FP.BF16", "F2FP.F16", "MUFU.TANH", "MUFU.EX2", "MUFU.LG2", "MUFU.RSQ", "MUFU.SIN", "MUFU.COS"],
+    "convert": ["F2FP.BF16", "F2FP.F16", "MUFU.TANH", "MUFU.EX2", "MUFU.LG2", "MUFU.RSQ"],
 }
 
 

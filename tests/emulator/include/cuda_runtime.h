@@ -45,9 +45,7 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
-inline void __syncthreads() {
-  fastscore::emulator::arrive_named(0, static_cast<int>(blockDim.x), true, "__syncthreads");
-}
+inline void __syncthreads() { fastscore::emulator::meet_named(0, static_cast<int>(blockDim.x), "__syncthreads"); }
 
 inline void __syncwarp(uint32_t mask = ~0u) {
   int nothing = 0;

@@ -10,11 +10,10 @@ __global__ void convert_kernel(const float* in, uint32_t* packed, float2* unpack
   float x = in[i], y = in[n - 1 - i];
   packed[2 * i] = ptx::pack_bf16(x, y);
   packed[2 * i + 1] = ptx::pack_f16(x, y);
-  unpacked[2 * i] = ptx::unpack_bf16(packed[2 * i]);
-  unpacked[2 * i + 1] = ptx::unpack_f16(packed[2 * i + 1]);
-  float* f = functions + 8 * i;
+  unpacked[i] = ptx::unpack_f16(packed[2 * i + 1]);
+  float* f = functions + 6 * i;
   f[0] = ptx::tanh_approx(x), f[1] = ptx::exp2_approx(x), f[2] = ptx::log2_approx(x), f[3] = ptx::sqrt_approx(x);
-  f[4] = ptx::rsqrt_approx(x), f[5] = ptx::reciprocal_approx(x), f[6] = ptx::sin_approx(x), f[7] = ptx::cos_approx(x);
+  f[4] = ptx::rsqrt_approx(x), f[5] = ptx::reciprocal_approx(x);
 }
 
 extern "C" int run_convert(int blocks, const float* in, uint32_t* packed, float2* unpacked, float* functions) {

@@ -28,25 +28,25 @@ void warp_collective(const char* name, uint32_t mask, Payload& payload, Operatio
   thread.warp->ready |= mask;
 }
 
-// Arrives at a barrier for `threads` threads; all that wait go on when the last arrives.
-inline void arrive(Barrier& barrier, int threads, bool wait, const char* name, uint32_t id = 0) {
+// Waits at a barrier for `threads` threads; all go on when the last arrives.
+inline void meet(Barrier& barrier, int threads, const char* name, uint32_t id = 0) {
   if (barrier.arrived == 0) barrier.expected = threads;
   if (barrier.expected != threads)
     fail("%s(%u) for %d threads where others gave %d", name, id, threads, barrier.expected);
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     wake_all(barrier.waiting);
-  } else if (wait) {
+  } else {
     barrier.waiting.push_back(&current_thread());
     block(name, id, threads);
   }
 }
 
-// bar.sync and bar.arrive: sixteen barriers in a CTA, counted by whole warps.
-inline void arrive_named(int id, int threads, bool wait, const char* name) {
+// bar.sync: sixteen barriers in a CTA, counted by whole warps.
+inline void meet_named(int id, int threads, const char* name) {
   if (id < 0 || id > 15) fail("%s: barrier %d is not one of 0..15", name, id);
   if (threads <= 0 || threads % kWarpSize != 0) fail("%s: %d threads are not whole warps", name, threads);
-  arrive(current_thread().block->barriers[id], threads, wait, name, id);
+  meet(current_thread().block->barriers[id], threads, name, id);
 }
 
 }  // namespace fastscore::emulator

@@ -10,8 +10,7 @@ inline uint32_t cluster_size() { return static_cast<uint32_t>(emulator::machine.
 
 inline void cluster_sync() {
   emulator::require_capability("cluster_sync", 9);
-  emulator::arrive(emulator::machine.cluster_barrier, static_cast<int>(emulator::machine.threads.size()), true,
-                   "cluster_sync");
+  emulator::meet(emulator::machine.cluster_barrier, static_cast<int>(emulator::machine.threads.size()), "cluster_sync");
 }
 
 }  // namespace fastscore::ptx

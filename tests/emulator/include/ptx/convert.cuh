@@ -9,9 +9,6 @@ namespace fastscore::ptx {
 inline uint32_t pack_bf16(float lo, float hi) { return emulator::to_bf16(lo) | uint32_t{emulator::to_bf16(hi)} << 16; }
 inline uint32_t pack_f16(float lo, float hi) { return emulator::to_f16(lo) | uint32_t{emulator::to_f16(hi)} << 16; }
 
-inline float2 unpack_bf16(uint32_t packed) {
-  return {emulator::from_bf16(packed & 0xffff), emulator::from_bf16(packed >> 16)};
-}
 inline float2 unpack_f16(uint32_t packed) {
   return {emulator::from_f16(packed & 0xffff), emulator::from_f16(packed >> 16)};
 }
@@ -22,7 +19,5 @@ inline float log2_approx(float x) { return std::log2(x); }
 inline float sqrt_approx(float x) { return std::sqrt(x); }
 inline float rsqrt_approx(float x) { return 1 / std::sqrt(x); }
 inline float reciprocal_approx(float x) { return 1 / x; }
-inline float sin_approx(float x) { return std::sin(x); }
-inline float cos_approx(float x) { return std::cos(x); }
 
 }  // namespace fastscore::ptx

@@ -11,7 +11,7 @@ inline void set_registers(int count, const char* operation) {
   if (warpgroup.registers.arrived == 0) warpgroup.register_count = count;
   if (warpgroup.register_count != count)
     fail("%s<%d> where another warp of the warpgroup has %d", operation, count, warpgroup.register_count);
-  arrive(warpgroup.registers, kWarpgroupSize, true, operation, count);
+  meet(warpgroup.registers, kWarpgroupSize, operation, count);
 }
 
 }  // namespace fastscore::emulator

@@ -38,10 +38,6 @@ void store_shared(uint32_t address, T value) {
 
 inline void fence_proxy_async() { emulator::fence_stores(emulator::current_thread()); }
 
-inline void named_barrier_sync(int id, int threads) { emulator::arrive_named(id, threads, true, "named_barrier_sync"); }
-
-inline void named_barrier_arrive(int id, int threads) {
-  emulator::arrive_named(id, threads, false, "named_barrier_arrive");
-}
+inline void named_barrier_sync(int id, int threads) { emulator::meet_named(id, threads, "named_barrier_sync"); }
 
 }  // namespace fastscore::ptx
