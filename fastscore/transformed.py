@@ -103,7 +103,7 @@ class Transformed(nn.Module):
             raise ValueError(
                 f"x must be a floating-point tensor of shape (B, *shape), got {got}; one sample is x[None]"
             )
-        event = max(self.transform.domain.event_dim, self.transform.codomain.event_dim)
+        event = self.transform.codomain.event_dim
         if event >= x.ndim:
             raise ValueError(
                 f"x must have the transform's {event} dimensions and a batch before them, got shape {tuple(x.shape)}"

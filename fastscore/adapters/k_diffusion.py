@@ -1,6 +1,6 @@
 """Denoisers of k-diffusion: D(x, sigma) with noise x + sigma eps.
 
-`Denoiser` and `VDenoiser` take any sigma. Those around a table of timesteps (`DiscreteEpsDDPMDenoiser`, `OpenAIDenoiser`,
+`Denoiser` and `VDenoiser` take any sigma. Those around a table of timesteps (`DiscreteEpsDDPMDenoiser` and its kin,
 `CompVisDenoiser`, `DiscreteVDDPMDenoiser`) are evaluated at the table's own sigmas and nowhere between.
 
 References:

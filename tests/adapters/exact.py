@@ -1,0 +1,67 @@
+"""What every adapter is tested with: one target whose density is known, its exact networks, and the comparison."""
+
+from functools import cache
+
+import torch
+from analytic import mixture
+
+from fastscore.mixture import fit_mixture
+
+SHAPE = (1, 2, 2)
+TARGET = mixture(4)
+
+
+def exact(x_t, alpha, sigma, target=TARGET):
+    """Return (eps, x0) that the exact network of a target finds in x_t, float64, for alpha and sigma of each row."""
+    flat = x_t.reshape(len(x_t), -1).double()
+    alpha, sigma = (torch.as_tensor(v).double().reshape(-1).expand(len(x_t)) for v in (alpha, sigma))
+    x0 = target.denoised(flat, alpha, sigma)
+    eps = (flat - alpha[:, None] * x0) / sigma[:, None]
+    return eps.reshape(x_t.shape), x0.reshape(x_t.shape)
+
+
+def column(values, x):
+    """Return values of each row in a shape that multiplies x."""
+    return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def noised(schedule, t, shape=SHAPE, dtype=torch.float64, seed=7):
+    """Return (x, eps, x_t) at times t by the schedule's own alpha and sigma."""
+    generator = torch.Generator().manual_seed(seed)
+    x, eps = (torch.randn(len(t), *shape, generator=generator, dtype=dtype) for _ in range(2))
+    alpha, sigma = (column(v, x) for v in schedule.alpha_sigma(t))
+    return x, eps, alpha * x + sigma * eps
+
+
+def relative(found, expected):
+    """Return the largest error relative to the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@cache
+def near():
+    """A mixture fitted to samples of the target: near enough for small errors, and not the target itself."""
+    return fit_mixture(TARGET.sample(20_000, seed=1), components=5)
+
+
+def assert_exact(density, shape=SHAPE, to_user=lambda z: z, log_det=0.0, dtype=torch.float64, nfe=256, **cond):
+    """Assert that log_prob of an exact network is the target's, to 4 standard errors a sample and of the mean.
+
+    `to_user` maps the network's data to the user's, `log_det` is its log-determinant. The error of the mean over 64
+    samples is an eighth of one sample's: a convention that is off by a few hundredths of a nat shows.
+    """
+    getattr(density, "density", density).reference = near()
+    z = TARGET.sample(64, seed=2)
+    found = density.estimate(to_user(z.reshape(-1, *shape)).to(dtype), nfe=nfe, seed=3, **cond)
+    error = found.log_prob.double() - (TARGET.log_prob(z) - log_det)
+    outside = found.truncation + found.discretization
+    worst = float((error.abs() / found.stderr).max())
+    mean_error = float(found.stderr.double().square().mean().sqrt()) / len(z) ** 0.5
+    print(
+        f"stderr {float(found.stderr.mean()):.4f}, worst sample {worst:.2f} standard errors, "
+        f"mean {float(error.mean()):+.4f} +- {mean_error:.4f} (outside {outside:.4f})"
+    )
+    assert float(found.stderr.mean()) < 0.08, "too noisy to tell"
+    assert bool((error.abs() < 4 * found.stderr + outside).all()), worst
+    assert abs(float(error.mean())) < 4 * mean_error + outside, (float(error.mean()), mean_error)
+    return found
