@@ -125,7 +125,7 @@ class Transformed(nn.Module):
                 f"outside or on its edge, first sample {first}; check the scaling, or dequantize"
             )
         log_det = self.transform.log_abs_det_jacobian(z, wide)
-        return z.to(x.dtype), log_det.reshape(len(x), -1).sum(1)
+        return z.to(x.dtype), log_det.to(torch.float64).reshape(len(x), -1).sum(1)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -27,7 +27,7 @@ MEAN, STD = torch.tensor([1.0, -20.0, 0.0, 3.0]), torch.tensor([0.1, 5.0, 1.0, 3
 
 def density(shape=(D,)):
     """An exact network with the reference of its own target: what an estimate then misses is rounding alone."""
-    found = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps")
+    found = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps", program=False)
     found.reference = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, D), 0.09))
     return found
 
@@ -90,7 +90,7 @@ def test_gradients_in_x_are_those_of_the_exact_density(name):
 
 def test_gradient_is_that_of_the_value_for_a_wrong_network():
     """Central differences in float64, where the network is not exact and the integral counts."""
-    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan(), gain=0.9), fs.LiYan(), predicts="eps")
+    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan(), gain=0.9), fs.LiYan(), predicts="eps", program=False)
     model = Transformed(inner, Logit(0.0, 2.0))
     x = Logit(0.0, 2.0)(TARGET.sample(2, seed=3)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: model.log_prob(x, nfe=16, seed=5), (x,), eps=1e-7, atol=1e-4)
@@ -127,7 +127,7 @@ def test_whitened_data_have_the_identity_as_covariance():
 
 
 def test_standard_errors_and_bits_are_consistent():
-    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps")
+    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps", program=False)
     low, high = 10.0, 14.0  # the user's levels; the network sees (x - 12) / 2
     z = TARGET.sample(20, seed=1).float()
     found = Transformed(inner, zscore(12.0, 2.0)).estimate(12 + 2 * z, nfe=64, seed=3)
@@ -142,7 +142,7 @@ def test_standard_errors_and_bits_are_consistent():
 
 
 def test_compare_has_no_determinant():
-    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps")
+    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps", program=False)
     z = TARGET.sample(6, seed=1)
     a, b = {"shift": torch.zeros(6, D)}, {"shift": 0.1 * torch.ones(6, D)}
     found = Transformed(inner, Logit(0, 4)).compare(Logit(0, 4)(z), a, b, nfe=32)
@@ -153,7 +153,7 @@ def test_compare_has_no_determinant():
 
 def test_fit_takes_data_in_the_users_space():
     data = MEAN + STD * TARGET.sample(200, seed=3)
-    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps")
+    inner = fs.ScoreDensity(ExactNet(TARGET, fs.LiYan()), fs.LiYan(), predicts="eps", program=False)
     model = Transformed(inner, zscore(MEAN, STD))
     assert model.fit(data, reference="diagonal", evaluations=0, progress=False) is model
     assert torch.allclose(inner.reference.mean[0], TARGET.sample(200, seed=3).mean(0), atol=0.2)
@@ -162,7 +162,7 @@ def test_fit_takes_data_in_the_users_space():
 def test_a_gaussian_of_the_users_data_end_to_end():
     """The network of N(0, 1), data with means and scales of their own, the plain Gaussian density as truth."""
     one = Target(torch.ones(1), torch.zeros(1, D), torch.eye(D)[None])
-    inner = fs.ScoreDensity(ExactNet(one, fs.VP()), fs.VP(), predicts="eps")
+    inner = fs.ScoreDensity(ExactNet(one, fs.VP()), fs.VP(), predicts="eps", program=False)
     truth = Independent(Normal(MEAN.double(), STD.double()), 1)
     x = MEAN + STD * torch.randn(64, D, generator=torch.Generator().manual_seed(0)).double()
     found = Transformed(inner, zscore(MEAN, STD)).estimate(x, nfe=16)

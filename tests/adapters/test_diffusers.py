@@ -13,6 +13,7 @@ from fastscore.adapters import from_diffusers
 from fastscore.predictions import coefficients, eps_from
 
 diffusers = pytest.importorskip("diffusers")
+UNet2DOutput = pytest.importorskip("diffusers.models.unets.unet_2d").UNet2DOutput
 TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -82,10 +83,11 @@ def test_outputs_are_those_of_the_model_itself(build, channels, cond):
     x_t, t = torch.randn(5, channels, 8, 8), torch.tensor([0, 10, 300, 700, 999])
     with torch.no_grad():
         assert torch.equal(density.model(x_t, t, **cond), model(x_t, timestep=t, **cond).sample)
-        found = density.estimate(x_t, nfe=16, **cond)
         # Twice the channels are cut off, and every sample keeps its own condition.
-        other = density.estimate(x_t, nfe=16, **{k: v.roll(1, 0) for k, v in cond.items()})
-    assert bool((found.log_prob - other.log_prob).abs().max() > 1e-3)
+        pair = {k: v[:2] for k, v in cond.items()}
+        found = density.estimate(x_t[:2], nfe=4, **pair).log_prob
+        other = density.estimate(x_t[:2], nfe=4, **{k: v.flip(0) for k, v in pair.items()}).log_prob
+    assert float((found - other).abs().min()) > 1e-3
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -144,7 +146,7 @@ def test_flow_matching_noise_velocity_and_time(shift):
     class Recorder(nn.Module):
         def forward(self, hidden_states, timestep):
             seen.append(timestep)
-            return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=hidden_states)
+            return UNet2DOutput(sample=hidden_states)
 
     density = from_diffusers(Recorder(), scheduler)
     index = torch.arange(1, 1000, 111)  # entry 0 is pure noise
@@ -180,7 +182,7 @@ class ExactModel(diffusers.ModelMixin):
         eps, x0 = exact(sample, alpha, sigma)
         alpha, sigma = column(alpha, sample), column(sigma, sample)
         out = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0, "flow": eps - x0}[self.kind]
-        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=torch.cat([out, torch.full_like(out, 1e3)], 1))
+        return UNet2DOutput(sample=torch.cat([out, torch.full_like(out, 1e3)], 1))
 
 
 @pytest.mark.parametrize(
@@ -196,13 +198,13 @@ def test_log_prob_of_an_exact_network_on_a_table(kind, config):
     scheduler = ddpm(kind, **config)
     bar = scheduler.alphas_cumprod.double()
     model = ExactModel(config["prediction_type"], lambda t: bar[t].sqrt(), lambda t: (1 - bar[t]).sqrt())
-    assert_exact(from_diffusers(model, scheduler))
+    assert_exact(from_diffusers(model, scheduler, program=False))
 
 
 def test_log_prob_of_an_exact_flow():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     model = ExactModel("flow", lambda t: 1 - t / 1000, lambda t: t / 1000)
-    assert_exact(from_diffusers(model, scheduler))
+    assert_exact(from_diffusers(model, scheduler, program=False))
 
 
 def test_zero_terminal_snr_leaves_out_the_last_entry():
