@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from adapters.exact import SHAPE, assert_exact, column, exact, noised, relative
+from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
 
 import fastscore as fs

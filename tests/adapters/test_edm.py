@@ -118,8 +118,8 @@ def test_the_data_scale_of_the_network_is_that_of_the_reference():
 
 def test_bad_input_is_explained():
     with pytest.raises(
-        TypeError, match="net must be a preconditioned network.*got dict; give the pickle's 'ema' entry"
+        TypeError, match=r"net must be a preconditioned network.*got dict; give the pickle's 'ema' entry"
     ):
         from_edm({"ema": None})
-    with pytest.raises(ValueError, match="noise range must be 0 < sigma_min < sigma_max, got 5.0 to 1.0"):
+    with pytest.raises(ValueError, match=r"noise range must be 0 < sigma_min < sigma_max, got 5.0 to 1.0"):
         from_edm(Precond(Raw()), sigma_min=5, sigma_max=1)

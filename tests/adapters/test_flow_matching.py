@@ -99,9 +99,9 @@ def test_likelihood_of_the_librarys_own_ode():
 
 
 def test_bad_input_is_explained():
-    with pytest.raises(TypeError, match="model must be a torch module.*wrap the function in a Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch module.*wrap the function in a Module"):
         from_flow_matching(lambda x, t: x)
     with pytest.raises(ValueError, match="predicts must be one of flow, x0, eps, got 'velocity'"):
         from_flow_matching(nn.Identity(), predicts="velocity")
-    with pytest.raises(TypeError, match="AffineProbPath without __call__, snr_inverse; give path.scheduler"):
+    with pytest.raises(TypeError, match=r"AffineProbPath without __call__, snr_inverse; give path.scheduler"):
         from_flow_matching(nn.Identity(), path.AffineProbPath(schedulers.CosineScheduler()))

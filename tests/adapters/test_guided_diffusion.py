@@ -94,7 +94,9 @@ def test_log_prob_of_an_exact_network(steps, use, mean_type, rescale):
 
 def test_bad_input_is_explained():
     diffusion = Diffusion(BETAS)
-    with pytest.raises(TypeError, match="model must be a guided-diffusion model.*got Diffusion; give model, diffusion"):
+    with pytest.raises(
+        TypeError, match=r"model must be a guided-diffusion model.*got Diffusion; give model, diffusion"
+    ):
         from_guided_diffusion(diffusion, Net())
     with pytest.raises(TypeError, match="got DDPM without alphas_cumprod, model_mean_type, rescale_timesteps"):
         from_guided_diffusion(Net(), fs.DDPM.linear(10))

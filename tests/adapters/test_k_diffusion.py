@@ -142,7 +142,7 @@ def test_bad_input_is_explained():
         from_k_diffusion(lambda x, sigma: x)
     with pytest.raises(ValueError, match="got Identity without sigma_data"):
         from_k_diffusion(nn.Identity())
-    with pytest.raises(ValueError, match="noise range must be 0 < sigma_min < sigma_max, got 1 to 0.5"):
+    with pytest.raises(ValueError, match=r"noise range must be 0 < sigma_min < sigma_max, got 1 to 0.5"):
         from_k_diffusion(layers.Denoiser(Inner()), sigma_min=1, sigma_max=0.5)
     with pytest.raises(ValueError, match="strictly decreasing"):
         from_k_diffusion(external.DiscreteEpsDDPMDenoiser(Inner(), BAR.flip(0), quantize=True))

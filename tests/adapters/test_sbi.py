@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from adapters.exact import TARGET, assert_exact, column, exact, near, noised, relative
+from adapters.exact import TARGET, assert_exact, column, exact, noised, relative
+from analytic import Target
 from torch import nn
 
 from fastscore.adapters import from_sbi
+from fastscore.mixture import fit_mixture
 from fastscore.predictions import eps_from
 
 estimators = pytest.importorskip("sbi.neural_nets.estimators.score_estimator")
@@ -15,6 +17,8 @@ potentials = pytest.importorskip("sbi.inference.potentials.vector_field_potentia
 
 D, CONDITION = 4, 2
 MEAN_0, STD_0 = torch.tensor([0.3, -0.2, 0.1, 0.0]), torch.tensor([0.8, 1.1, 0.9, 1.2])
+# sbi ends its ODE in the Gaussian that N(0, 1) in every dimension becomes, so its likelihood wants such marginals.
+CORRELATED = Target(torch.ones(1), torch.zeros(1, D), (0.6 ** (torch.arange(D)[:, None] - torch.arange(D)).abs())[None])
 CLASSES = {
     "vp": estimators.VPScoreEstimator,
     "subvp": estimators.SubVPScoreEstimator,
@@ -31,9 +35,9 @@ def shifted(condition):
 class Exact(nn.Module):
     """The raw network for which the estimator of a kind is exact: sbi's preconditioning solved for it."""
 
-    def __init__(self, kind, noise_scale=None):
+    def __init__(self, kind, target, noise_scale=1e-3):
         super().__init__()
-        self.kind, self.noise_scale, self.estimator = kind, noise_scale, ()
+        self.kind, self.target, self.noise_scale, self.estimator = kind, target, noise_scale, ()
 
     def forward(self, theta, condition, time):
         theta, condition, time = theta.double(), condition.double(), time.double()
@@ -43,7 +47,7 @@ class Exact(nn.Module):
             alpha, sigma = 1 - time, time + self.noise_scale
             a, t = alpha[:, None], time[:, None]
             theta_t = theta * ((a * std_0) ** 2 + t**2 + 1e-6).sqrt() + a * mean_0
-            eps, x0 = exact(theta_t - a * shifted(condition), alpha, sigma)
+            eps, x0 = exact(theta_t - a * shifted(condition), alpha, sigma, self.target)
             velocity = eps - x0 - shifted(condition)
             return (velocity + mean_0) / (1 + std_0**2).sqrt()
         sigma = time  # the score estimators' time encoding is the noise's standard deviation
@@ -51,13 +55,13 @@ class Exact(nn.Module):
         a, s = alpha[:, None], sigma[:, None]
         std = (a**2 * std_0**2 + s**2).sqrt()
         theta_t = theta * std + a * mean_0
-        eps, _ = exact(theta_t - a * shifted(condition), alpha, sigma)
+        eps, _ = exact(theta_t - a * shifted(condition), alpha, sigma, self.target)
         return -(-eps / s + (theta_t - a * mean_0) / std**2) * s / a
 
 
-def build(kind, composed=False):
+def build(kind, composed=False, target=TARGET):
     """An exact estimator in float64, so that what is tested is the convention and not float32."""
-    net = Exact(kind, 1e-3)
+    net = Exact(kind, target)
     stats = {} if composed else {"mean_0": MEAN_0, "std_0": STD_0}
     estimator = CLASSES[kind](net, torch.Size([D]), torch.Size([CONDITION]), **stats)
     net.estimator = (estimator,)
@@ -77,7 +81,9 @@ def test_outputs_are_those_of_the_estimator(kind, network):
     make = builders.build_flow_matching_estimator if kind == "flow" else builders.build_score_matching_estimator
     options = {} if kind == "flow" else {"sde_type": kind}
     estimator = make(theta, x, net=network, hidden_features=16, num_layers=2, **options).eval()
-    density = from_sbi(estimator, x[0])
+    for parameter in estimator.parameters():  # sbi starts with outputs of zero
+        nn.init.normal_(parameter, std=0.3)
+    density = from_sbi(estimator, x[0], program=False)
     t = torch.tensor([0.01, 0.5, 0.99])
     with torch.no_grad():
         call = estimator.forward if kind == "flow" else estimator.score
@@ -85,9 +91,9 @@ def test_outputs_are_those_of_the_estimator(kind, network):
         own = density.density.model(theta[:3], t, condition=x[:3])
         assert torch.equal(own, call(theta[:3], x[:3], t))
         assert float((own - density.density.model(theta[:3], t)).abs().max()) > 1e-4
-    each = from_sbi(estimator).estimate(theta[:5], nfe=16, condition=x[:5]).log_prob
+    each = from_sbi(estimator, program=False).estimate(theta[:5], nfe=16, condition=x[:5]).log_prob
     one = density.estimate(theta[:5], nfe=16).log_prob
-    assert float(each[0] - one[0]) == pytest.approx(0, abs=1e-4)  # the same observation, in another batch
+    assert float(each[0]) == pytest.approx(float(one[0]), rel=1e-4)  # the same observation, in another batch
     assert float((each[1:] - one[1:]).abs().min()) > 1e-4
 
 
@@ -97,7 +103,7 @@ def test_noise_and_scores_are_those_of_the_estimator(kind):
     density = from_sbi(estimator, torch.zeros(CONDITION)).density
     t = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
     x, eps, x_t = noised(density.schedule, t, shape=(D,))
-    assert relative(x_t, estimator.mean_fn(x, t) + estimator.std_fn(t) * eps) < 1e-6
+    assert relative(x_t, estimator.mean_t_fn(t) * x + estimator.std_fn(t) * eps) < 1e-6
     condition = torch.zeros(1, CONDITION, dtype=torch.float64)
     c_f, c_x = (column(c, x) for c in eps_from(density.predicts, density.schedule, t))
     eps_hat = c_f * density.model(x_t, t) + c_x * x_t
@@ -140,20 +146,21 @@ def test_log_prob_of_an_exact_estimator(kind, composed):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_likelihood_of_sbis_own_ode(kind):
-    estimator = build(kind, composed=True).float()
+    estimator = build(kind, composed=True, target=CORRELATED).float()
     loc, scale = estimator._theta_shift[0], estimator._theta_scale[0]
     observation = torch.zeros(1, CONDITION)
-    theta = loc + scale * TARGET.sample(6, seed=2).float()
+    theta = loc + scale * CORRELATED.sample(6, seed=2).float()
     prior = torch.distributions.MultivariateNormal(loc, torch.diag(1e4 * scale**2))
     potential = potentials.VectorFieldBasedPotential(estimator, prior, x_o=observation)
     with torch.no_grad():
         own = potential(theta)
     density = from_sbi(estimator, observation, program=False)
-    density.density.reference = near()
+    density.density.reference = fit_mixture(CORRELATED.sample(1000, seed=1), full=True)
     found = density.estimate(theta, nfe=1024)
-    print(kind, (found.log_prob - own).abs().max(), found.stderr.mean(), found.truncation)
-    # The ODE starts at t_min with a Gaussian at t_max, of which the exact process is not one: see the bound.
-    assert bool(((found.log_prob - own).abs() < 4 * found.stderr + 0.1).all())
+    difference = (found.log_prob - own).abs()
+    print(f"{kind} {float(difference.max()):.4f} {float(found.stderr.mean()):.4f}")
+    # The correlation that is left at t_max, alpha^2 = 0.007 for VP, is not in sbi's base distribution.
+    assert bool((difference < 4 * found.stderr + 0.03).all())
 
 
 def test_observation_can_come_with_the_call():

@@ -59,5 +59,5 @@ def test_bad_input_is_explained():
         from_score_models(nn.Identity())
     model = wrap(Exact(), "ve")
     model.sde.T = 2.0
-    with pytest.raises(ValueError, match="T must be 1, got 2.0"):
+    with pytest.raises(ValueError, match=r"T must be 1, got 2.0"):
         from_score_models(model)

@@ -1,5 +1,5 @@
 """score_sde's conventions. It is on no package index, so VPSDE, subVPSDE and VESDE here are our own, with the attributes
-and the marginal_prob of its sde_lib; its score_fn is repeated below as the definition of what networks return."""
+of its sde_lib; `score_fn` below states what its networks return."""
 
 import math
 
@@ -93,7 +93,7 @@ def test_scores_are_those_of_score_fn(name):
     if not continuous:
         t = (t * (sde.N - 1)).round() / (sde.N - 1)
     time = t if continuous else (t * (sde.N - 1)).round().long()
-    x, eps, x_t = noised(density.schedule, time)
+    x, _, x_t = noised(density.schedule, time)
     alpha, sigma = density.schedule.alpha_sigma(time)
     with torch.no_grad():
         output = density.model(x_t, time)
