@@ -27,7 +27,7 @@ def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
     mean, std = (torch.as_tensor(value).to(torch.float64) for value in (mean, std))  # log std would be float32 else
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
-            f"zscore needs std > 0, got a least one of {float(std.min())}; leave out constant columns, or use 1 for them"
+            f"zscore needs std > 0, got a least one of {float(std.min())}; leave constant columns out, or use 1"
         )
     return AffineTransform(mean, std)
 

@@ -9,25 +9,13 @@ References:
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..density import ScoreDensity
 from ..schedules import EDM
 from .checks import expect, expect_module
 from .clocks import noise_table
-
-
-class TableDenoiser(nn.Module):
-    """Call D at entry i of its table with the variance-preserving x_t of a table, scaled to x + sigma eps."""
-
-    def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, x_t: Tensor, i: Tensor, **cond) -> Tensor:
-        sigma = self.denoiser.sigmas.to(x_t.dtype)[i]
-        scale = (1 + sigma**2).sqrt().reshape(-1, *[1] * (x_t.ndim - 1))
-        return self.denoiser(x_t * scale, sigma, **cond)
+from .table_denoiser import TableDenoiser
 
 
 def from_k_diffusion(denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: float = 80.0, **options) -> ScoreDensity:
@@ -53,7 +41,7 @@ def from_k_diffusion(denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: fl
     )
     sigmas = getattr(denoiser, "sigmas", None)
     if sigmas is not None:
-        return ScoreDensity(TableDenoiser(denoiser), noise_table(sigmas), predicts="x0", **options)
+        return ScoreDensity(TableDenoiser(denoiser, sigmas), noise_table(sigmas), predicts="x0", **options)
     expect(
         0 < sigma_min < sigma_max,
         "the noise range",

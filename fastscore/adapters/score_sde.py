@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..density import ScoreDensity
 from ..schedules import VE, VP
 from .checks import expect_attributes, expect_module
-from .clocks import SubVP, noise_table, table
+from .clocks import SubVP, noise_table
 
 LABELS = 999  # of continuous times, whatever N is
 
@@ -92,6 +92,8 @@ def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **opt
     if continuous or sub:  # subVPSDE has no discrete form
         schedule = (SubVP if sub else VP)(float(sde.beta_0), float(sde.beta_1))
         return ScoreDensity(TimesLabels(model), schedule, predicts="eps", **options)
-    expect_attributes(sde, ("discrete_betas",), "sde", wanted, "see sde_lib")
-    betas = torch.as_tensor(sde.discrete_betas).to(torch.float64)
-    return ScoreDensity(model, table(torch.cumprod(1 - betas, 0)), predicts="eps", **options)
+    # The float32 tables that noise the training data, not the betas, from which 1 - alphas_cumprod would differ by 1e-4.
+    names = "sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod"
+    expect_attributes(sde, names, "sde", wanted, "see sde_lib")
+    sigma, alpha = (torch.as_tensor(getattr(sde, name)).to(torch.float64) for name in names)
+    return ScoreDensity(model, noise_table(sigma / alpha), predicts="eps", **options)

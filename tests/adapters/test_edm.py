@@ -11,6 +11,8 @@ from torch import nn
 from fastscore.adapters import from_edm
 from fastscore.predictions import eps_from
 
+RANGES = {"edm": (0, math.inf), "vp": (0.004, 152.0), "ve": (0.02, 100), "iddpm": (0.01, 150.0)}
+
 
 class Precond(nn.Module):
     """net(x, sigma, class_labels) -> denoised, float32 whatever comes in; F is the raw network."""
@@ -18,9 +20,11 @@ class Precond(nn.Module):
     def __init__(self, model, kind="edm", label_dim=0, sigma_data=0.5):
         super().__init__()
         self.model, self.kind, self.label_dim = model, kind, label_dim
-        self.sigma_min, self.sigma_max = {"edm": (0, math.inf), "vp": (0.004, 152.0), "ve": (0.02, 100)}[kind]
+        self.sigma_min, self.sigma_max = RANGES[kind]
         if kind == "edm":
             self.sigma_data = sigma_data
+        if kind == "iddpm":
+            self.register_buffer("u", torch.cat([torch.logspace(2.2, -2, 400), torch.zeros(1)]))
 
     def scalings(self, sigma):
         if self.kind == "edm":
@@ -29,6 +33,9 @@ class Precond(nn.Module):
             return skip, out, 1 / total.sqrt(), noise
         if self.kind == "vp":
             return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), sigma
+        if self.kind == "iddpm":
+            nearest = (sigma.reshape(-1, 1).float() - self.u).abs().argmin(1).reshape(sigma.shape)
+            return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), nearest
         return 1, sigma, 1, (0.5 * sigma).log()
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
@@ -62,7 +69,12 @@ class ExactRaw(nn.Module):
 
     def forward(self, x, noise, class_labels=None):
         (net,) = self.owner
-        sigma = {"edm": lambda: (4 * noise).exp(), "vp": lambda: noise, "ve": lambda: 2 * noise.exp()}[net.kind]()
+        sigma = {
+            "edm": lambda: (4 * noise).exp(),
+            "vp": lambda: noise,
+            "ve": lambda: 2 * noise.exp(),
+            "iddpm": lambda: net.u[noise],
+        }[net.kind]()
         sigma = sigma.double().reshape(-1, 1, 1, 1)
         skip, out, scale, _ = net.scalings(sigma)
         x = x.double() / scale
@@ -89,7 +101,7 @@ def test_noise_level_is_the_time_and_the_slope_of_its_sampler_is_eps():
     assert relative(c_f * denoised + c_x * x_t, slope) < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["edm", "vp", "ve"])
+@pytest.mark.parametrize("kind", RANGES)
 def test_log_prob_of_an_exact_network(kind):
     raw = ExactRaw()
     net = Precond(raw, kind)

@@ -1,4 +1,4 @@
-"""score_sde's conventions. It is on no package index, so VPSDE, subVPSDE and VESDE here are our own, with the attributes
+"""score_sde's conventions. It is on no package index, so VPSDE, subVPSDE and VESDE here are our own, with the names
 of its sde_lib; `score_fn` below states what its networks return."""
 
 import math
@@ -15,7 +15,8 @@ from fastscore.predictions import eps_from
 class VPSDE:
     def __init__(self, beta_min=0.1, beta_max=20, N=1000):
         self.beta_0, self.beta_1, self.N, self.T = beta_min, beta_max, N, 1
-        self.discrete_betas = torch.linspace(beta_min / N, beta_max / N, N)
+        bar = torch.cumprod(1 - torch.linspace(beta_min / N, beta_max / N, N), 0)
+        self.sqrt_alphas_cumprod, self.sqrt_1m_alphas_cumprod = bar.sqrt(), (1 - bar).sqrt()
 
     def coefficient(self, t):
         return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
@@ -46,8 +47,7 @@ def score_fn(sde, model, x, t, continuous):
     if continuous or isinstance(sde, subVPSDE):
         return -model(x, t * 999) / column(sde.marginal(t)[1], x)
     labels = t * (sde.N - 1)
-    bar = torch.cumprod(1 - sde.discrete_betas.double(), 0)
-    return -model(x, labels) / column((1 - bar).sqrt()[labels.round().long()], x)
+    return -model(x, labels) / column(sde.sqrt_1m_alphas_cumprod[labels.round().long()], x)
 
 
 class Net(nn.Module):
@@ -114,12 +114,11 @@ def test_scores_are_those_of_score_fn(name):
 @pytest.mark.parametrize("name", CASES)
 def test_log_prob_of_an_exact_network(name):
     sde, continuous = CASES[name][0](), CASES[name][1]
-    bar = torch.cumprod(1 - sde.discrete_betas.double(), 0) if "VP" in name else None
     marginals = {
         "VP": lambda labels: sde.marginal(labels / 999),
         "subVP": lambda labels: sde.marginal(labels / 999),
         "VE": lambda labels: (torch.ones_like(labels), labels),
-        "VP, table": lambda labels: (bar[labels].sqrt(), (1 - bar[labels]).sqrt()),
+        "VP, table": lambda labels: (sde.sqrt_alphas_cumprod[labels], sde.sqrt_1m_alphas_cumprod[labels]),
         "VE, table": lambda labels: (torch.ones(1), sde.discrete_sigmas.flip(0).double()[labels]),
     }
     density = from_score_sde(Exact(marginals[name], score=name.startswith("VE")), sde, continuous, program=False)
