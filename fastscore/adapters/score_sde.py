@@ -92,7 +92,7 @@ def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **opt
     if continuous or sub:  # subVPSDE has no discrete form
         schedule = (SubVP if sub else VP)(float(sde.beta_0), float(sde.beta_1))
         return ScoreDensity(TimesLabels(model), schedule, predicts="eps", **options)
-    # The float32 tables that noise the training data, not the betas, from which 1 - alphas_cumprod would differ by 1e-4.
+    # The float32 tables that noised the training data; computed from the betas, sigma would differ by up to 5e-5.
     names = "sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod"
     expect_attributes(sde, names, "sde", wanted, "see sde_lib")
     sigma, alpha = (torch.as_tensor(getattr(sde, name)).to(torch.float64) for name in names)

@@ -23,7 +23,7 @@ def load(package, *names):
     added = {}
     if package not in sys.modules:
         added[package] = types.ModuleType(package)
-        added[package].__path__ = [str(Path(spec.origin).parent)]
+        added[package].__path__, added[package].__spec__ = [str(Path(spec.origin).parent)], spec
     added.update({name: types.ModuleType(name) for name in STAND_INS if name not in sys.modules})
     for name in added:
         parent, _, child = name.rpartition(".")
