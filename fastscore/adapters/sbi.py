@@ -65,8 +65,14 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transf
     schedule, predicts = _process(estimator)
     if x is not None:
         shape = tuple(estimator.condition_shape)
-        fits = tuple(x.shape) in (shape, (1, *shape))
-        expect(fits, "x", tuple(x.shape), f"one observation of shape {shape}", "pass several as condition= of a call")
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        expect(
+            got in (shape, (1, *shape)),
+            "x",
+            got,
+            f"one observation of shape {shape}",
+            "pass several as condition= of a call",
+        )
         x = x.detach().reshape(1, *shape)
     options.setdefault("reference", _reference(estimator))
     density = ScoreDensity(SbiNet(estimator, x), schedule, predicts=predicts, **options)

@@ -13,6 +13,7 @@ from fastscore.predictions import eps_from
 estimators = pytest.importorskip("sbi.neural_nets.estimators.score_estimator")
 flow = pytest.importorskip("sbi.neural_nets.estimators.flowmatching_estimator")
 builders = pytest.importorskip("sbi.neural_nets.net_builders.vector_field_nets")
+posteriors = pytest.importorskip("sbi.inference.posteriors.vector_field_posterior")
 potentials = pytest.importorskip("sbi.inference.potentials.vector_field_potential")
 
 D, CONDITION = 4, 2
@@ -173,6 +174,13 @@ def test_observation_can_come_with_the_call():
         from_sbi(estimator).estimate(theta)
 
 
+def test_a_posterior_of_sbi_is_read_as_its_estimator():
+    estimator = build("vp").float()
+    prior = torch.distributions.MultivariateNormal(torch.zeros(D), 100 * torch.eye(D))
+    posterior = posteriors.VectorFieldPosterior(estimator, prior)
+    assert from_sbi(posterior, torch.zeros(CONDITION)).density.model.estimator is estimator
+
+
 def test_the_default_reference_is_the_gaussian_of_the_standardization():
     reference = from_sbi(build("vp")).density.reference
     assert torch.equal(reference.mean[0], MEAN_0.double())
@@ -184,3 +192,5 @@ def test_bad_input_is_explained():
         from_sbi(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"x must be one observation of shape \(2,\), got \(3,\)"):
         from_sbi(build("vp"), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"x must be one observation of shape \(2,\), got list"):
+        from_sbi(build("vp"), [0.0, 0.0])
