@@ -36,7 +36,7 @@ def noised(schedule, t, shape=SHAPE, dtype=torch.float64, seed=7):
 
 def relative(found, expected):
     """Return the largest error of a row relative to that row's largest expected value."""
-    error, size = ((v.detach().reshape(len(v), -1).abs().amax(1)) for v in (found - expected, expected))
+    error, size = (v.detach().reshape(len(v), -1).abs().amax(1) for v in (found - expected, expected))
     return float((error / size).max())
 
 
