@@ -55,8 +55,9 @@ gpu-check:
 	$(PIP) install -c constraints.txt torch
 	touch $@
 
-.venv/dev: .venv/base pyproject.toml
-	FASTSCORE_NO_CUDA=1 $(PIP) install -c constraints.txt -e '.[dev]'
+.venv/dev: .venv/base pyproject.toml tests/adapters/peers.txt tests/adapters/peers_alone.txt
+	FASTSCORE_NO_CUDA=1 $(PIP) install -c constraints.txt -e '.[dev]' -r tests/adapters/peers.txt
+	$(PIP) install -c constraints.txt --no-deps -r tests/adapters/peers_alone.txt
 	touch $@
 
 .venv/wheel: .venv/dev

@@ -11,6 +11,7 @@ from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from .training.losses import density_loss
+from .transformed import Transformed
 
 __version__ = version("fastscore")
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Reference",
     "Schedule",
     "ScoreDensity",
+    "Transformed",
     "density_loss",
     "discrete_log_prob",
     "explain",

@@ -1,0 +1,71 @@
+"""Forward processes that only some ecosystems have, and tables as libraries store them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedules import DDPM, VP, FlowMatching
+
+
+class SubVP(VP):
+    """Sub-variance-preserving SDE: alpha as of `VP`, sigma = 1 - alpha^2.
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456
+    """
+
+    def scale(self, log_snr):
+        root = torch.exp(0.5 * log_snr)  # alpha / sigma = alpha / (1 - alpha^2), solved for alpha
+        sigma = 2 / (1 + torch.sqrt(1 + 4 * root**2))
+        return root * sigma, sigma
+
+    def log_snr(self, t):
+        loss = torch.nn.functional.softplus(-super().log_snr(t))  # -log alpha^2
+        return -loss - 2 * torch.log(-torch.expm1(-loss))
+
+    def time(self, log_snr):
+        _, sigma = self.scale(torch.as_tensor(log_snr).to(torch.float64))
+        loss = -torch.log1p(-sigma)
+        # The variance-preserving process has its log-SNR -log(exp(loss) - 1) at the same time.
+        return super().time(-torch.log(torch.expm1(loss)))
+
+
+class OffsetFlow(FlowMatching):
+    """Straight path with a least noise: x_t = (1 - t) x + (t + offset) eps, t in [0, 1), data at t = 0."""
+
+    def __init__(self, offset: float):
+        super().__init__(data_at=0)
+        if not 0 < offset < 1:
+            raise ValueError(f"OffsetFlow needs 0 < offset < 1, got {offset}; without one use FlowMatching(0)")
+        self.offset = float(offset)
+        self.time_range = (0.0, self.time_range[1])
+
+    def scale(self, log_snr):
+        alpha, sigma = super().scale(log_snr)
+        return (1 + self.offset) * alpha, (1 + self.offset) * sigma
+
+    def log_snr(self, t):
+        t = torch.as_tensor(t).to(torch.float64)
+        return 2 * torch.log((1 - t) / (t + self.offset))
+
+    def time(self, log_snr):
+        ratio = torch.exp(-0.5 * torch.as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
+        return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
+
+
+def table(alphas_cumprod: Tensor) -> DDPM:
+    """Return the schedule of a library's table; an entry of zero at its end (zero terminal SNR) is left out.
+
+    At a log-SNR of minus infinity nothing is left of the data, and the integrand is that of the reference.
+    """
+    known = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    if len(known) and float(known[-1]) == 0:
+        known = known[:-1]
+    return DDPM(known)
+
+
+def noise_table(sigmas: Tensor) -> DDPM:
+    """Return the schedule of noise levels sigma of x + sigma eps, rising, as a variance-preserving table."""
+    square = torch.as_tensor(sigmas).detach().to("cpu", torch.float64) ** 2
+    return table(1 / (1 + square))

@@ -1,0 +1,81 @@
+"""Velocity, data and noise models of flow_matching: x_t = alpha_t x_1 + sigma_t x_0, data at t = 1.
+
+The library's licence is CC-BY-NC: nothing here imports it, and the package does not depend on it.
+
+References:
+    Flow Matching Guide and Code (Lipman et al., 2024), https://arxiv.org/abs/2412.06264
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..density import ScoreDensity
+from ..schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
+from .checks import expect, expect_attributes, expect_module
+
+PREDICTIONS = ("flow", "x0", "eps")
+
+
+class SchedulerClock(Schedule):
+    """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64)
+        self.time_range = tuple(float(end) for end in self.time(ends))
+
+    def scale(self, log_snr):
+        return self.alpha_sigma(self.time(log_snr))
+
+    def alpha_sigma(self, t):
+        at = self.scheduler(torch.as_tensor(t).to(torch.float64))
+        return at.alpha_t, at.sigma_t
+
+    def log_snr(self, t):
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * torch.log(alpha / sigma)
+
+    def time(self, log_snr):
+        return self.scheduler.snr_inverse(torch.exp(0.5 * torch.as_tensor(log_snr).to(torch.float64)))
+
+    def derivatives(self, t):
+        at = self.scheduler(torch.as_tensor(t).to(torch.float64))
+        return at.d_alpha_t, at.d_sigma_t
+
+    def __repr__(self):
+        return f"SchedulerClock({type(self.scheduler).__name__})"
+
+
+def from_flow_matching(
+    model: nn.Module, scheduler: object | None = None, predicts: str = "flow", **options
+) -> ScoreDensity:
+    """Return the density of a flow_matching model, called as `model(x, t, **extras)`.
+
+    Arguments:
+        model: a `ModelWrapper` or any module; a velocity by default.
+        scheduler: of its affine path, such as `CosineScheduler()`; by default the straight path (`CondOTScheduler`,
+            `CondOTProbPath`).
+        predicts: "flow" (velocity), "x0" (the library's x_1 prediction) or "eps" (its x_0 prediction).
+        options: of `ScoreDensity`.
+
+    Raises:
+        TypeError: if model is not a module, or scheduler not a scheduler.
+        ValueError: for another prediction.
+    """
+    expect_module(
+        model, "model", "a torch module such as a flow_matching ModelWrapper", "wrap the function in a Module"
+    )
+    remedy = 'use "flow" for a velocity'
+    expect(predicts in PREDICTIONS, "predicts", repr(predicts), f"one of {', '.join(PREDICTIONS)}", remedy)
+    if scheduler is None:
+        return ScoreDensity(model, FlowMatching(data_at=1), predicts=predicts, **options)
+    expect_attributes(
+        scheduler,
+        ("__call__", "snr_inverse"),
+        "scheduler",
+        "a flow_matching scheduler such as CosineScheduler()",
+        "give path.scheduler rather than the path",
+    )
+    return ScoreDensity(model, SchedulerClock(scheduler), predicts=predicts, **options)

@@ -1,0 +1,136 @@
+r"""The density of data in the user's own space, where the network knows a transformed one.
+
+.. math:: \log p(x) = \log p_z(z) - \log|\det \partial T/\partial z|, \qquad x = T(z)
+
+The determinant is exact, so an estimate's standard error is that of log p_z.
+
+References:
+    Density Estimation Using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803 (the change of variables)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from .density import ScoreDensity
+from .estimate import Comparison, Estimate
+from .transforms import moved
+
+
+class Transformed(nn.Module):
+    """A `ScoreDensity` seen through a bijection: log_prob, estimate, compare and fit on the user's data.
+
+    Arguments:
+        density: of z, the network's own data.
+        transform: bijective, from z to the user's x, as in `torch.distributions.TransformedDistribution`; see
+            `fastscore.transforms` for z-scores, logits and whitening. Its tensors move with `.to(device)`; it is
+            no part of `state_dict()`, which holds the network and what `fit` found.
+
+    Raises:
+        TypeError: if either is something else.
+        ValueError: if the transform is not bijective.
+
+    Example:
+        >>> density = ScoreDensity(model, VP(), predicts="eps")  # trained on (x - mean) / std
+        >>> Transformed(density, zscore(mean, std)).fit(train).log_prob(x)
+    """
+
+    def __init__(self, density: ScoreDensity, transform: Transform):
+        super().__init__()
+        if not isinstance(density, ScoreDensity):
+            raise TypeError(f"density must be a fastscore ScoreDensity, got {type(density).__name__}")
+        if not isinstance(transform, Transform):
+            raise TypeError(
+                f"transform must be a torch.distributions Transform such as fastscore.transforms.zscore(mean, std), "
+                f"got {type(transform).__name__}"
+            )
+        if not transform.bijective:
+            raise ValueError(
+                f"transform must be bijective, got {transform}; a map that loses information has no density"
+            )
+        self.density, self.transform = density, transform
+
+    def log_prob(self, x: Tensor, **options) -> Tensor:
+        """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
+
+        Arguments:
+            x: data in the user's space, floating point, shape (B, *shape).
+            options: as in `ScoreDensity.log_prob`.
+
+        Raises:
+            ValueError: if x lies outside the transform's range (named by sample), and as `ScoreDensity.log_prob`.
+        """
+        z, log_det = self.to_network(x)
+        found = self.density.log_prob(z, **options)
+        return (found.double() - log_det).to(found.dtype)
+
+    @torch.no_grad()
+    def estimate(self, x: Tensor, **options) -> Estimate:
+        """Return log p(x) with its standard error; arguments as in `ScoreDensity.estimate`.
+
+        `bits_per_dim(bins, low, high)` of the result takes low and high in the user's space. The curve over log-SNR
+        is that of z.
+
+        Raises:
+            ValueError: as `log_prob`.
+        """
+        z, log_det = self.to_network(x)
+        found = self.density.estimate(z, **options)
+        return replace(found, log_prob=(found.log_prob.double() - log_det).to(found.log_prob.dtype))
+
+    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, **options) -> Comparison:
+        """Return log p(x | a) - log p(x | b): the determinant cancels. As in `ScoreDensity.compare`."""
+        return self.density.compare(self.to_network(x)[0], cond_a, cond_b, **options)
+
+    def fit(self, data: Tensor, **options) -> Transformed:
+        """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
+        self.density.fit(self.to_network(data)[0], **options)
+        return self
+
+    def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z, in the dtype of x, and log|det dT/dz| in float64, shape (B,).
+
+        Raises:
+            ValueError: if x is not floating point (B, *shape), lies outside the transform's range or on its edge, or
+                if the transform changes the number of dimensions.
+        """
+        if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
+            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"x must be a floating-point tensor of shape (B, *shape), got {got}; one sample is x[None]"
+            )
+        event = self.transform.codomain.event_dim
+        if event >= x.ndim:
+            raise ValueError(
+                f"x must have the transform's {event} dimensions and a batch before them, got shape {tuple(x.shape)}"
+            )
+        wide = x.to(torch.float64)
+        inside = self.transform.codomain.check(wide.detach()).reshape(len(x), -1).all(1)
+        z = self.transform.inv(wide)
+        if z.shape[:1] != x.shape[:1] or z.numel() != x.numel():
+            raise ValueError(
+                f"the transform must keep the number of dimensions, got x {tuple(x.shape)} and z {tuple(z.shape)}; "
+                "densities in spaces of other dimension do not compare"
+            )
+        inside &= torch.isfinite(z.detach().to(x.dtype)).reshape(len(x), -1).all(1)
+        inside |= ~torch.isfinite(wide.detach()).reshape(len(x), -1).all(1)  # of which the density itself complains
+        if not bool(inside.all()):
+            first = int((~inside).nonzero()[0])
+            raise ValueError(
+                f"x must lie inside the range of {self.transform}, got {int((~inside).sum())} of {len(x)} samples "
+                f"outside or on its edge, first sample {first}; check the scaling, or dequantize"
+            )
+        log_det = self.transform.log_abs_det_jacobian(z, wide)
+        return z.to(x.dtype), log_det.to(torch.float64).reshape(len(x), -1).sum(1)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        moved(self.transform, fn(torch.zeros(())).device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"(transform): {self.transform}"

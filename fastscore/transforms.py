@@ -1,0 +1,144 @@
+r"""Bijections between the space in which a network lives and the one in which its user's data are given.
+
+As in `torch.distributions.TransformedDistribution` a transform goes from the network's z to the user's x = T(z), so
+
+.. math:: \log p(x) = \log p_z\big(T^{-1}(x)\big) - \log|\det \partial T / \partial z|
+
+Any bijective `torch.distributions.Transform` serves, and compositions of them. Here are the ones that data
+preparation needs most: `zscore`, `Logit` and `whiten`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import AffineTransform, Transform, constraints
+
+
+def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
+    """Return x = mean + std z, for a network trained on z = (x - mean) / std.
+
+    Arguments:
+        mean, std: numbers, or tensors that broadcast to one sample; std positive.
+
+    Raises:
+        ValueError: if std is not positive and finite.
+    """
+    mean, std = (torch.as_tensor(value).to(torch.float64) for value in (mean, std))  # log std would be float32 else
+    if not bool((torch.isfinite(std) & (std > 0)).all()):
+        raise ValueError(
+            f"zscore needs std > 0, got a least one of {float(std.min())}; leave constant columns out, or use 1"
+        )
+    return AffineTransform(mean, std)
+
+
+class Logit(Transform):
+    r"""x = low + (high - low) sigmoid(z), for a network trained on z = log((x - low) / (high - x)).
+
+    Unlike `SigmoidTransform` it does not clamp: data on either end has no finite z, and `Transformed` says so.
+
+    Arguments:
+        low, high: ends of the data's range, high > low.
+
+    Raises:
+        ValueError: if high <= low.
+    """
+
+    domain, bijective, sign = constraints.real, True, 1
+
+    def __init__(self, low: float = 0.0, high: float = 1.0):
+        super().__init__()
+        if not high > low:
+            raise ValueError(f"Logit needs high > low, got low={low}, high={high}")
+        self.low, self.high = float(low), float(high)
+        self.codomain = constraints.interval(self.low, self.high)
+
+    def _call(self, z):
+        return self.low + (self.high - self.low) * torch.sigmoid(z)
+
+    def _inverse(self, x):
+        return torch.log(x - self.low) - torch.log(self.high - x)
+
+    def log_abs_det_jacobian(self, z, x):
+        width = torch.log(z.new_tensor(self.high - self.low))
+        return width + torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)
+
+
+class Whitening(Transform):
+    r"""x = mean + U diag(std) z with U orthogonal: principal components of the data, each of unit variance.
+
+    No component is dropped, so the map stays bijective: a density in fewer dimensions is none in the data's space.
+
+    Arguments:
+        mean: one sample's shape.
+        basis: U, eigenvectors in columns, shape (d, d), orthogonal.
+        std: of the components, shape (d,), positive.
+
+    Raises:
+        ValueError: for shapes that do not fit, a basis that is not orthogonal, or a std that is not positive.
+    """
+
+    bijective = True
+
+    def __init__(self, mean: Tensor, basis: Tensor, std: Tensor):
+        super().__init__()
+        d = mean.numel()
+        if basis.shape != (d, d) or std.shape != (d,):
+            raise ValueError(
+                f"Whitening of {d} dimensions needs basis ({d}, {d}) and std ({d},), "
+                f"got {tuple(basis.shape)} and {tuple(std.shape)}; keep all components"
+            )
+        error = float((basis.T @ basis - torch.eye(d).to(basis)).abs().max())
+        # Rounding of a float32 product of d terms, with a margin.
+        if error > 1e-5 * max(1.0, d**0.5):
+            raise ValueError(
+                f"Whitening needs an orthogonal basis, got one with U^T U off by {error:.2g}; use torch.linalg.eigh's"
+            )
+        if not bool((std > 0).all()):
+            raise ValueError(
+                f"Whitening needs std > 0 in every component, got a least one of {float(std.min()):.3g}; "
+                "the data lie in a subspace: give `floor`, or leave out dependent columns"
+            )
+        self.mean, self.basis, self.std = mean, basis, std
+        self.domain = self.codomain = constraints.independent(constraints.real, max(mean.ndim, 1))
+
+    def _call(self, z):
+        flat = (z.flatten(-self.mean.ndim) * self.std) @ self.basis.T.to(z)
+        return flat.unflatten(-1, self.mean.shape) + self.mean
+
+    def _inverse(self, x):
+        flat = (x - self.mean).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std
+        return flat.unflatten(-1, self.mean.shape)
+
+    def log_abs_det_jacobian(self, z, x):
+        return self.std.log().sum().expand(z.shape[: z.ndim - self.mean.ndim])
+
+
+def whiten(data: Tensor, floor: float = 0.0) -> Whitening:
+    """Return the whitening of data, shape (N, *shape): principal components with unit variance, float64.
+
+    Arguments:
+        data: floating point, N >= 2.
+        floor: least standard deviation of a component, relative to the largest; for data in a subspace.
+
+    Raises:
+        ValueError: if the data lie in a subspace and floor is 0.
+    """
+    x = data.detach().to(torch.float64).flatten(1)
+    mean = x.mean(0)
+    variance, basis = torch.linalg.eigh(torch.cov((x - mean).T).reshape(x.shape[1], x.shape[1]))
+    # Eigenvalues below the rounding of the largest are zero.
+    variance = torch.where(variance > 1e-14 * variance.max() * len(variance), variance, 0.0)
+    std = variance.sqrt().clamp(min=floor * float(variance.max().sqrt()))
+    return Whitening(mean.reshape(data.shape[1:]), basis, std)
+
+
+def moved(transform: Transform, device: torch.device) -> Transform:
+    """Move the tensors of a transform, and of those that it is made of, to a device; in place."""
+    for name, value in vars(transform).items():
+        if isinstance(value, Tensor):
+            setattr(transform, name, value.to(device))
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Transform) and part is not transform:
+                moved(part, device)
+    return transform
