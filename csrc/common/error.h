@@ -11,7 +11,7 @@
 namespace fastscore {
 
 // Throw std::runtime_error unless `status` is a success. The rest is printf's and should name every value that could
-// be to blame: check(cudaGetLastError(), "probe_kernel: %d blocks of %d threads", blocks, threads).
+// be to blame: check(cudaGetLastError(), "a_kernel: %d blocks of %d threads", blocks, threads).
 [[gnu::format(printf, 2, 3)]] inline void check(cudaError_t status, const char* format, ...) {
   if (status == cudaSuccess) return;
   char what[512];
