@@ -173,17 +173,17 @@ def evaluate(
     """
     total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
     programs = network.find_programs(samples)
-    at_once = max(1, chunks.rows // evaluations)
+    keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
+    at_once = max(1 if keep else chunks.samples, chunks.rows // evaluations)
     at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
     rows_per_draw = 1 + int(draws.rule.paired.any())
-    span = total if chunks.rows >= evaluations else max(1, chunks.rows // rows_per_draw)
+    span = total if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
 
     def table(span: range) -> Rows:
         return Rows.of(network, draws, span, samples.x, chunks.per_call).with_programs(network, programs, samples)
 
     chunks_of_keys = max(1, KEY_WORDS // (at_once * d))
-    keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
     kept = [table(span) for span in spans] if keep else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))

@@ -25,6 +25,7 @@ HEADROOM = 0.1
 HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 32
+SHARING_SAMPLES = 64  # beyond, what a draw costs once is lost among its rows
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -105,11 +106,13 @@ class Chunks(NamedTuple):
         rows: network evaluations at once.
         per_call: of these, how many the network gets in one call, if a whole sample is not more.
         keep_tables: whether what row programs evaluate once per draw stays from one chunk of samples to the next.
+        samples: how many to take through some draws at once if it does not, so that they share it.
     """
 
     rows: int
     per_call: int
     keep_tables: bool = True
+    samples: int = 1
 
 
 def plan_chunks(
@@ -124,12 +127,13 @@ def plan_chunks(
     Raises:
         ValueError: as `chunk_rows`.
     """
-    tables = draws * bytes_per_draw
-    keep = 4 * tables <= _budget(memory, device)
-    row = bytes_per_row if keep else bytes_per_row + bytes_per_draw
-    rows = chunk_rows(row, memory, device, tables if keep else 0)
+    budget, tables, sums = _budget(memory, device), draws * bytes_per_draw, 12 * draws
+    keep = 4 * tables <= budget
+    samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (8 * sums)))  # whose values wait to be summed
+    row = bytes_per_row + (0 if keep else bytes_per_draw // samples)
+    rows = chunk_rows(row, memory, device, tables if keep else samples * sums)
     per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
-    return Chunks(rows, per_call, keep)
+    return Chunks(rows, per_call, keep, min(samples, rows))
 
 
 def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device, kept: int = 0) -> int:

@@ -1,0 +1,125 @@
+"""How time and memory grow with samples, evaluations, dimensions, width and processes.
+
+Time is that of one thread's processor (time.process_time): other work lengthens it less than the clock's. The exponent
+is the slope of log time over log size, start-up included; a slope of 1 is linear. Of several processes the slowest
+counts. Peaks are those of all tensors, beside a budget of 8 MB.
+"""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import mlp
+
+import fastscore as fs
+from fastscore.memory import peak_bytes
+
+SAMPLES, NFE, D, WIDTH = 64, 128, 64, 256
+SIZES = {
+    "samples": [128, 256, 512, 1024],
+    "evaluations": [1024, 2048, 4096, 8192],
+    "dimensions": [64, 128, 256, 512],
+    "width": [128, 256, 512, 1024],
+}
+REPEATS = 3
+
+
+def problem(axis: str, size: int):
+    """Return a density, its data and the evaluations a sample, everything but `axis` at its usual size."""
+    at = {"samples": SAMPLES, "evaluations": NFE, "dimensions": D, "width": WIDTH} | {axis: size}
+    density = fs.ScoreDensity(mlp(at["dimensions"], at["width"]), fs.LogSNR(-8, 8))
+    return density, torch.randn(at["samples"], at["dimensions"]), at["evaluations"]
+
+
+def processor_seconds(run) -> float:
+    spent = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        run()
+        spent.append(time.process_time() - start)
+    return statistics.median(spent)
+
+
+def slope(sizes: list[int], values: list[float]) -> float:
+    return float(np.polyfit([math.log(s) for s in sizes], [math.log(v) for v in values], 1)[0])
+
+
+@pytest.mark.parametrize("axis", SIZES)
+def test_growth(benchmark, table, axis):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        spent, peaks = [], []
+        for size in SIZES[axis]:
+            density, x, nfe = problem(axis, size)
+            run = lambda density=density, x=x, nfe=nfe: density.estimate(x, nfe=nfe, memory="8MB")  # noqa: E731
+            assert bool(run().log_prob.isfinite().all())
+            peaks.append(peak_bytes(run))
+            spent.append(processor_seconds(run))
+        benchmark.pedantic(run, rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    for size, seconds, peak in zip(SIZES[axis], spent, peaks):
+        table("scaling", {"axis": axis, "size": size, "processor seconds": seconds, "tensors' peak, MB": peak / 1e6})
+    exponent = slope(SIZES[axis], spent)
+    table("scaling exponents", {"axis": axis, "from": SIZES[axis][0], "to": SIZES[axis][-1], "exponent": exponent,
+                                "peak, last over first": peaks[-1] / peaks[0]})  # fmt: skip
+    benchmark.extra_info.update(exponent=exponent, peaks=peaks, nfe=nfe)
+    if axis in ("samples", "evaluations"):
+        assert 0.95 < exponent < 1.05
+        # Chunks of about the same size, whatever their number: what grows is a sum a sample, or a node's weight.
+        assert max(peaks) < 8e6
+        assert peaks[-1] < 1.15 * peaks[0]
+
+
+WORKER = """
+import sys, time, torch, fastscore as fs
+sys.path.insert(0, {folder!r})
+from networks import mlp
+torch.set_num_threads(1)
+rank, ranks, samples = map(int, sys.argv[1:])
+density = fs.ScoreDensity(mlp(64, 256), fs.LogSNR(-8, 8))
+index = torch.arange(samples)[rank::ranks]
+x = torch.randn(samples, 64, generator=torch.Generator().manual_seed(0))[index]
+density.estimate(x[:8], nfe=64)
+start = time.process_time()
+result = density.estimate(x, nfe=256, sample_index=index)
+print(time.process_time() - start, float(result.log_prob.sum()))
+"""
+
+
+def test_processes(benchmark, table):
+    """Every process evaluates its share: the work of all together stays that of one, and so does the sum."""
+    folder, samples, rows = str(Path(__file__).parent), 2048, []
+
+    def shares(ranks: int) -> list[tuple[float, float]]:
+        command = [sys.executable, "-c", WORKER.format(folder=folder)]
+        workers = [
+            subprocess.Popen([*command, str(r), str(ranks), str(samples)], stdout=subprocess.PIPE, text=True)
+            for r in range(ranks)
+        ]
+        return [tuple(map(float, w.communicate()[0].split())) for w in workers]
+
+    for ranks in [n for n in (1, 2, 4) if n <= (os.cpu_count() or 1)]:
+        runs = [shares(ranks) for _ in range(3)]
+        longest = statistics.median(max(spent for spent, _ in run) for run in runs)
+        rows.append((ranks, longest, sum(found for _, found in runs[0])))
+    benchmark.pedantic(lambda: shares(1), rounds=1)
+    for ranks, longest, total in rows:
+        row = {"processes": ranks, "samples": samples, "processor seconds of the slowest": longest}
+        table("scaling of processes", row | {"over one": rows[0][1] / longest})
+        # float32 sums of 2,048 samples in another order
+        assert total == pytest.approx(rows[0][2], rel=1e-5)
+    exponent = -slope([r for r, *_ in rows], [s for _, s, _ in rows]) if len(rows) > 1 else float("nan")
+    benchmark.extra_info.update(exponent=exponent)
+    table("scaling exponents", {"axis": "processes", "from": 1, "to": rows[-1][0], "exponent": exponent,
+                                "peak, last over first": None})  # fmt: skip
+    if len(rows) > 1:
+        assert 0.9 < exponent < 1.1
