@@ -11,6 +11,8 @@ from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from .training.losses import density_loss
+from .training.nodes import AdaptiveNodes
+from .training.weights import density_weights, elbo_weights
 
 __version__ = version("fastscore")
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "AdaptiveNodes",
     "CapturedDensity",
     "Comparison",
     "Cosine",
@@ -32,7 +35,9 @@ __all__ = [
     "Schedule",
     "ScoreDensity",
     "density_loss",
+    "density_weights",
     "discrete_log_prob",
+    "elbo_weights",
     "explain",
     "probability_flow_log_prob",
 ]

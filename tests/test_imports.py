@@ -53,6 +53,8 @@ RANKS = {
     "graph": 9,
     "loading": 9,
     "probability_flow": 9,
+    "training.nodes": 2,
+    "training.weights": 2,
     "training.losses": 9,
     "": 10,  # the public names
     "demo.training": 10,
