@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastscore"
-OPTIONAL = {"matplotlib", "sklearn", "torchdiffeq"}
+OPTIONAL = {"lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchdiffeq", "torchmetrics"}
 
 RANKS = {
     "backends": 0,
@@ -56,7 +56,11 @@ RANKS = {
     "training.nodes": 2,
     "training.weights": 2,
     "training.losses": 9,
-    "": 10,  # the public names
+    "metrics": 9,
+    "training.diffusion_loss": 10,
+    "training.gan": 10,
+    "lightning": 10,
+    "": 11,  # the public names
     "demo.training": 10,
     "demo.problems": 11,
     "demo.comparison": 12,
