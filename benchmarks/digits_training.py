@@ -4,8 +4,8 @@ The plain loss is the mean of |eps - eps_hat|^2 over uniform times of a clock, w
 
 .. math:: E_{t \sim U}\, \|\epsilon - \hat\epsilon(x_t)\|^2 / d
 
-with the times of the cosine schedule or DDPM's table of 1,000. The network is told the log-SNR and covers the demo's range;
-times beyond it count as its ends.
+with the times of the cosine schedule or DDPM's table of 1,000. The network is told the log-SNR and covers the demo's
+range; times beyond it count as its ends.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from .graph import CapturedDensity
 from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .training.diffusion_loss import DiffusionLoss
+from .training.gan import score_regularization
 from .training.losses import density_loss
 from .training.nodes import AdaptiveNodes
 from .training.weights import density_weights, elbo_weights
@@ -25,6 +27,7 @@ __all__ = [
     "Comparison",
     "Cosine",
     "Curve",
+    "DiffusionLoss",
     "Estimate",
     "FlowLogProb",
     "FlowMatching",
@@ -40,4 +43,5 @@ __all__ = [
     "elbo_weights",
     "explain",
     "probability_flow_log_prob",
+    "score_regularization",
 ]

@@ -23,7 +23,7 @@ except ImportError:
 class LogDensity(Callback):
     """Log a metric of `fastscore.metrics` over every validation epoch, under the metric's own names.
 
-    Its values (`bits_per_dim`, `bits_per_dim_stderr`, ...) are over all processes and can be monitored by other callbacks.
+    Its values (`bits_per_dim`, `bits_per_dim_stderr`, ...) are over all processes; other callbacks may monitor them.
 
     Arguments:
         metric: `BitsPerDim` or `NegativeLogLikelihood` of a density whose network the module trains.

@@ -5,9 +5,9 @@ With estimates L_i of N samples and their standard errors s_i,
 .. math:: \mathrm{mean} = \tfrac1N \sum_i L_i, \qquad
     \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N}, \qquad \mathrm{estimate\_stderr}^2 = \frac{\sum_i s_i^2}{N^2}
 
-The spread of the L_i contains both how samples differ and the noise of their estimates, so the first is the whole error of
-the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on these
-very samples: what another seed changes, and what more evaluations lower.
+The spread of the L_i contains both how samples differ and the noise of their estimates, so the first is the whole error
+of the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on
+these very samples: what another seed changes, and what more evaluations lower.
 
 Needs torchmetrics: `pip install fastscore[metrics]`.
 
@@ -38,8 +38,8 @@ class NegativeLogLikelihood(Metric):
     """Mean of -log p(x) in nats with its standard errors, over all samples of all processes.
 
     The noise of a sample is keyed by the order in which it arrives, as sample n of process r counts as index
-    n x processes + r: no two samples share their noise, and the same data give the same number after every `reset`. Pass
-    `sample_index` (from the data set) to make it independent of the order and the number of processes.
+    n x processes + r: no two samples share their noise, and the same data give the same number after every `reset`.
+    Pass `sample_index` (from the data set) to make it independent of the order and the number of processes.
 
     Arguments:
         density: of the network; not part of this module, so it is neither moved nor stored with it.
