@@ -138,7 +138,7 @@ def test_only_the_command_imports_the_command_line():
         ("noise.py", "from .schedules import VP", "fastscore.noise (0) imports fastscore.schedules (0)"),
         ("noise.py", "def f():\n    from . import density", "fastscore.noise (0) imports fastscore.density (8)"),
         ("noise.py", "import fastscore.density as d", "fastscore.noise (0) imports fastscore.density (8)"),
-        ("noise.py", "from fastscore import ScoreDensity", "fastscore.noise (0) imports fastscore (10)"),
+        ("noise.py", "from fastscore import ScoreDensity", "fastscore.noise (0) imports fastscore (11)"),
         ("backends/torch.py", "from ..ops import perturb", "fastscore.backends.torch (2) imports fastscore.ops (3)"),
         ("backends/torch.py", "from .. import ops", "fastscore.backends.torch (2) imports fastscore.ops (3)"),
         ("backends/__init__.py", "from .torch import x", "fastscore.backends (0) imports fastscore.backends.torch (2)"),

@@ -7,7 +7,7 @@ STEPS = 300
 
 
 def test_density_loss_reaches_fewer_bits_than_the_plain_loss():
-    """Same network, same initial weights, same steps, same evaluations a step; benchmarks/bench_training.py is longer."""
+    """Same network, initial weights, steps, and evaluations a step; benchmarks/bench_training.py is longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {}
