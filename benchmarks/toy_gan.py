@@ -5,8 +5,8 @@ The generator is an increasing function of a standard normal z, so its density i
 .. math:: KL(p_G \| p) = \int N(z; 0, 1) \big[\log N(z; 0, 1) - \log G'(z) - \log p(G(z))\big]\, dz
 
 is a sum over a grid of z. It is averaged over the second half of the training, because a GAN goes up and down. The data
-are three peaks, the discriminators small: of 4 and of 16 hidden units. The score network is an MLP trained on the same data
-with `density_loss`; with and without the term, all starts from the same weights and sees the same batches and latents.
+are three peaks, the discriminators small: of 4 and of 16 hidden units. The score network is an MLP trained on the same
+data with `density_loss`; with and without the term, all starts from the same weights, batches and latents.
 
     python benchmarks/toy_gan.py   # writes benchmarks/results/gan.json and gan.md
 """
