@@ -4,7 +4,7 @@ The generator is an increasing function of a standard normal z, so its density i
 
 .. math:: KL(p_G \| p) = \int N(z; 0, 1) \big[\log N(z; 0, 1) - \log G'(z) - \log p(G(z))\big]\, dz
 
-is a sum over a grid of z. It is averaged over the second half of the training, because a GAN goes up and down. The data
+is a sum over a grid of z. It is averaged over two stretches of the training, because a GAN goes up and down. The data
 are three peaks, the discriminators small: of 4 and of 16 hidden units. The score network is an MLP trained on the same
 data with `density_loss`; with and without the term, all starts from the same weights, batches and latents.
 
@@ -27,8 +27,9 @@ import fastscore as fs
 from fastscore.demo.training import ScoreMLP
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS, WEIGHTS, SEEDS = (4, 16), (0.0, 0.03, 0.1, 0.3), (0, 1, 2)
+WIDTHS, WEIGHTS, SEEDS = (4, 16), (0.0, 0.1), (0, 1, 2)
 STEPS, SCORE_STEPS, BATCH, SAMPLES, EVERY = 2000, 1000, 256, 4000, 25
+STRETCHES = ((300, 600), (1000, 2000))
 SCHEDULE = fs.LogSNR(-8.0, 8.0)
 PEAKS = Normal(torch.tensor([-1.5, 0.5, 2.0], dtype=torch.float64), 0.3)
 DATA = MixtureSameFamily(Categorical(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)), PEAKS)
@@ -83,15 +84,17 @@ def score_network(data: Tensor, seed: int, steps: int = SCORE_STEPS) -> fs.Score
     return density.eval()
 
 
-def train_gan(data: Tensor, density: fs.ScoreDensity, weight: float, width: int, seed: int, steps: int) -> float:
+def train_gan(
+    data: Tensor, density: fs.ScoreDensity, weight: float, width: int, seed: int, steps: int
+) -> dict[int, float]:
     """Train with the non-saturating loss, plus `weight` times the score network's -log p of the samples.
 
-    Returns the exact divergence, nats, averaged over the second half.
+    Returns the exact divergence, nats, every 25 steps.
     """
     torch.manual_seed(seed)
     made, judge = Generator(), nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
     optimizers = [torch.optim.Adam(net.parameters(), 2e-3, betas=(0.5, 0.9)) for net in (made, judge)]
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, found = torch.Generator().manual_seed(seed), {}
     for step in range(steps):
         real = data[torch.randint(len(data), (BATCH,), generator=generator)]
         fake = made(torch.randn(BATCH, generator=generator))[0][:, None]
@@ -104,9 +107,15 @@ def train_gan(data: Tensor, density: fs.ScoreDensity, weight: float, width: int,
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
-        if step >= steps // 2 and step % EVERY == 0:
-            found.append(divergence(made))
-    return sum(found) / len(found)
+        if step % EVERY == 0:
+            found[step] = divergence(made)
+    return found
+
+
+def mean_between(found: dict[int, float], first: int, last: int) -> float:
+    """Return the mean of the divergence over a stretch of steps."""
+    chosen = [value for step, value in found.items() if first <= step < last]
+    return sum(chosen) / len(chosen)
 
 
 def main() -> None:
@@ -118,20 +127,17 @@ def main() -> None:
         for width in WIDTHS:
             for weight in WEIGHTS:
                 found[width, weight, seed] = train_gan(data, density, weight, width, seed, STEPS)
-                print(seed, width, weight, f"{found[width, weight, seed]:.3f}", flush=True)
     rows = []
     for width in WIDTHS:
-        without = [found[width, 0.0, seed] for seed in SEEDS]
-        for weight in WEIGHTS:
-            values = [found[width, weight, seed] for seed in SEEDS]
-            mean, error = mean_and_error(values)
-            gain, gain_error = mean_and_error([a - b for a, b in zip(without, values)])
-            row = {"discriminator": width, "weight of the term": weight, "KL, nats": f"{mean:.3f} ± {error:.3f}"}
-            row |= {
-                "less than without": f"{gain:.3f} ± {gain_error:.3f}",
-                "of each seed": [round(v, 3) for v in values],
-            }
-            rows.append(row)
+        for stretch in STRETCHES:
+            values = {w: [mean_between(found[width, w, seed], *stretch) for seed in SEEDS] for w in WEIGHTS}
+            for weight in WEIGHTS:
+                mean, error = mean_and_error(values[weight])
+                gain, gain_error = mean_and_error([a - b for a, b in zip(values[0.0], values[weight])])
+                row = {"discriminator": width, "steps": "{} to {}".format(*stretch), "weight of the term": weight}
+                row |= {"KL, nats": f"{mean:.3f} ± {error:.3f}", "less than without": f"{gain:.3f} ± {gain_error:.3f}"}
+                rows.append(row | {"of each seed": [round(v, 3) for v in values[weight]]})
+                print(rows[-1])
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
     (RESULTS / "gan.md").write_text("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
     about = {"table": "gan", "torch": torch.__version__, "steps": STEPS, "batch": BATCH}
