@@ -10,7 +10,11 @@ from .graph import CapturedDensity
 from .probability_flow import FlowLogProb, probability_flow_log_prob
 from .reference import Reference
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .training.diffusion_loss import DiffusionLoss
+from .training.gan import score_regularization
 from .training.losses import density_loss
+from .training.nodes import AdaptiveNodes
+from .training.weights import density_weights, elbo_weights
 from .transformed import Transformed
 
 __version__ = version("fastscore")
@@ -19,10 +23,12 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "AdaptiveNodes",
     "CapturedDensity",
     "Comparison",
     "Cosine",
     "Curve",
+    "DiffusionLoss",
     "Estimate",
     "FlowLogProb",
     "FlowMatching",
@@ -34,7 +40,10 @@ __all__ = [
     "ScoreDensity",
     "Transformed",
     "density_loss",
+    "density_weights",
     "discrete_log_prob",
+    "elbo_weights",
     "explain",
     "probability_flow_log_prob",
+    "score_regularization",
 ]

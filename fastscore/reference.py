@@ -109,8 +109,11 @@ class Reference(FittedBuffers):
         """
         if self.components == 1:
             return self._gaussian_residual(x, eps, alpha, sigma)
-        eps_q = self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
-        return torch.linalg.vector_norm(eps - eps_q, dim=-1).square()
+        return torch.linalg.vector_norm(eps - self.eps(x_t, alpha, sigma), dim=-1).square()
+
+    def eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t; arguments as `residual`."""
+        return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
 
     def _gaussian_residual(self, x, eps, alpha, sigma):
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
@@ -132,9 +135,10 @@ class Reference(FittedBuffers):
     def _diagonal_eps(self, x_t, alpha, sigma):
         """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d is stored."""
         alpha, sigma = alpha[:, None, None], sigma[:, None, None]
-        center = self.weight @ self.mean  # expanding squares about it keeps float32 accurate
-        mean = (self.mean - center) * alpha  # (R, K, d)
-        total = alpha**2 * self.variance + sigma**2
+        own_mean, variance = (v.expand(-1, x_t.shape[-1]) for v in (self.mean, self.variance))
+        center = self.weight @ own_mean  # expanding squares about it keeps float32 accurate
+        mean = (own_mean - center) * alpha  # (R, K, d)
+        total = alpha**2 * variance + sigma**2
         gain = 1 / total
         bias = self.weight.log() - 0.5 * (total.log().sum(-1) + (gain * mean**2).sum(-1))  # (R, K)
         gain, gain_mean, bias = (v.to(x_t.dtype) for v in (gain, gain * mean, bias))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastscore"
-OPTIONAL = {"matplotlib", "sklearn", "torchdiffeq"}
+OPTIONAL = {"lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchdiffeq", "torchmetrics"}
 
 RANKS = {
     "backends": 0,
@@ -57,6 +57,8 @@ RANKS = {
     "graph": 9,
     "loading": 9,
     "probability_flow": 9,
+    "training.nodes": 2,
+    "training.weights": 2,
     "training.losses": 9,
     "transformed": 9,
     "adapters.flow_matching": 9,
@@ -69,7 +71,11 @@ RANKS = {
     "adapters.lucidrains": 10,
     "adapters.sbi": 10,
     "adapters": 11,
-    "": 10,  # the public names
+    "metrics": 9,
+    "training.diffusion_loss": 10,
+    "training.gan": 10,
+    "lightning": 10,
+    "": 11,  # the public names
     "demo.training": 10,
     "demo.problems": 11,
     "demo.comparison": 12,
@@ -147,7 +153,7 @@ def test_only_the_command_imports_the_command_line():
         ("noise.py", "from .schedules import VP", "fastscore.noise (0) imports fastscore.schedules (0)"),
         ("noise.py", "def f():\n    from . import density", "fastscore.noise (0) imports fastscore.density (8)"),
         ("noise.py", "import fastscore.density as d", "fastscore.noise (0) imports fastscore.density (8)"),
-        ("noise.py", "from fastscore import ScoreDensity", "fastscore.noise (0) imports fastscore (10)"),
+        ("noise.py", "from fastscore import ScoreDensity", "fastscore.noise (0) imports fastscore (11)"),
         ("backends/torch.py", "from ..ops import perturb", "fastscore.backends.torch (2) imports fastscore.ops (3)"),
         ("backends/torch.py", "from .. import ops", "fastscore.backends.torch (2) imports fastscore.ops (3)"),
         ("backends/__init__.py", "from .torch import x", "fastscore.backends (0) imports fastscore.backends.torch (2)"),

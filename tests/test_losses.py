@@ -9,6 +9,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.training.losses import density_loss
+from fastscore.training.nodes import AdaptiveNodes
 
 TARGET, WIDE = mixture(2), fs.LogSNR(-14, 16)
 MANY = TARGET.sample(8192, seed=6)
@@ -28,10 +29,10 @@ def loss_of(schedule=WIDE, predicts="eps", gain=None):
     return fs.ScoreDensity(ExactNet(TARGET, schedule, predicts, gain), schedule, predicts)
 
 
-def mean_loss(density, x=MANY, seeds=30, **cond):
+def mean_loss(density, x=MANY, seeds=30, **options):
     """Return the mean over seeds and its standard error."""
     with torch.no_grad():
-        losses = torch.stack([density_loss(density, x, seed=seed, **cond) for seed in range(seeds)])
+        losses = torch.stack([density_loss(density, x, seed=seed, **options) for seed in range(seeds)])
     return float(losses.mean()), float(losses.std()) / seeds**0.5
 
 
@@ -51,8 +52,13 @@ def test_a_standard_normal_costs_its_entropy_constant():
             return WIDE.alpha_sigma(t)[1][:, None] * x_t
 
     x = torch.randn(8192, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE), x)
     exact = 1.5 * math.log(2 * math.pi) + 0.5 * float(x.square().sum(1).mean())
+    # The default reference is the network's own density and leaves no noise at all, only rounding.
+    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE), x, seeds=2)
+    assert error < 1e-12
+    assert mean == pytest.approx(exact, abs=1e-12)
+    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE, reference=fs.Reference.isotropic(2.0)), x)
+    assert error > 1e-3
     assert abs(mean - exact) < 4 * error
 
 
@@ -160,7 +166,7 @@ def test_images_and_extra_channels():
             return torch.cat([sigma * x_t, torch.full_like(x_t, torch.nan)], 1)
 
     x = torch.randn(4096, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mean, error = mean_loss(fs.ScoreDensity(Wide(), WIDE), x)
+    mean, error = mean_loss(fs.ScoreDensity(Wide(), WIDE, reference=fs.Reference.isotropic(2.0)), x)
     exact = 2 * math.log(2 * math.pi) + 0.5 * float(x.square().flatten(1).sum(1).mean())
     assert abs(mean - exact) < 4 * error
 
@@ -193,6 +199,129 @@ def test_fitted_nodes_keep_it_unbiased():
     # Above 12 the integrand misses e^-12 (tr C^-1 - d) / 2.
     assert abs(mean - truth) < 4 * error + 1e-4
     assert abs(uniform[0] - truth) < 4 * uniform[1] + 1e-4
+
+
+@pytest.mark.parametrize("options", [{"antithetic": True}, {"draws": 3}, {"draws": 2, "antithetic": True}])
+def test_more_evaluations_a_sample_keep_it_unbiased(options):
+    schedule = fs.LogSNR(-14, 12)
+    one, more = (mean_loss(loss_of(schedule), MANY[:1024], seeds=20, **chosen) for chosen in ({}, options))
+    truth = -float(TARGET.log_prob(MANY[:1024]).mean())
+    assert abs(more[0] - truth) < 4 * more[1] + 1e-4
+    assert more[1] < one[1]  # 20 seeds know an error to a sixth, and each option lowers it by a third or more
+
+
+def test_every_sample_has_its_own_unbiased_loss():
+    density = loss_of(fs.LogSNR(-14, 12))
+    with torch.no_grad():
+        losses = [density_loss(density, X[:64], seed=s, draws=4, antithetic=True, reduction="none") for s in range(60)]
+    losses = torch.stack(losses)
+    assert losses.shape == (60, 64)
+    error = losses.std(0) / 60**0.5
+    # 64 points, each within 4 of its own standard errors; heavy tails may take one of them further.
+    assert int(((losses.mean(0) + TARGET.log_prob(X[:64])).abs() > 4 * error + 1e-3).sum()) <= 1
+    scalar = density_loss(density, X[:64], seed=0, draws=4, antithetic=True)
+    assert float(scalar) == pytest.approx(float(losses[0].mean()), abs=1e-12)
+
+
+def test_draws_have_noise_of_their_own():
+    class Recording(nn.Module):
+        def forward(self, x_t, t):
+            alpha, sigma = WIDE.alpha_sigma(t)
+            seen.append((x_t - alpha[:, None] * X.repeat(4, 1)) / sigma[:, None])
+            return x_t
+
+    seen = []
+    density_loss(fs.ScoreDensity(Recording(), WIDE), X, seed=0, draws=2, antithetic=True)
+    eps = seen[0].reshape(2, 2, 256, 2)  # sign, draw, sample
+    # At the clean end eps is read off x_t with a rounding error of 1e-16 e^8.
+    assert torch.allclose(eps[0], -eps[1], atol=1e-8)
+    assert abs(float(torch.corrcoef(eps[0].reshape(2, -1))[0, 1])) < 4 / 512**0.5
+
+
+def test_a_fitted_reference_lowers_the_noise_of_the_loss_and_leaves_the_gradient():
+    losses, gradients = [], []
+    exact = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 2), 0.09))
+    for reference in (None, exact):
+        density = fs.ScoreDensity(ExactNet(TARGET, fs.LogSNR(-8, 8), gain=1.0), fs.LogSNR(-8, 8), reference=reference)
+        losses.append(mean_loss(density, X)[1])
+        (gradient,) = torch.autograd.grad(density_loss(density, X, seed=0), density.parameters())
+        gradients.append(float(gradient))
+    assert losses[1] < 1e-6 < 0.01 < losses[0]  # the target itself: rounding of its float32 means is left
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-9)
+
+
+def test_adaptive_nodes_follow_the_gradient_and_keep_the_loss_unbiased():
+    schedule = fs.LogSNR(-14, 12)
+    density, nodes = loss_of(schedule), AdaptiveNodes(schedule)
+    assert torch.allclose(nodes.density.share, torch.full((24,), 1 / 24, dtype=torch.float64))
+    losses = []
+    with torch.no_grad():
+        for seed in range(60):
+            losses.append(density_loss(density, X, seed=seed, nodes=nodes))
+    losses, truth = torch.stack(losses), -float(TARGET.log_prob(X).mean())
+    assert abs(float(losses.mean()) - truth) < 4 * float(losses.std()) / 60**0.5 + 1e-4
+    # E|eps - eps_hat|^2 rises from 0 at the noise to d = 2 at the data; 0.1 / 24 of the draws go anywhere.
+    middle = (nodes.edges[1:] + nodes.edges[:-1]) / 2
+    residual = torch.stack([mean_residual(schedule, at) for at in middle])
+    expected = 0.9 * residual.sqrt() / residual.sqrt().sum() + 0.1 / 24
+    # Each bin remembers 64 squares, of mean 2 and deviation 2 or wider: an error of an eighth or two, half in the root.
+    assert torch.allclose(nodes.density.share, expected, rtol=0.4)
+    again = AdaptiveNodes(schedule)
+    again.load_state_dict(nodes.state_dict())
+    assert torch.equal(again.density.share, nodes.density.share)
+
+
+def mean_residual(schedule, log_snr):
+    alpha, sigma = schedule.alpha_sigma(log_snr.expand(len(MANY)))
+    eps = torch.randn(MANY.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x_t = alpha[:, None] * MANY + sigma[:, None] * eps
+    eps_hat = (x_t - alpha[:, None] * TARGET.denoised(x_t, alpha, sigma)) / sigma[:, None]
+    return (eps - eps_hat).square().sum(1).mean()
+
+
+def test_antithetic_noise_and_adaptive_nodes_lower_the_variance_of_the_gradient():
+    """At equal evaluations: 128 pairs beside 256 single rows."""
+    torch.manual_seed(0)
+    schedule = fs.LogSNR(-8, 8)
+    net = MLP()
+    density, nodes = fs.ScoreDensity(net, schedule, "v"), AdaptiveNodes(schedule)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for step in range(300):
+        x = MANY[torch.randperm(len(MANY), generator=torch.Generator().manual_seed(step))[:128]].float()
+        optimizer.zero_grad()
+        density_loss(density, x, seed=step, antithetic=True, nodes=nodes).backward()
+        optimizer.step()
+    ways = {"plain": (256, {}), "pairs": (128, {"antithetic": True})}
+    ways["pairs, adaptive"] = (128, {"antithetic": True, "nodes": nodes})
+    variance = {}
+    for name, (batch, options) in ways.items():
+        gradients = []
+        for seed in range(80):
+            x = MANY[torch.randperm(len(MANY), generator=torch.Generator().manual_seed(seed))[:batch]].float()
+            loss = density_loss(density, x, seed=1000 + seed, **options)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())]))
+        variance[name] = float(torch.stack(gradients).var(0).sum())
+    # Measured 0.5 and 0.4 of it; 80 seeds know a sum of many variances to a tenth.
+    assert variance["pairs"] < 0.75 * variance["plain"], variance
+    assert variance["pairs, adaptive"] < variance["pairs"], variance
+
+
+class MLP(nn.Module):
+    def __init__(self, width=64):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.last = nn.Linear(width, 2)
+
+    def forward(self, x_t, log_snr):
+        angle = log_snr[:, None] / 8
+        return self.last(self.net(torch.cat([x_t, angle, angle.sin(), angle.cos()], 1)))
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="reduction must be one of mean, none; got 'sum'"):
+        density_loss(loss_of(), X, seed=0, reduction="sum")
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        density_loss(loss_of(), X, seed=0, draws=0)
 
 
 def test_bad_data_get_the_errors_of_an_estimate():

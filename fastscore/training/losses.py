@@ -1,10 +1,13 @@
 r"""The density formula as a training objective.
 
-.. math:: -\log p(x) \approx \tfrac d2 \log(2\pi e)
-    + \tfrac12 \int \big( E\|\epsilon - \hat\epsilon(x_\lambda)\|^2 - d\,\mathrm{sigmoid}(\lambda) \big)\, d\lambda
+.. math:: -\log p(x) = -\log q(x)
+    + \tfrac12 \int E\big[\, \|\epsilon - \hat\epsilon(x_\lambda)\|^2
+        - \|\epsilon - \epsilon_q(x_\lambda)\|^2 \,\big]\, d\lambda
 
 One evaluation a sample estimates the integral without bias when log-SNR is drawn with density p and weighted by 1/p.
-Uniform p in log-SNR weighs every prediction by its likelihood; fitted nodes lower the variance of the gradient.
+The reference q lowers the variance of the loss alone, since it has no parameters. What lowers that of the gradient:
+log-SNRs stratified over the batch; antithetic noise, because at the clean end the gradient is almost odd in eps; and
+nodes that follow the network (`AdaptiveNodes`).
 
 References:
     A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
@@ -13,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,40 +24,96 @@ from torch import Tensor
 from .. import noise
 from ..density import ScoreDensity
 from ..network import Conditions, predict
+from ..nodes import NodeDensity
 from ..predictions import coefficients
-from ..samples import check_samples
+from ..samples import Samples, check_samples
+from .nodes import AdaptiveNodes
+
+REDUCTIONS = ("mean", "none")
 
 
-def density_loss(density: ScoreDensity, x: Tensor, *, seed: int, **cond) -> Tensor:
-    """Return an unbiased estimate of -log p(x), averaged over the batch: a scalar in nats per sample.
+def density_loss(
+    density: ScoreDensity,
+    x: Tensor,
+    *,
+    seed: int,
+    draws: int = 1,
+    antithetic: bool = False,
+    nodes: AdaptiveNodes | None = None,
+    reduction: str = "mean",
+    **cond,
+) -> Tensor:
+    """Return an unbiased estimate of -log p(x) in nats: the mean over the batch, or one a sample.
 
-    Log-SNRs are stratified over the batch. Outside the schedule's range the integrand is taken as N(0, I)'s.
+    Log-SNRs are stratified over batch and draws. Outside the schedule's range the integrand counts as the reference's.
 
     Arguments:
-        density: network, schedule and nodes to train with.
+        density: network, schedule, nodes and reference to train with.
         x: data, shape (B, *shape).
-        seed: key of the noise; give every step another one, its number for instance.
+        seed: key of the noise; give every step, and every process, another one: the step's number for instance.
+        draws: noise levels a sample.
+        antithetic: evaluate eps and -eps at every draw: two evaluations, of which the mean has less than half the
+            variance, most of all where the data are clean.
+        nodes: where in log-SNR to draw instead of `density.nodes`; they learn from this call.
+        reduction: "mean", a scalar; or "none", shape (B,), each unbiased by itself.
         cond: keyword arguments of the network; tensors whose first dimension is B belong to their samples.
 
     Raises:
-        ValueError: as `ScoreDensity.estimate` does for bad data.
+        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     samples = check_samples(x, None, (cond,), density.model)
-    schedule, nodes = density.schedule, density.nodes.density
-    batch, d = samples.x.shape
-    w = noise.words(seed, samples.index, 0, noise.STREAM_LOSS, d + 1)
+    rows = _draw(samples, nodes.density if nodes is not None else density.nodes.density, seed, draws)
+    signs = (1, -1) if antithetic else (1,)
+    difference, pull = _evaluate(density, samples, rows, signs)
+    if nodes is not None:
+        nodes.observe(rows.log_snr, pull)
+    integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
+    loss = 0.5 * integral - density.reference.log_prob(samples.x).to(integral)
+    return loss.mean() if reduction == "mean" else loss
+
+
+class _Rows(NamedTuple):
+    """R draws, those of one number for all samples after the other: log-SNR and 1/p float64 (R,), noise (R, d)."""
+
+    log_snr: Tensor
+    weight: Tensor
+    eps: Tensor
+
+
+def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
+    """Draw log-SNRs from the nodes' density, stratified over all rows, and the noise of each row."""
+    count, d = draws * len(samples), samples.x.shape[1]
+    w = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, d + 1) for draw in range(draws)])
+    u = (torch.arange(count, dtype=torch.float64) + noise.uniform(w[:, 0].cpu(), torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
-    u = (torch.arange(batch, dtype=torch.float64) + noise.uniform(w[:, 0].cpu(), torch.float64)) / batch
-    log_snr = nodes.quantile(u[torch.randperm(batch, generator=torch.Generator().manual_seed(seed))])
-    weight = 1 / nodes.density_at(log_snr)
-    time = schedule.time(log_snr)
-    alpha, sigma = (v.to(samples.x)[:, None] for v in schedule.alpha_sigma(time))
-    a, b, c = (v.to(samples.x)[:, None] for v in coefficients(density.predicts, schedule, time))
-    eps = noise.normal(w[:, 1:], dtype=samples.x.dtype)
-    x_t = alpha * samples.x + sigma * eps
-    # As one sample with B rows, since every row has its own time here; conditions go along with the rows.
-    rows = Conditions({}, cond)
-    prediction = predict(density.model, x_t[None], time.to(x.device), rows, samples.shape, density.time_dtype)[0]
-    error = (c * (a * eps + b * samples.x - prediction)).square().sum(1)
-    integral = weight.to(error) * (error - d * torch.sigmoid(log_snr).to(error))
-    return 0.5 * d * math.log(2 * math.pi * math.e) + 0.5 * integral.mean()
+    log_snr = nodes.quantile(u[torch.randperm(count, generator=torch.Generator().manual_seed(seed))])
+    return _Rows(log_snr, 1 / nodes.density_at(log_snr), noise.normal(w[:, 1:], dtype=samples.x.dtype))
+
+
+def _evaluate(density: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    r"""Return each row's integrand and its squared gradient with respect to the prediction, both (R,).
+
+    The integrand is the mean over the signs of :math:`\|\epsilon-\hat\epsilon\|^2 - \|\epsilon-\epsilon_q\|^2`; the
+    gradient is that of its half, :math:`c\,(\hat\epsilon - \epsilon)`, averaged over the signs.
+    """
+    schedule, like = density.schedule, samples.x
+    copies = len(signs) * len(rows.log_snr) // len(samples)
+    x = like.repeat(copies, 1)
+    eps = torch.cat([sign * rows.eps for sign in signs])
+    time = schedule.time(rows.log_snr).repeat(len(signs))
+    alpha, sigma = schedule.alpha_sigma(time)
+    a, b, c = (v.to(like)[:, None] for v in coefficients(density.predicts, schedule, time))
+    x_t = alpha.to(like)[:, None] * x + sigma.to(like)[:, None] * eps
+    # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
+    (own,) = samples.conds
+    cond = Conditions({}, {k: torch.cat([v] * copies) for k, v in own.per_sample.items()} | own.shared)
+    prediction = predict(density.model, x_t[None], time.to(x.device), cond, samples.shape, density.time_dtype)[0]
+    residual = c * (a * eps + b * x - prediction)
+    control = eps - density.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device))[0]
+    difference = (residual.square().sum(1) - control.square().sum(1)).reshape(len(signs), -1).mean(0)
+    pull = (c * residual.detach()).unflatten(0, (len(signs), -1)).mean(0).square().sum(1)
+    return difference, pull

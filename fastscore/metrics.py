@@ -1,0 +1,164 @@
+r"""Log-density as metrics of torchmetrics: over batches, epochs and processes.
+
+With estimates L_i of N samples and their standard errors s_i,
+
+.. math:: \mathrm{mean} = \tfrac1N \sum_i L_i, \qquad
+    \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N}, \qquad \mathrm{estimate\_stderr}^2 = \frac{\sum_i s_i^2}{N^2}
+
+The spread of the L_i contains both how samples differ and the noise of their estimates, so the first is the whole error
+of the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on
+these very samples: what another seed changes, and what more evaluations lower.
+
+Needs torchmetrics: `pip install fastscore[metrics]`.
+
+References:
+    TorchMetrics (Detlefsen et al., 2022), https://doi.org/10.21105/joss.04101
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, distributed
+
+from .density import ScoreDensity
+from .estimate import log_width
+from .network import evaluating
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise ImportError(
+        "fastscore.metrics needs the package torchmetrics; install it with: pip install 'fastscore[metrics]'"
+    ) from error
+
+
+class NegativeLogLikelihood(Metric):
+    """Mean of -log p(x) in nats with its standard errors, over all samples of all processes.
+
+    The noise of a sample is keyed by the order in which it arrives, as sample n of process r counts as index
+    n x processes + r: no two samples share their noise, and the same data give the same number after every `reset`.
+    Pass `sample_index` (from the data set) to make it independent of the order and the number of processes.
+
+    Arguments:
+        density: of the network; not part of this module, so it is neither moved nor stored with it.
+        nfe: evaluations a sample; the density's own by default.
+        seed: key of the noise.
+        options: of `torchmetrics.Metric`, such as `process_group`.
+
+    Example:
+        >>> metric = NegativeLogLikelihood(density, nfe=64)
+        >>> for x in loader:
+        ...     metric.update(x)
+        >>> metric.compute()  # {"nll": ..., "nll_stderr": ..., "nll_estimate_stderr": ...}
+    """
+
+    name = "nll"
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, density: ScoreDensity, nfe: int | None = None, seed: int = 0, **options):
+        super().__init__(**options)
+        self._density = (density,)  # in a tuple, or it would become a submodule
+        self.nfe, self.seed = nfe, seed
+        for state in ("count", "total", "squares", "variance"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("dims", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
+
+    def update(self, x: Tensor, *, sample_index: Tensor | None = None, **cond) -> None:
+        """Take in a batch, shape (B, *shape), evaluated in eval mode.
+
+        Arguments:
+            sample_index: int64, shape (B,), of the data set; by default the order of arrival, unique over processes.
+            cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
+
+        Raises:
+            ValueError: if the samples have other dimensions than those before; and as `ScoreDensity.estimate`.
+        """
+        (density,) = self._density
+        if sample_index is None:
+            sample_index = self._arrivals(len(x))
+        with evaluating(density.model):
+            found = density.estimate(x, nfe=self.nfe, seed=self.seed, sample_index=sample_index, **cond)
+        if int(self.dims) not in (0, found.dims):
+            raise ValueError(
+                f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
+            )
+        nll, stderr = (-found.log_prob).to(self.total), found.stderr.to(self.total)
+        self.count += len(nll)
+        self.total += nll.sum()
+        self.squares += nll.square().sum()
+        self.variance += stderr.square().sum()
+        self.dims = torch.full_like(self.dims, found.dims)
+
+    def forward(self, x: Tensor, **options) -> dict[str, Tensor]:
+        """Take in a batch and return the values of that batch on this process alone."""
+        before = [state.clone() for state in self._sums()]
+        self.update(x, **options)
+        return self._values(*(now - old for now, old in zip(self._sums(), before)))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean over all samples, its standard error, and the part of it that is the estimates' own noise.
+
+        The standard error of a single sample is NaN. Values are float64, in the metric's unit.
+
+        Raises:
+            ValueError: before any sample was taken in.
+        """
+        return self._values(*self._sums())
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.count, self.total, self.squares, self.variance
+
+    def _values(self, count: Tensor, total: Tensor, squares: Tensor, variance: Tensor) -> dict[str, Tensor]:
+        if int(count) == 0:
+            raise ValueError(f"{type(self).__name__} has seen no sample; call update(x) first")
+        mean = total / count
+        spread = (squares - count * mean.square()).clamp(min=0) / (count - 1)  # 0 / 0 for one sample
+        scale, offset = self._unit()
+        return {
+            self.name: scale * mean + offset,
+            f"{self.name}_stderr": scale * (spread / count).sqrt(),
+            f"{self.name}_estimate_stderr": scale * variance.sqrt() / count,
+        }
+
+    def _unit(self) -> tuple[float, float]:
+        """Return factor and offset that turn nats per sample into the metric's unit."""
+        return 1.0, 0.0
+
+    def _arrivals(self, batch: int) -> Tensor:
+        spread = distributed.is_available() and distributed.is_initialized()
+        ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if spread else (1, 0)
+        return (int(self.count) + torch.arange(batch)) * ranks + rank
+
+
+class BitsPerDim(NegativeLogLikelihood):
+    """Mean bits per dimension with its standard errors, over all samples of all processes.
+
+    Arguments:
+        density, nfe, seed, options: as in `NegativeLogLikelihood`.
+        bins, low, high: levels of discrete data and the ends of the dequantized data, as in `Estimate.bits_per_dim`.
+
+    Raises:
+        ValueError: for fewer than 2 bins, or high <= low.
+    """
+
+    name = "bits_per_dim"
+
+    def __init__(
+        self,
+        density: ScoreDensity,
+        bins: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        nfe: int | None = None,
+        seed: int = 0,
+        **options,
+    ):
+        super().__init__(density, nfe, seed, **options)
+        self.log_width = log_width(bins, low, high)
+
+    def _unit(self) -> tuple[float, float]:
+        return 1 / (int(self.dims) * math.log(2)), -self.log_width / math.log(2)

@@ -1,0 +1,64 @@
+r"""Where a training loss draws its log-SNRs, as the network learns.
+
+The gradient of a row with respect to the network's output has the size :math:`w\,g(\lambda)`, w = 1/p. Its variance is
+smallest for p proportional to the root of :math:`E g^2`, which a running mean in bins of log-SNR follows.
+
+References:
+    Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..buffers import FittedBuffers
+from ..nodes import NodeDensity
+from ..schedules import Schedule
+
+BINS = 24
+FLOOR = 0.1  # of the draws are spread evenly: no log-SNR goes unseen, and no weight exceeds ten times the uniform one
+MEMORY = 64  # draws of a bin that its running mean remembers
+
+
+class AdaptiveNodes(FittedBuffers):
+    """A density of training draws over log-SNR that follows the size of the gradient; part of `state_dict()`.
+
+    It starts uniform over the schedule's range, and each `density_loss` given it draws from it and then updates it.
+    The loss stays unbiased: a call draws from what earlier calls have seen.
+
+    Arguments:
+        schedule: whose range to cover.
+
+    Example:
+        >>> nodes = AdaptiveNodes(density.schedule)
+        >>> loss = density_loss(density, x, seed=step, nodes=nodes)
+    """
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        lo, hi = schedule.log_snr_range
+        self.register_buffer("edges", torch.linspace(lo, hi, BINS + 1, dtype=torch.float64))
+        self.register_buffer("moment", torch.ones(BINS, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(BINS, dtype=torch.float64))
+
+    @property
+    def density(self) -> NodeDensity:
+        """The present density of the draws."""
+        # Bins that no draw has fallen in count like the average of the others.
+        known = self.seen > 0
+        moment = torch.where(known, self.moment, self.moment[known].mean() if bool(known.any()) else 1.0)
+        root = moment.sqrt() + 1e-12
+        share = (1 - FLOOR) * root / root.sum() + FLOOR / BINS
+        return NodeDensity(self.edges.cpu(), share.cpu(), torch.zeros(BINS, dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, log_snr: Tensor, squares: Tensor) -> None:
+        """Take in the squared gradients of some draws, both of shape (R,)."""
+        edges = self.edges
+        k = (torch.searchsorted(edges, log_snr.to(edges), right=True) - 1).clamp(0, BINS - 1)
+        count = torch.zeros_like(self.seen).index_add_(0, k, torch.ones_like(log_snr, device=edges.device))
+        total = torch.zeros_like(self.moment).index_add_(0, k, squares.to(edges))
+        self.seen += count
+        share = count / self.seen.clamp(min=1, max=MEMORY).maximum(count)  # the plain mean at first
+        self.moment += share * (total / count.clamp(min=1) - self.moment)

@@ -1,0 +1,212 @@
+"""The metrics: means and errors over batches, epochs and processes, and the callback of Lightning."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from analytic import ExactNet, mixture
+
+import fastscore as fs
+
+pytest.importorskip("torchmetrics")
+from fastscore.metrics import BitsPerDim, NegativeLogLikelihood
+
+TESTS = Path(__file__).parent
+TARGET, SCHEDULE = mixture(2), fs.LogSNR(-14, 14)
+X = TARGET.sample(100, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def density(**options):
+    # Without the search for a row program, which takes longer than these estimates.
+    return fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, **options), SCHEDULE, program=False)
+
+
+def test_mean_and_errors_are_those_of_one_estimate():
+    metric = NegativeLogLikelihood(density(), nfe=32, seed=5)
+    for batch in X.split(30):
+        metric.update(batch)
+    found, whole = metric.compute(), density().estimate(X, nfe=32, seed=5)
+    mean, error = whole.mean()
+    # Sums of float64.
+    assert float(found["nll"]) == pytest.approx(-mean, rel=1e-9)
+    assert float(found["nll_stderr"]) == pytest.approx(error, rel=1e-9)
+    assert float(found["nll_estimate_stderr"]) == pytest.approx(float(whole.stderr.square().sum().sqrt()) / 100)
+    assert abs(float(found["nll"]) + float(TARGET.log_prob(X).mean())) < 4 * float(found["nll_estimate_stderr"])
+
+
+def test_the_errors_are_what_repetition_shows():
+    """The whole error is the spread over other data, the estimates' own is the spread over seeds on the same data."""
+    means, errors, exact = [], [], density()
+    for seed in range(40):
+        metric = NegativeLogLikelihood(exact, nfe=16, seed=seed)
+        metric.update(TARGET.sample(100, seed=1000 + seed))
+        means.append(float(metric.compute()["nll"]))
+        errors.append(float(metric.compute()["nll_stderr"]))
+    # 40 repetitions know a spread to 1 / sqrt(80).
+    assert float(torch.tensor(means).std()) == pytest.approx(sum(errors) / 40, rel=4 / 80**0.5)
+    means, errors = [], []
+    for seed in range(40):
+        metric = NegativeLogLikelihood(exact, nfe=16, seed=seed)
+        metric.update(X)
+        means.append(float(metric.compute()["nll"]))
+        errors.append(float(metric.compute()["nll_estimate_stderr"]))
+    assert float(torch.tensor(means).std()) == pytest.approx(sum(errors) / 40, rel=4 / 80**0.5)
+
+
+def test_bits_per_dim_is_that_of_the_estimate():
+    metric = BitsPerDim(density(), bins=256, low=-2.0, high=2.0, nfe=32)
+    metric.update(X)
+    found, whole = metric.compute(), density().estimate(X, nfe=32)
+    bits = whole.bits_per_dim(256, -2.0, 2.0)
+    assert float(found["bits_per_dim"]) == pytest.approx(float(bits.mean()), rel=1e-9)
+    assert float(found["bits_per_dim_stderr"]) == pytest.approx(float(bits.std()) / 10, rel=1e-9)
+    own = float(whole.bits_per_dim_stderr().square().sum().sqrt()) / 100
+    assert float(found["bits_per_dim_estimate_stderr"]) == pytest.approx(own)
+
+
+def test_reset_starts_again_and_forward_returns_the_batch():
+    metric = NegativeLogLikelihood(density(), nfe=16)
+    first = metric(X[:40])
+    second = metric(X[40:])
+    total = metric.compute()
+    assert float(total["nll"]) == pytest.approx(0.4 * float(first["nll"]) + 0.6 * float(second["nll"]), rel=1e-9)
+    assert float(second["nll_stderr"]) > float(total["nll_stderr"])
+    metric.reset()
+    metric.update(X)
+    # The same noise, sample by sample.
+    assert float(metric.compute()["nll"]) == pytest.approx(float(total["nll"]), rel=1e-9)
+    metric.reset()
+    index = torch.arange(100)
+    metric.update(X[50:], sample_index=index[50:])
+    metric.update(X[:50], sample_index=index[:50])
+    assert float(metric.compute()["nll"]) == pytest.approx(float(total["nll"]), rel=1e-9)
+
+
+def test_the_network_is_evaluated_in_eval_mode_with_its_conditions_and_left_as_it_was():
+    class Noisy(ExactNet):
+        def __init__(self):
+            super().__init__(TARGET, SCHEDULE)
+            self.dropout = torch.nn.Dropout(0.5)
+            self.fixed = torch.nn.Dropout(0.5).eval()
+
+        def forward(self, x_t, t, shift):
+            assert not self.dropout.training
+            return super().forward(x_t, t, shift)
+
+    net = Noisy()
+    metric = NegativeLogLikelihood(fs.ScoreDensity(net, SCHEDULE, program=False), nfe=16)
+    shift = torch.zeros(100, 2)
+    for part in (slice(0, 50), slice(50, 100)):
+        metric.update(X[part], shift=shift[part])
+    assert (net.training, net.dropout.training, net.fixed.training) == (True, True, False)
+    plain = NegativeLogLikelihood(density(), nfe=16)
+    plain.update(X)
+    assert float(metric.compute()["nll"]) == pytest.approx(float(plain.compute()["nll"]), rel=1e-9)
+
+
+def test_the_network_is_no_part_of_the_metric():
+    metric = NegativeLogLikelihood(density(gain=1.0))
+    assert list(metric.parameters()) == []
+    assert list(metric.state_dict()) == []
+
+
+def test_one_sample_none_and_other_dimensions():
+    metric = NegativeLogLikelihood(density(), nfe=16)
+    with pytest.raises(ValueError, match="NegativeLogLikelihood has seen no sample"):
+        metric.compute()
+    metric.update(X[:1])
+    found = metric.compute()
+    assert math.isnan(float(found["nll_stderr"]))
+    assert float(found["nll_estimate_stderr"]) > 0
+    other = NegativeLogLikelihood(fs.ScoreDensity(torch.nn.Identity(), SCHEDULE), nfe=16)
+    other._density[0].model.forward = lambda x_t, t: x_t
+    other.update(X[:2])
+    with pytest.raises(ValueError, match="samples had 2 dimensions so far and now 1"):
+        other.update(X[:2, :1])
+    with pytest.raises(ValueError, match="bins >= 2"):
+        BitsPerDim(density(), bins=1)
+
+
+def test_two_processes_give_one_answer(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, str(TESTS / "metric_worker.py"), str(tmp_path)]
+    workers = [subprocess.Popen([*run, str(rank), "2"], env=environment) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["found"] == second["found"]
+    # Every sample of both processes has an index of its own: here that of the data, which were dealt out in turns.
+    assert sorted(first["seen"] + second["seen"]) == list(range(100))
+    alone = BitsPerDim(density(), bins=256, nfe=32)
+    alone.update(X)
+    for name, value in alone.compute().items():
+        assert first["found"][name] == pytest.approx(float(value), rel=1e-9)
+
+
+def test_the_callback_logs_the_metric_of_a_real_training():
+    lightning = pytest.importorskip("lightning")
+    from fastscore.lightning import LogDensity
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = ExactNet(TARGET, SCHEDULE, gain=0.9)
+            self.density = fs.ScoreDensity(self.net, SCHEDULE, program=False)
+
+        def training_step(self, batch, batch_idx):
+            return fs.density_loss(self.density, batch[0], seed=self.global_step)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.02)
+
+    module, logged = Module(), []
+
+    class Keep(lightning.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    callback = LogDensity(NegativeLogLikelihood(module.density, nfe=16), every=2)
+    data = torch.utils.data.TensorDataset(X)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_epochs=2, callbacks=[callback, Keep()], enable_checkpointing=False, **options)
+    loader = torch.utils.data.DataLoader(data, batch_size=50)
+    trainer.fit(module, loader, loader)
+    assert "nll" not in logged[0]
+    assert module.net.gain.item() > 0.9
+    after = NegativeLogLikelihood(module.density, nfe=16)
+    after.update(X)
+    # float32 in the log.
+    assert logged[1]["nll"] == pytest.approx(float(after.compute()["nll"]), rel=1e-6)
+    assert logged[1]["nll_stderr"] == pytest.approx(float(after.compute()["nll_stderr"]), rel=1e-6)
+    again = trainer.validate(module, loader, verbose=False)
+    assert again[0]["nll"] == pytest.approx(logged[1]["nll"], rel=1e-6)
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        LogDensity(callback.metric, every=0)
+
+
+@pytest.mark.parametrize(("module", "package"), [("metrics", "torchmetrics"), ("lightning", "lightning")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, package):
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning", *["torchmetrics"] * (module == "metrics")):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"fastscore.{module}", raising=False)
+    remedy = rf"needs the package {package}; install it with: pip install 'fastscore\[{module}\]'"
+    with pytest.raises(ImportError, match=remedy):
+        importlib.import_module(f"fastscore.{module}")
