@@ -125,7 +125,7 @@ def plan_chunks(
         ValueError: as `chunk_rows`.
     """
     tables = draws * bytes_per_draw
-    keep = 4 * tables <= _budget(memory, device)
+    keep = 4 * tables <= budget_bytes(memory, device)
     row = bytes_per_row if keep else bytes_per_row + bytes_per_draw
     rows = chunk_rows(row, memory, device, tables if keep else 0)
     per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
@@ -144,7 +144,7 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
         ValueError: if not even one row fits the caller's budget.
     """
     bytes_per_row = max(1, bytes_per_row)
-    budget = _budget(memory, device) - kept
+    budget = budget_bytes(memory, device) - kept
     if memory is not None and budget < bytes_per_row:
         raise ValueError(
             f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row + kept:,} bytes; "
@@ -157,7 +157,8 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
     return max(1, rows)
 
 
-def _budget(memory: int | str | None, device: torch.device) -> int:
+def budget_bytes(memory: int | str | None, device: torch.device) -> int:
+    """Return the caller's budget in bytes, or the default: half of a GPU's free memory, 1 GiB of a CPU's."""
     if memory is not None:
         return parse_bytes(memory)
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BUDGET
