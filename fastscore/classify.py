@@ -160,9 +160,7 @@ class DiffusionClassifier(nn.Module):
             for start in range(0, len(samples), at_once):
                 parts.append(self._batch(samples.select(slice(start, start + at_once)), plan))
                 bar.update(len(parts[-1].nfe))
-        return Classification(
-            **{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Classification)}
-        )
+        return Classification.joined(parts)
 
     def _batch(self, samples: Samples, plan: _Plan) -> Classification:
         """Take some samples through all rounds."""
