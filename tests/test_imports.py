@@ -18,6 +18,7 @@ RANKS = {
     "instructions": 0,
     "memory": 0,
     "network": 0,
+    "ranks": 0,
     "noise": 0,
     "run_folder": 0,
     "schedules": 0,
@@ -50,7 +51,8 @@ RANKS = {
     "density": 8,
     "classify": 9,
     "discrete": 9,
-    "evaluate": 9,
+    "blocks": 9,
+    "evaluate": 10,
     "explain": 9,
     "graph": 9,
     "loading": 9,
@@ -66,7 +68,7 @@ RANKS = {
     "__main__": 15,
 }
 # The kernels lie below everything: `fastscore.kernels` when installed, `kernels/` in the repository.
-NOT_IN_THE_PACKAGE_ITSELF = {"cli", "evaluate", "demo", "loading", "__main__"} | OPTIONAL
+NOT_IN_THE_PACKAGE_ITSELF = {"cli", "blocks", "evaluate", "ranks", "demo", "loading", "__main__"} | OPTIONAL
 
 
 def modules(folder, package):
