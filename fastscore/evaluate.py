@@ -109,10 +109,7 @@ def evaluate_dataset(
             _finish(work, missing, key, run, ranks, progress)
             ranks.gather(lambda: None)  # all blocks are written
         except (KeyboardInterrupt, OtherRankFailed) as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            kept = f"{len(run.blocks())} of {-(-_count(data, indices) // batch)} blocks are kept in {run.folder}"
-            message = f"{'interrupted' if interrupted else error}: {kept}; run the same again to resume"
-            raise (Interrupted if interrupted else OtherRankFailed)(message) from None
+            raise _with_what_is_kept(error, run, -(-_count(data, indices) // batch)) from None
         if not ranks.first:
             return None
         result = work.merge([work.read(run, i, key) or work.estimate(i) for i in range(len(work.blocks))])
@@ -171,6 +168,14 @@ def _finish(work: Work, missing: list[int], key: str, run: RunFolder, ranks: Ran
         for i in mine:
             run.write_arrays(run.block(i), work.estimate(i) | {"run": np.array(key)})
             bar.update(len(work.blocks[i]))
+
+
+def _with_what_is_kept(error: BaseException, run: RunFolder, blocks: int) -> BaseException:
+    kept = len(run.blocks())
+    resume = f"{kept} of {blocks} blocks are kept in {run.folder}; run the same again to resume"
+    if isinstance(error, OtherRankFailed):
+        return OtherRankFailed(f"{error}; {resume}" if kept else str(error))
+    return Interrupted(f"interrupted: {resume}")
 
 
 def _count(data: Array, indices: Sequence[int] | None) -> int:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+JOINING = timedelta(minutes=5)
 # Between two meetings lies a rank's whole share of the work; nobody waits for a dead one (see above).
 PATIENCE = timedelta(days=365)
 
@@ -37,11 +38,13 @@ class Ranks:
         rank: its number, 0 .. size - 1.
         size: how many there are.
         local: its number on its own machine, which chooses a GPU.
+        group: the process group that they meet in.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     @contextmanager
@@ -56,7 +59,8 @@ class Ranks:
             yield cls()
             return
         try:
-            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE)
+            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=JOINING)
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConnectionError(
@@ -66,7 +70,7 @@ class Ranks:
         # torchrun ends the others with SIGTERM when one has failed: what is kept is said as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            yield cls(rank, size, local)
+            yield cls(rank, size, local, group)
         finally:
             dist.destroy_process_group()
 
@@ -94,7 +98,7 @@ class Ranks:
             own = error
         found: list = [None] * self.size
         try:
-            dist.all_gather_object(found, (result, own is not None))
+            dist.all_gather_object(found, (result, own is not None), group=self.group)
         except RuntimeError as error:
             raise own or OtherRankFailed(f"rank {self.rank}: another process is gone") from error
         failed = [rank for rank, (_, failed) in enumerate(found) if failed]
