@@ -97,8 +97,8 @@ def test_error_bars_are_not_far_too_wide(fitted):
     spread = torch.stack([found.log_posterior for found in seeds]).std(0)
     stated = torch.stack([found.log_posterior_stderr for found in seeds]).mean(0)
     ratio = float((stated.square().mean() / spread.square().mean()).sqrt())
-    # Their own error is 2 % (160 x 3 x 7 degrees of freedom); above 1 is what the nodes' steps add.
-    assert 0.9 < ratio < 2
+    # Their own error is 2 % (160 x 3 x 7 degrees of freedom); above 1 is what Student's t and the nodes' steps add.
+    assert 0.9 < ratio < 1.4
 
 
 def test_common_noise_and_pairs_make_differences_accurate():
@@ -192,10 +192,10 @@ def test_same_answer_however_the_work_is_cut(dtype, tolerance):
 def test_memory_does_not_grow_with_the_samples():
     from fastscore.memory import peak_bytes
 
-    one, x = classifier(), points(100)
-    one.classify(x[:1], nfe=64)
-    # The data, and a budget of which the measured peak may take all; without bounds 400 x 4 x 64 rows take 30 MB.
-    assert peak_bytes(lambda: one.classify(x, nfe=64, memory="2MB")) < 2 * 2**20 + 10 * x.nbytes
+    one, x = classifier(), points(64)
+    one.classify(x[:1], nfe=512)
+    # The budget, and the results; the terms alone of all samples would take more than twice as much.
+    assert peak_bytes(lambda: one.classify(x, nfe=512, error=None, memory="3MB")) < 3 * 2**20 + 20 * x.nbytes
 
 
 @pytest.mark.parametrize("schedule", [fs.VP(), fs.DDPM.linear(1000), fs.FlowMatching(1)], ids=str)
