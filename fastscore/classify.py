@@ -96,10 +96,10 @@ class DiffusionClassifier(nn.Module):
         if evaluations < each:
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
-        own = {
-            k: v[: len(x)] if isinstance(v, Tensor) and v.shape[:1] == data.shape[:1] else v for k, v in cond.items()
-        }
-        top = self.classify(x, nfe=PILOT_NFE, error=None, seed=seed, memory=memory, progress=progress, **own).topk(2)[1]
+        given = Conditions.of(cond, len(data)).select(slice(len(x)))
+        own = given.per_sample | given.shared
+        options = {"seed": seed, "memory": memory, "progress": progress}
+        _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options, **own).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
         pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
         spread = []
@@ -197,20 +197,18 @@ class DiffusionClassifier(nn.Module):
         twice = sorted(set(cond) & set(self.classes))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
-        is_batch = isinstance(x, Tensor) and x.ndim > 0  # what is not, `prepare` refuses
-        first = (
-            {k: v[:1].to(x.device).expand(len(x), *v.shape[1:]) for k, v in self.classes.items()} if is_batch else {}
-        )
+        # What is no batch, `prepare` refuses.
+        count, device = (len(x), x.device) if isinstance(x, Tensor) and x.ndim else (0, "cpu")
+        first = {k: v[:1].to(device).expand(count, *v.shape[1:]) for k, v in self.classes.items()}
         samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first)
         told_apart = samples.conds[0]
         given = Conditions({k: v for k, v in told_apart.per_sample.items() if k in cond}, told_apart.shared)
         return replace(samples, conds=(given,)), chunks._replace(rows=max(1, chunks.rows // 2))
 
     def _rule(self, nfe: int, weighting: str) -> Rule:
-        schedule = self.density.schedule
-        return (
-            make_rule(self.nodes.density, nfe, schedule) if weighting == "density" else uniform_in_time(nfe, schedule)
-        )
+        if weighting == "uniform":
+            return uniform_in_time(nfe, self.density.schedule)
+        return make_rule(self.nodes.density, nfe, self.density.schedule)
 
     def _common(self, x: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
