@@ -247,10 +247,9 @@ def test_classes_are_rows_of_any_conditions():
             return torch.tanh(x + text.sum((1, 2))[:, None] + shift) * scale[:, None] + shared.sum()
 
     density = fs.ScoreDensity(TextNet(), SCHEDULE)
+    one = fs.DiffusionClassifier(density, {"text": text, "scale": scale})
     x, shift, shared = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator), torch.ones(12)
-    found = fs.DiffusionClassifier(density, {"text": text, "scale": scale}).classify(
-        x, nfe=32, error=None, seed=4, shift=shift, shared=shared
-    )
+    found = one.classify(x, nfe=32, error=None, seed=4, shift=shift, shared=shared)
     # The same noise, nodes and weights by hand, one class after the other.
     density.nodes.paired.fill_(True)
     for c in range(3):
@@ -258,6 +257,11 @@ def test_classes_are_rows_of_any_conditions():
         alone = density.estimate(x, nfe=32, seed=4, shift=shift, shared=shared, **own)
         torch.testing.assert_close(found.log_likelihood[:, c], alone.log_prob, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(found.stderr[:, c], alone.stderr, rtol=1e-3, atol=1e-3)
+    # Three samples are enough for the evaluations, with their own shifts: further ones change nothing.
+    each = 32 * 3 + 6 * 24 * 8
+    nodes = one.fit(x, evaluations=3 * each, progress=False, shift=shift, shared=shared).nodes.share
+    again = one.fit(x[:3], progress=False, shift=shift[:3], shared=shared).nodes.share
+    torch.testing.assert_close(nodes, again, rtol=1e-4, atol=1e-6)
 
 
 def test_top_classes_and_printing(fitted):

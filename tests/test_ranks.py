@@ -233,6 +233,12 @@ def test_one_process_needs_no_torchrun():
             ranks.on_first(lambda: 1 / 0)
 
 
+def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [cli._device("auto", local).index for local in range(4)] == [0, 1, 0, 1]
+
+
 def test_ranks_without_the_others_are_told_so(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
