@@ -30,7 +30,7 @@ def measures(probability, truth):
     gaps = [abs(float((highest[bins == b] - right[bins == b]).sum())) for b in range(10)]
     return {
         "accuracy": float(right.mean()),
-        "-log p(y | x)": float(-probability.gather(1, truth[:, None]).clamp(min=1e-12).log().mean()),
+        "negative log-posterior": float(-probability.gather(1, truth[:, None]).clamp(min=1e-12).log().mean()),
         "calibration error": sum(gaps) / len(truth),
     }
 
