@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .classify import Classification, DiffusionClassifier
 from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
@@ -25,9 +26,11 @@ __all__ = [
     "VP",
     "AdaptiveNodes",
     "CapturedDensity",
+    "Classification",
     "Comparison",
     "Cosine",
     "Curve",
+    "DiffusionClassifier",
     "DiffusionLoss",
     "Estimate",
     "FlowLogProb",

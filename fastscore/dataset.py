@@ -48,16 +48,18 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
-def digest_data(name: str, data: Array, blocks: Sequence[Tensor]) -> str:
-    """Return the digest of the rows of these indices, read block by block; raise ValueError if one has NaN or inf."""
-    sha = hashlib.sha256()
-    for index in blocks:
-        rows = take(data, index)
-        bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"{name} has NaN or inf in sample {int(index[bad[0]])}; remove such samples")
-        sha.update(_bytes(rows))
-    return sha.hexdigest()[:16]
+def digest_rows(name: str, data: Array, index: Tensor) -> str:
+    """Return the digest of the rows of these indices; raise ValueError if one has NaN or inf."""
+    rows = take(data, index)
+    bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has NaN or inf in sample {int(index[bad[0]])}; remove such samples")
+    return hashlib.sha256(_bytes(rows)).hexdigest()[:16]
+
+
+def digest_of(digests: Sequence[str]) -> str:
+    """Return one digest of many, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _bytes(value: Tensor) -> np.ndarray:

@@ -127,7 +127,7 @@ def plan_chunks(
     Raises:
         ValueError: as `chunk_rows`.
     """
-    budget, tables, sums = _budget(memory, device), draws * bytes_per_draw, 12 * draws
+    budget, tables, sums = budget_bytes(memory, device), draws * bytes_per_draw, 12 * draws
     keep = 4 * tables <= budget
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (8 * sums)))  # whose values wait to be summed
     row = bytes_per_row + (0 if keep else bytes_per_draw // samples)
@@ -148,7 +148,7 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
         ValueError: if not even one row fits the caller's budget.
     """
     bytes_per_row = max(1, bytes_per_row)
-    budget = _budget(memory, device) - kept
+    budget = budget_bytes(memory, device) - kept
     if memory is not None and budget < bytes_per_row:
         raise ValueError(
             f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row + kept:,} bytes; "
@@ -161,7 +161,8 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
     return max(1, rows)
 
 
-def _budget(memory: int | str | None, device: torch.device) -> int:
+def budget_bytes(memory: int | str | None, device: torch.device) -> int:
+    """Return the caller's budget in bytes, or the default: half of a GPU's free memory, 1 GiB of a CPU's."""
     if memory is not None:
         return parse_bytes(memory)
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BUDGET

@@ -60,6 +60,12 @@ class NodeDensity:
         return cls(edges, torch.full((bins,), 1 / bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.bool))
 
     @classmethod
+    def pairs(cls, lo: float, hi: float) -> NodeDensity:
+        """The same number of evaluations everywhere in [lo, hi], all of them in antithetic pairs."""
+        one = torch.ones(1, dtype=torch.float64)
+        return cls(torch.tensor([lo, hi], dtype=torch.float64), one, one.bool())
+
+    @classmethod
     def from_spread(cls, edges: Tensor, single: Tensor, pair: Tensor, floor: float = 0.03) -> NodeDensity:
         """Density proportional to the integrand's standard deviation, which minimizes the variance of the sum.
 
@@ -160,10 +166,26 @@ def make_rule(density: NodeDensity, nfe: int, schedule: Schedule, method: str = 
         if rule.nfe <= nfe:
             return rule
         draws -= max(1, (rule.nfe - nfe) // 2)
-    raise ValueError(
-        f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws a sample, too few for an error bar; "
-        f"use nfe >= {2 * MIN_DRAWS} (the default is 256)"
-    )
+    raise ValueError(_too_few(nfe))
+
+
+def uniform_in_time(nfe: int, schedule: Schedule) -> Rule:
+    """Place antithetic pairs uniformly in the schedule's own time, with the weights of a mean: -1/2 sum w f = -mean f.
+
+    Raises:
+        ValueError: as `make_rule`.
+    """
+    draws = nfe // 2
+    if draws < MIN_DRAWS:
+        raise ValueError(_too_few(nfe))
+    clean, noisy = schedule.time_range
+    u = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    whole = (noisy + 1 - (noisy + 1 - clean) * u).floor().long()  # of a table, the entry in the middle of each cell
+    time = whole if schedule.discrete else noisy + (clean - noisy) * u
+    weight = torch.full((draws,), 2 / draws, dtype=torch.float64)
+    log_snr = schedule.log_snr(time)
+    cells = _cells(log_snr, *torch.tensor(schedule.log_snr_range, dtype=torch.float64))
+    return Rule(log_snr, time, weight, cells, torch.ones(draws, dtype=torch.bool))
 
 
 def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -189,6 +211,13 @@ def method_weights(log_snr: Tensor, method: str) -> Tensor:
         return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
     # The least noisy entry is the Gaussian decoder's: its weight is 1 / alphas_cumprod.
     return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
+
+
+def _too_few(nfe: int) -> str:
+    return (
+        f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws a sample, too few for an error bar; "
+        f"use nfe >= {2 * MIN_DRAWS} (the default is 256)"
+    )
 
 
 def _place(density: NodeDensity, draws: int, schedule: Schedule, method: str) -> Rule:

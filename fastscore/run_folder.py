@@ -6,6 +6,7 @@ leaves half of one. The lock is the operating system's: it ends with its process
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ class RunFolder:
     """The folder `out.partial` beside the result `out` of a run.
 
     It holds ``manifest.json`` with the fingerprint of the run, named arrays in .npz files, and ``lock`` with ``pid``
-    while a process works on it.
+    while a process works on it; of several processes with one run, rank 0 owns it.
     """
 
     def __init__(self, out: Path):
@@ -60,8 +61,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def open(self, fingerprint: dict, restart: bool) -> None:
-        """Go on with the unfinished run of this fingerprint, or begin one.
+    def open(self, fingerprint: dict, restart: bool) -> str:
+        """Go on with the unfinished run of this fingerprint, or begin one; return a key that its blocks carry.
+
+        A process of an earlier run that has not ended yet may still write a block: its key tells it apart.
 
         Raises:
             ValueError: if finished blocks of another fingerprint are there, naming what differs.
@@ -82,17 +85,23 @@ class RunFolder:
         if restart or differs:
             self.clear()
             self.write(self._manifest, lambda file: file.write(json.dumps(fingerprint, indent=1).encode()))
+        return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
     def blocks(self) -> list[Path]:
         """Return the files of the finished blocks."""
         return sorted(self.folder.glob("block-*.npz"))
+
+    @property
+    def fitted(self) -> Path:
+        """The file of what the run fitted."""
+        return self.folder / "fitted.npz"
 
     def block(self, number: int) -> Path:
         return self.folder / f"block-{number:06d}.npz"
 
     def write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
         """Let `write(file)` fill a file that appears at `path` when it is whole and on the disk."""
-        temporary = self.folder / f"{path.name}.tmp"
+        temporary = self.folder / f"{path.name}.{os.getpid()}.tmp"
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

@@ -18,6 +18,7 @@ RANKS = {
     "instructions": 0,
     "memory": 0,
     "network": 0,
+    "ranks": 0,
     "noise": 0,
     "run_folder": 0,
     "schedules": 0,
@@ -42,6 +43,7 @@ RANKS = {
     "methods": 2,
     "mixture": 2,
     "tracing": 2,
+    "elimination": 3,
     "hoisting": 3,
     "ops": 3,
     "tables": 3,
@@ -51,8 +53,10 @@ RANKS = {
     "integrand": 6,
     "pilot": 7,
     "density": 8,
+    "classify": 9,
     "discrete": 9,
-    "evaluate": 9,
+    "blocks": 9,
+    "evaluate": 10,
     "explain": 9,
     "graph": 9,
     "loading": 9,
@@ -85,7 +89,7 @@ RANKS = {
     "__main__": 15,
 }
 # The kernels lie below everything: `fastscore.kernels` when installed, `kernels/` in the repository.
-NOT_IN_THE_PACKAGE_ITSELF = {"cli", "evaluate", "demo", "loading", "__main__"} | OPTIONAL
+NOT_IN_THE_PACKAGE_ITSELF = {"cli", "blocks", "evaluate", "ranks", "demo", "loading", "__main__"} | OPTIONAL
 
 
 def modules(folder, package):
