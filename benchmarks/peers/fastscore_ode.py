@@ -1,0 +1,26 @@
+"""fastscore's own probability-flow ODE."""
+
+import fastscore as fs
+
+from . import PROBE_TOLERANCE, PROBES, TOLERANCES, Method, Outcome
+
+
+def methods(problem):
+    if problem.target is None:
+        return []
+    density = problem.new_density()
+    density.reference = fs.mixture.fit_mixture(problem.data)
+
+    def exact(x, tolerance, seed):
+        found = fs.probability_flow_log_prob(density, x, rtol=tolerance, atol=tolerance)
+        return Outcome(found.log_prob, found.nfe, found.nfe * x.shape[1])
+
+    def hutchinson(x, probes, seed):
+        options = {"trace": "hutchinson", "probes": probes, "seed": seed}
+        found = fs.probability_flow_log_prob(density, x, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE, **options)
+        return Outcome(found.log_prob, found.nfe, found.nfe * probes)
+
+    return [
+        Method("fastscore ODE, exact trace", exact, TOLERANCES, random=False),
+        Method("fastscore ODE, Hutchinson", hutchinson, PROBES),
+    ]

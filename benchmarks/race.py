@@ -1,0 +1,100 @@
+"""Climb every method's ladder of efforts on one problem, in turns, until it reaches the smallest error or its time.
+
+Seconds are the process's own (`time.process_time`) in one thread, which a busy neighbour disturbs least; each is the
+median of up to three runs, and the runs of all methods at a level alternate. The error of a method that draws random
+numbers is that over the seeds it ran.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from peers import Method
+from race_targets import Problem
+
+SEEDS = 3
+QUICK = 0.4  # seconds; a longer run is not repeated
+CAP = 4.0  # seconds a run may take, and a method's runs together three times that
+
+
+@dataclass
+class Rung:
+    """One effort of one method."""
+
+    effort: object
+    rmse: float
+    forward: float
+    backward: float
+    seconds: float
+
+
+@dataclass
+class Climb:
+    """A method on its way up, and why it stopped."""
+
+    method: Method
+    rungs: list[Rung] = field(default_factory=list)
+    spent: float = 0.0
+    stopped: str = ""
+
+    def first(self, threshold: float) -> Rung | None:
+        """Return the least effort with an error of at most `threshold`, nats."""
+        reached = [rung for rung in self.rungs if rung.rmse <= threshold]
+        return min(reached, key=lambda rung: rung.seconds, default=None)
+
+
+@dataclass
+class _Level:
+    """The runs of one method at one effort."""
+
+    climb: Climb
+    effort: object
+    errors: list = field(default_factory=list)
+    seconds: list = field(default_factory=list)
+    passes: tuple = (0.0, 0.0)
+
+    def run(self, problem: Problem, seed: int) -> None:
+        start = time.process_time()
+        found = self.climb.method.run(problem.x, self.effort, seed)
+        self.seconds.append(time.process_time() - start)
+        self.climb.spent += self.seconds[-1]
+        self.errors.append(found.log_prob.double() - problem.truth)
+        self.passes = found.forward, found.backward
+
+    def rung(self) -> Rung:
+        rmse = float(torch.stack(self.errors).square().mean().sqrt())
+        return Rung(self.effort, rmse, *self.passes, statistics.median(self.seconds))
+
+
+def race(problem: Problem, methods: list[Method]) -> list[Climb]:
+    """Return every method's climb."""
+    climbs = [Climb(method) for method in methods]
+    for method in methods:
+        method.run(problem.x[:2], method.ladder[0], 0)  # imports, probes and caches are nobody's seconds
+    for level in range(max(len(method.ladder) for method in methods)):
+        running = [_Level(c, c.method.ladder[level]) for c in climbs if _goes_on(c, level, problem)]
+        for seed in range(SEEDS):
+            for one in running:
+                if seed == 0 or one.seconds[0] < QUICK:
+                    one.run(problem, seed)
+        for one in running:
+            one.climb.rungs.append(one.rung())
+    return climbs
+
+
+def _goes_on(climb: Climb, level: int, problem: Problem) -> bool:
+    """Return whether a method runs its next effort; the first always does."""
+    if climb.stopped or not climb.rungs:
+        return not climb.stopped
+    ladder, last = climb.method.ladder, climb.rungs[-1]
+    growth = max(1.5, last.seconds / climb.rungs[-2].seconds) if len(climb.rungs) > 1 else 2.0
+    if last.rmse <= problem.thresholds[-1]:
+        climb.stopped = "reached"
+    elif level >= len(ladder):
+        climb.stopped = "end of its ladder"
+    elif growth * last.seconds > CAP or climb.spent > 3 * CAP:
+        climb.stopped = "time"
+    return not climb.stopped
