@@ -16,8 +16,9 @@ from peers import Method
 from race_targets import Problem
 
 SEEDS = 3
-QUICK = 0.4  # seconds; a longer run is not repeated
-CAP = 4.0  # seconds a run may take, and a method's runs together three times that
+QUICK = 0.2  # seconds; a longer run is not repeated
+CAP = 1.5  # seconds a run may take, and a method's runs together twice that
+STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
 
 @dataclass
@@ -92,9 +93,11 @@ def _goes_on(climb: Climb, level: int, problem: Problem) -> bool:
     ladder, last = climb.method.ladder, climb.rungs[-1]
     growth = max(1.5, last.seconds / climb.rungs[-2].seconds) if len(climb.rungs) > 1 else 2.0
     if last.rmse <= problem.thresholds[-1]:
-        climb.stopped = "reached"
+        climb.stopped = "reached the last"
     elif level >= len(ladder):
         climb.stopped = "end of its ladder"
-    elif growth * last.seconds > CAP or climb.spent > 3 * CAP:
+    elif growth * last.seconds > CAP or climb.spent > 2 * CAP:
         climb.stopped = "time"
+    elif len(climb.rungs) > 3 and last.rmse > STALLED * climb.rungs[-3].rmse:
+        climb.stopped = "error no longer falls"
     return not climb.stopped

@@ -7,12 +7,14 @@ difference of nearly equal numbers, so that float32 is exact to rounding at ever
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import fastscore as fs
+from fastscore.demo.problems import digits
+from fastscore.demo.training import train
 
 
 class Mixture:
@@ -117,7 +119,6 @@ class Problem:
         thresholds: root-mean-square errors to reach, nats, descending.
         target: the mixture; None for a learned network, which is `density`'s then.
         density: unfitted, for the methods that compute the formula.
-        truth_stderr: standard error of the truth, nats.
     """
 
     name: str
@@ -127,8 +128,6 @@ class Problem:
     thresholds: tuple[float, ...]
     target: Mixture | None = None
     density: fs.ScoreDensity | None = None
-    truth_stderr: float = 0.0
-    options: dict = field(default_factory=dict)
 
     @property
     def d(self) -> int:
@@ -145,3 +144,19 @@ class Problem:
 def exact_problem(name: str, target: Mixture, points: int, thresholds: tuple[float, ...]) -> Problem:
     x = target.sample(points, seed=17)
     return Problem(name, x, target.log_prob(x), target.sample(4000, seed=5), thresholds, target=target)
+
+
+def digits_problem(points: int, truth_nfe: int) -> Problem:
+    """The demo's digits and a network trained on them; the truth is the formula itself with many evaluations."""
+    problem = digits(0)
+    torch.manual_seed(0)
+    density = fs.ScoreDensity(problem.network(), problem.schedule, problem.predicts)
+    train(density, problem.batches(0), problem.steps)
+    density.fit(problem.train(0), progress=False)
+    x = problem.test[:points]
+    truth = density.estimate(x, nfe=truth_nfe, seed=99)
+    print(f"digits: the truth has a standard error of {float(truth.stderr.mean()):.3f} nats")
+    threshold = 0.01 * problem.dims * math.log(2)  # 0.01 bits a dimension
+    return Problem(
+        "digits, learned, d = 64", x, truth.log_prob.double(), problem.train(0), (threshold,), density=density
+    )

@@ -2,7 +2,7 @@
 
 import fastscore as fs
 
-from . import PROBE_TOLERANCE, PROBES, TOLERANCES, Method, Outcome
+from . import PROBE_TOLERANCE, PROBES, STEPS, TOLERANCES, Method, Outcome
 
 
 def methods(problem):
@@ -15,12 +15,17 @@ def methods(problem):
         found = fs.probability_flow_log_prob(density, x, rtol=tolerance, atol=tolerance)
         return Outcome(found.log_prob, found.nfe, found.nfe * x.shape[1])
 
+    def midpoint(x, steps, seed):
+        found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=steps)
+        return Outcome(found.log_prob, found.nfe, found.nfe * x.shape[1])
+
     def hutchinson(x, probes, seed):
         options = {"trace": "hutchinson", "probes": probes, "seed": seed}
         found = fs.probability_flow_log_prob(density, x, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE, **options)
         return Outcome(found.log_prob, found.nfe, found.nfe * probes)
 
     return [
-        Method("fastscore ODE, exact trace", exact, TOLERANCES, random=False),
-        Method("fastscore ODE, Hutchinson", hutchinson, PROBES),
+        Method("fastscore ODE dopri5, exact trace", exact, TOLERANCES, random=False),
+        Method("fastscore ODE midpoint, exact trace", midpoint, STEPS, random=False),
+        Method("fastscore ODE dopri5, Hutchinson", hutchinson, PROBES),
     ]

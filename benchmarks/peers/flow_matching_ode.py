@@ -5,9 +5,7 @@ from race_targets import Exact
 
 import fastscore as fs
 
-from . import PROBE_TOLERANCE, PROBES, TOLERANCES, Method, counted, normal_log_prob
-
-STEPS = (4, 8, 16, 32, 64, 128)
+from . import PROBE_TOLERANCE, PROBES, STEPS, TOLERANCES, Method, counted, normal_log_prob
 
 
 def methods(problem):
@@ -24,9 +22,7 @@ def methods(problem):
         return solver.compute_likelihood(x_1=x, log_p0=normal_log_prob, **options)[1]
 
     def dopri5(x, tolerance, exact):
-        return likelihood(
-            x, step_size=None, method="dopri5", exact_divergence=exact, atol=tolerance, rtol=tolerance
-        )
+        return likelihood(x, step_size=None, method="dopri5", exact_divergence=exact, atol=tolerance, rtol=tolerance)
 
     def adaptive(x, tolerance, seed):
         return counted(network, x, lambda: dopri5(x, tolerance, True))
