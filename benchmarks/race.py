@@ -17,7 +17,7 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-CAP = 1.5  # seconds a run may take, and a method's runs together twice that
+CAP = 1.5  # seconds: no effort beyond the first that takes half, none once a method has spent twice
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
 
@@ -73,8 +73,9 @@ class _Level:
 def race(problem: Problem, methods: list[Method]) -> list[Climb]:
     """Return every method's climb."""
     climbs = [Climb(method) for method in methods]
-    for method in methods:
-        method.run(problem.x[:2], method.ladder[0], 0)  # imports, probes and caches are nobody's seconds
+    for climb in climbs:
+        # Imports, probes and caches are nobody's seconds; who needs too long for two points does not start.
+        climb.stopped = "" if _first_run(climb.method, problem) < CAP else f"not started: two points take over {CAP} s"
     for level in range(max(len(method.ladder) for method in methods)):
         running = [_Level(c, c.method.ladder[level]) for c in climbs if _goes_on(c, level, problem)]
         for seed in range(SEEDS):
@@ -83,20 +84,27 @@ def race(problem: Problem, methods: list[Method]) -> list[Climb]:
                     one.run(problem, seed)
         for one in running:
             one.climb.rungs.append(one.rung())
+    for climb in climbs:
+        climb.stopped = climb.stopped or "end of its ladder"
     return climbs
+
+
+def _first_run(method: Method, problem: Problem) -> float:
+    start = time.process_time()
+    method.run(problem.x[:2], method.ladder[0], 0)
+    return time.process_time() - start
 
 
 def _goes_on(climb: Climb, level: int, problem: Problem) -> bool:
     """Return whether a method runs its next effort; the first always does."""
     if climb.stopped or not climb.rungs:
         return not climb.stopped
-    ladder, last = climb.method.ladder, climb.rungs[-1]
-    growth = max(1.5, last.seconds / climb.rungs[-2].seconds) if len(climb.rungs) > 1 else 2.0
+    last = climb.rungs[-1]
     if last.rmse <= problem.thresholds[-1]:
         climb.stopped = "reached the last"
-    elif level >= len(ladder):
+    elif level >= len(climb.method.ladder):
         climb.stopped = "end of its ladder"
-    elif growth * last.seconds > CAP or climb.spent > 2 * CAP:
+    elif last.seconds > CAP / 2 or climb.spent > 2 * CAP:
         climb.stopped = "time"
     elif len(climb.rungs) > 3 and last.rmse > STALLED * climb.rungs[-3].rmse:
         climb.stopped = "error no longer falls"

@@ -18,7 +18,7 @@ from fastscore.demo.training import train
 
 
 class Mixture:
-    r"""A mixture of N(m_k, std^2 I), its samples, and its posterior mean of noise and data given x_t = alpha x + sigma eps.
+    r"""A mixture of N(m_k, std^2 I), its samples, and its posterior means given x_t = alpha x + sigma eps.
 
     With r = (x_t - alpha sum_k pi_k m_k) / (alpha^2 std^2 + sigma^2), E[eps | x_t] = sigma r and
     E[x | x_t] = sum_k pi_k m_k + alpha std^2 r, where pi is the posterior of the components.
@@ -118,7 +118,8 @@ class Problem:
         data: to fit to, shape (N, d).
         thresholds: root-mean-square errors to reach, nats, descending.
         target: the mixture; None for a learned network, which is `density`'s then.
-        density: unfitted, for the methods that compute the formula.
+        density: of the learned network.
+        fit_evaluations: what `ScoreDensity.fit` may spend.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Problem:
     thresholds: tuple[float, ...]
     target: Mixture | None = None
     density: fs.ScoreDensity | None = None
+    fit_evaluations: int = 400_000
 
     @property
     def d(self) -> int:
@@ -141,9 +143,9 @@ class Problem:
         return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule)
 
 
-def exact_problem(name: str, target: Mixture, points: int, thresholds: tuple[float, ...]) -> Problem:
+def exact_problem(name: str, target: Mixture, points: int, thresholds: tuple[float, ...], **options) -> Problem:
     x = target.sample(points, seed=17)
-    return Problem(name, x, target.log_prob(x), target.sample(4000, seed=5), thresholds, target=target)
+    return Problem(name, x, target.log_prob(x), target.sample(4000, seed=5), thresholds, target=target, **options)
 
 
 def digits_problem(points: int, truth_nfe: int) -> Problem:

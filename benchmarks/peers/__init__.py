@@ -35,7 +35,7 @@ class Method(NamedTuple):
 
 
 TOLERANCES = tuple(10.0**-k for k in (1, 2, 3, 4, 5, 6))
-STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of a fixed grid
+STEPS = (4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)  # of a fixed grid
 PROBES = tuple(4**k for k in range(7))  # of Hutchinson's estimator
 PROBE_TOLERANCE = 1e-3  # of a solver whose error is that of the probes: 1e-5 is twice the evaluations for the same
 

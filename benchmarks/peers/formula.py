@@ -15,7 +15,7 @@ LADDER = tuple(2**k for k in range(3, 16))
 def methods(problem):
     unfitted, fitted = problem.new_density(), problem.new_density()
     start = time.process_time()
-    fitted.fit(problem.data, progress=False)
+    fitted.fit(problem.data, evaluations=problem.fit_evaluations, progress=False)
     seconds = time.process_time() - start
 
     def estimate(density):
