@@ -42,6 +42,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def _environment():
     packages = ("fastscore", "torch", "triton", "numpy", "torchdiffeq", "diffusers", "flow_matching", "sbi")
+    packages += ("zuko", "score_models", "monai")
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device(),
@@ -58,7 +59,7 @@ def _device():
 
 
 def _markdown(rows):
-    titles = list(rows[0])
+    titles = [title for title, value in rows[0].items() if not isinstance(value, list)]  # lists are for pictures
     lines = [titles, ["---"] * len(titles), *([_cell(row[t]) for t in titles] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
