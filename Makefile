@@ -11,7 +11,7 @@ CUDACXX ?= $(or $(shell command -v nvcc),$(FETCHED))
 # What of the tests an installed wheel has to pass by itself.
 WHEEL_TESTS := test_native.py test_native_resources.py test_backends.py test_cli.py test_density.py test_noise.py
 
-.PHONY: demo test lint wheel test-wheel bench gpu-check clean
+.PHONY: demo test lint wheel test-wheel bench bench-long report gpu-check clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
@@ -41,7 +41,17 @@ test-wheel:
 	    -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/tests/,$(WHEEL_TESTS))
 
 bench: .venv/bench
-	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q
+	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
+	$(MAKE) report
+
+# Trains some dozens of small networks, which takes half an hour.
+bench-long: .venv/bench
+	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m long
+	$(MAKE) report
+
+# docs/results.md, docs/race.png and the README's table, from benchmarks/results.
+report: .venv/dev
+	$(BIN)/python benchmarks/report.py
 
 # With the Python, torch and Triton of the GPU's machine, offline: the package is installed beside them, not into them;
 # WHEEL=dist/... takes a wheel with CUDA kernels, else it is built here without them.
@@ -69,8 +79,9 @@ $(FETCHED): csrc/compiler.txt .venv/base
 	$(PIP) install --target build/compiler -r csrc/compiler.txt
 	touch $@
 
-.venv/bench: .venv/dev benchmarks/peers.txt
+.venv/bench: .venv/dev benchmarks/peers.txt benchmarks/peers_alone.txt
 	$(PIP) install -c constraints.txt -r benchmarks/peers.txt
+	$(PIP) install -c constraints.txt --no-deps -r benchmarks/peers_alone.txt
 	touch $@
 
 clean:

@@ -69,7 +69,7 @@ def test_growth(benchmark, table, axis):
     for size, seconds, peak in zip(SIZES[axis], spent, peaks):
         table("scaling", {"axis": axis, "size": size, "processor seconds": seconds, "tensors' peak, MB": peak / 1e6})
     exponent = slope(SIZES[axis], spent)
-    table("scaling exponents", {"axis": axis, "from": SIZES[axis][0], "to": SIZES[axis][-1], "exponent": exponent,
+    table("scaling_exponents", {"axis": axis, "from": SIZES[axis][0], "to": SIZES[axis][-1], "exponent": exponent,
                                 "peak, last over first": peaks[-1] / peaks[0]})  # fmt: skip
     benchmark.extra_info.update(exponent=exponent, peaks=peaks, nfe=nfe)
     if axis in ("samples", "evaluations"):
@@ -114,12 +114,12 @@ def test_processes(benchmark, table):
     benchmark.pedantic(lambda: shares(1), rounds=1)
     for ranks, longest, total in rows:
         row = {"processes": ranks, "samples": samples, "processor seconds of the slowest": longest}
-        table("scaling of processes", row | {"over one": rows[0][1] / longest})
+        table("scaling_processes", row | {"over one": rows[0][1] / longest})
         # float32 sums of 2,048 samples in another order
         assert total == pytest.approx(rows[0][2], rel=1e-5)
     exponent = -slope([r for r, *_ in rows], [s for _, s, _ in rows]) if len(rows) > 1 else float("nan")
     benchmark.extra_info.update(exponent=exponent)
-    table("scaling exponents", {"axis": "processes", "from": 1, "to": rows[-1][0], "exponent": exponent,
+    table("scaling_exponents", {"axis": "processes", "from": 1, "to": rows[-1][0], "exponent": exponent,
                                 "peak, last over first": None})  # fmt: skip
     if len(rows) > 1:
         assert 0.9 < exponent < 1.1

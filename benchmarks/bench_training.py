@@ -11,6 +11,7 @@ FIRST = next(iter(LOSSES))
 FOUND = {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("predicts", ["eps", "v"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bits_per_dimension(benchmark, table, loss, predicts):

@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy(uint32_t target, const void* source, uint32
 
 template <int H, int D>
 __global__ void __launch_bounds__(kMmaThreads, 1) sm80_density_mlp_fwd_kernel(const __grid_constant__ DensityMlp p) {
-#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)  // Hopper runs its own kernels
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTSCORE_EMULATOR)  // Hopper runs its own kernels
   const uint32_t shared = ptx::shared_address(ptx::shared_memory());
   const int first = blockIdx.y * p.rows_per_block, end = min(first + p.rows_per_block, p.rows_total);
   const uint32_t row_bytes = 4 * p.row_stride, table_bytes = (row_bytes + 127) / 128 * 128;

@@ -127,7 +127,7 @@ def plan_chunks(
     Raises:
         ValueError: as `chunk_rows`.
     """
-    budget, tables, sums = budget_bytes(memory, device), draws * bytes_per_draw, 12 * draws
+    budget, tables, sums = budget_bytes(memory, device), draws * bytes_per_draw, 24 * draws
     keep = 4 * tables <= budget
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (8 * sums)))  # whose values wait to be summed
     row = bytes_per_row + (0 if keep else bytes_per_draw // samples)

@@ -8,6 +8,7 @@ from analytic import PREDICTIONS, SCHEDULES, ExactNet, Target, mixture
 from torch import nn
 
 import fastscore as fs
+from fastscore import probability_flow
 from fastscore.probability_flow import probability_flow_log_prob
 
 CONTINUOUS = [name for name, schedule in SCHEDULES.items() if not schedule.discrete]
@@ -204,3 +205,52 @@ def test_what_cannot_work_gets_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match=r"needs torchdiffeq: pip install 'fastscore\[ode\]'"):
         probability_flow_log_prob(density, x)
+
+
+def test_the_midpoint_rule_converges_with_its_order_on_half_the_traces(monkeypatch):
+    traces = []
+    whole = probability_flow._Field._divergence
+    monkeypatch.setattr(
+        probability_flow._Field, "_divergence", lambda self, *of: (traces.append(1), whole(self, *of))[1]
+    )
+    density, x = matched(TARGET, RANGE), TARGET.sample(20, seed=4)
+    exact, error = probability_flow_log_prob(density, x, rtol=1e-9, atol=1e-9).log_prob, {}
+    for steps in (64, 128, 256):
+        traces.clear()
+        found = probability_flow_log_prob(density, x, method="midpoint", steps=steps)
+        assert (found.nfe, len(traces)) == (2 * steps, steps)
+        error[steps] = float((found.log_prob - exact).square().mean().sqrt())
+    # Second order: a quarter of the error for twice the steps, up to the next order's share.
+    assert error[64] / error[128] == pytest.approx(4, rel=0.2)
+    assert error[128] / error[256] == pytest.approx(4, rel=0.1)
+
+
+def test_steps_belong_to_a_fixed_grid():
+    density, x = matched(TARGET, RANGE), TARGET.sample(2, seed=4)
+    with pytest.raises(ValueError, match="steps=8, method='dopri5'"):
+        probability_flow_log_prob(density, x, steps=8)
+    with pytest.raises(ValueError, match="steps=0"):
+        probability_flow_log_prob(density, x, method="rk4", steps=0)
+
+
+def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():
+    class Double(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad if float(grad.abs().max()) >= 0 else grad  # reads the numbers: vmap refuses
+
+    class Odd(ExactNet):
+        def forward(self, x_t, t):
+            return Double.apply(super().forward(x_t, t)) / 2
+
+    target = correlated(3)
+    density, x = matched(target, RANGE), target.sample(4, seed=4)
+    odd = fs.ScoreDensity(Odd(target, RANGE), RANGE, reference=density.reference)
+    found, expected = (probability_flow_log_prob(d, x, method="midpoint", steps=4) for d in (odd, density))
+    torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-9, atol=1e-9)
