@@ -6,7 +6,7 @@
 #include <density_mlp.h>
 
 // wgmma exists on sm_90a alone: neither other architectures nor PTX for later ones get its kernels' bodies.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTSCORE_EMULATOR)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTSCORE_HAS_WGMMA 1
 #else
 #define FASTSCORE_HAS_WGMMA 0
