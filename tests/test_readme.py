@@ -10,10 +10,17 @@ from analytic import ExactNet, mixture
 import fastscore as fs
 
 README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_other_examples_are_those_that_the_pages_tests_run():
+    assert len(BLOCKS) == 3
+    for block, page in zip(BLOCKS[1:], ("adapters", "training")):
+        assert block.rstrip() in (README.parent / "docs" / f"{page}.md").read_text()
 
 
 def test_the_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = BLOCKS[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     target, schedule = mixture(4), fs.DDPM.linear(1000)
     names = {
