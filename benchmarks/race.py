@@ -17,7 +17,7 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-CAP = 1.5  # seconds: no effort beyond the first that takes half, none once a method has spent twice
+CAP = 1.0  # seconds: no effort beyond the first that takes half, none once a method has spent twice
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
 
