@@ -143,9 +143,12 @@ class Problem:
         return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule)
 
 
-def exact_problem(name: str, target: Mixture, points: int, thresholds: tuple[float, ...], **options) -> Problem:
+def exact_problem(
+    name: str, target: Mixture, points: int, thresholds: tuple[float, ...], data: int = 4000, **options
+) -> Problem:
+    """Return a problem whose truth is exact, with `data` samples to fit to."""
     x = target.sample(points, seed=17)
-    return Problem(name, x, target.log_prob(x), target.sample(4000, seed=5), thresholds, target=target, **options)
+    return Problem(name, x, target.log_prob(x), target.sample(data, seed=5), thresholds, target=target, **options)
 
 
 def digits_problem(points: int, truth_nfe: int) -> Problem:
