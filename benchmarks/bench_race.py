@@ -71,7 +71,7 @@ def test_race(benchmark, table, name):
 
 
 def check_network(problem):
-    """Assert that the exact network and density are tests/analytic.py's, written apart from them: float32 to float64."""
+    """Assert that the exact network and density are those of tests/analytic.py, which was written apart from them."""
     own = problem.target
     if own is None or own.d > 64:  # the other keeps full covariances
         return

@@ -25,7 +25,7 @@ class Mixture:
     """
 
     def __init__(self, weight: Tensor, mean: Tensor, std: float):
-        self.weight, self.mean, self.std = weight.double(), mean.double(), std
+        self.weight, self.mean, self.std = weight.double() / weight.double().sum(), mean.double(), std
         self._mean, self._log_weight = mean.float(), weight.log().float()
         self._half_norm = self._mean.square().sum(1) / 2
 
