@@ -10,7 +10,7 @@ import importlib.util
 
 import pytest
 import torch
-from analytic import mixture
+from analytic import Target
 from race import race
 from race_targets import digits_problem, exact_problem, five, spirals
 
@@ -31,7 +31,9 @@ TARGETS = {
     "mixture of 5, d = 2": lambda name: exact_problem(name, five(2), 128, ERRORS),
     "mixture of 5, d = 16": lambda name: exact_problem(name, five(16), 128, ERRORS),
     "mixture of 5, d = 64": lambda name: exact_problem(name, five(64), 128, ERRORS),
-    "mixture of 5, d = 784": lambda name: exact_problem(name, five(784), 16, ERRORS[:2], fit_evaluations=120_000),
+    "mixture of 5, d = 784": lambda name: exact_problem(
+        name, five(784), 16, ERRORS[:2], fit_evaluations=120_000, data=2000
+    ),
     "two spirals, d = 2": lambda name: exact_problem(name, spirals(), 128, ERRORS),
     "digits, learned, d = 64": lambda name: digits_problem(32, 16_384),
 }
@@ -46,19 +48,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_the_networks_of_the_race_are_exact():
-    """Against tests/analytic.py, which was written apart from it; float32 against float64."""
-    own, other = five(3), mixture(3)
-    x = own.sample(50, seed=1)
-    torch.testing.assert_close(own.log_prob(x), other.log_prob(x), rtol=1e-9, atol=1e-9)
-    for log_snr in (-10.0, 0.0, 3.0, 12.0):
-        alpha, sigma = (v.float().expand(50) for v in fs.LogSNR(-14, 16).alpha_sigma(torch.tensor(log_snr).double()))
-        _, x0 = own.denoised(x, alpha[:, None], sigma[:, None])
-        torch.testing.assert_close(
-            x0.double(), other.denoised(x.double(), alpha.double(), sigma.double()), rtol=0, atol=1e-5
-        )
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_race(benchmark, table, name):
     problem = TARGETS[name](name)
@@ -68,6 +57,7 @@ def test_race(benchmark, table, name):
             table("race", row_without(problem, package))
             continue
         methods += importlib.import_module(f"peers.{module}").methods(problem)
+    check_network(problem)
     check(problem, methods[0])
     climbs = race(problem, methods)
     for climb in climbs:
@@ -78,6 +68,23 @@ def test_race(benchmark, table, name):
     benchmark.extra_info.update(name=name, best=best)
     fitted, nfe = methods[0], (climbs[0].first(problem.thresholds[0]) or climbs[0].rungs[-1]).effort
     benchmark.pedantic(lambda: fitted.run(problem.x, nfe, 0), rounds=3)
+
+
+def check_network(problem):
+    """Assert that the exact network and density are those of tests/analytic.py, which was written apart from them."""
+    own = problem.target
+    if own is None or own.d > 64:  # the other keeps full covariances
+        return
+    cov = own.std**2 * torch.eye(own.d, dtype=torch.float64).expand(len(own.weight), -1, -1)
+    other, x = Target(own.weight, own.mean, cov), problem.x
+    torch.testing.assert_close(problem.truth, other.log_prob(x), rtol=1e-9, atol=1e-8)
+    for log_snr in (-10.0, 0.0, 3.0, 12.0):
+        alpha, sigma = (v.float() for v in fs.LogSNR(-14, 16).alpha_sigma(torch.full((len(x), 1), log_snr).double()))
+        eps, x0 = own.denoised(x, alpha, sigma)
+        exact = other.denoised(x.double(), alpha[:, 0].double(), sigma[:, 0].double())
+        # Rounding of logits of some hundreds, times the distance between components.
+        torch.testing.assert_close(x0.double(), exact, rtol=0, atol=2e-4)
+        torch.testing.assert_close((alpha * x0 + sigma * eps).double(), x.double(), rtol=0, atol=2e-5)
 
 
 def check(problem, fitted):
@@ -145,6 +152,7 @@ def comparison(problem, climbs, threshold):
     if ours and peers:
         line["peer / fastscore"] = f"{rung.seconds / line['s']:.3g}"
     elif ours and problem.target:
-        longest = max(r.seconds for c in climbs if not c.method.name.startswith(FASTSCORE) for r in c.rungs)
-        line |= {"best peer": "none", "peer / fastscore": f">{longest / line['s']:.3g}"}
+        # What is known of every peer: the one that ran shortest without reaching it bounds the ratio.
+        known = min(c.seconds_without(threshold) for c in climbs if not c.method.name.startswith(FASTSCORE))
+        line |= {"best peer": "none", "peer / fastscore": f">{known / line['s']:.3g}"}
     return line

@@ -7,6 +7,7 @@ numbers is that over the seeds it ran.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-CAP = 1.0  # seconds: no effort beyond the first that takes half, none once a method has spent twice
+CAP = 0.8  # seconds that the next effort may be expected to take; a method stops once its runs took four times that
+STOPPED_BIAS = "error no longer falls"
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
 
@@ -40,6 +42,12 @@ class Climb:
     rungs: list[Rung] = field(default_factory=list)
     spent: float = 0.0
     stopped: str = ""
+
+    def seconds_without(self, threshold: float) -> float:
+        """Return how long the method is known to run without reaching a threshold: infinitely, where it has a bias."""
+        if self.stopped == STOPPED_BIAS:
+            return math.inf
+        return max((rung.seconds for rung in self.rungs if rung.rmse > threshold), default=CAP)
 
     def first(self, threshold: float) -> Rung | None:
         """Return the least effort with an error of at most `threshold`, nats."""
@@ -104,8 +112,15 @@ def _goes_on(climb: Climb, level: int, problem: Problem) -> bool:
         climb.stopped = "reached the last"
     elif level >= len(climb.method.ladder):
         climb.stopped = "end of its ladder"
-    elif last.seconds > CAP / 2 or climb.spent > 2 * CAP:
+    elif _growth(climb) * last.seconds > CAP or climb.spent > 4 * CAP:
         climb.stopped = "time"
     elif len(climb.rungs) > 3 and last.rmse > STALLED * climb.rungs[-3].rmse:
-        climb.stopped = "error no longer falls"
+        climb.stopped = STOPPED_BIAS
     return not climb.stopped
+
+
+def _growth(climb: Climb) -> float:
+    """Return how much longer the next effort should take; a solver's first tolerances may hardly make it step."""
+    if len(climb.rungs) < 2:
+        return 2.0
+    return min(max(climb.rungs[-1].seconds / climb.rungs[-2].seconds, 1.2), 4.0 if climb.method.random else 2.0)

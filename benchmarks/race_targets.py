@@ -25,7 +25,7 @@ class Mixture:
     """
 
     def __init__(self, weight: Tensor, mean: Tensor, std: float):
-        self.weight, self.mean, self.std = weight.double(), mean.double(), std
+        self.weight, self.mean, self.std = weight.double() / weight.double().sum(), mean.double(), std
         self._mean, self._log_weight = mean.float(), weight.log().float()
         self._half_norm = self._mean.square().sum(1) / 2
 
@@ -143,9 +143,12 @@ class Problem:
         return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule)
 
 
-def exact_problem(name: str, target: Mixture, points: int, thresholds: tuple[float, ...], **options) -> Problem:
+def exact_problem(
+    name: str, target: Mixture, points: int, thresholds: tuple[float, ...], data: int = 4000, **options
+) -> Problem:
+    """Return a problem whose truth is exact, with `data` samples to fit to."""
     x = target.sample(points, seed=17)
-    return Problem(name, x, target.log_prob(x), target.sample(4000, seed=5), thresholds, target=target, **options)
+    return Problem(name, x, target.log_prob(x), target.sample(data, seed=5), thresholds, target=target, **options)
 
 
 def digits_problem(points: int, truth_nfe: int) -> Problem:

@@ -100,7 +100,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for ax in axes.flat:
         handles |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

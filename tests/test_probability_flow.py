@@ -254,3 +254,16 @@ def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():
     odd = fs.ScoreDensity(Odd(target, RANGE), RANGE, reference=density.reference)
     found, expected = (probability_flow_log_prob(d, x, method="midpoint", steps=4) for d in (odd, density))
     torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "hutchinson", "probes": 5}], ids=["exact", "hutchinson"])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_how_many_traces_run_at_once_changes_nothing(monkeypatch, options, at_once):
+    target = correlated(3)
+    density, x = matched(target, RANGE), target.sample(4, seed=4)
+    expected = probability_flow_log_prob(density, x, method="midpoint", steps=4, **options)
+    monkeypatch.setattr(probability_flow, "COLUMNS", at_once)
+    found = probability_flow_log_prob(density, x, method="midpoint", steps=4, **options)
+    # Sums in another order; d = 3 and 5 probes, so that the last pass is narrower.
+    torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.stderr, expected.stderr, rtol=1e-9, atol=1e-11)

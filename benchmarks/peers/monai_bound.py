@@ -50,4 +50,4 @@ def methods(problem):
         bound = inferer.get_likelihood(x, inside, scheduler, verbose=False, **ranges)
         return -x.shape[-1] * (bound + log_width)
 
-    return [Method("MONAI DiffusionInferer, 1,000 steps", run, (1, 4, 16, 64))]
+    return [Method("MONAI DiffusionInferer, 1,000 steps", run, (1, 4, 16))]
