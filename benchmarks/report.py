@@ -61,8 +61,10 @@ def readme_table(best: list[dict]) -> str:
     for target in dict.fromkeys(row["target"] for row in best):
         own = [row for row in best if row["target"] == target]
         for row in (own[0], own[-1]) if len(own) > 1 else own:
-            line = {"target": target, "RMSE, nats": row["error, nats"], "fastscore": row["fastscore"], "s": row["s"]}
-            line |= {"best peer": row["best peer"] or "none computes it", "its s": row["peer's s"]}
+            ours = row["fastscore"] or "not reached"
+            line = {"target": target, "RMSE, nats": row["error, nats"], "fastscore": ours, "s": row["s"]}
+            peer = row["best peer"] or ("none computes it" if row["fastscore"] else "not reached")
+            line |= {"best peer": peer, "its s": row["peer's s"]}
             line |= {"peer / fastscore": row["peer / fastscore"]}
             rows.append(line | {"plain / fitted evaluations": row["plain nfe / fitted nfe"]})
     return markdown(rows)
