@@ -16,6 +16,8 @@ from race_targets import digits_problem, exact_problem, five, spirals
 
 import fastscore as fs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEERS = {
     "formula": "fastscore",
     "fastscore_ode": "torchdiffeq",
@@ -36,14 +38,6 @@ TARGETS = {
     "digits, learned, d = 64": lambda name: digits_problem(32, 16_384),
 }
 FASTSCORE = "fastscore"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", TARGETS)

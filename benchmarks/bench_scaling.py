@@ -51,21 +51,17 @@ def slope(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit([math.log(s) for s in sizes], [math.log(v) for v in values], 1)[0])
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("axis", SIZES)
 def test_growth(benchmark, table, axis):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        spent, peaks = [], []
-        for size in SIZES[axis]:
-            density, x, nfe = problem(axis, size)
-            run = lambda density=density, x=x, nfe=nfe: density.estimate(x, nfe=nfe, memory="8MB")  # noqa: E731
-            assert bool(run().log_prob.isfinite().all())
-            peaks.append(peak_bytes(run))
-            spent.append(processor_seconds(run))
-        benchmark.pedantic(run, rounds=1)
-    finally:
-        torch.set_num_threads(threads)
+    spent, peaks = [], []
+    for size in SIZES[axis]:
+        density, x, nfe = problem(axis, size)
+        run = lambda density=density, x=x, nfe=nfe: density.estimate(x, nfe=nfe, memory="8MB")  # noqa: E731
+        assert bool(run().log_prob.isfinite().all())
+        peaks.append(peak_bytes(run))
+        spent.append(processor_seconds(run))
+    benchmark.pedantic(run, rounds=1)
     for size, seconds, peak in zip(SIZES[axis], spent, peaks):
         table("scaling", {"axis": axis, "size": size, "processor seconds": seconds, "tensors' peak, MB": peak / 1e6})
     exponent = slope(SIZES[axis], spent)

@@ -22,6 +22,14 @@ def table():
     return lambda name, row: TABLES.setdefault(name, []).append(row)
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_terminal_summary(terminalreporter):
     for name, rows in TABLES.items():
         terminalreporter.section(name)

@@ -16,9 +16,8 @@
 #include <cuda_runtime.h>
 #include <density_mlp.h>
 
+#include <common/consumer.cuh>
 #include <common/launch.cuh>
-#include <common/ring.cuh>
-#include <common/row_machine.cuh>
 #include <ptx/registers.cuh>
 #include <ptx/wgmma.cuh>
 
@@ -184,20 +183,7 @@ __device__ __forceinline__ void consume_wide(const DensityMlp& p, const Barriers
   engine.column = WideEngine::kHidden * group + column;
   engine.data_column = WideEngine::kData * group + column;
   const int sample = blockIdx.x * 64 + 16 * (thread / 32) + lane / 4;
-  Vectors vectors{p, 0, 0, {min(sample, p.batch - 1), min(sample + 8, p.batch - 1)}};
-  const uint32_t table_bytes = (4 * p.row_stride + 127) / 128 * 128;
-  Position table;
-#pragma unroll 1
-  for (int row = first; row < end; ++row) {
-    ptx::mbarrier_wait(barriers.table_full(table.stage), table.phase);
-    vectors.row_table = shared + p.tables_at + table.stage * table_bytes;
-    vectors.row = row;
-    const float2 f = engine.row_sum(evaluate_row<kWideData>(engine, vectors));
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barriers.table_empty(table.stage));
-    table.advance(p.table_stages);
-    if (group == 0) store(p, sample, row, f);
-  }
+  consume_rows<kWideData>(engine, p, barriers, shared, first, end, sample, group == 0);
 }
 
 __global__ void __launch_bounds__(kWideThreads, 1)

@@ -2,8 +2,18 @@
 
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many workers as cores: more threads would wait for each other
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine a second thread for small tensors takes forty times the time that it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,16 +9,9 @@ from torch import nn
 
 import fastscore as fs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, K, SCHEDULE = 5, 7, fs.DDPM.cosine(1000)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def head(seed=0):

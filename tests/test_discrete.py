@@ -10,17 +10,10 @@ from torch.distributions import Normal
 import fastscore as fs
 from fastscore.discrete import Levels, discrete_log_prob, reconstruction
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROBABILITY = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
 EVERY = torch.arange(3)[:, None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class PointMasses(nn.Module):

@@ -7,17 +7,10 @@ from analytic import ExactNet, mixture
 
 import fastscore as fs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGET, SCHEDULE = mixture(2), fs.LogSNR(-12, 12)
 X = TARGET.sample(24, seed=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])

@@ -11,18 +11,11 @@ import fastscore as fs
 from fastscore.training.losses import density_loss
 from fastscore.training.nodes import AdaptiveNodes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGET, WIDE = mixture(2), fs.LogSNR(-14, 16)
 MANY = TARGET.sample(8192, seed=6)
 X = MANY[:256]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss_of(schedule=WIDE, predicts="eps", gain=None):

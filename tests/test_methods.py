@@ -12,6 +12,8 @@ from torch.distributions import Normal, kl_divergence
 import fastscore as fs
 from fastscore.methods import base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NFE = 4000
 TARGET, X = mixture(2), mixture(2).sample(6, seed=4)
 BETAS = torch.linspace(0.02, 0.6, 20, dtype=torch.float64)
@@ -19,15 +21,6 @@ TABLES = {
     "20 steps": BETAS,
     "linear(50)": torch.linspace(1e-4, 0.02, 50, dtype=torch.float64),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quadrature(points):

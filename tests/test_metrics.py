@@ -17,18 +17,11 @@ import fastscore as fs
 pytest.importorskip("torchmetrics")
 from fastscore.metrics import BitsPerDim, NegativeLogLikelihood
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).parent
 TARGET, SCHEDULE = mixture(2), fs.LogSNR(-14, 14)
 X = TARGET.sample(100, seed=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def density(**options):

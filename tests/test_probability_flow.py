@@ -11,19 +11,12 @@ import fastscore as fs
 from fastscore import probability_flow
 from fastscore.probability_flow import probability_flow_log_prob
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTINUOUS = [name for name, schedule in SCHEDULES.items() if not schedule.discrete]
 TARGET = mixture(2, components=3)
 RANGE = fs.LogSNR(-8, 6)
 TIGHT = dict(rtol=1e-6, atol=1e-6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def correlated(d=3):

@@ -14,17 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastscore as fs
 from fastscore.memory import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = fs.LogSNR(-14, 16)
 POINTS = 128
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine a second thread for so small tensors takes forty times the time that it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Operators(TorchDispatchMode):
