@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import warnings
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
+# torch.export keeps state of the whole process: two traces at once break each other and all that follow.
+_ONE_AT_A_TIME = threading.RLock()
 _TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
 _NEVER = (
@@ -132,7 +135,7 @@ def _export(model, x_t, time, own, shared):
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with _quiet():
+        with _ONE_AT_A_TIME, _quiet():
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:
