@@ -1,49 +1,59 @@
-r"""The other density that people know: integrate the probability-flow ODE and its divergence.
+r"""The other density that people know: that of the probability-flow ODE.
 
-The flow of every schedule, rescaled, is that of the straight path y = (1 - t) x + t eps, t = sigma / (alpha + sigma):
+The flow of every schedule, rescaled, is that of the straight path y = (1 - t) x + t eps, t = sigma / (alpha + sigma).
+With v its velocity, and q any reference whose v_q and score are known in closed form (`flow_field`),
 
-.. math:: \frac{dy}{dt} = v(y, t) = \hat\epsilon - \hat x = \frac{\hat\epsilon - y}{1 - t}, \qquad
-    \log p(x) = \log p_{t_1}\Big(\frac{y(t_1)}{1 - t_1}\Big) + d \log\frac{1 - t_0}{1 - t_1}
-    + \int_{t_0}^{t_1} \mathrm{tr}\,\frac{\partial v}{\partial y}\, dt
+.. math:: \log p(x) = \log q(x) + \int_{t_0}^{t_1} \big[\nabla\cdot(v - v_q)
+    + (v - v_q)\cdot\nabla\log q_t\big](y(t), t)\, dt, \qquad \frac{dy}{dt} = v(y, t)
 
-where p_t is the density of x + eps t / (1 - t). v is bounded and smooth at both ends, so a solver needs about half of
-the evaluations that it needs in log-SNR. A fixed grid is equal steps in sqrt(t), shorter where there is little noise.
+It is the usual integral of the divergence with its control variate: what q explains is exact, whatever the steps, and
+errors of the path and of a probe count only as far as p and q differ. Both log-densities are those at the clean end
+of the schedule, data convolved with the noise that is left there; at the noisy end p is taken as q. v is bounded and
+smooth at both ends, so a solver needs about half of the evaluations that it needs in log-SNR. A fixed grid is equal
+steps in sqrt(t), shorter where there is little noise.
 
 It agrees with `ScoreDensity.log_prob` where the network is an exact score. For a learned one they are two different
 numbers: this one is the density of the deterministic sampler, the formula's is a bound for the stochastic one.
 
 References:
     Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456
-    FFJORD (Grathwohl et al., 2019), https://arxiv.org/abs/1810.01367
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import noise
 from .density import ScoreDensity
-from .network import predict
-from .predictions import eps_from
-from .reference import Reference
+from .flow_field import Field, rademacher
 from .samples import Samples, check_samples
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
+OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
-COLUMNS = 32  # backward passes in one call; it bounds their memory
+FIRST_STEPS, MAX_STEPS = 4, 2048  # of "auto"
 
 
 class FlowLogProb(NamedTuple):
-    """Log-density (nats, (B,)), its standard error over probes (zero for the exact trace), evaluations a sample."""
+    """What `probability_flow_log_prob` returns, a number a sample.
+
+    Attributes:
+        log_prob: nats, shape (B,).
+        stderr: of the mean over probes, nats; zero for the exact trace, NaN for one probe.
+        nfe: network evaluations, int64.
+        discretization: estimate of the error that the grid makes, nats; NaN where `method` has none.
+    """
 
     log_prob: Tensor
     stderr: Tensor
-    nfe: int
+    nfe: Tensor
+    discretization: Tensor
 
 
+@torch.no_grad()
 def probability_flow_log_prob(
     density: ScoreDensity,
     x: Tensor,
@@ -51,149 +61,143 @@ def probability_flow_log_prob(
     trace: str = "exact",
     probes: int = 1,
     seed: int = 0,
+    method: str = "auto",
+    error: float = 0.01,
+    steps: int = 1,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "dopri5",
-    steps: int = 1,
     **cond,
 ) -> FlowLogProb:
     """Return the log-density of the probability-flow ODE, nats.
 
     Arguments:
-        density: network, schedule (continuous) and reference; the latter's Gaussian, diffused, is the prior.
+        density: network, schedule (continuous) and reference; `density.fit(data)` makes the reference a close one.
         x: data, shape (B, *shape).
         trace: "exact" (d vector-Jacobian products an evaluation) or "hutchinson" (one a probe, Rademacher signs).
         probes: number of Hutchinson probes, averaged; two at least give a standard error.
         seed: key of the probes.
-        rtol, atol, method: of torchdiffeq's solver.
+        method: "midpoint" on a grid of `steps`; "auto", the same with twice the steps, sample by sample, until the
+            answer moves by less than `error`; or the name of a solver of torchdiffeq.
+        error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...); others choose their own.
+        rtol, atol: of torchdiffeq's adaptive solvers.
         cond: keyword arguments of the network.
 
     Raises:
-        ImportError: without torchdiffeq; install fastscore[ode].
-        ValueError: for an unknown trace, or a schedule that is a table.
+        ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
+        ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, or an `error` that
+            2,048 steps do not reach.
     """
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError("probability_flow_log_prob needs torchdiffeq: pip install 'fastscore[ode]'") from error
     if trace not in TRACES or probes < 1:
         raise ValueError(f"trace must be one of {', '.join(TRACES)} with probes >= 1; got {trace!r}, probes={probes}")
-    if steps < 1 or (steps > 1 and method in ADAPTIVE):
+    if steps < 1 or (steps > 1 and method in (*ADAPTIVE, "auto")):
         raise ValueError(f"steps must be >= 1, and method one with a fixed grid; got steps={steps}, method={method!r}")
+    if not error > 0:
+        raise ValueError(f"error must be positive (nats), got {error}")
     if density.schedule.discrete:
         raise ValueError(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
         )
-    samples = check_samples(x, None, (cond,), density.model)
-    signs = _signs(samples, seed, probes) if trace == "hutchinson" else None
-    lo, hi = density.schedule.log_snr_range
-    t_0, t_1 = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64))
-    grid = torch.linspace(t_0**0.5, t_1**0.5, steps + 1, dtype=torch.float64).square()
-    field = _Field(density, samples, signs, (float(t_0), float(t_1)))
-    columns = samples.x.new_zeros(len(samples), 1 if signs is None else probes)
-    start = samples.x.detach() * float(1 - t_0), columns
-    if method == "midpoint":
-        y, divergence = _midpoint(field, start, grid)
-    else:
-        grid = grid.to(samples.x)
+    odeint = None if method in OWN else _torchdiffeq()
+    flow = _Flow(density, check_samples(x, None, (cond,), density.model), trace, probes, seed)
+    if method == "auto":
+        return _doubling(flow, error)
+    log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)
+    return flow.result(log_prob, torch.full((len(log_prob),), nfe), torch.full_like(log_prob[:, 0], math.nan))
+
+
+class _Flow:
+    """The integral for some samples, by one solver or another; log-densities are (B, columns), a column a probe."""
+
+    def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int):
+        self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
+        lo, hi = density.schedule.log_snr_range
+        self.ends = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64))
+        self.clean = density.reference.diffused(math.exp(-hi))
+
+    def select(self, chosen: Tensor) -> _Flow:
+        """Return the flow of some of the samples; probes are keyed by sample, so they stay the same."""
+        return _Flow(self.density, self.samples.select(chosen), self.trace, self.probes, self.seed)
+
+    def midpoint(self, steps: int) -> tuple[Tensor, int]:
+        """Integrate by the midpoint rule, which wants the rate in the middle of a step only: half of the traces.
+
+        All that the times decide is evaluated once, before the first step.
+        """
+        grid, field = self._grid(steps), self._field()
+        table = field.table(torch.stack([grid[:-1], (grid[:-1] + grid[1:]) / 2], 1).flatten())
+        y, change = self._start()
+        for step, at_start, at_middle in zip(grid.diff().tolist(), table[::2], table[1::2]):
+            velocity = field.velocity(at_start, y)
+            velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
+            y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
+        return self._log_prob(change), field.nfe
+
+    def solve(self, odeint, method: str, steps: int, rtol: float, atol: float) -> tuple[Tensor, int]:
+        """Integrate by a solver of torchdiffeq."""
+        grid, field = self._grid(steps).to(self.samples.x), self._field()
         # An adaptive solver would step past the end and interpolate, where no network was trained.
         options = {"step_t": grid[1:]} if method in ADAPTIVE else None
-        path = odeint(field, start, grid, rtol=rtol, atol=atol, method=method, options=options)
-        y, divergence = (part[-1] for part in path)
-    prior = _diffused(density.reference.gaussian(), torch.exp(torch.tensor(-lo, dtype=torch.float64)))
-    scaled = prior.log_prob(y / float(1 - t_1)) + y.shape[1] * float(torch.log((1 - t_0) / (1 - t_1)))
-    log_prob = (scaled[:, None] + divergence).to(samples.x.dtype)
-    count = log_prob.shape[1]
-    error = log_prob.std(1) / count**0.5 if count > 1 else torch.zeros_like(log_prob[:, 0])
-    return FlowLogProb(log_prob.mean(1), error if signs is not None else torch.zeros_like(error), field.nfe)
+        _, change = odeint(field, self._start(), grid, rtol=rtol, atol=atol, method=method, options=options)
+        return self._log_prob(change[-1]), field.nfe
+
+    def result(self, log_prob: Tensor, nfe: Tensor, discretization: Tensor) -> FlowLogProb:
+        """Return the mean over probes with its standard error."""
+        mean = log_prob.mean(1)
+        if self.trace == "exact":
+            return FlowLogProb(mean, torch.zeros_like(mean), nfe, discretization)
+        spread = log_prob.std(1) if self.probes > 1 else torch.full_like(mean, math.nan)
+        return FlowLogProb(mean, spread / self.probes**0.5, nfe, discretization)
+
+    def _field(self) -> Field:
+        signs = rademacher(self.samples, self.seed, self.probes) if self.trace == "hutchinson" else None
+        return Field(self.density, self.samples, signs, tuple(self.ends.tolist()))
+
+    def _grid(self, steps: int) -> Tensor:
+        return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64).square()
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        x = self.samples.x.detach()
+        return x * float(1 - self.ends[0]), x.new_zeros(len(x), 1 if self.trace == "exact" else self.probes)
+
+    def _log_prob(self, change: Tensor) -> Tensor:
+        return (self.clean.log_prob(self.samples.x.detach())[:, None] + change).to(self.samples.x.dtype)
 
 
-class _Field:
-    """The right-hand side of the ODE: velocity and its divergence."""
+def _doubling(flow: _Flow, error: float) -> FlowLogProb:
+    """Double the steps of the samples whose answer still moves by more than `error`.
 
-    def __init__(self, density: ScoreDensity, samples: Samples, signs: Tensor | None, ends: tuple[float, float]):
-        self.density, self.samples, self.ends, self.nfe = density, samples, ends, 0
-        self.exact = signs is None
-        self.cotangents = torch.eye(samples.x.shape[1]).to(samples.x)[:, None] if signs is None else signs
-
-    def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.at(self.table(t[None])[0], state)
-
-    def table(self, t: Tensor) -> list[tuple[Tensor, float, float, float]]:
-        """Return what the velocity needs to know of each time: the schedule's own, the scale of x_t, c_f and c_x."""
-        t = t.detach().double().cpu().clamp(*self.ends)  # rounding must not carry the network past its range
-        schedule = self.density.schedule
-        time = schedule.time(-2 * torch.logit(t))
-        c_f, c_x = eps_from(self.density.predicts, schedule, time)
-        scale = schedule.alpha_sigma(time)[0] / (1 - t)
-        rows = torch.stack([scale, c_f / (1 - t), (c_x * scale - 1) / (1 - t)], 1).tolist()
-        return [(own, *row) for own, row in zip(time.to(self.samples.x.device).split(1), rows)]
-
-    def at(self, row: tuple[Tensor, float, float, float], state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return velocity (B, d) and divergence (B, columns) at a time of the table."""
-        with torch.enable_grad():
-            y = state[0].detach().requires_grad_()
-            velocity = self.velocity(row, y)
-        return velocity.detach(), self._divergence(velocity, y)
-
-    def velocity(self, row: tuple[Tensor, float, float, float], y: Tensor) -> Tensor:
-        """Return the velocity alone, (B, d)."""
-        self.nfe += 1
-        time, scale, c_f, c_x = row
-        density, samples = self.density, self.samples
-        x_t = (scale * y)[:, None]
-        output = predict(density.model, x_t, time, samples.conds[0], samples.shape, density.time_dtype)
-        return torch.add(c_f * output[:, 0], y, alpha=c_x)
-
-    def _divergence(self, velocity: Tensor, y: Tensor) -> Tensor:
-        """Return the trace, (B, 1), or each probe's estimate of it, (B, probes): many cotangents a backward pass."""
-        products, first = [], 0
-        for v in self.cotangents.split(COLUMNS):
-            found = _vjp(velocity, y, v.expand(-1, *y.shape))
-            if self.exact:  # of row i of the Jacobian, element i
-                found = torch.diagonal(found[..., first : first + len(v)], dim1=0, dim2=2)
-                products.append(found.sum(1, keepdim=True))
-            else:
-                products.append(torch.linalg.vecdot(found, v).T)
-            first += len(v)
-        if len(products) == 1:
-            return products[0]
-        return torch.cat(products, 1).sum(1, keepdim=True) if self.exact else torch.cat(products, 1)
-
-
-def _midpoint(field: _Field, state: tuple[Tensor, Tensor], grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Integrate by the midpoint rule, which wants the divergence in the middle of a step only: half of the traces.
-
-    All that the times decide is evaluated once, before the first step.
+    The rule is of second order, so a third of the last move is what is left, and is taken off the answer. The whole
+    move is the estimate of its error, or a quarter of the move before, if that is larger: two coarse grids may agree
+    by chance.
     """
-    steps = grid.diff().tolist()
-    times = torch.stack([grid[:-1], (grid[:-1] + grid[1:]) / 2], 1).flatten()
-    table = field.table(times)
-    y, divergence = state
-    for step, at_start, at_middle in zip(steps, table[::2], table[1::2]):
-        with torch.no_grad():
-            velocity = field.velocity(at_start, y)
-        velocity, trace = field.at(at_middle, (torch.add(y, velocity, alpha=step / 2), divergence))
-        y, divergence = torch.add(y, velocity, alpha=step), torch.add(divergence, trace, alpha=step)
-    return y, divergence
+    steps, active = FIRST_STEPS, torch.arange(len(flow.samples), device=flow.samples.x.device)
+    coarse, calls = flow.midpoint(steps)
+    log_prob, spent = coarse.clone(), torch.full((len(active),), calls)
+    before = torch.full_like(coarse[:, 0], math.inf)
+    discretization = before.clone()
+    while len(active):
+        steps *= 2
+        if steps > MAX_STEPS:
+            raise ValueError(
+                f"error={error} nats is not reached with {MAX_STEPS} steps by {len(active)} of {len(spent)} samples, "
+                f"sample {int(active[0])} the first; give a larger one, float64 data, or method='dopri5'"
+            )
+        fine, calls = flow.select(active).midpoint(steps)
+        move = (fine - coarse).mean(1).abs()
+        log_prob[active] = fine + (fine - coarse) / 3
+        discretization[active] = torch.maximum(move, before / 4)
+        spent[active.cpu()] += calls
+        on = ~(discretization[active] <= error)
+        coarse, before, active = fine[on], move[on], active[on]
+    return flow.result(log_prob, spent, discretization)
 
 
-def _vjp(velocity: Tensor, y: Tensor, cotangents: Tensor) -> Tensor:
-    """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
+def _torchdiffeq():
     try:
-        return torch.autograd.grad(velocity, y, cotangents, retain_graph=True, is_grads_batched=True)[0]
-    except RuntimeError:  # a network with an operation that vmap cannot batch
-        return torch.stack([torch.autograd.grad(velocity, y, v, retain_graph=True)[0] for v in cotangents])
-
-
-def _signs(samples: Samples, seed: int, probes: int) -> Tensor:
-    d = samples.x.shape[1]
-    drawn = [noise.words(seed, samples.index, p, noise.STREAM_PROBE, d) for p in range(probes)]
-    return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
-
-
-def _diffused(gaussian: Reference, variance: Tensor) -> Reference:
-    """The Gaussian convolved with N(0, variance I)."""
-    basis = gaussian.basis if gaussian.full else None
-    return Reference(gaussian.weight, gaussian.mean, gaussian.variance + variance.to(gaussian.variance), basis)
+        from torchdiffeq import odeint
+    except ImportError as problem:
+        raise ImportError(
+            "a solver other than 'auto' and 'midpoint' needs torchdiffeq: pip install 'fastscore[ode]'"
+        ) from problem
+    return odeint

@@ -115,6 +115,33 @@ class Reference(FittedBuffers):
         r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t; arguments as `residual`."""
         return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
 
+    def eps_and_divergence(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`\epsilon_q(x_t)`, shape (B, d), and its divergence, shape (B,), at one time.
+
+        With r_k = (alpha^2 C_k + sigma^2)^{-1} (x_t - alpha m_k) and r the mean of r_k under the posterior,
+
+        .. math:: \epsilon_q = \sigma r, \qquad
+            \nabla\cdot\epsilon_q = \sigma \Big(\sum_k \pi_k \big(\mathrm{tr}(\alpha^2 C_k + \sigma^2)^{-1}
+            - \|r_k\|^2\big) + \|r\|^2\Big)
+
+        All components at once, K x B x d numbers: as many as an exact trace of the network has in hand anyway.
+        """
+        gain = 1 / (alpha**2 * self.variance + sigma**2).expand(-1, x_t.shape[1])  # (K, d)
+        bias = self.weight.log() + 0.5 * gain.log().sum(1)
+        trace, bias, gain, mean = (v.to(x_t.dtype) for v in (gain.sum(1), bias, gain, alpha * self.mean))
+        r_k = x_t - mean[:, None]  # (K, B, d)
+        r_k = r_k @ self.basis.to(x_t.dtype) if self.full else r_k
+        posterior = (bias[:, None] - 0.5 * (r_k.square() @ gain[..., None])[..., 0]).softmax(0)  # (K, B)
+        r_k = r_k * gain[:, None]
+        inner = (posterior * (trace[:, None] - r_k.square().sum(2))).sum(0)
+        r_k = r_k @ self.basis.to(x_t.dtype).mT if self.full else r_k
+        r = torch.einsum("kb,kbd->bd", posterior, r_k)
+        return sigma * r, sigma * (inner + r.square().sum(1))
+
+    def diffused(self, variance: float) -> Reference:
+        """Return the mixture convolved with N(0, variance I)."""
+        return Reference(self.weight, self.mean, self.variance + variance, self.basis if self.full else None)
+
     def _gaussian_residual(self, x, eps, alpha, sigma):
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
         y = x - self.mean[0].to(x.dtype)
