@@ -1,12 +1,12 @@
 """The diffusion classifier on scikit-learn's digits, beside QDA and an MLP on the same 1,200 and 597 images.
 
-Expected calibration error: the mean over ten bins of the highest posterior, weighted by their images, of the difference
-between posterior and accuracy. Evaluations an image count every class.
+Evaluations an image count every class.
 """
 
 import class_digits
 import pytest
 import torch
+from classifier_measures import measures
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.neural_network import MLPClassifier
 
@@ -20,19 +20,6 @@ CASES = {
     "uniform in time (Li et al.)": {"error": None, "weighting": "uniform"},
     "uniform in time, 5 % error": {"error": 0.05, "weighting": "uniform"},
 }
-
-
-def measures(probability, truth):
-    """Return accuracy, mean negative log-posterior of the truth, and expected calibration error."""
-    highest, prediction = probability.max(1)
-    right = (prediction == truth).double()
-    bins = (highest * 10).long().clamp(max=9)
-    gaps = [abs(float((highest[bins == b] - right[bins == b]).sum())) for b in range(10)]
-    return {
-        "accuracy": float(right.mean()),
-        "negative log-posterior": float(-probability.gather(1, truth[:, None]).clamp(min=1e-12).log().mean()),
-        "calibration error": sum(gaps) / len(truth),
-    }
 
 
 @pytest.fixture(scope="module")
