@@ -7,7 +7,9 @@ difference of nearly equal numbers, so that float32 is exact to rounding at ever
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +136,13 @@ class Problem:
     @property
     def d(self) -> int:
         return self.x.shape[1]
+
+    @cached_property
+    def fitted(self) -> tuple[fs.ScoreDensity, float]:
+        """A density of the network, fitted to the data, and the seconds that it took."""
+        density, start = self.new_density(), time.process_time()
+        density.fit(self.data, evaluations=self.fit_evaluations, progress=False)
+        return density, time.process_time() - start
 
     def new_density(self) -> fs.ScoreDensity:
         """Return an unfitted density of the network."""

@@ -84,7 +84,8 @@ def draw(rows: list[dict], path: Path) -> None:
     targets = list(dict.fromkeys(row["target"] for row in rows))
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
     styles = {"fastscore, fitted": (FASTSCORE, "o", 2.4), "fastscore, no data": (FASTSCORE, ".", 1.0),
-              "plain formula": (PLAIN, ".", 1.2), "fastscore ODE midpoint, exact trace": (ODE, "s", 2.0)}  # fmt: skip
+              "plain formula": (PLAIN, ".", 1.2), "fastscore ODE midpoint, fitted": (ODE, "s", 2.4),
+              "fastscore ODE midpoint, no data": (ODE, ".", 1.0)}  # fmt: skip
     marks = dict(zip(("flow_matching", "score_sde", "sbi", "zuko", "score_models", "MONAI"), "^v<>DP"))
     for ax, target in zip(axes.flat, targets):
         for row in (row for row in rows if row["target"] == target and row["rungs"]):

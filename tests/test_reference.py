@@ -63,6 +63,21 @@ def test_residual_is_that_of_the_exact_score(kind, components, dtype):
     assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("kind", "components"), CASES)
+def test_divergence_is_that_of_autograd(kind, components):
+    q = reference(kind, components)
+    x_t = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for log_snr in (-6.0, 0.0, 5.0):
+        snr = torch.tensor([log_snr], dtype=torch.float64)
+        alpha, sigma = torch.sigmoid(snr).sqrt(), torch.sigmoid(-snr).sqrt()
+        eps, divergence = q.eps_and_divergence(x_t, float(alpha), float(sigma))
+        # The gain of a variance of 0.01 at log-SNR 5 is 100: some hundred roundings.
+        torch.testing.assert_close(eps, q.eps(x_t[:, None], alpha, sigma)[:, 0], rtol=1e-12, atol=1e-12)
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda one: q.eps(one[None, None], alpha, sigma)[0, 0]))(x_t)  # noqa: B023
+        expected = torch.einsum("bii->b", jacobian)
+        torch.testing.assert_close(divergence, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic"])
 def test_expected_residual_is_the_mean_of_residuals(kind):
     q = reference(kind, 1)
