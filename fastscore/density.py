@@ -36,7 +36,7 @@ from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .network import warn_if_training
 from .nodes import FittedNodes, NodeDensity, make_rule
-from .noise import SOBOL_MAX_DIM
+from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
 from .program import Programs
@@ -382,7 +382,8 @@ class ScoreDensity(nn.Module):
         )
         if key not in self._row_bytes:
             self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self.network, samples, reference)
-        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], draws, memory, samples.x.device)
+        sobol = 0 if self.noise == "independent" else POINT_BYTES * samples.x.shape[1]
+        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], sobol, draws, memory, samples.x.device)
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)

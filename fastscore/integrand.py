@@ -29,7 +29,6 @@ from .schedules import Schedule
 
 PROBE_ROWS = 4
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
-KEPT_TABLES = 64 << 20  # bytes of noise points that stay from one chunk of samples to the next
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,7 @@ def evaluate(
     """
     total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
     programs = network.find_programs(samples)
-    keep = chunks.keep_tables and 4 * d * total <= KEPT_TABLES
-    at_once = max(1 if keep else chunks.samples, chunks.rows // evaluations)
+    at_once = max(1 if chunks.keep_tables else chunks.samples, chunks.rows // evaluations)
     at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
     rows_per_draw = 1 + int(draws.rule.paired.any())
     span = total if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
@@ -184,7 +182,7 @@ def evaluate(
         return Rows.of(network, draws, span, samples.x, chunks.per_call).with_programs(network, programs, samples)
 
     chunks_of_keys = max(1, KEY_WORDS // (at_once * d))
-    kept = [table(span) for span in spans] if keep else None
+    kept = [table(span) for span in spans] if chunks.keep_tables else None
     for start in range(0, len(samples), at_once):
         chosen = slice(start, min(start + at_once, len(samples)))
         part = samples.select(chosen)
@@ -198,7 +196,7 @@ def evaluate(
 
 
 def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> tuple[int, int]:
-    """Return the peak memory of one row, and of one draw's share in what a row program evaluates for all samples.
+    """Return the peak memory of one row, and of what is there of one draw for all samples: noise, a program's tables.
 
     Network and autograd are included; both are measured on a few rows of the first sample.
 
@@ -225,7 +223,8 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
             f"the network does not take data of shape {samples.shape} a sample, with these conditions (those whose "
             f"first dimension is {len(samples)} go with their samples): {type(error).__name__}: {reason}"
         ) from error
-    return row // PROBE_ROWS, memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
+    tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
+    return row // PROBE_ROWS, tables + 2 * noise.POINT_BYTES * one.x.shape[1]  # a pair keeps its points twice
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

@@ -26,6 +26,8 @@ HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 32
 SHARING_SAMPLES = 64  # beyond, what a draw costs once is lost among its rows
+RULE_BYTES = 256  # of a draw: its time, weights and coefficients, and the curve's sums
+SUM_BYTES = 36  # of an f while it is summed over draws and over samples, in float64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -116,22 +118,29 @@ class Chunks(NamedTuple):
 
 
 def plan_chunks(
-    bytes_per_row: int, bytes_per_draw: int, draws: int, memory: int | str | None, device: torch.device
+    bytes_per_row: int,
+    bytes_per_draw: int,
+    bytes_of_noise: int,
+    draws: int,
+    memory: int | str | None,
+    device: torch.device,
 ) -> Chunks:
     """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
 
     Arguments:
         bytes_per_row, bytes_per_draw: as `peak_bytes` measured; the second is shared by all samples.
+        bytes_of_noise: of a draw's points, if those of all draws are there at once, as Sobol's are.
         memory: as in `chunk_rows`.
 
     Raises:
         ValueError: as `chunk_rows`.
     """
-    budget, tables, sums = budget_bytes(memory, device), draws * bytes_per_draw, 24 * draws
+    fixed = draws * (RULE_BYTES + bytes_of_noise)
+    budget, tables, sums = budget_bytes(memory, device) - fixed, draws * bytes_per_draw, SUM_BYTES * draws
     keep = 4 * tables <= budget
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (8 * sums)))  # whose values wait to be summed
-    row = bytes_per_row + (0 if keep else bytes_per_draw // samples)
-    rows = chunk_rows(row, memory, device, tables if keep else samples * sums)
+    row = bytes_per_row + SUM_BYTES + (0 if keep else bytes_per_draw // samples)
+    rows = chunk_rows(row, memory, device, fixed + (tables if keep else samples * sums))
     per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
     return Chunks(rows, per_call, keep, min(samples, rows))
 
@@ -151,8 +160,10 @@ def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.devic
     budget = budget_bytes(memory, device) - kept
     if memory is not None and budget < bytes_per_row:
         raise ValueError(
-            f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row + kept:,} bytes; "
-            f"give memory >= {bytes_per_row + kept}"
+            f"memory={memory!r} does not hold one row of this network, which takes {bytes_per_row:,} bytes"
+            + (f", and {kept:,} bytes that the draws take" if kept else "")
+            + f"; give memory >= {bytes_per_row + kept}"
+            + (" or a smaller nfe" if kept else "")
         )
     rows = int((1 - HEADROOM) * budget) // bytes_per_row
     if device.type == "cpu":

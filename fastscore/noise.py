@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
+POINT_BYTES = 4  # of an element of a draw's point
 STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(6)
 
 _MASK = 0xFFFFFFFF
-_BLOCK_WORDS = 1 << 16
+_BLOCK_WORDS = 1 << 14  # words made at once: Philox holds eight int64 for each int32 that it leaves, Sobol two
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
@@ -80,7 +81,6 @@ def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int 
         streams = torch.tensor([STREAM_SHIFT, STREAM_MULTIPLIER])
         return words(seed, index, round_, streams, d) | torch.tensor([[0], [1]], dtype=torch.int32, device=index.device)
 
-    # In blocks: Philox holds eight int64 words for each int32 that it leaves.
     return torch.cat([block(part) for part in sample_index.split(max(1, _BLOCK_WORDS // d))])
 
 
@@ -95,16 +95,22 @@ def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch
     """
     if kind == "sobol":
         return _sobol(total, d)[draws.start : draws.stop].to(device)
-    return words(seed, torch.arange(draws.start, draws.stop, device=device), round_, STREAM_POINT, d)
+    blocks = torch.arange(draws.start, draws.stop, device=device).split(max(1, _BLOCK_WORDS // d))
+    return torch.cat([words(seed, block, round_, STREAM_POINT, d) for block in blocks])
 
 
 @lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
-    unit = engine.draw(total, dtype=torch.float64)
+    sizes = [len(block) for block in torch.arange(total).split(max(1, _BLOCK_WORDS // d))]
+    first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
     # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
-    unit = unit[unit[:, 0].argsort()][:, 1:]
-    return ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
+    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32)
+    engine.reset()
+    for place in rank.split(sizes):
+        unit = engine.draw(len(place), dtype=torch.float64)[:, 1:]
+        found[place] = ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
+    return found
 
 
 def combine(keys: Tensor, point: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from analytic import ExactNet, mixture
 from torch import nn
 
 import fastscore as fs
+from fastscore.memory import Chunks
 
 TARGET = mixture(4)
 SCHEDULE = fs.LogSNR(-8, 8)
@@ -367,9 +368,8 @@ def test_train_mode_with_dropout_warns_once():
 def test_noise_tables_too_large_to_keep_are_made_again(monkeypatch, noise):
     density, x = fs.ScoreDensity(MLP(), SCHEDULE, noise=noise), data(5)
     whole = density.estimate(x, nfe=64)
-    row = max(density._row_bytes.values())
-    monkeypatch.setattr("fastscore.integrand.KEPT_TABLES", 0)
-    cut = density.estimate(x, nfe=64, memory=10 * row)
+    monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: Chunks(rows=10, per_call=10, keep_tables=False))
+    cut = density.estimate(x, nfe=64)
     assert torch.allclose(cut.log_prob, whole.log_prob, rtol=1e-5)
 
 

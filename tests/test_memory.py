@@ -1,5 +1,7 @@
 """The memory budget: measured per row, kept by the estimate, and refused where one row does not fit."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,16 @@ class Wide(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+class Narrow(nn.Linear):
+    """A network that takes next to nothing, so that what every draw takes decides."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+
+    def forward(self, x, t):
+        return super().forward(x)
+
+
 @pytest.mark.parametrize("budget", [1 << 20, 8 << 20])
 def test_estimate_stays_within_its_budget(budget):
     density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(200, 8)
@@ -66,6 +78,21 @@ def test_estimate_stays_within_its_budget(budget):
     peak = peak_bytes(lambda: density.estimate(x, nfe=64, memory=budget))
     # Beside the chunk there are the data, their shifts and one number a draw: 200 x (8 x 4 x 3 + a few) bytes.
     assert budget / 4 < peak < budget + 200_000
+
+
+@pytest.mark.parametrize("noise", ["independent", "sobol"])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_so_does_one_of_many_evaluations(noise, samples):
+    density = fs.ScoreDensity(Narrow(), fs.LogSNR(-4, 4), noise=noise)
+    x, budget = torch.randn(samples, 8), 4 << 20
+    density.estimate(x[:1], nfe=16)
+    # 8,192 draws: their points, times, weights and sums are most of the budget, all of it counted.
+    assert budget / 8 < peak_bytes(lambda: density.estimate(x, nfe=8192, memory=budget)) < budget
+    least = r"memory=1048576 does not hold .* and [\d,]+ bytes that the draws take; give memory >= (\d+) or a smaller nfe"
+    with pytest.raises(ValueError, match=least) as refused:
+        density.estimate(x, nfe=8192, memory=1 << 20)
+    enough = int(re.search(least, str(refused.value))[1])
+    assert density.prepare(x, 8192, 0, None, enough, {})[2].rows >= 1  # plans, and is not refused
 
 
 def test_gradients_stay_within_the_budget_too():
