@@ -198,9 +198,13 @@ def test_fused_kernel(benchmark, table, ceilings, case):
     spent = {name: milliseconds(graphed(lambda name=name: problem.by_op(half, name))) for name in backends}
     rows, program = SAMPLES * DRAWS, min(spent.values())
     rate = case.flops * rows / program / 1e9
+    operands = (problem.x, problem.keys, problem.points, problem.rows, *half[1], *half[2])
+    traffic = 4 * rows + sum(t.numel() * t.element_size() for t in operands)  # f, and each operand read once
     row = {
         "network": case.name,
         "rows": rows,
+        "GFLOP": case.flops * rows / 1e9,
+        "FLOP / byte": case.flops * rows / traffic,
         "eager, ms": eager,
         "compile + graph, ms": baseline,
         "Triton, ms": spent.get("triton"),
@@ -212,7 +216,7 @@ def test_fused_kernel(benchmark, table, ceilings, case):
         "of bf16 product": rate / ceilings["bf16"],
     }
     table("kernels", row)
-    benchmark.extra_info.update(row, flops=case.flops * rows, nfe=DRAWS, bytes=4 * rows)
+    benchmark.extra_info.update(row, flops=case.flops * rows, nfe=DRAWS, bytes=traffic)
     benchmark.pedantic(lambda: problem.by_op(half, backends[-1]), rounds=3 if CUDA else 1)
 
 

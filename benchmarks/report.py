@@ -1,4 +1,4 @@
-"""Make docs/results.md, docs/race.png and the README's table from benchmarks/results; `make report`.
+"""Make docs/results.md, its pictures and the README's table from benchmarks/results; `make report`.
 
 Every number in them comes from a JSON file there, with its machine, versions and date.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib
+import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 BEGIN, END = "<!-- race: made by `make report` -->", "<!-- end of race -->"
 # Other pages show these: docs/kernels.md and docs/training.md.
 OTHERS = {"native_resources", "aot", "gan"}
-FASTSCORE, PLAIN, ODE, PEER = "#20639b", "#7f7f7f", "#3caea3", "#c4692b"
 
 
 def tables() -> dict[str, dict]:
@@ -76,42 +75,16 @@ def write_readme(table: str) -> None:
     path.write_text(head + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Draw error against seconds, one panel a target: fastscore's methods in blue and green, peers in orange."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
-    styles = {"fastscore, fitted": (FASTSCORE, "o", 2.4), "fastscore, no data": (FASTSCORE, ".", 1.0),
-              "plain formula": (PLAIN, ".", 1.2), "fastscore ODE midpoint, fitted": (ODE, "s", 2.4),
-              "fastscore ODE midpoint, no data": (ODE, ".", 1.0)}  # fmt: skip
-    marks = dict(zip(("flow_matching", "score_sde", "sbi", "zuko", "score_models", "MONAI"), "^v<>DP"))
-    for ax, target in zip(axes.flat, targets):
-        for row in (row for row in rows if row["target"] == target and row["rungs"]):
-            name = row["method"]
-            if name.startswith("fastscore ODE") and name not in styles:
-                continue  # its other solvers: in the table
-            peer = next((mark for library, mark in marks.items() if name.startswith(library)), ".")
-            colour, mark, width = styles.get(name, (PEER, peer, 0.8))
-            label = name if name in styles else name.split(" ")[0].rstrip(",")
-            seconds, errors = zip(*((rung["seconds"], rung["rmse"]) for rung in row["rungs"]))
-            ax.plot(seconds, errors, color=colour, marker=mark, markersize=4, linewidth=width, label=label)
-        ax.set(xscale="log", yscale="log", title=target, xlabel="seconds, one thread", ylabel="RMSE, nats")
-        ax.grid(alpha=0.25)
-    handles = {}
-    for ax in axes.flat:
-        handles |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def main() -> None:
     found = tables()
     write_results(found)
     write_readme(readme_table(found["race_best"]["rows"]))
-    draw(found["race"]["rows"], DOCS / "race.png")
+    pictures.save(pictures.race(found["race"]["rows"]), DOCS / "race.png")
+    pictures.save(pictures.scaling(found["scaling"]["rows"]), DOCS / "scaling.png")
+    for name in (name for name in found if name.endswith("-kernels")):  # of a GPU
+        machine = name.removesuffix("-kernels")
+        ceilings = found[f"{machine}-ceilings"]["rows"][0]
+        pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"roofline-{machine}.png")
 
 
 if __name__ == "__main__":

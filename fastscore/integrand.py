@@ -224,7 +224,7 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
             f"first dimension is {len(samples)} go with their samples): {type(error).__name__}: {reason}"
         ) from error
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
-    return row // PROBE_ROWS, tables + 2 * noise.POINT_BYTES * one.x.shape[1]  # a pair keeps its points twice
+    return row // PROBE_ROWS, tables + noise.POINT_BYTES * one.x.shape[1]
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

@@ -21,12 +21,12 @@ CPU_WORKING_SET = 36 << 20
 # The network's own activations want to be nearer still, while the chunk's other passes want few, long operations.
 CPU_CALL = 5 << 20
 # What the allocator and a library's scratch take beside tensors, as a share of the caller's budget.
-HEADROOM = 0.1
+HEADROOM = 0.15
 HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 32
 SHARING_SAMPLES = 64  # beyond, what a draw costs once is lost among its rows
-RULE_BYTES = 256  # of a draw: its time, weights and coefficients, and the curve's sums
+RULE_BYTES = 192  # of a draw: its time, weights and coefficients, and the curve's sums
 SUM_BYTES = 36  # of an f while it is summed over draws and over samples, in float64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -138,7 +138,7 @@ def plan_chunks(
     fixed = draws * (RULE_BYTES + bytes_of_noise)
     budget, tables, sums = budget_bytes(memory, device) - fixed, draws * bytes_per_draw, SUM_BYTES * draws
     keep = 4 * tables <= budget
-    samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (8 * sums)))  # whose values wait to be summed
+    samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
     row = bytes_per_row + SUM_BYTES + (0 if keep else bytes_per_draw // samples)
     rows = chunk_rows(row, memory, device, fixed + (tables if keep else samples * sums))
     per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
