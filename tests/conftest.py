@@ -17,3 +17,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Return a function that makes every later estimate evaluate at most so many rows at once, whatever its budget."""
+
+    from fastscore.memory import Chunks  # after the variable above is set
+
+    def cut(rows, keep_tables=True):
+        chunks = Chunks(rows, rows, keep_tables)
+        monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: chunks)
+
+    return cut

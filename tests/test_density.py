@@ -9,7 +9,6 @@ from analytic import ExactNet, mixture
 from torch import nn
 
 import fastscore as fs
-from fastscore.memory import Chunks
 
 TARGET = mixture(4)
 SCHEDULE = fs.LogSNR(-8, 8)
@@ -41,7 +40,7 @@ def data(count=64, shape=(6,), dtype=torch.float32):
 @pytest.mark.parametrize("noise", ["independent", "sobol"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 3)])
-def test_same_seed_same_answer_however_the_work_is_cut(shape, dtype, tolerance, noise):
+def test_same_seed_same_answer_however_the_work_is_cut(in_chunks, shape, dtype, tolerance, noise):
     density = fs.ScoreDensity(MLP(shape).to(dtype), SCHEDULE, noise=noise)
     x, index = data(64, shape, dtype), torch.arange(64)
     whole = density.estimate(x, nfe=64, seed=3)
@@ -55,9 +54,9 @@ def test_same_seed_same_answer_however_the_work_is_cut(shape, dtype, tolerance, 
     shuffled = density.estimate(x[order], nfe=64, seed=3, sample_index=index[order])
     assert torch.allclose(shuffled.log_prob, whole.log_prob[order], **kept)
 
-    row = next(iter(density._row_bytes.values()))
     for rows in (64 * 64, 41, 7):  # one chunk, about a hundred, and pieces of a sample
-        cut = density.estimate(x, nfe=64, seed=3, memory=row * rows + 1)
+        in_chunks(rows, keep_tables=rows > 7)
+        cut = density.estimate(x, nfe=64, seed=3)
         assert torch.allclose(cut.log_prob, whole.log_prob, **kept)
         assert torch.allclose(cut.stderr, whole.stderr, **kept)
     assert torch.allclose(density.log_prob(x, nfe=64, seed=3), whole.log_prob, **kept)
@@ -65,15 +64,15 @@ def test_same_seed_same_answer_however_the_work_is_cut(shape, dtype, tolerance, 
     assert not torch.allclose(other.log_prob, whole.log_prob, rtol=1e-3)
 
 
-def test_paired_draws_survive_every_cut():
+def test_paired_draws_survive_every_cut(in_chunks):
     target = mixture(2)
     density = fs.ScoreDensity(ExactNet(target, SCHEDULE), SCHEDULE).fit(target.sample(500).float(), progress=False)
     assert bool(density.nodes.paired.any())
     x = target.sample(16, seed=1)
     whole = density.estimate(x, nfe=96)
-    row = max(density._row_bytes.values())
     for rows in (5, 200):
-        cut = density.estimate(x, nfe=96, memory=row * rows)
+        in_chunks(rows)
+        cut = density.estimate(x, nfe=96)
         assert torch.allclose(cut.log_prob, whole.log_prob, rtol=1e-10)
 
 
@@ -103,16 +102,17 @@ def test_gradients_match_finite_differences_with_common_noise(predicts, referenc
     assert float(by_autograd) == pytest.approx((ahead - behind) / (2 * h), rel=1e-6)
 
 
-def test_gradients_do_not_depend_on_chunks():
+def test_gradients_do_not_depend_on_chunks(in_chunks):
     density, x = fs.ScoreDensity(MLP().double(), SCHEDULE), data(8, dtype=torch.float64)
 
-    def gradient(memory):
+    def gradient():
         density.zero_grad()
-        density.log_prob(x, nfe=32, memory=memory).sum().backward()
+        density.log_prob(x, nfe=32).sum().backward()
         return torch.cat([p.grad.flatten() for p in density.model.parameters()])
 
-    whole = gradient(None)
-    assert torch.allclose(gradient(8000), whole, rtol=1e-10, atol=1e-12)
+    whole = gradient()
+    in_chunks(7)
+    assert torch.allclose(gradient(), whole, rtol=1e-10, atol=1e-12)
 
 
 def test_score_of_the_estimate_is_the_targets():
@@ -137,15 +137,15 @@ def test_conditions_go_with_their_samples():
     assert not torch.allclose(density.estimate(x, nfe=32, label=-label, scale=scale).log_prob, whole, rtol=1e-2)
 
 
-def test_shared_conditions_stay_shared_in_chunks_of_their_length():
+def test_shared_conditions_stay_shared_in_chunks_of_their_length(in_chunks):
     class Embedding(nn.Module):
         def forward(self, x, t, table):
             return x * table.sum()
 
     density, x, table = fs.ScoreDensity(Embedding(), SCHEDULE), data(8), torch.tensor([0.1, 0.2])
     whole = density.estimate(x, nfe=16, table=table).log_prob
-    row = max(density._row_bytes.values())
-    cut = density.estimate(x, nfe=16, table=table, memory=row * 33).log_prob  # two samples at once, as many as entries
+    in_chunks(33)  # two samples at once, as many as entries
+    cut = density.estimate(x, nfe=16, table=table).log_prob
     assert torch.allclose(cut, whole, rtol=1e-5)
 
 
@@ -365,10 +365,10 @@ def test_train_mode_with_dropout_warns_once():
 
 
 @pytest.mark.parametrize("noise", ["independent", "sobol"])
-def test_noise_tables_too_large_to_keep_are_made_again(monkeypatch, noise):
+def test_noise_tables_too_large_to_keep_are_made_again(in_chunks, noise):
     density, x = fs.ScoreDensity(MLP(), SCHEDULE, noise=noise), data(5)
     whole = density.estimate(x, nfe=64)
-    monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: Chunks(rows=10, per_call=10, keep_tables=False))
+    in_chunks(10, keep_tables=False)
     cut = density.estimate(x, nfe=64)
     assert torch.allclose(cut.log_prob, whole.log_prob, rtol=1e-5)
 

@@ -128,7 +128,7 @@ def test_a_mixture_reference_changes_no_method(method):
 
 
 @pytest.mark.parametrize("method", ["discrete", "elbo"])
-def test_discretization_is_the_difference_to_the_integral_on_the_same_draws(method):
+def test_discretization_is_the_difference_to_the_integral_on_the_same_draws(in_chunks, method):
     schedule = fs.DDPM.from_betas(BETAS)
     density = fs.ScoreDensity(ExactNet(TARGET, schedule), schedule)
     integral, found = density.estimate(X, nfe=64, seed=3), density.estimate(X, nfe=64, seed=3, method=method)
@@ -136,8 +136,8 @@ def test_discretization_is_the_difference_to_the_integral_on_the_same_draws(meth
     assert abs(difference) > 0.1
     # float64 sums of some hundred terms.
     assert found.discretization == pytest.approx(difference, abs=1e-10)
-    row = max(density._row_bytes.values())
-    cut = density.estimate(X, nfe=64, seed=3, method=method, memory=65 * row)  # one sample at once
+    in_chunks(65)  # one sample at once
+    cut = density.estimate(X, nfe=64, seed=3, method=method)
     assert cut.discretization == pytest.approx(difference, abs=1e-10)
 
 
