@@ -25,7 +25,7 @@ from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgra
 from .matching import match
 from .module_state import frozen, state_of
 from .network import Conditions, cast_time, model_dtype
-from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
+from .tracing import ONE_AT_A_TIME, SAMPLE, TIME, Traced, X, operation_of, trace
 from .verification import check
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
@@ -233,7 +233,8 @@ class Programs:
         found = self._found.get(key)
         if found is None or (found.program is not None and found.state != state_of(model)):
             try:
-                program = RowProgram.trace(model, shape, time, cond.per_sample, cond.shared, dtype)
+                with ONE_AT_A_TIME:  # matching compares symbolic sizes too
+                    program = RowProgram.trace(model, shape, time, cond.per_sample, cond.shared, dtype)
                 found = _Found(model, program, state_of(model))
             except NoProgram as reason:
                 found = _Found(model, None, None, str(reason))

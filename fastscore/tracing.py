@@ -42,8 +42,9 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
-# torch.export keeps state of the whole process: two traces at once break each other and all that follow.
-_ONE_AT_A_TIME = threading.RLock()
+# torch.export keeps state of the whole process: two traces at once break each other and all that follow, and so does
+# a comparison of one's symbolic sizes while the other runs.
+ONE_AT_A_TIME = threading.RLock()
 _TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
 _NEVER = (
@@ -118,7 +119,7 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, own: dict[str, Tensor], s
     Raises:
         NoProgram: if the network cannot be exported, is random, or mixes rows.
     """
-    with restored(model):
+    with ONE_AT_A_TIME, restored(model):
         _refuse_layers(model, x_t, time, own, shared)
         return _export(model, x_t, time, own, shared)
 
@@ -135,7 +136,7 @@ def _export(model, x_t, time, own, shared):
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with _ONE_AT_A_TIME, _quiet():
+        with _quiet():
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:

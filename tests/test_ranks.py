@@ -134,7 +134,8 @@ def test_each_rank_reads_and_evaluates_its_share_alone(tmp_path, capsys):
         )
         return evaluate_dataset(mine, data[ranks.rank], tmp_path / "r.npz", ranks=ranks, progress=True, **OPTIONS)
 
-    together(3, call)
+    raised = [found for found in together(3, call) if isinstance(found, BaseException)]
+    assert raised == []
     bar = capsys.readouterr().err
     assert bar.count("density, 1 of 3 processes:   0%") == 1  # of rank 0 alone
     assert "| 32/32 [" in bar
