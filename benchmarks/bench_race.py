@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PEERS = {
     "formula": "fastscore",
-    "fastscore_ode": "torchdiffeq",
+    "fastscore_ode": "fastscore",
     "flow_matching_ode": "flow_matching",
     "score_sde_ode": "torchdiffeq",
     "sbi_ode": "sbi",

@@ -57,6 +57,9 @@ def scaling(rows: list[dict]) -> Figure:
     memory.set(xlabel="B x S", ylabel="MB of tensors", title="memory")
     for ax in (time, memory):
         ax.set(xscale="log", yscale="log")
+        sizes = [size for size, _ in whole]
+        ax.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes])
+        ax.set_xticks([], minor=True)
         ax.grid(alpha=0.25)
         ax.legend(frameon=False)
     return figure

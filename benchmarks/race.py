@@ -18,7 +18,7 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-CAP = 1.5  # seconds that the next effort may be expected to take; a method stops once its runs took four times that
+CAP = 1.2  # seconds that the next effort may be expected to take; a method stops once its runs took four times that
 STOPPED_BIAS = "error no longer falls"
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 

@@ -48,7 +48,9 @@ def write_results(found: dict[str, dict]) -> None:
     ]
     for name, table in found.items():
         versions = ", ".join(f"{package} {version}" for package, version in table["versions"].items())
-        parts += [f"## {name.replace('_', ' ')}", "", markdown(table["rows"]), ""]
+        parts += [f"## {name.replace('_', ' ')}", ""]
+        parts += [f"![{name}]({name}.png)", ""] if (DOCS / f"{name}.png").exists() else []
+        parts += [markdown(table["rows"]), ""]
         parts += [f"{table['date']}, {table['device']} ({table['cores']} cores, {table['threads']} threads), "
                   f"Python {table['python']}, {versions}.", ""]  # fmt: skip
     (DOCS / "results.md").write_text("\n".join(parts))
@@ -77,14 +79,14 @@ def write_readme(table: str) -> None:
 
 def main() -> None:
     found = tables()
-    write_results(found)
     write_readme(readme_table(found["race_best"]["rows"]))
     pictures.save(pictures.race(found["race"]["rows"]), DOCS / "race.png")
     pictures.save(pictures.scaling(found["scaling"]["rows"]), DOCS / "scaling.png")
     for name in (name for name in found if name.endswith("-kernels")):  # of a GPU
         machine = name.removesuffix("-kernels")
         ceilings = found[f"{machine}-ceilings"]["rows"][0]
-        pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"roofline-{machine}.png")
+        pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"{name}.png")
+    write_results(found)
 
 
 if __name__ == "__main__":

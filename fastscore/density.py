@@ -360,15 +360,14 @@ class ScoreDensity(nn.Module):
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
         rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
-        kind = self.noise
-        small = samples.x.shape[1] <= SOBOL_MAX_DIM
-        if kind == "auto":
-            kind = "sobol" if small and self.nodes.calibration.numel() else "independent"
-        if kind == "sobol" and not small:
-            raise ValueError(
-                f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {samples.x.shape[1]}; use noise='independent'"
-            )
-        return Draws(rule, kind, int(seed), round_)
+        return Draws(rule, self._noise_kind(samples.x.shape[1]), int(seed), round_)
+
+    def _noise_kind(self, d: int) -> str:
+        if self.noise == "auto":
+            return "sobol" if d <= SOBOL_MAX_DIM and self.nodes.calibration.numel() else "independent"
+        if self.noise == "sobol" and d > SOBOL_MAX_DIM:
+            raise ValueError(f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {d}; use noise='independent'")
+        return self.noise
 
     def _chunks(self, samples: Samples, memory, draws: int, reference: Reference | None = None) -> Chunks:
         reference = reference or self.reference
@@ -382,8 +381,8 @@ class ScoreDensity(nn.Module):
         )
         if key not in self._row_bytes:
             self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self.network, samples, reference)
-        sobol = 0 if self.noise == "independent" else POINT_BYTES * samples.x.shape[1]
-        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], sobol, draws, memory, samples.x.device)
+        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
+        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], points, draws, memory, samples.x.device)
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)

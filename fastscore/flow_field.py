@@ -72,15 +72,15 @@ class Field:
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             velocity = self.velocity(time, y)
-            if self.exact:
-                eps_q, divergence_q = self.density.reference.eps_and_divergence(y.detach(), 1 - time.t, time.t)
-                divergence = self._divergence(velocity, y) - ((divergence_q - y.shape[1]) / (1 - time.t))[:, None]
-            else:  # the same probes for both, so that they differ by the mismatch alone
-                eps_q, _ = self.density.reference.eps_and_divergence(y, 1 - time.t, time.t)
-                divergence = self._divergence(velocity - (eps_q - y) / (1 - time.t), y)
-        velocity, y, eps_q = velocity.detach(), y.detach(), eps_q.detach()
-        gap = velocity - (eps_q - y) / (1 - time.t)
-        return velocity, divergence - (torch.linalg.vecdot(gap, eps_q) / time.t)[:, None]
+            # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
+            at = y.detach() if self.exact else y
+            eps_q, divergence_q = self.density.reference.eps_and_divergence(at, 1 - time.t, time.t)
+            gap = velocity - (eps_q - at) / (1 - time.t)
+        divergence = self._divergence(gap, y)
+        if self.exact:
+            divergence = divergence - ((divergence_q - y.shape[1]) / (1 - time.t))[:, None]
+        along = torch.linalg.vecdot(gap.detach(), eps_q.detach()) / time.t
+        return velocity.detach(), divergence - along[:, None]
 
     def velocity(self, time: Time, y: Tensor) -> Tensor:
         """Return the velocity alone, (B, d)."""

@@ -103,7 +103,8 @@ def probability_flow_log_prob(
     if method == "auto":
         return _doubling(flow, error)
     log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)
-    return flow.result(log_prob, torch.full((len(log_prob),), nfe), torch.full_like(log_prob[:, 0], math.nan))
+    unknown = torch.full_like(log_prob[:, 0], math.nan)
+    return flow.result(log_prob, torch.full_like(unknown, nfe, dtype=torch.int64), unknown)
 
 
 class _Flow:
@@ -173,7 +174,7 @@ def _doubling(flow: _Flow, error: float) -> FlowLogProb:
     """
     steps, active = FIRST_STEPS, torch.arange(len(flow.samples), device=flow.samples.x.device)
     coarse, calls = flow.midpoint(steps)
-    log_prob, spent = coarse.clone(), torch.full((len(active),), calls)
+    log_prob, spent = coarse.clone(), torch.full_like(active, calls)
     before = torch.full_like(coarse[:, 0], math.inf)
     discretization = before.clone()
     while len(active):
@@ -187,7 +188,7 @@ def _doubling(flow: _Flow, error: float) -> FlowLogProb:
         move = (fine - coarse).mean(1).abs()
         log_prob[active] = fine + (fine - coarse) / 3
         discretization[active] = torch.maximum(move, before / 4)
-        spent[active.cpu()] += calls
+        spent[active] += calls
         on = ~(discretization[active] <= error)
         coarse, before, active = fine[on], move[on], active[on]
     return flow.result(log_prob, spent, discretization)

@@ -11,6 +11,7 @@ once per sample, and the rest becomes straight-line code (`fastscore.instruction
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +26,15 @@ from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgra
 from .matching import match
 from .module_state import frozen, state_of
 from .network import Conditions, cast_time, model_dtype
-from .tracing import ONE_AT_A_TIME, SAMPLE, TIME, Traced, X, operation_of, trace
+from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
 from .verification import check
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
 MODES = (True, False, "auto")
+# torch.export keeps state of the whole process: two traces at once break each other and all that follow, and so does a
+# comparison of one's symbolic sizes, which matching makes, while the other runs.
+_ONE_AT_A_TIME = threading.Lock()
 MIN_SPARED = 0.1
 
 
@@ -71,8 +75,9 @@ class RowProgram:
         """
         own, shared = own or {}, shared or {}
         x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
-        traced = trace(model, x_t, time[:1], own, shared)
-        program = cls(model, traced, match(traced), dtype)
+        with _ONE_AT_A_TIME:
+            traced = trace(model, x_t, time[:1], own, shared)
+            program = cls(model, traced, match(traced), dtype)
         check(program, shape, time, own, shared)
         return program
 
@@ -233,8 +238,7 @@ class Programs:
         found = self._found.get(key)
         if found is None or (found.program is not None and found.state != state_of(model)):
             try:
-                with ONE_AT_A_TIME:  # matching compares symbolic sizes too
-                    program = RowProgram.trace(model, shape, time, cond.per_sample, cond.shared, dtype)
+                program = RowProgram.trace(model, shape, time, cond.per_sample, cond.shared, dtype)
                 found = _Found(model, program, state_of(model))
             except NoProgram as reason:
                 found = _Found(model, None, None, str(reason))

@@ -17,8 +17,8 @@ level                   depends on                  evaluated on
 
 from __future__ import annotations
 
-import io
 import logging
+import sys
 import threading
 import warnings
 from contextlib import contextmanager, redirect_stderr
@@ -42,9 +42,6 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
-# torch.export keeps state of the whole process: two traces at once break each other and all that follow, and so does
-# a comparison of one's symbolic sizes while the other runs.
-ONE_AT_A_TIME = threading.RLock()
 _TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
 _NEVER = (
@@ -119,7 +116,7 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, own: dict[str, Tensor], s
     Raises:
         NoProgram: if the network cannot be exported, is random, or mixes rows.
     """
-    with ONE_AT_A_TIME, restored(model):
+    with restored(model):
         _refuse_layers(model, x_t, time, own, shared)
         return _export(model, x_t, time, own, shared)
 
@@ -157,15 +154,30 @@ def _export(model, x_t, time, own, shared):
 def _quiet():
     """Keep to itself what the tracer warns of and logs: a network without a program is nothing to worry about."""
     levels = {logger: logger.level for logger in map(logging.getLogger, _TRACERS)}
+    stderr = _Muted(sys.stderr)
     try:
         for logger in levels:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # it prints the graph where it gave up
+        with warnings.catch_warnings(), redirect_stderr(stderr):  # it prints the graph where it gave up
             warnings.simplefilter("ignore")
             yield
     finally:
+        stderr.muted = None  # a progress bar that another thread began meanwhile keeps it
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+class _Muted:
+    """A text stream that leaves out what the thread that made it writes."""
+
+    def __init__(self, stream):
+        self.stream, self.muted = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.muted else self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def _refuse_layers(model, x_t, time, own, shared):

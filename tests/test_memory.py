@@ -61,6 +61,11 @@ class Wide(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+class Identity(nn.Module):
+    def forward(self, x, t):
+        return x
+
+
 class Narrow(nn.Linear):
     """A network that takes next to nothing, so that what every draw takes decides."""
 
@@ -93,6 +98,15 @@ def test_so_does_one_of_many_evaluations(noise, samples):
         density.estimate(x, nfe=8192, memory=1 << 20)
     enough = int(re.search(least, str(refused.value))[1])
     assert density.prepare(x, 8192, 0, None, enough, {})[2].rows >= 1  # plans, and is not refused
+
+
+def test_noise_is_counted_where_it_is_kept_alone():
+    """Unfitted, "auto" draws independent noise, whose points need not all be there at once."""
+    x, budget = torch.randn(1, 784), 16 << 20  # Sobol's points of 8,192 draws in 784 dimensions take 25.7 MB
+    auto, sobol = (fs.ScoreDensity(Identity(), fs.LogSNR(-4, 4), noise=noise) for noise in ("auto", "sobol"))
+    assert peak_bytes(lambda: auto.estimate(x, nfe=8192, memory=budget)) < budget
+    with pytest.raises(ValueError, match="bytes that the draws take"):
+        sobol.estimate(x, nfe=8192, memory=budget)
 
 
 def test_gradients_stay_within_the_budget_too():

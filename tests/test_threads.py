@@ -1,11 +1,13 @@
 """Threads that use the package at once; torch.export, which traces networks, is not made for them."""
 
+import sys
 import threading
 
 import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore import program
 from fastscore.program import Programs
 
 
@@ -38,3 +40,38 @@ def test_threads_that_trace_at_once_do_not_disturb_each_other():
         thread.join()
     assert not errors
     assert len(found) == 24
+
+
+def test_a_trace_is_alone_until_its_symbolic_sizes_are_compared(monkeypatch):
+    free, match = [], program.match
+
+    def try_lock():
+        free.append(program._ONE_AT_A_TIME.acquire(blocking=False))
+        if free[-1]:
+            program._ONE_AT_A_TIME.release()
+
+    def watched(traced):
+        other = threading.Thread(target=try_lock)
+        other.start()
+        other.join()
+        return match(traced)
+
+    monkeypatch.setattr(program, "match", watched)
+    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), program=True).estimate(torch.ones(1, 4), nfe=16)
+    assert free == [False]
+
+
+def test_what_another_thread_prints_during_a_trace_is_not_lost(monkeypatch, capsys):
+    export, streams = torch.export.export, []
+
+    def talkative(*args, **kwargs):
+        print("the tracer", file=sys.stderr)
+        other = threading.Thread(target=lambda: (streams.append(sys.stderr), print("a bar", file=sys.stderr)))
+        other.start()
+        other.join()
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", talkative)
+    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), program=True).estimate(torch.ones(1, 4), nfe=16)
+    print("and its end", file=streams[0])  # a bar keeps the stream that it began on, and may end in any thread
+    assert capsys.readouterr().err == "a bar\nand its end\n"
