@@ -23,7 +23,7 @@ from .predictions import PREDICTIONS
 from .ranks import OtherRankFailed, Ranks
 
 EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
-DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib", "torchdiffeq": "torchdiffeq"}
+DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
 _NOTHING_COMPUTED = "interrupted before anything was computed"
 SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp:0.1,20; or a file of alphas_cumprod."
 
