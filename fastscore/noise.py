@@ -33,7 +33,7 @@ POINT_BYTES = 4  # of an element of a draw's point
 STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(6)
 
 _MASK = 0xFFFFFFFF
-_BLOCK_WORDS = 1 << 14  # words made at once: Philox holds eight int64 for each int32 that it leaves, Sobol two
+_BLOCK_WORDS = 1 << 14  # made at once on a CPU: Philox holds eight int64 for each int32 that it leaves
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
@@ -81,7 +81,7 @@ def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int 
         streams = torch.tensor([STREAM_SHIFT, STREAM_MULTIPLIER])
         return words(seed, index, round_, streams, d) | torch.tensor([[0], [1]], dtype=torch.int32, device=index.device)
 
-    return torch.cat([block(part) for part in sample_index.split(max(1, _BLOCK_WORDS // d))])
+    return torch.cat([block(part) for part in _blocks(sample_index, d)])
 
 
 def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
@@ -95,14 +95,19 @@ def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch
     """
     if kind == "sobol":
         return _sobol(total, d)[draws.start : draws.stop].to(device)
-    blocks = torch.arange(draws.start, draws.stop, device=device).split(max(1, _BLOCK_WORDS // d))
+    blocks = _blocks(torch.arange(draws.start, draws.stop, device=device), d)
     return torch.cat([words(seed, block, round_, STREAM_POINT, d) for block in blocks])
+
+
+def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:
+    at_once = _BLOCK_WORDS if index.device.type == "cpu" else 64 * _BLOCK_WORDS  # a GPU wants few launches
+    return index.split(max(1, at_once // d))
 
 
 @lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
-    sizes = [len(block) for block in torch.arange(total).split(max(1, _BLOCK_WORDS // d))]
+    sizes = [len(block) for block in _blocks(torch.arange(total), d)]
     first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
     # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
     rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32)
