@@ -338,8 +338,8 @@ def test_demo_passes_its_options_on(monkeypatch):
 
 
 def test_demo_names_what_it_misses(monkeypatch):
-    for module in ("sklearn", "torchdiffeq"):
+    for module in ("sklearn", "matplotlib"):
         monkeypatch.setitem(sys.modules, module, None)
     result = CliRunner().invoke(cli.main, ["demo"])
     assert result.exit_code == 1
-    assert result.stderr == 'Error: the demo needs scikit-learn, torchdiffeq; pip install "fastscore[demo]"\n'
+    assert result.stderr == 'Error: the demo needs scikit-learn, matplotlib; pip install "fastscore[demo]"\n'
