@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from .density import ScoreDensity
 from .estimate import log_width
 from .network import evaluating
+from .ranks import of_default_group
 
 try:
     from torchmetrics import Metric
@@ -129,8 +130,7 @@ class NegativeLogLikelihood(Metric):
         return 1.0, 0.0
 
     def _arrivals(self, batch: int) -> Tensor:
-        spread = distributed.is_available() and distributed.is_initialized()
-        ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if spread else (1, 0)
+        rank, ranks = of_default_group()
         return (int(self.count) + torch.arange(batch)) * ranks + rank
 
 

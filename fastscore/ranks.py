@@ -4,6 +4,9 @@ Processes meet through gloo, on the CPU, whatever device they work on. A process
 instance, closes its connections: the others get an error at their next meeting instead of waiting, and torchrun ends
 them before that.
 
+gloo's threads end with the last reference to their group. One that still runs while Python shuts down can abort the
+process with SIGABRT after all is done, so `Ranks` gives its group up when the block ends, and nobody else gets one.
+
 References:
     torchrun (Elastic Launch), https://docs.pytorch.org/docs/stable/elastic/run.html
 """
@@ -20,17 +23,27 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+if dist.is_available():
+    # Its default arguments hold the default group of the moment when something imports it: let there be none.
+    import torch.distributed.nn  # noqa: F401
+
 T = TypeVar("T")
 JOINING = timedelta(minutes=5)
 # Between two meetings lies a rank's whole share of the work; nobody waits for a dead one (see above).
 PATIENCE = timedelta(days=365)
 
 
+def of_default_group() -> tuple[int, int]:
+    """Return the rank in torch.distributed's default group and its size; (0, 1) where there is no group."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
 class OtherRankFailed(RuntimeError):
     """Another process of the run failed, and says why itself."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """This process among those of a run.
 
@@ -60,7 +73,7 @@ class Ranks:
             return
         try:
             dist.init_process_group("gloo", rank=rank, world_size=size, timeout=JOINING)
-            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            ranks = cls(rank, size, local, dist.new_group(backend="gloo", timeout=PATIENCE))
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConnectionError(
@@ -70,8 +83,9 @@ class Ranks:
         # torchrun ends the others with SIGTERM when one has failed: what is kept is said as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            yield cls(rank, size, local, group)
+            yield ranks
         finally:
+            ranks.group = None
             dist.destroy_process_group()
 
     @property

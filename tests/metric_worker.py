@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from analytic import ExactNet, mixture
+from processes import gloo_threads
 from torch import distributed
 
 import fastscore as fs
@@ -29,5 +30,7 @@ if __name__ == "__main__":
     for batch in share.split(16 if rank == 0 else 30):  # another number of batches in every process
         metric.update(batch)
     found = {name: float(value) for name, value in metric.compute().items()}
-    (folder / f"{rank}.json").write_text(json.dumps({"found": found, "seen": seen}))
+    before = gloo_threads()
     distributed.destroy_process_group()
+    report = {"found": found, "seen": seen, "threads": [before, gloo_threads()]}
+    (folder / f"{rank}.json").write_text(json.dumps(report))

@@ -142,6 +142,9 @@ def test_two_processes_give_one_answer(tmp_path):
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["found"] == second["found"]
+    for at_work, at_the_end in (first["threads"], second["threads"]):
+        assert "pt_gloo_runloop" in at_work
+        assert at_the_end == []  # a thread that outlives its group can abort the process while Python shuts down
     # Every sample of both processes has an index of its own: here that of the data, which were dealt out in turns.
     assert sorted(first["seen"] + second["seen"]) == list(range(100))
     alone = BitsPerDim(density(), bins=256, nfe=32)
