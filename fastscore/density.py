@@ -31,7 +31,7 @@ from .estimate import (
     draw_variance,
     truncation_bound,
 )
-from .integrand import Draws, Network, bytes_per_row, evaluate
+from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .network import warn_if_training
@@ -105,8 +105,7 @@ class ScoreDensity(nn.Module):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         nodes = NodeDensity.uniform(*schedule.log_snr_range)
         self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
-        self._row_bytes: dict = {}
-        self._draw_bytes: dict = {}
+        self._row_costs: dict = {}
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
@@ -299,7 +298,7 @@ class ScoreDensity(nn.Module):
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
-        self._row_bytes.clear()
+        self._row_costs.clear()
         return self
 
     def with_reference(self, reference: Reference) -> ScoreDensity:
@@ -379,10 +378,10 @@ class ScoreDensity(nn.Module):
             reference.flops(samples.x.shape[1]),
             tuple(program is not None for program in self.network.find_programs(samples)),
         )
-        if key not in self._row_bytes:
-            self._row_bytes[key], self._draw_bytes[key] = bytes_per_row(self.network, samples, reference)
+        if key not in self._row_costs:
+            self._row_costs[key] = cost_of_row(self.network, samples, reference)
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
-        return plan_chunks(self._row_bytes[key], self._draw_bytes[key], points, draws, memory, samples.x.device)
+        return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
     def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model)

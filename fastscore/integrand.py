@@ -143,7 +143,7 @@ def _predict(
     network: Network, shape: tuple[int, ...], x_t: Tensor, rows: Rows, cond: Conditions, timed: Timed | None
 ) -> Tensor:
     """Return the prediction of every row, (B, R, d): by the row program or the network, some samples a call."""
-    samples_per_call = max(1, rows.per_call // x_t.shape[1]) if rows.per_call else len(x_t)
+    samples_per_call = _even(len(x_t), max(1, rows.per_call // x_t.shape[1])) if rows.per_call else len(x_t)
     predictions = []
     for start in range(0, len(x_t), samples_per_call):
         part = slice(start, start + samples_per_call)
@@ -153,6 +153,11 @@ def _predict(
         else:
             predictions.append(predict(network.model, x_t[part], rows.time, some, shape, network.time_dtype))
     return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
+
+
+def _even(count: int, most: int) -> int:
+    """Return the length of the parts when `count` is cut into as few, equal ones of at most `most` as possible."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
@@ -172,8 +177,7 @@ def evaluate(
     """
     total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
     programs = network.find_programs(samples)
-    at_once = max(1 if chunks.keep_tables else chunks.samples, chunks.rows // evaluations)
-    at_once = math.ceil(len(samples) / math.ceil(len(samples) / at_once))  # even chunks
+    at_once = _even(len(samples), max(1 if chunks.keep_tables else chunks.samples, chunks.rows // evaluations))
     rows_per_draw = 1 + int(draws.rule.paired.any())
     span = total if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
@@ -195,8 +199,8 @@ def evaluate(
         yield chosen, f
 
 
-def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> tuple[int, int]:
-    """Return the peak memory of one row, and of what is there of one draw for all samples: noise, a program's tables.
+def cost_of_row(network: Network, samples: Samples, reference: Reference) -> memory.RowCost:
+    """Return the memory of one row, and of what is there of one draw for all samples: noise, a program's tables.
 
     Network and autograd are included; both are measured on a few rows of the first sample.
 
@@ -214,7 +218,7 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)
     try:
-        row = memory.peak_bytes(lambda: draw_values(network, one, keys, timed, reference))
+        found = memory.footprint(lambda: draw_values(network, one, keys, timed, reference))
     except (RuntimeError, TypeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -224,7 +228,8 @@ def bytes_per_row(network: Network, samples: Samples, reference: Reference) -> t
             f"first dimension is {len(samples)} go with their samples): {type(error).__name__}: {reason}"
         ) from error
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
-    return row // PROBE_ROWS, tables + noise.POINT_BYTES * one.x.shape[1]
+    draw = tables + noise.POINT_BYTES * one.x.shape[1]
+    return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw)
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

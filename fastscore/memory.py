@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 CPU_WORKING_SET = 36 << 20
 # The network's own activations want to be nearer still, while the chunk's other passes want few, long operations.
 CPU_CALL = 5 << 20
+# Yet an operator has to write this much, or calling it takes as long: small layers at many resolutions want more rows.
+CPU_OPERATOR = 384 << 10
 # What the allocator and a library's scratch take beside tensors, as a share of the caller's budget.
 HEADROOM = 0.15
 HEAP_HINT = (32 << 20) - (64 << 10)
@@ -36,7 +38,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.made = self.written = 0
         self._seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -52,6 +54,8 @@ class _LiveBytes(TorchDispatchMode):
     def _watch(self, storage):
         self._seen.add(storage)
         size = storage.nbytes()
+        self.made += 1
+        self.written += size
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._release, size)
@@ -66,13 +70,39 @@ def _storages(tree):
             yield leaf.untyped_storage()
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the peak number of bytes in tensors that `run()` creates."""
+class Footprint(NamedTuple):
+    """Bytes in the tensors that something creates: of all that live at once, at most, and of one, in the mean."""
+
+    peak: int
+    each: int
+
+
+def footprint(run: Callable[[], object]) -> Footprint:
+    """Return the footprint of `run()`."""
     with _LiveBytes() as mode:
         kept = run()  # saved activations live as long as the result
-        peak = mode.peak
+        found = Footprint(mode.peak, mode.written // max(1, mode.made))
     del kept
-    return peak
+    return found
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the peak number of bytes in tensors that `run()` creates."""
+    return footprint(run).peak
+
+
+class RowCost(NamedTuple):
+    """What an estimate keeps in memory, in bytes.
+
+    Arguments:
+        row: peak of one row's tensors, its noise and the network's activations among them.
+        each: mean size of these tensors: what an operator writes for one row.
+        draw: what is there of one draw for all samples.
+    """
+
+    row: int
+    each: int
+    draw: int = 0
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -118,17 +148,12 @@ class Chunks(NamedTuple):
 
 
 def plan_chunks(
-    bytes_per_row: int,
-    bytes_per_draw: int,
-    bytes_of_noise: int,
-    draws: int,
-    memory: int | str | None,
-    device: torch.device,
+    cost: RowCost, bytes_of_noise: int, draws: int, memory: int | str | None, device: torch.device
 ) -> Chunks:
     """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
 
     Arguments:
-        bytes_per_row, bytes_per_draw: as `peak_bytes` measured; the second is shared by all samples.
+        cost: as measured on the network.
         bytes_of_noise: of a draw's points, if those of all draws are there at once, as Sobol's are.
         memory: as in `chunk_rows`.
 
@@ -136,13 +161,13 @@ def plan_chunks(
         ValueError: as `chunk_rows`.
     """
     fixed = draws * (RULE_BYTES + bytes_of_noise)
-    budget, tables, sums = budget_bytes(memory, device) - fixed, draws * bytes_per_draw, SUM_BYTES * draws
+    budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, SUM_BYTES * draws
     keep = 4 * tables <= budget
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
-    row = bytes_per_row + SUM_BYTES + (0 if keep else bytes_per_draw // samples)
+    row = cost.row + SUM_BYTES + (0 if keep else cost.draw // samples)
     rows = chunk_rows(row, memory, device, fixed + (tables if keep else samples * sums))
-    per_call = min(rows, max(CPU_CALL // max(1, row), MIN_AUTO_ROWS)) if device.type == "cpu" else rows
-    return Chunks(rows, per_call, keep, min(samples, rows))
+    near = max(CPU_CALL // max(1, row), CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)
+    return Chunks(rows, min(rows, near) if device.type == "cpu" else rows, keep, min(samples, rows))
 
 
 def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device, kept: int = 0) -> int:

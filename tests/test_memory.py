@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore.memory import chunk_rows, parse_bytes, peak_bytes
+from fastscore.memory import Footprint, RowCost, chunk_rows, footprint, parse_bytes, peak_bytes, plan_chunks
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,7 @@ def test_peak_bytes_counts_what_is_alive_at_once():
         c = b * 2  # again 8000
         return c.view(10, 100)  # a view is no storage
 
+    assert footprint(run) == Footprint(peak=8000, each=4000)
     assert peak_bytes(run) == 8000
 
 
@@ -48,6 +49,45 @@ def test_rows_follow_the_budget():
         ValueError, match="does not hold one row of this network, which takes 1,000 bytes; give memory >= 1000"
     ):
         chunk_rows(1000, 999, CPU)
+
+
+def test_a_call_of_the_network_holds_5_megabytes_or_what_makes_its_operators_worth_calling():
+    def rows(row, each, memory="100MB"):
+        return plan_chunks(RowCost(row=row, each=each), 0, 64, memory, CPU).per_call
+
+    assert rows(65_500, 16 << 10) == (5 << 20) // (65_500 + 36)  # few large operators, and the sum's 36 bytes
+    assert rows(65_500, 1 << 10) == 384  # many small ones: each writes 384 KiB
+    assert rows(65_500, 1 << 10, "20MB") == int(0.85 * ((20 << 20) - 64 * (192 + 36 * 1))) // 65_536  # memory is kept
+
+
+class Skips(nn.Module):
+    """Many small layers, whose outputs all live until the end, as in a small U-Net; counts its rows a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(200))
+        self.rows = []
+
+    def forward(self, x, t):
+        self.rows.append(len(x))
+        kept = [x]
+        for layer in self.layers:
+            kept.append(layer(kept[-1]).tanh())
+        return sum(kept) / len(kept)
+
+
+@torch.no_grad()
+def test_a_network_of_many_small_operators_is_called_with_more_rows():
+    net = Skips()
+    density = fs.ScoreDensity(net, fs.VP(), program=False)
+    x = torch.randn(2048, 32)
+    density.estimate(x, nfe=16)
+    # An output is 128 bytes and 200 of them live at once: 5 MiB are 200 rows and would write 26 KB an operator. 384 KiB
+    # are 3,072 rows, and the whole chunk of 36 MiB has 1,400.
+    calls = net.rows[1:]  # without the probe
+    assert sum(calls) == 2048 * 16
+    assert max(calls) <= (36 << 20) // (200 * 128)
+    assert min(calls) > 1000
 
 
 class Wide(nn.Module):

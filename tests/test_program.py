@@ -15,7 +15,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.instructions import Add, Affine, Linear, Norm, Save
-from fastscore.integrand import bytes_per_row
+from fastscore.integrand import cost_of_row
 from fastscore.network import Conditions, predict
 from fastscore.program import NoProgram, Programs, RowProgram, run
 from fastscore.verification import ProgramMismatch
@@ -345,11 +345,11 @@ def test_memory_is_measured_on_the_program():
     on, off = (fs.ScoreDensity(net, SCHEDULE, "flow", program=program) for program in (True, False))
     with torch.no_grad():
         samples = on._samples(x, None, shared)
-        (row, draw), (module_row, none) = (bytes_per_row(d.network, samples, d.reference) for d in (on, off))
-    assert row < module_row
+        program, module = (cost_of_row(d.network, samples, d.reference) for d in (on, off))
+    assert program.row < module.row
     # Two blocks of three tables and a final layer's two, 24 floats wide, besides the evaluation's own tensors.
-    assert draw >= 4 * 24 * 8
-    assert none == 4 * x[0].numel()  # a word of noise an element, and no table
+    assert program.draw >= 4 * 24 * 8
+    assert module.draw == 4 * x[0].numel()  # a word of noise an element, and no table
 
 
 def test_explain():
