@@ -1,4 +1,4 @@
-"""Make docs/results.md, its pictures and the README's table from benchmarks/results; `make report`.
+"""Make docs/results.md, its pictures and the README's numbers from benchmarks/results; `make report`.
 
 Every number in them comes from a JSON file there, with its machine, versions and date.
 """
@@ -12,7 +12,6 @@ import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-BEGIN, END = "<!-- race: made by `make report` -->", "<!-- end of race -->"
 # Other pages show these: docs/kernels.md and docs/training.md.
 OTHERS = {"native_resources", "aot", "gan"}
 
@@ -35,8 +34,8 @@ def cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_results(found: dict[str, dict]) -> None:
-    """Write all tables to docs/results.md."""
+def results(found: dict[str, dict]) -> str:
+    """Return docs/results.md: all tables."""
     parts = [
         "# Results",
         "",
@@ -53,7 +52,7 @@ def write_results(found: dict[str, dict]) -> None:
         parts += [markdown(table["rows"]), ""]
         parts += [f"{table['date']}, {table['device']} ({table['cores']} cores, {table['threads']} threads), "
                   f"Python {table['python']}, {versions}.", ""]  # fmt: skip
-    (DOCS / "results.md").write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def readme_table(best: list[dict]) -> str:
@@ -71,22 +70,40 @@ def readme_table(best: list[dict]) -> str:
     return markdown(rows)
 
 
-def write_readme(table: str) -> None:
-    path = ROOT / "README.md"
-    head, rest = path.read_text().split(BEGIN)
-    path.write_text(head + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1])
+def readme_costs(overhead: list[dict], program: list[dict]) -> str:
+    """Return the README's sentences on what an estimate costs beside its network, and a row program beside a module."""
+
+    def each(rows: list[dict], digits: int) -> str:
+        return " and ".join(f"{row['ratio']:.{digits}f} ({row['network']})" for row in rows)
+
+    return (
+        f"An estimate takes {each(overhead, 2)} times\nthe bare forward passes for the same rows. "
+        f"As row programs, networks run\n{each(program, 1)} times as fast as their modules."
+    )
+
+
+def readme(text: str, found: dict[str, dict]) -> str:
+    """Return the README with its measured parts made anew, each between two marks."""
+    rows = {name: table["rows"] for name, table in found.items()}
+    parts = {"race": readme_table(rows["race_best"]), "costs": readme_costs(rows["overhead"], rows["program"])}
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: made by `make report` -->\n", f"\n<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        text = head + begin + part + end + rest.split(end)[1]
+    return text
 
 
 def main() -> None:
     found = tables()
-    write_readme(readme_table(found["race_best"]["rows"]))
+    page = ROOT / "README.md"
+    page.write_text(readme(page.read_text(), found))
     pictures.save(pictures.race(found["race"]["rows"]), DOCS / "race.png")
     pictures.save(pictures.scaling(found["scaling"]["rows"]), DOCS / "scaling.png")
     for name in (name for name in found if name.endswith("-kernels")):  # of a GPU
         machine = name.removesuffix("-kernels")
         ceilings = found[f"{machine}-ceilings"]["rows"][0]
         pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"{name}.png")
-    write_results(found)
+    (DOCS / "results.md").write_text(results(found))
 
 
 if __name__ == "__main__":

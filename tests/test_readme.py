@@ -1,9 +1,10 @@
-"""The README's example runs as it stands, and what it prints is right."""
+"""The README's example runs as it stands, what it prints is right, and its numbers are the recorded ones."""
 
 import re
 from pathlib import Path
 
 import pytest
+import report
 import torch
 from analytic import ExactNet, mixture
 
@@ -38,3 +39,11 @@ def test_the_example_runs(capsys):
     assert float(names["loss"]) == pytest.approx(-float(target.log_prob(names["x"]).mean()), abs=1.0)
     assert bool(torch.isfinite(names["x"].grad).all())
     assert float(names["model"].gain.grad.abs()) > 0
+
+
+def test_its_numbers_and_the_results_page_are_those_of_the_recorded_tables():
+    recorded = report.tables()
+    assert README.read_text() == report.readme(README.read_text(), recorded)
+    assert (README.parent / "docs" / "results.md").read_text() == report.results(recorded)
+    other = report.readme(README.read_text(), recorded | {"overhead": {"rows": [{"network": "a", "ratio": 1.234}]}})
+    assert "An estimate takes 1.23 (a) times\nthe bare forward passes" in other
