@@ -18,7 +18,7 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-CAP = 1.2  # seconds that the next effort may be expected to take; a method stops once its runs took four times that
+RUNS = 4  # so many times the problem's cap is what all efforts of a method may take together
 STOPPED_BIAS = "error no longer falls"
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
@@ -36,9 +36,10 @@ class Rung:
 
 @dataclass
 class Climb:
-    """A method on its way up, and why it stopped."""
+    """A method on its way up, what its next effort may be expected to take (seconds), and why it stopped."""
 
     method: Method
+    cap: float
     rungs: list[Rung] = field(default_factory=list)
     spent: float = 0.0
     stopped: str = ""
@@ -47,7 +48,7 @@ class Climb:
         """Return how long the method is known to run without reaching a threshold: infinitely, where it has a bias."""
         if self.stopped == STOPPED_BIAS:
             return math.inf
-        return max((rung.seconds for rung in self.rungs if rung.rmse > threshold), default=CAP)
+        return max((rung.seconds for rung in self.rungs if rung.rmse > threshold), default=self.cap)
 
     def first(self, threshold: float) -> Rung | None:
         """Return the least effort with an error of at most `threshold`, nats."""
@@ -80,10 +81,11 @@ class _Level:
 
 def race(problem: Problem, methods: list[Method]) -> list[Climb]:
     """Return every method's climb."""
-    climbs = [Climb(method) for method in methods]
+    climbs = [Climb(method, problem.cap) for method in methods]
     for climb in climbs:
         # Imports, probes and caches are nobody's seconds; who needs too long for two points does not start.
-        climb.stopped = "" if _first_run(climb.method, problem) < CAP else f"not started: two points take over {CAP} s"
+        started = _first_run(climb.method, problem) < climb.cap
+        climb.stopped = "" if started else f"not started: two points take over {climb.cap} s"
     for level in range(max(len(method.ladder) for method in methods)):
         running = [_Level(c, c.method.ladder[level]) for c in climbs if _goes_on(c, level, problem)]
         for seed in range(SEEDS):
@@ -112,7 +114,7 @@ def _goes_on(climb: Climb, level: int, problem: Problem) -> bool:
         climb.stopped = "reached the last"
     elif level >= len(climb.method.ladder):
         climb.stopped = "end of its ladder"
-    elif _growth(climb) * last.seconds > CAP or climb.spent > 4 * CAP:
+    elif _growth(climb) * last.seconds > climb.cap or climb.spent > RUNS * climb.cap:
         climb.stopped = "time"
     elif len(climb.rungs) > 3 and last.rmse > STALLED * climb.rungs[-3].rmse:
         climb.stopped = STOPPED_BIAS

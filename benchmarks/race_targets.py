@@ -122,6 +122,7 @@ class Problem:
         target: the mixture; None for a learned network, which is `density`'s then.
         density: of the learned network.
         fit_evaluations: what `ScoreDensity.fit` may spend.
+        cap: seconds that a method's next effort may be expected to take.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Problem:
     target: Mixture | None = None
     density: fs.ScoreDensity | None = None
     fit_evaluations: int = 400_000
+    cap: float = 1.2
 
     @property
     def d(self) -> int:
