@@ -11,6 +11,6 @@ def free_port():
 
 
 def gloo_threads():
-    """Names of this process's threads that belong to a process group (Linux; torch names them since 2.6)."""
+    """Names of this process's threads that belong to a process group, as Linux and torch 2.13 have them."""
     names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
     return sorted(name for name in names if "gloo" in name)
