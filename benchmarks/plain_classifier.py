@@ -10,7 +10,7 @@ References:
 
 import torch
 
-ROWS = 320  # a call of the U-Net: 37 us a row; with 80 rows 56, with 1,280 no less (8 x 8, one thread)
+ROWS = 320  # a call of the U-Net: fewer take longer a row, more hardly less (8 x 8, one thread)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class RowCost(NamedTuple):
 
     row: int
     each: int
-    draw: int = 0
+    draw: int
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -166,7 +166,7 @@ def plan_chunks(
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
     row = cost.row + SUM_BYTES + (0 if keep else cost.draw // samples)
     rows = chunk_rows(row, memory, device, fixed + (tables if keep else samples * sums))
-    near = max(CPU_CALL // max(1, row), CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)
+    near = max(CPU_CALL // row, CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)
     return Chunks(rows, min(rows, near) if device.type == "cpu" else rows, keep, min(samples, rows))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore.memory import Footprint, RowCost, chunk_rows, footprint, parse_bytes, peak_bytes, plan_chunks
+from fastscore.memory import Chunks, Footprint, RowCost, chunk_rows, footprint, parse_bytes, peak_bytes, plan_chunks
 
 CPU = torch.device("cpu")
 
@@ -53,11 +53,12 @@ def test_rows_follow_the_budget():
 
 def test_a_call_of_the_network_holds_5_megabytes_or_what_makes_its_operators_worth_calling():
     def rows(row, each, memory="100MB"):
-        return plan_chunks(RowCost(row=row, each=each), 0, 64, memory, CPU).per_call
+        return plan_chunks(RowCost(row=row, each=each, draw=0), 0, 64, memory, CPU).per_call
 
     assert rows(65_500, 16 << 10) == (5 << 20) // (65_500 + 36)  # few large operators, and the sum's 36 bytes
     assert rows(65_500, 1 << 10) == 384  # many small ones: each writes 384 KiB
-    assert rows(65_500, 1 << 10, "20MB") == int(0.85 * ((20 << 20) - 64 * (192 + 36 * 1))) // 65_536  # memory is kept
+    # All that a smaller budget holds: 85 % of what the nodes' 192 and the sum's 36 bytes a draw leave of it.
+    assert rows(65_500, 1 << 10, "20MB") == int(0.85 * ((20 << 20) - 64 * (192 + 36))) // 65_536
 
 
 class Skips(nn.Module):
@@ -88,6 +89,15 @@ def test_a_network_of_many_small_operators_is_called_with_more_rows():
     assert sum(calls) == 2048 * 16
     assert max(calls) <= (36 << 20) // (200 * 128)
     assert min(calls) > 1000
+
+
+@torch.no_grad()
+def test_calls_of_a_chunk_are_equal(monkeypatch):
+    net = Skips()
+    chunks = Chunks(rows=21 * 16, per_call=15 * 16)
+    monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: chunks)
+    fs.ScoreDensity(net, fs.VP(), program=False).estimate(torch.randn(42, 32), nfe=16)
+    assert net.rows[1:] == [11 * 16, 10 * 16] * 2  # and not 15 and 6
 
 
 class Wide(nn.Module):
