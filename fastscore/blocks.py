@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .curve import Curve, CurveSum, table_error
 from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .density import ScoreDensity
-from .estimate import CurveSum, Estimate, discretization_bound, truncation_bound
+from .estimate import Estimate
 from .network import predict
-from .nodes import make_rule, method_table
+from .rules import group_of, make_rules, method_table
 from .run_folder import RunFolder
 from .samples import check_samples
 
 Block = dict[str, np.ndarray]
-ESTIMATE_KEYS = {"sample_index", "log_prob", "stderr", "nfe", "curve_mean", "curve_stderr", "discretization", "noise"}
+PER_SAMPLE = ("log_prob", "stderr", "nfe", "ends")
+ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
 FIT_BLOCK = 4096
 
 
@@ -56,7 +58,7 @@ class Work:
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if options["target_stderr"] is not None and not options["target_stderr"] > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {options['target_stderr']}")
-        make_rule(density.nodes.density, options["nfe"], density.schedule, options["method"])
+        make_rules(density.nodes.density, options["nfe"], density.schedule, options["method"])
         work = cls(density, data, index.split(batch), device, options)
         _check_network(density, work.rows(index[:1]))
         return work
@@ -106,11 +108,8 @@ class Work:
         result = self.density.estimate(self.rows(index), sample_index=index, **self.options)
         return {
             "sample_index": index.numpy(),
-            "log_prob": result.log_prob.cpu().numpy(),
-            "stderr": result.stderr.cpu().numpy(),
-            "nfe": result.nfe.cpu().numpy(),
-            "curve_mean": result.log_snr_curve.mean.numpy(),
-            "curve_stderr": result.log_snr_curve.stderr.numpy(),
+            **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},
+            **{f"curve_{name}": value.numpy() for name, value in result.log_snr_curve._asdict().items()},
             "discretization": np.float64(result.discretization),
             "noise": np.array(result.noise),
         }
@@ -124,33 +123,33 @@ class Work:
 
     def merge(self, blocks: Sequence[Block]) -> Estimate:
         """Return the estimate of all blocks, with the curve and the bounds of all samples together."""
-        nfe, method = self.options["nfe"], self.options["method"]
-        rule = make_rule(self.density.nodes.density, nfe, self.density.schedule, method)
-        total, offset = CurveSum(rule), 0.0
+        method, schedule = self.options["method"], self.density.schedule
+        total, offset = CurveSum(len(blocks[0]["curve_mean"])), 0.0
         for block in blocks:
-            mean, stderr = (torch.from_numpy(block[name]) for name in ("curve_mean", "curve_stderr"))
-            count = len(block["log_prob"])
-            total.count += count
-            total.total += count * mean
-            total.squares += count * (mean**2 + ((count - 1) * stderr**2 if count > 1 else 0.0))
-            offset += count * float(block["discretization"])
+            curve = Curve(*(torch.from_numpy(block[f"curve_{name}"]) for name in Curve._fields))
+            total.add_curve(curve, len(block["log_prob"]))
+            offset += len(block["log_prob"]) * float(block["discretization"])
         curve = total.curve()
-        joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in ("log_prob", "stderr", "nfe")}
+        joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in PER_SAMPLE}
+        if method == "density":
+            discretization = table_error(curve, method_table(schedule)[1]) if schedule.discrete else 0.0
+        else:
+            discretization = offset / total.count
         return Estimate(
             **joined,
             log_snr_curve=curve,
-            truncation=truncation_bound(curve),
-            discretization=discretization_bound(curve, rule) if method == "density" else offset / total.count,
+            discretization=discretization,
             dims=math.prod(self.data.shape[1:]),
             method=method,
             noise=str(blocks[0]["noise"]),
+            group=group_of(torch.from_numpy(np.concatenate([b["sample_index"] for b in blocks]))),
         )
 
 
 def _check_network(density: ScoreDensity, x: Tensor) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
     samples = check_samples(x, None, ({},), density.model)
-    ends = torch.tensor(density.schedule.log_snr_range, dtype=torch.float64)
+    ends = torch.tensor(density.log_snr_range, dtype=torch.float64)
     time = density.schedule.time(ends).to(x.device)
     try:
         with torch.no_grad():

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .calibration import uncalibrated
 from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
 from .network import Conditions
-from .nodes import FittedNodes, NodeDensity, Rule, make_rule, uniform_in_time
+from .nodes import FittedNodes, NodeDensity
 from .reference import Reference
+from .rules import FixedRules, Rules, make_rules, uniform_in_time
 from .samples import Samples
 
 WEIGHTINGS = ("density", "uniform")
@@ -67,8 +69,8 @@ class DiffusionClassifier(nn.Module):
         self.classes = _check_classes(classes)
         count = len(next(iter(self.classes.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
-        nodes = NodeDensity.pairs(*density.schedule.log_snr_range)
-        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        nodes = NodeDensity.pairs(*density.log_snr_range)
+        self.nodes = FittedNodes(nodes, uncalibrated())
 
     @torch.no_grad()
     def fit(
@@ -104,13 +106,13 @@ class DiffusionClassifier(nn.Module):
         pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
         spread = []
         for paired in (False, True):
-            draws = Draws(_pilot_rule(self.density, paired), "independent", seed)
-            f = self._integrand(samples, pairs, draws, self.density.reference, chunks).to(torch.float64)
+            draws = Draws(_pilot_rules(self.density, paired, seed), "independent", seed)
+            f, _ = self._integrand(samples, pairs, draws, self.density.reference, chunks)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
-        edges = torch.linspace(*self.density.schedule.log_snr_range, PILOT_BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(*self.density.log_snr_range, PILOT_BINS + 1, dtype=torch.float64)
         nodes = NodeDensity.from_spread(edges, *spread, FLOOR)
-        self.nodes = FittedNodes(nodes, self.nodes.calibration).to(self.log_prior.device)
+        self.nodes = FittedNodes(nodes, self.nodes.calibration)
         return self
 
     @torch.no_grad()
@@ -150,14 +152,14 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
         samples, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond)
         sizes = [nfe] if error is None else round_sizes(nfe)
-        rules = [self._rule(size, weighting) for size in sizes]
+        rules = [self._rules(size, weighting, int(seed), r) for r, size in enumerate(sizes)]
         plan = _Plan(
-            rounds=[Draws(rule, "independent", int(seed), r) for r, rule in enumerate(rules)],
+            rounds=[Draws(each, "independent", int(seed), r) for r, each in enumerate(rules)],
             level=None if error is None else error / (len(rules) * (len(self.log_prior) - 1)),
             weighting=weighting,
             chunks=chunks,
         )
-        each = 4 * len(self.log_prior) * (COPIES * sum(len(rule.time) for rule in rules) + 3 * samples.x.shape[1])
+        each = 4 * len(self.log_prior) * (COPIES * sum(each.draws for each in rules) + 3 * samples.x.shape[1])
         at_once = max(1, min(BATCH, budget_bytes(memory, x.device) // 2 // each))
         parts = []
         with tqdm(total=len(samples), disable=not progress, unit="sample", desc="classify") as bar:
@@ -174,21 +176,27 @@ class DiffusionClassifier(nn.Module):
             pairs = rounds.open()
             if not len(pairs):
                 break
-            f = self._integrand(samples, pairs, draws, reference, plan.chunks)
-            rounds.add(pairs, f * (-0.5 * draws.rule.weight).to(f), draws.rule.nfe)
+            f, weight = self._integrand(samples, pairs, draws, reference, plan.chunks)
+            rounds.add(pairs, (-0.5 * f * weight).to(samples.x.dtype), draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
         return rounds.result(self._common(samples.x, reference, plan.weighting), samples.x.dtype)
 
-    def _integrand(self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks) -> Tensor:
-        """Return f of every (sample, class) pair, (P, N): a pair is a sample with its class as a condition."""
+    def _integrand(
+        self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks
+    ) -> tuple[Tensor, Tensor]:
+        """Return f of every (sample, class) pair, (P, N), and its weights: a pair's class is a condition."""
         which, label = pairs.unbind(1)
         given = samples.conds[0].select(which)
         own = {name: rows.to(which.device)[label] for name, rows in self.classes.items()}
         conditions = Conditions(given.per_sample | own, given.shared)
         # The index of the sample keys the noise: all its classes see the same.
-        paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,))
-        return torch.cat([f for _, f in evaluate(self.density.network, paired, draws, reference, chunks)])
+        group = samples.group[which.cpu()]
+        paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,), group)
+        f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
+        for part in evaluate(self.density.network, paired, draws, reference, chunks):
+            f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)
+        return f, weight
 
     def _prepare(
         self, x: Tensor, nfe: int, seed: int, index: Tensor | None, memory: int | str | None, cond: dict
@@ -205,16 +213,16 @@ class DiffusionClassifier(nn.Module):
         given = Conditions({k: v for k, v in told_apart.per_sample.items() if k in cond}, told_apart.shared)
         return replace(samples, conds=(given,)), chunks._replace(rows=max(1, chunks.rows // 2))
 
-    def _rule(self, nfe: int, weighting: str) -> Rule:
+    def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
         if weighting == "uniform":
             return uniform_in_time(nfe, self.density.schedule)
-        return make_rule(self.nodes.density, nfe, self.density.schedule)
+        return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, "density", seed, round_)
 
     def _common(self, x: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
         if weighting == "density":
             return reference.log_prob(x)
-        rule = uniform_in_time(2 * TIME_NODES, self.density.schedule)
+        rule = uniform_in_time(2 * TIME_NODES, self.density.schedule).rule
         return -0.5 * reference.expected_residual(x, rule.log_snr.exp().to(x.device), rule.weight.to(x.device))
 
 
@@ -228,10 +236,10 @@ class _Plan:
     chunks: Chunks
 
 
-def _pilot_rule(density: ScoreDensity, paired: bool) -> Rule:
+def _pilot_rules(density: ScoreDensity, paired: bool, seed: int) -> Rules:
     uniform = NodeDensity.pairs if paired else NodeDensity.uniform
     draws = PILOT_BINS * PILOT_DRAWS
-    return make_rule(uniform(*density.schedule.log_snr_range), draws * (1 + paired), density.schedule)
+    return make_rules(uniform(*density.log_snr_range), draws * (1 + paired), density.schedule, "density", seed)
 
 
 def _check_classes(classes: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,9 +18,9 @@ from .backends.select import BACKENDS, native
 from .estimate import Estimate
 from .evaluate import Interrupted, evaluate_dataset
 from .loading import SCHEDULES, load_array, load_density
-from .nodes import METHODS
 from .predictions import PREDICTIONS
 from .ranks import OtherRankFailed, Ranks
+from .rules import METHODS
 
 EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
@@ -134,7 +134,7 @@ def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
     yield f"stderr          {float(result.stderr.double().mean()):.3g} nats, mean over samples"
     yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"
     yield f"seconds         {seconds:.1f}"
-    yield f"truncation      <= {result.truncation:.2g} nats"
+    yield f"truncation      about {result.truncation:.2g} nats, the largest of a sample"
     label = "<= {:.2g} nats" if result.method == "density" else "{:+.2g} nats from the integral"
     yield f"discretization  {label.format(result.discretization)}"
     yield f"written to      {options['out']}"

@@ -17,34 +17,56 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
-from .estimate import (
-    Comparison,
-    CurveSum,
-    Estimate,
-    discretization_bound,
-    draw_sum,
-    draw_variance,
-    truncation_bound,
-)
+from .calibration import calibrated, uncalibrated
+from .curve import Curve, CurveSum, ends, table_error
+from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .network import warn_if_training
-from .nodes import FittedNodes, NodeDensity, make_rule
+from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
-from .pilot import PILOT_DRAWS, PilotPlan, run_pilot, variance_ratio
+from .pilot import PILOT_DRAWS, PilotPlan, run_pilot
 from .predictions import check_prediction
 from .program import Programs
 from .reference import Reference
+from .rules import make_rules, method_table
 from .samples import Samples, check_samples
 from .schedules import Schedule
+from .statistics import draw_sum, draw_variance, widened
 
 NOISES = ("auto", "sobol", "independent")
+
+
+@dataclass
+class _Round:
+    """What one set of draws says of some samples: value, variance, evaluations, ends, curve, offset to the integral."""
+
+    value: Tensor
+    variance: Tensor
+    nfe: Tensor
+    ends: Tensor
+    curve_sum: CurveSum
+    offset: float = 0.0
+
+    @classmethod
+    def empty(cls, samples: int, draws: int, device: torch.device) -> _Round:
+        value, variance = torch.empty(2, samples, dtype=torch.float64, device=device)
+        at_ends = torch.empty(samples, 2, 6, dtype=torch.float64, device=device)
+        nfe = torch.empty(samples, dtype=torch.int64, device=device)
+        return cls(value, variance, nfe, at_ends, CurveSum(draws))
+
+    @property
+    def curve(self) -> Curve:
+        return self.curve_sum.curve()
 
 
 class ScoreDensity(nn.Module):
@@ -103,8 +125,7 @@ class ScoreDensity(nn.Module):
         self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
-        nodes = NodeDensity.uniform(*schedule.log_snr_range)
-        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*self.reference.scales())), uncalibrated())
         self._row_costs: dict = {}
         self._programs = Programs(program)
         if predicts == "flow":
@@ -133,9 +154,9 @@ class ScoreDensity(nn.Module):
             ValueError: as in `estimate`.
         """
         samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond)
-        weight = draws.rule.weight.to(samples.x.device)
-        integral = [f.double() @ weight for _, f in evaluate(self.network, samples, draws, self.reference, chunks)]
-        log_prob = self.reference.log_prob(samples.x) - 0.5 * torch.cat(integral)
+        parts = list(self._sums(samples, draws, chunks))
+        order = torch.cat([chosen for chosen, _ in parts]).argsort()
+        log_prob = self.reference.log_prob(samples.x) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
 
     @torch.no_grad()
@@ -188,31 +209,35 @@ class ScoreDensity(nn.Module):
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
-            total, variance, curve, offset = self._round(samples, first, method, chunks, bar)
-            spent = torch.full_like(total, first.rule.nfe)
+            found = self._round(samples, first, method, chunks, bar)
+            total, variance, spent = found.value, found.variance, found.nfe
             active = self._above(target_stderr, variance, spent, max_nfe)
             round_ = 0
             while len(active):
                 # Every round doubles what was spent; rounds are averaged with their evaluations as weights.
                 round_ += 1
-                draws = self._draws(int(spent[active[0]]), seed, samples, method, round_)
+                draws = self._draws(int(spent[active].min()), seed, samples, method, round_)
                 bar.reset(total=len(active))
-                extra, extra_variance, _, _ = self._round(samples.select(active), draws, method, chunks, bar)
-                share = draws.rule.nfe / (spent[active] + draws.rule.nfe)
-                total[active] += share * (extra - total[active])
-                variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra_variance
-                spent[active] += draws.rule.nfe
+                extra = self._round(samples.select(active), draws, method, chunks, bar)
+                share = extra.nfe / (spent[active] + extra.nfe)
+                total[active] += share * (extra.value - total[active])
+                variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra.variance
+                spent[active] += extra.nfe
                 active = active[self._above(target_stderr, variance[active], spent[active], max_nfe)]
+        offset = found.offset
+        if method == "density" and self.schedule.discrete:
+            offset = table_error(found.curve, method_table(self.schedule)[1])
         return Estimate(
             log_prob=total.to(samples.x.dtype),
-            stderr=variance.sqrt().to(samples.x.dtype),
-            nfe=spent.long(),
-            log_snr_curve=curve,
-            truncation=truncation_bound(curve),
-            discretization=discretization_bound(curve, first.rule) if method == "density" else offset,
+            stderr=self.with_rounding(variance, total, samples).sqrt().to(samples.x.dtype),
+            nfe=spent,
+            log_snr_curve=found.curve,
+            discretization=offset,
             dims=samples.x.shape[1],
             method=method,
             noise=first.noise,
+            group=samples.group,
+            ends=found.ends,
         )
 
     @torch.no_grad()
@@ -242,14 +267,14 @@ class ScoreDensity(nn.Module):
             ValueError: as `estimate`.
         """
         samples = self._samples(x, sample_index, cond_a, cond_b)
-        # Low-discrepancy error bars are calibrated for densities, not for differences.
-        draws = Draws(
-            make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule), "independent", seed
-        )
+        # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
+        nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
+        draws = Draws(make_rules(nodes, nfe, self.schedule, "density", int(seed)), "independent", int(seed))
         chunks = self._chunks(samples, memory, len(draws))
-        parts = [f for _, f in evaluate(self.network, samples, draws, self.reference, chunks)]
-        difference = torch.cat([draw_sum(f, draws.rule) for f in parts])
-        variance = torch.cat([draw_variance(f, draws.rule) for f in parts])
+        difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
+        for part in evaluate(self.network, samples, draws, self.reference, chunks):
+            difference[part.samples] = draw_sum(part.f, part.rule)
+            variance[part.samples] = widened(*draw_variance(part.f, part.rule))
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
     @torch.no_grad()
@@ -297,7 +322,7 @@ class ScoreDensity(nn.Module):
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
-        self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
+        self.nodes = FittedNodes(fitted.nodes, fitted.calibration)
         self._row_costs.clear()
         return self
 
@@ -314,28 +339,38 @@ class ScoreDensity(nn.Module):
             time_dtype=self.time_dtype,
             program=self._programs.mode,
         )
-        other.nodes, other._programs = self.nodes, self._programs
+        other.nodes, other._programs = FittedNodes(self.nodes.density.without_curve(), uncalibrated()), self._programs
         return other
 
-    def _round(
-        self, samples: Samples, draws: Draws, method: str, chunks: Chunks, bar
-    ) -> tuple[Tensor, Tensor, object, float]:
-        """Evaluate one set of draws: value and variance of each sample, the curve, and the offset to the integral."""
+    def _sums(self, samples: Samples, draws: Draws, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield which samples, and their sums over draws."""
+        for part in evaluate(self.network, samples, draws, self.reference, chunks):
+            yield part.samples, draw_sum(part.f, part.rule)
+
+    def _round(self, samples: Samples, draws: Draws, method: str, chunks: Chunks, bar: tqdm) -> _Round:
+        """Evaluate one set of draws."""
         reference = control_variate(method, self.reference)
-        value, variance = (torch.empty(len(samples), dtype=torch.float64, device=samples.x.device) for _ in range(2))
-        curve, offset, rule = CurveSum(draws.rule), 0.0, draws.rule
-        for chosen, f in evaluate(self.network, samples, draws, reference, chunks):
-            x = samples.x[chosen]
-            value[chosen] = base(method, reference, x, self.schedule) + draw_sum(f, rule)
-            variance[chosen] = draw_variance(f, rule)
-            curve.add(f)
+        found = _Round.empty(len(samples), len(draws), samples.x.device)
+        for chosen, f, rule in evaluate(self.network, samples, draws, reference, chunks):
+            value = base(method, reference, samples.x[chosen], self.schedule) + draw_sum(f, rule)
+            found.value[chosen], found.nfe[chosen] = value, rule.nfe
+            variance, nu = draw_variance(f, rule)
+            calibration = self.nodes.calibration if draws.noise == "sobol" else uncalibrated()
+            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, calibration)
+            found.ends[chosen] = ends(f, rule, self.log_snr_range)
+            found.curve_sum.add(f, rule)
             if method != "density":
-                integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, rule.density_weight)
-                offset += float((value[chosen] - integral).sum()) / len(samples)
+                x = samples.x[chosen]
+                integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, density=True)
+                found.offset += float((value - integral).sum()) / len(samples)
             bar.update(len(f))
-        if draws.noise == "sobol":
-            variance *= variance_ratio(self.nodes.calibration, rule.nfe)
-        return value, variance, curve.curve(), offset
+        return found
+
+    def with_rounding(self, variance: Tensor, log_prob: Tensor, samples: Samples) -> Tensor:
+        """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
+        lo, hi = self.log_snr_range
+        size = log_prob.abs() + 0.25 * (hi - lo) * samples.x.shape[1]
+        return variance + (torch.finfo(samples.x.dtype).eps * size).square()
 
     @staticmethod
     def _above(target: float | None, variance: Tensor, spent: Tensor, max_nfe: int) -> Tensor:
@@ -345,9 +380,15 @@ class ScoreDensity(nn.Module):
         return ((variance.sqrt() > target) & (2 * spent <= max_nfe)).nonzero().flatten()
 
     @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
+        return self.nodes.log_snr_range
+
+    @property
     def network(self) -> Network:
         """The network with all that is needed to read it."""
-        return Network(self.model, self.schedule, self.predicts, self.time_dtype, self._programs, self.backend)
+        options = self.time_dtype, self._programs, self.backend
+        return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
 
     def prepare(
         self, x: Tensor, nfe: int | None, seed: int, sample_index: Tensor | None, memory: int | str | None, cond: dict
@@ -358,8 +399,11 @@ class ScoreDensity(nn.Module):
         return samples, draws, self._chunks(samples, memory, len(draws))
 
     def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
-        rule = make_rule(self.nodes.density, self.nfe if nfe is None else nfe, self.schedule, method)
-        return Draws(rule, self._noise_kind(samples.x.shape[1]), int(seed), round_)
+        nodes, nfe = self.nodes.density, self.nfe if nfe is None else nfe
+        if control_variate(method, self.reference) is not self.reference:
+            nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
+        rules = make_rules(nodes, nfe, self.schedule, method, int(seed), round_)
+        return Draws(rules, self._noise_kind(samples.x.shape[1]), int(seed), round_)
 
     def _noise_kind(self, d: int) -> str:
         if self.noise == "auto":

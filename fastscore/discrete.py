@@ -117,10 +117,12 @@ def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **option
     plain = density if gaussian is density.reference else density.with_reference(gaussian)
     found = plain.estimate(x, **options)
     flat = x.reshape(len(x), -1)
-    lo, hi = density.schedule.log_snr_range
+    lo, hi = density.log_snr_range
     diffusion = (found.log_prob - gaussian.log_prob(flat)) - 0.5 * gaussian.expected_integral(flat, lo, hi)
     log_prob = reconstruction(k, levels, hi) - prior_kl(flat, lo) + diffusion
-    return replace(found, log_prob=log_prob.to(found.log_prob.dtype), truncation=0.0, method="discrete_log_prob")
+    return replace(
+        found, log_prob=log_prob.to(found.log_prob.dtype), ends=torch.zeros_like(found.ends), method="discrete_log_prob"
+    )
 
 
 def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .estimate import student_quantile, successive_variance, widened
+from .statistics import student_quantile, successive_variance, widened
 
 # Evaluations a class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32

@@ -11,15 +11,35 @@ step between two calls counts; what `fit` learned is fixed at capture.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import noise
+from .calibration import calibrated, uncalibrated
 from .density import ScoreDensity
-from .estimate import draw_sum, draw_variance
 from .integrand import Rows, draw_values
-from .pilot import variance_ratio
+from .rules import Rule
+from .statistics import draw_sum, draw_variance
+
+
+class _Group(NamedTuple):
+    """The samples that share their nodes, with the rows and the rule that a graph reads where they lie."""
+
+    number: int
+    members: Tensor
+    rows: Rows
+    rule: Rule
+
+    def copy_(self, other: _Group) -> None:
+        """Take over another seed's nodes and noise."""
+        for name in ("points", "time", "alpha", "sigma"):
+            getattr(self.rows, name).copy_(getattr(other.rows, name))
+        for own, new in zip(self.rows.coefficients, other.rows.coefficients):
+            own.copy_(new)
+        for name in ("weight", "curve", "remainder"):
+            getattr(self.rule, name).copy_(getattr(other.rule, name))
 
 
 class CapturedDensity:
@@ -50,13 +70,12 @@ class CapturedDensity:
         if not isinstance(density, ScoreDensity):
             raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
         self.density = density
-        samples, draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
-        self.samples, self.draws = replace(samples, x=samples.x.clone()), draws
-        self.rows = Rows.of(density.network, draws, range(len(draws)), samples.x)
-        self.rule = replace(draws.rule, weight=draws.rule.weight.to(samples.x.device))
-        self.ratio = variance_ratio(density.nodes.calibration, draws.rule.nfe) if draws.noise == "sobol" else 1.0
+        samples, self.draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
+        self.samples = replace(samples, x=samples.x.clone())
+        self.groups = [self._group(number) for number in samples.group.unique().tolist()]
         self.keys = self._keys(seed)
-        self.at_once = max(1, chunks.rows // max(1, draws.rule.nfe))
+        self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
+        self.programs = density.network.find_programs(self.samples)
         self.seed, self.graph, self.result = seed, None, None
         if samples.x.is_cuda:
             self._capture()
@@ -75,7 +94,9 @@ class CapturedDensity:
         if seed is not None and seed != self.seed:
             self.seed = seed
             self.keys.copy_(self._keys(seed))
-            self.rows.points.copy_(self._points(seed))
+            self.draws = replace(self.draws, rules=self.draws.rules.renewed(seed), seed=seed)
+            for group in self.groups:
+                group.copy_(self._group(group.number))
         if self.graph is None:
             self.result = self._estimate()
         else:
@@ -88,21 +109,30 @@ class CapturedDensity:
     def _keys(self, seed: int) -> Tensor:
         return noise.sample_keys(self.draws.noise, seed, self.samples.index, self.samples.x.shape[1])
 
-    def _points(self, seed: int) -> Tensor:
-        d, device = self.samples.x.shape[1], self.samples.x.device
-        points = noise.points(self.draws.noise, seed, range(len(self.draws)), len(self.draws), d, device)
-        return points[self.rows.draw]
+    def _group(self, number: int) -> _Group:
+        x, rules, span = self.samples.x, self.draws.rules, range(len(self.draws))
+        rule = rules.of(number)
+        points = self.draws.points(span, x.shape[1], x.device)
+        rows = Rows.of(self.density.network, rule, points, span, x)
+        members = (self.samples.group == number).nonzero().flatten().to(x.device)
+        moved = {name: getattr(rule, name).to(x.device) for name in ("weight", "curve", "remainder")}
+        return _Group(number, members, rows, replace(rule, **moved))
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
-        density, samples = self.density, self.samples
-        network, parts = density.network, []
-        rows = self.rows.with_programs(network, network.find_programs(samples), samples)
-        for start in range(0, len(samples), self.at_once):
-            chosen = slice(start, start + self.at_once)
-            parts.append(draw_values(network, samples.select(chosen), self.keys[chosen], rows, density.reference))
-        f = torch.cat(parts)
-        log_prob = density.reference.log_prob(samples.x) + draw_sum(f, self.rule)
-        return log_prob, (self.ratio * draw_variance(f, self.rule)).sqrt()
+        density = self.density
+        network, calibration = density.network, density.nodes.calibration
+        if self.draws.noise != "sobol":
+            calibration = uncalibrated()
+        log_prob, variance = density.reference.log_prob(self.samples.x), torch.empty_like(self.samples.x[:, 0]).double()
+        for group in self.groups:
+            rows = group.rows.with_programs(network, self.programs, self.samples)
+            for members in group.members.split(self.at_once):
+                part = self.samples.select(members)
+                f = draw_values(network, part, self.keys[members], rows, density.reference)
+                log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
+                spread, nu = draw_variance(f, group.rule)
+                variance[members] = calibrated(spread, nu, self.draws.rules.nfe, calibration)
+        return log_prob, density.with_rounding(variance, log_prob, self.samples).sqrt()
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()

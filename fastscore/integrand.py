@@ -9,8 +9,9 @@ that fit the memory budget, and what leaves a chunk is one number a draw: nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from . import memory, noise, ops
 from .backends.select import implementation, select
 from .instructions import encode
 from .network import Conditions, cast_time, model_dtype, predict
-from .nodes import Rule
 from .predictions import coefficients
 from .program import Programs, RowProgram, Timed
 from .reference import Reference
+from .rules import FixedRules, Rule, Rules
 from .samples import Samples
 from .schedules import Schedule
 
@@ -38,6 +39,7 @@ class Network:
     model: nn.Module
     schedule: Schedule
     predicts: str
+    log_snr_range: tuple[float, float]
     time_dtype: torch.dtype | None = None
     programs: Programs | None = None
     backend: str = "auto"
@@ -48,7 +50,7 @@ class Network:
             return (None,) * len(samples.conds)
 
         def times() -> Tensor:
-            log_snr = torch.linspace(*self.schedule.log_snr_range, PROBE_ROWS, dtype=torch.float64)
+            log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64)
             return self.schedule.time(log_snr).to(samples.x.device)
 
         data = self.model, samples.shape, samples.x.dtype
@@ -57,15 +59,27 @@ class Network:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of one estimate: where (the rule) and which noise (kind, seed and round)."""
+    """The draws of one estimate: where (a rule for each group of samples), which noise (kind, seed and round)."""
 
-    rule: Rule
+    rules: Rules | FixedRules
     noise: str
     seed: int
     round: int = 0
 
     def __len__(self) -> int:
-        return len(self.rule.log_snr)
+        return self.rules.draws
+
+    def points(self, span: range, d: int, device: torch.device) -> Tensor:
+        """Return the noise words of some draws, which samples of all groups share."""
+        return noise.points(self.noise, self.seed, span, len(self), d, device, self.round)
+
+
+class Part(NamedTuple):
+    """Evaluated samples: which (indices), f of shape (b, N), and the rule of the group that all of them belong to."""
+
+    samples: Tensor
+    f: Tensor
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -86,13 +100,13 @@ class Rows:
     timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
 
     @classmethod
-    def of(cls, network: Network, draws: Draws, span: range, x: Tensor, per_call: int = 0) -> Rows:
+    def of(cls, network: Network, rule: Rule, points: Tensor, span: range, x: Tensor, per_call: int = 0) -> Rows:
+        """Return the rows of some draws of a rule; `points` are the draws' noise words, (len(span), d)."""
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
-        paired, time = draws.rule.paired[part].long(), draws.rule.time[part]
+        paired, time = rule.paired[part].long(), rule.time[part]
         alpha, sigma = schedule.alpha_sigma(time)
         draw = torch.arange(len(span)).repeat_interleave(1 + paired)
         twin = torch.cat([torch.zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
-        points = noise.points(draws.noise, draws.seed, span, len(draws), x.shape[1], device, draws.round)
         return cls(
             draws=len(span),
             draw=draw.to(device),
@@ -168,22 +182,50 @@ def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
 
 def evaluate(
     network: Network, samples: Samples, draws: Draws, reference: Reference, chunks: memory.Chunks
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (which samples, f of shape (b, N)) until all samples are done, in chunks of `chunks.rows` rows.
+) -> Iterator[Part]:
+    """Yield every sample's f of all draws, one group of samples after the other, in chunks of `chunks.rows` rows.
 
     With two conditions, f is the difference of the two networks' residuals and the reference cancels. Under autograd
     each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row program needs of the
-    times alone is evaluated outside of the chunks, once.
+    times alone is evaluated outside of the chunks, once a group.
     """
-    total, evaluations, d = len(draws), max(1, draws.rule.nfe), samples.x.shape[1]
-    programs = network.find_programs(samples)
+    programs, made = network.find_programs(samples), {}
+
+    def points(span: range) -> Tensor:
+        if span not in made:
+            if not chunks.keep_tables:
+                made.clear()
+            made[span] = draws.points(span, samples.x.shape[1], samples.x.device)
+        return made[span]
+
+    for group in samples.group.unique().tolist():
+        members = (samples.group == group).nonzero().flatten()
+        whole = len(members) == len(samples)
+        own = samples if whole else samples.select(members.to(samples.x.device))
+        rule = draws.rules.of(group)
+        for chosen, f in _evaluate_group(network, own, draws, rule, points, programs, reference, chunks):
+            yield Part(members[chosen].to(f.device), f, rule)
+
+
+def _evaluate_group(
+    network: Network,
+    samples: Samples,
+    draws: Draws,
+    rule: Rule,
+    points: Callable[[range], Tensor],
+    programs: tuple[RowProgram | None, ...],
+    reference: Reference,
+    chunks: memory.Chunks,
+) -> Iterator[tuple[slice, Tensor]]:
+    total, evaluations, d = len(draws), max(1, rule.nfe), samples.x.shape[1]
     at_once = _even(len(samples), max(1 if chunks.keep_tables else chunks.samples, chunks.rows // evaluations))
-    rows_per_draw = 1 + int(draws.rule.paired.any())
+    rows_per_draw = 1 + int(rule.paired.any())
     span = total if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
     spans = [range(start, min(start + span, total)) for start in range(0, total, span)]
 
     def table(span: range) -> Rows:
-        return Rows.of(network, draws, span, samples.x, chunks.per_call).with_programs(network, programs, samples)
+        rows = Rows.of(network, rule, points(span), span, samples.x, chunks.per_call)
+        return rows.with_programs(network, programs, samples)
 
     chunks_of_keys = max(1, KEY_WORDS // (at_once * d))
     kept = [table(span) for span in spans] if chunks.keep_tables else None
@@ -195,7 +237,7 @@ def evaluate(
             many = noise.sample_keys(draws.noise, draws.seed, index, d, draws.round).split(at_once)
         keys = many[start // at_once % chunks_of_keys]
         f = torch.cat([_chunk(network, part, keys, rows, reference) for rows in kept or map(table, spans)], 1)
-        _check_finite(f, part, draws.rule)
+        _check_finite(f, part, rule)
         yield chosen, f
 
 
@@ -207,13 +249,13 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
     Raises:
         ValueError: if the network cannot be called with such data, with its reason.
     """
-    lo, hi = network.schedule.log_snr_range
-    log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
-    flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
-    single = torch.zeros(PROBE_ROWS, dtype=torch.bool)
-    rule = Rule(log_snr, network.schedule.time(log_snr), flat, flat, single)
+    log_snr = torch.linspace(*network.log_snr_range, PROBE_ROWS, dtype=torch.float64)
+    time, single = network.schedule.time(log_snr), torch.zeros(PROBE_ROWS, dtype=torch.bool)
+    rule = Rule.plain(log_snr, time, torch.ones_like(log_snr), single)
     one = samples.select(slice(0, 1))
-    rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)
+    draws = Draws(FixedRules(rule), "independent", 0)
+    span = range(PROBE_ROWS)
+    rows = Rows.of(network, rule, draws.points(span, one.x.shape[1], one.x.device), span, one.x)
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)

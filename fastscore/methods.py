@@ -18,8 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from .nodes import method_table, method_weights
 from .reference import Reference
+from .rules import method_table, method_weights
 from .schedules import Schedule
 
 

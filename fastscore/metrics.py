@@ -3,7 +3,10 @@ r"""Log-density as metrics of torchmetrics: over batches, epochs and processes.
 With estimates L_i of N samples and their standard errors s_i,
 
 .. math:: \mathrm{mean} = \tfrac1N \sum_i L_i, \qquad
-    \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N}, \qquad \mathrm{estimate\_stderr}^2 = \frac{\sum_i s_i^2}{N^2}
+    \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N} + c^2, \qquad
+    \mathrm{estimate\_stderr}^2 = \frac{\sum_i s_i^2}{N^2} + c^2
+
+with c^2 the variance that samples with the same nodes have in common (`fastscore.statistics.GroupSums`).
 
 The spread of the L_i contains both how samples differ and the noise of their estimates, so the first is the whole error
 of the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on
@@ -26,6 +29,8 @@ from .density import ScoreDensity
 from .estimate import log_width
 from .network import evaluating
 from .ranks import of_default_group
+from .rules import GROUPS
+from .statistics import GroupSums
 
 try:
     from torchmetrics import Metric
@@ -64,8 +69,10 @@ class NegativeLogLikelihood(Metric):
         super().__init__(**options)
         self._density = (density,)  # in a tuple, or it would become a submodule
         self.nfe, self.seed = nfe, seed
-        for state in ("count", "total", "squares", "variance"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # Of each group of samples that shares its nodes, since such samples share an error too.
+        for state in ("count", "total", "squares"):
+            self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("variance", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("dims", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, x: Tensor, *, sample_index: Tensor | None = None, **cond) -> None:
@@ -87,11 +94,11 @@ class NegativeLogLikelihood(Metric):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
-        nll, stderr = (-found.log_prob).to(self.total), found.stderr.to(self.total)
-        self.count += len(nll)
-        self.total += nll.sum()
-        self.squares += nll.square().sum()
-        self.variance += stderr.square().sum()
+        sums = GroupSums.of(-found.log_prob.to(self.total), found.group)
+        self.count += sums.count
+        self.total += sums.total
+        self.squares += sums.squares
+        self.variance += found.stderr.to(self.total).square().sum()
         self.dims = torch.full_like(self.dims, found.dims)
 
     def forward(self, x: Tensor, **options) -> dict[str, Tensor]:
@@ -114,15 +121,15 @@ class NegativeLogLikelihood(Metric):
         return self.count, self.total, self.squares, self.variance
 
     def _values(self, count: Tensor, total: Tensor, squares: Tensor, variance: Tensor) -> dict[str, Tensor]:
-        if int(count) == 0:
+        if not bool(count.any()):
             raise ValueError(f"{type(self).__name__} has seen no sample; call update(x) first")
-        mean = total / count
-        spread = (squares - count * mean.square()).clamp(min=0) / (count - 1)  # 0 / 0 for one sample
+        sums, samples = GroupSums(count, total, squares), count.sum()
         scale, offset = self._unit()
+        common = sums.common_variance()
         return {
-            self.name: scale * mean + offset,
-            f"{self.name}_stderr": scale * (spread / count).sqrt(),
-            f"{self.name}_estimate_stderr": scale * variance.sqrt() / count,
+            self.name: scale * sums.mean() + offset,
+            f"{self.name}_stderr": scale * (sums.spread() / samples + common).sqrt(),
+            f"{self.name}_estimate_stderr": scale * (variance / samples.square() + common).sqrt(),
         }
 
     def _unit(self) -> tuple[float, float]:
@@ -131,7 +138,7 @@ class NegativeLogLikelihood(Metric):
 
     def _arrivals(self, batch: int) -> Tensor:
         rank, ranks = of_default_group()
-        return (int(self.count) + torch.arange(batch)) * ranks + rank
+        return (int(self.count.sum()) + torch.arange(batch)) * ranks + rank
 
 
 class BitsPerDim(NegativeLogLikelihood):

@@ -80,6 +80,10 @@ class Conditions:
     def select(self, samples: slice | Tensor) -> Conditions:
         return Conditions({k: v[samples] for k, v in self.per_sample.items()}, self.shared)
 
+    def joined(self, other: Conditions) -> Conditions:
+        """Return the conditions of these samples and of some others, which share the same."""
+        return Conditions({k: torch.cat([v, other.per_sample[k]]) for k, v in self.per_sample.items()}, self.shared)
+
     def repeated(self, rows: int) -> dict[str, object]:
         """Return the keyword arguments for `rows` consecutive rows of every sample."""
         return {k: v.repeat_interleave(rows, 0) for k, v in self.per_sample.items()} | self.shared

@@ -30,7 +30,7 @@ from torch import Tensor
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
 POINT_BYTES = 4  # of an element of a draw's point
-STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE = range(6)
+STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE, STREAM_NODES = range(7)
 
 _MASK = 0xFFFFFFFF
 _BLOCK_WORDS = 1 << 14  # made at once on a CPU: Philox holds eight int64 for each int32 that it leaves
@@ -46,7 +46,11 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
         counter: four int64 tensors (or ints) that broadcast together, taken modulo 2^32.
         key: two ints, taken modulo 2^32.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in counter))
+    return _rounds(*torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in counter)), key)
+
+
+def _rounds(c0, c1, c2, c3, key: tuple[int, int]):
+    """Run Philox's ten rounds on words, int64 tensors or plain ints."""
     k0, k1 = key[0] & _MASK, key[1] & _MASK
     for _ in range(10):
         # The 64-bit product wraps around in int64; its two halves are still the right 32-bit words.
@@ -69,6 +73,11 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
     quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
     found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
     return found if isinstance(stream, Tensor) else found[:, 0]
+
+
+def unit(seed: int, draw: int, stream: int) -> float:
+    """Return one number in [0, 1) for a seed, without any tensor."""
+    return _rounds(0, 0, draw & _MASK, stream, (seed, seed >> 32))[0] * 2.0**-32
 
 
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:

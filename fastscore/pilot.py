@@ -7,27 +7,29 @@ r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates
    .. math:: \Big(\int \mathrm{sd}(f_\lambda)\,d\lambda\Big)^2 \cdot (1 + \mathrm{flops}_q / \mathrm{flops}_{net})
 
    where the integral is the standard error that the best nodes attain, and those nodes are kept with it.
-3. Low-discrepancy noise is smoother than its successive differences show. Replicates of pilot samples measure the
-   ratio of true variance to the successive-difference variance, so that its error bars are tight and still cover.
+3. The mean of the integrand in each bin becomes the curve that estimates integrate exactly.
+4. Low-discrepancy noise is smoother than its successive differences show. Replicates of pilot samples, and of odd
+   points made from them, measure by how much, so that its error bars are tight and still cover (`calibration`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import noise
-from .estimate import draw_sum, draw_variance
+from . import calibration, noise
+from .calibration import Replicates
 from .integrand import Draws, Network, Rows, evaluate, row_terms
 from .memory import Chunks
 from .mixture import fit_mixture
-from .nodes import NodeDensity, Rule, make_rule
+from .nodes import NodeDensity
 from .reference import Reference
+from .rules import FixedRules, Rule, make_rules
 from .samples import Samples
+from .statistics import draw_sum, draw_variance
 
 BINS = 48
 PILOT_SAMPLES = 64
@@ -36,9 +38,9 @@ MIN_CALIBRATION_SAMPLES = 16
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
 CALIBRATION_NFE = (16, 32, 64, 128, 256, 512)
 CALIBRATION_SAMPLES = 96
+TYPICAL_SHARE = 0.6  # of these; the others are made odd
 PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
-NORMAL_95 = 1.96
 EM_SAMPLES = 5000
 FULL_MAX_DIM = 1024
 FULL_MIXTURE_MAX_DIM = 256
@@ -52,7 +54,7 @@ Step = Callable[[str, int], None]  # what was done, and how many evaluations it 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a pilot found: reference, nodes, and (log2 nfe, log variance ratio) of low-discrepancy noise."""
+    """What a pilot found: reference, nodes, and the calibration of low-discrepancy noise."""
 
     reference: Reference
     nodes: NodeDensity
@@ -82,17 +84,21 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(plan.seed)).to(samples.x.device)
     held, train = samples.select(order[: len(order) // 5]), order[len(order) // 5 :]
     found = candidates(samples.x[train], held.x, kind, network.schedule.data_std, plan.seed)
+    # The range follows the data's own scale, where the schedule leaves it open.
+    network = replace(network, log_snr_range=network.schedule.range_for(*found[0].scales()))
     per_sample = 2 * BINS * DRAWS_PER_BIN
     count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
     if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
-        nodes = NodeDensity.uniform(*network.schedule.log_snr_range)
-        return Fitted(found[0], nodes, torch.empty(2, 0, dtype=torch.float64))
+        nodes = NodeDensity.uniform(*network.log_snr_range)
+        return Fitted(found[0], nodes, calibration.uncalibrated())
     fitted = pilot(network, held.select(slice(0, count)), found, plan)
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
     count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
     if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
         return fitted
-    return calibrate(network, held.select(slice(0, count)), fitted, plan)
+    typical = round(count * TYPICAL_SHARE)
+    odd = odd_points(held.select(slice(typical, count)), plan.seed)
+    return calibrate(network, held.select(slice(0, typical)), odd, fitted, plan)
 
 
 def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
@@ -117,7 +123,8 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
-    rows = Rows.of(network, Draws(rule, "independent", plan.seed), range(len(rule.log_snr)), samples.x)
+    draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
+    rows = Rows.of(network, rule, draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
     rows = rows.with_programs(network, network.find_programs(samples), samples)
     d = samples.x.shape[1]
     at_once = max(1, min(plan.chunks(q).rows for q in references) // rule.nfe)
@@ -133,7 +140,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
         raise ValueError(
             "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
         )
-    lo, hi = network.schedule.log_snr_range
+    lo, hi = network.log_snr_range
     edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64)
     net_flops = _network_flops(network, samples)
     scored = []
@@ -142,68 +149,63 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
         pair = f[q].mean(3).var(2).mean(0).sqrt()
         best = torch.minimum(single, 2**0.5 * pair)
         cost = 1 + reference.flops(d) / net_flops
-        scored.append((float((best * edges.diff()).sum()) ** 2 * cost, NodeDensity.from_spread(edges, single, pair)))
+        nodes = NodeDensity.from_spread(edges, single, pair, curve=f[q].mean((0, 2, 3)))
+        scored.append((float((best * edges.diff()).sum()) ** 2 * cost, nodes))
     winner = min(range(len(scored)), key=lambda i: scored[i][0])
-    return Fitted(references[winner], scored[winner][1], torch.empty(2, 0, dtype=torch.float64))
+    return Fitted(references[winner], scored[winner][1], calibration.uncalibrated())
 
 
-def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
-    """Measure how much smaller the variance of low-discrepancy noise is than its successive differences say."""
-    table, chunks, truth = [], plan.chunks(fitted.reference), None
+def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
+    """Measure how much smaller the error of low-discrepancy noise is than its successive differences say."""
+    samples, chunks, found, truth = typical.joined(odd), plan.chunks(fitted.reference), [], None
     for nfe in sorted(CALIBRATION_NFE, reverse=True):
-        rule = make_rule(fitted.nodes, nfe, network.schedule)
-        sums, variances = [], []
-        for replicate in range(REPLICATES):
-            draws = Draws(rule, "sobol", plan.seed, 1 + replicate)
-            parts = [f for _, f in evaluate(network, samples, draws, fitted.reference, chunks)]
-            sums.append(torch.cat([draw_sum(f, rule) for f in parts]))
-            variances.append(torch.cat([draw_variance(f, rule) for f in parts]))
-            plan.step(f"calibration at {nfe}", len(samples) * rule.nfe)
-        sums, stderr = torch.stack(sums), torch.stack(variances).sqrt().clamp(min=1e-12)
+        parts = []
+        for replicate in range(1, REPLICATES + 1):
+            rules = make_rules(fitted.nodes, nfe, network.schedule, "density", plan.seed, replicate)
+            draws = Draws(rules, "sobol", plan.seed, replicate)
+            sums, variance, nu = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
+            for part in evaluate(network, samples, draws, fitted.reference, chunks):
+                sums[part.samples] = draw_sum(part.f, part.rule)
+                variance[part.samples], nu[part.samples] = draw_variance(part.f, part.rule)
+            parts.append((sums, variance, nu))
+            plan.step(f"calibration at {nfe}", len(samples) * rules.nfe)
+        sums, variance, nu = (torch.stack(each) for each in zip(*parts))
         # The mean of the largest estimates is the truth for the smaller ones, and costs itself a degree of freedom.
         own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
         truth = sums.mean(0) if truth is None else truth
-        # A quantile rather than the mean square: with heavy tails it is what makes intervals cover. The 96 % point for
-        # 95 % intervals, since its own error, a percent from so few samples, should fall to the wide side.
-        z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.96)
-        table.append((math.log2(nfe), 2 * math.log(max(float(z), 1e-2) / NORMAL_95)))
-    table.reverse()
-    return Fitted(fitted.reference, fitted.nodes, _smooth(torch.tensor(table, dtype=torch.float64).T))
+        found.append(Replicates(nfe, own_mean * (sums - truth).cpu(), variance.cpu(), nu.cpu()))
+    return Fitted(fitted.reference, fitted.nodes, calibration.calibrate(found[::-1], len(typical)))
 
 
-def _smooth(table: Tensor) -> Tensor:
-    """Replace the log ratios by their parabola in log2 nfe, which has half of the six measurements' noise."""
-    at, log_ratio = table
-    powers = torch.stack([torch.ones_like(at), at, at**2], 1)
-    return torch.stack([at, powers @ torch.linalg.lstsq(powers, log_ratio[:, None]).solution[:, 0]])
-
-
-def variance_ratio(calibration: Tensor, nfe: int) -> float:
-    """Return the calibrated ratio at nfe: linear in the logarithms, constant beyond the ends; 1 without calibration."""
-    if calibration.numel() == 0:
-        return 1.0
-    at, log_ratio = calibration.cpu()
-    u = torch.tensor(float(nfe), dtype=torch.float64).log2().clamp(at[0], at[-1])
-    k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
-    part = (u - at[k]) / (at[k + 1] - at[k])
-    return float((log_ratio[k] + part * (log_ratio[k + 1] - log_ratio[k])).exp())
+def odd_points(samples: Samples, seed: int) -> Samples:
+    """Return samples that are not like the data: a third between two of them, a third further out than they are, and
+    a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
+    generator = torch.Generator().manual_seed(seed)
+    x = samples.x
+    other = x[torch.randperm(len(x), generator=generator).to(x.device)]
+    center = x.mean(0)
+    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator).to(x)
+    made = torch.stack([(x + other) / 2, center + 1.7 * (x - center), noised])
+    kind = torch.arange(len(x), device=x.device) % 3
+    return replace(samples, x=made[kind, torch.arange(len(x), device=x.device)])
 
 
 def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
-    lo, hi = network.schedule.log_snr_range
+    lo, hi = network.log_snr_range
     n = bins * draws
     log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
     time = network.schedule.time(log_snr)
     log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
-    width = torch.full_like(log_snr, (hi - lo) / n)
-    return Rule(log_snr, time, width, width, torch.ones(n, dtype=torch.bool))
+    return Rule.plain(log_snr, time, torch.full_like(log_snr, (hi - lo) / n), torch.ones(n, dtype=torch.bool))
 
 
 def _network_flops(network: Network, samples: Samples) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which importing fastscore must not
 
     one = samples.select(slice(0, 1))
-    rows = Rows.of(network, Draws(_pilot_rule(network, 1, 1), "independent", 0), range(1), one.x)
+    rule = _pilot_rule(network, 1, 1)
+    points = Draws(FixedRules(rule), "independent", 0).points(range(1), one.x.shape[1], one.x.device)
+    rows = Rows.of(network, rule, points, range(1), one.x)
     with FlopCounterMode(display=False) as counter:
         row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)

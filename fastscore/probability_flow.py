@@ -112,7 +112,7 @@ class _Flow:
 
     def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int):
         self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
-        lo, hi = density.schedule.log_snr_range
+        lo, hi = density.log_snr_range
         self.ends = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64))
         self.clean = density.reference.diffused(math.exp(-hi))
 

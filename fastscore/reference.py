@@ -24,6 +24,8 @@ from torch import Tensor
 
 from .buffers import FittedBuffers
 
+SCALE_RATIO = 1e-3  # of the narrowest to the widest dimension, at least
+
 
 class Reference(FittedBuffers):
     r"""A Gaussian mixture in d dimensions: isotropic, diagonal or with full covariances.
@@ -75,6 +77,20 @@ class Reference(FittedBuffers):
     def full(self) -> bool:
         """Whether the covariances are full matrices."""
         return self.basis.numel() > 0
+
+    def scales(self) -> tuple[float, float]:
+        """Return the standard deviations of the data in their narrowest and widest dimension, as the mixture has them.
+
+        Directions that hardly vary at all, as constant pixels, count as a thousandth of the widest.
+        """
+        if self.full:
+            own = torch.einsum("kij,kj->ki", self.basis.square(), self.variance)
+        else:
+            own = self.variance
+        mean = self.weight @ self.mean
+        total = self.weight @ (own + (self.mean - mean).square())
+        largest = float(total.max()) ** 0.5
+        return max(float(total.min()) ** 0.5, SCALE_RATIO * largest), largest
 
     def tensors(self) -> list[Tensor]:
         """Return weight, mean, variance and basis, as the ops take them."""

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .network import Conditions
+from .rules import group_of
 
 
 @dataclass(frozen=True)
 class Samples:
     """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
 
+    `group` says on the CPU which samples share their nodes (`rules.group_of`), without a question to the device.
     `conds` holds one set of keyword arguments for a density, two for a comparison with common noise.
     """
 
@@ -21,13 +23,22 @@ class Samples:
     index: Tensor
     shape: tuple[int, ...]
     conds: tuple[Conditions, ...]
+    group: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     def select(self, samples: slice | Tensor) -> Samples:
         conds = tuple(cond.select(samples) for cond in self.conds)
-        return Samples(self.x[samples], self.index[samples], self.shape, conds)
+        chosen = samples if isinstance(samples, slice) else samples.cpu()
+        return Samples(self.x[samples], self.index[samples], self.shape, conds, self.group[chosen])
+
+    def joined(self, other: Samples) -> Samples:
+        """Return these samples and some others of the same shape and conditions."""
+        conds = tuple(a.joined(b) for a, b in zip(self.conds, other.conds))
+        pairs = ((self.x, other.x), (self.index, other.index), (self.group, other.group))
+        x, index, group = (torch.cat(pair) for pair in pairs)
+        return Samples(x, index, self.shape, conds, group)
 
 
 def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module) -> Samples:
@@ -56,7 +67,8 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
         for name, value in cond.per_sample.items():
             if value.device != x.device:
                 raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
-    return Samples(flat, _check_index(sample_index, len(x)).to(x.device), tuple(x.shape[1:]), told_apart)
+    index = _check_index(sample_index, len(x))
+    return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu())
 
 
 def _check_index(index: Tensor | None, count: int) -> Tensor:

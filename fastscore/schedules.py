@@ -19,8 +19,12 @@ import math
 import torch
 from torch import Tensor
 
-# Beyond these log-SNRs `Estimate.truncation` bounds what is left out.
+# Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
+
+
+# A schedule's end this near to the cut is the cut: endless ones state it as their `time_range`.
+_CUT = 1e-4
 
 
 class Schedule:
@@ -68,9 +72,26 @@ class Schedule:
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        """Trained range (lowest, highest) of the log-SNR, cut to [-14, 16]."""
+        """Range (lowest, highest) of the log-SNR for data of the standard deviation that the schedule assumes."""
+        return self.range_for(self.data_std, self.data_std)
+
+    def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
+        r"""Return the range (lowest, highest) of the log-SNR for data of some scales.
+
+        A schedule that ends somewhere, as a network trained on sigma from 0.002 to 80 does, has its own range. One that
+        goes on for ever is cut where the noise hides the data, and where it no longer changes them:
+
+        .. math:: [-14 - 2 \log s_{max},\; 16 - 2 \log s_{min}]
+
+        Arguments:
+            smallest, largest: standard deviations of the data in their narrowest and their widest dimension.
+        """
         clean, noisy = (float(self.log_snr(_float64(t))) for t in self.time_range)
-        return max(noisy, LOG_SNR_FLOOR), min(clean, LOG_SNR_CEIL)
+        if abs(noisy - LOG_SNR_FLOOR) < _CUT:
+            noisy = LOG_SNR_FLOOR - 2 * math.log(largest)
+        if abs(clean - LOG_SNR_CEIL) < _CUT:
+            clean = LOG_SNR_CEIL - 2 * math.log(smallest)
+        return noisy, clean
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))
@@ -90,10 +111,6 @@ class LogSNR(Schedule):
 
     def time(self, log_snr):
         return _float64(log_snr)
-
-    @property
-    def log_snr_range(self):
-        return self.lo, self.hi
 
 
 class LiYan(Schedule):
@@ -307,9 +324,8 @@ class DDPM(Schedule):
         middles = (rising[1:] + rising[:-1]) / 2
         return len(rising) - 1 - torch.searchsorted(middles, _float64(log_snr).cpu().contiguous())
 
-    @property
-    def log_snr_range(self):
-        # The whole table counts: a discrete network has no other nodes to offer.
+    def range_for(self, smallest, largest):
+        # The whole table counts, and nothing but it: a discrete network has no other nodes to offer.
         return float(self.table[-1]), float(self.table[0])
 
     def __repr__(self):

@@ -60,7 +60,7 @@ def plain_monte_carlo(density: ScoreDensity, x: Tensor, nfe: int, seed: int) -> 
     Uniform stratified log-SNR and independent noise; nothing else.
     """
     generator = torch.Generator().manual_seed(seed)
-    lo, hi = density.schedule.log_snr_range
+    lo, hi = density.log_snr_range
     d, cell = x.shape[1], (hi - lo) / nfe
     log_snr = lo + cell * (torch.arange(nfe) + torch.rand(nfe, generator=generator, dtype=torch.float64))
     t = density.schedule.time(log_snr)

@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..nodes import METHODS, method_weights
 from ..predictions import coefficients
+from ..rules import METHODS, method_weights
 from ..schedules import Schedule
 
 
