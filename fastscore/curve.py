@@ -16,7 +16,7 @@ from .rules import Rule
 
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
 TABLE_BINS = 48
-_SLOWEST = 0.02  # decay a unit of log-SNR; slower ones are not told from none
+SLOWEST, FASTEST_GROWTH = 0.02, -1.5  # rates a unit of log-SNR that a handful of draws can tell apart
 
 
 class Curve(NamedTuple):
@@ -61,23 +61,26 @@ class CurveSum:
         return Curve(self.log_snr / self.count, mean, variance.sqrt())
 
 
-def ends(f: Tensor, rule: Rule, log_snr_range: tuple[float, float]) -> Tensor:
-    """Return what `truncation` needs of each sample: float64, shape (B, 2, 6), the noisy end before the clean one.
+def ends(f: Tensor, rule: Rule, log_snr_range: tuple[float, float], slowest: tuple[float, float]) -> Tensor:
+    """Return what `truncation` needs of each sample: float64, shape (B, 2, 7), the noisy end before the clean one.
 
-    The six are the mean of -f/2 over the outermost draws and its variance, the same over the draws next to them, the
-    distance of the two in log-SNR, and that of the outermost draws to the end. Outermost are the draws within one unit
-    of log-SNR of the first of them, two at least.
+    The seven are the mean of -f/2 over the outermost draws and its variance, the same over the draws next to them, the
+    distance of the two in log-SNR, that of the outermost draws to the end, and the slowest decay to be reckoned with
+    there. Outermost are the draws within one unit of log-SNR of the first of them, two at least.
     """
     half = -0.5 * f.to(torch.float64)
     lo, hi = log_snr_range
     rows = []
-    for end, at, h in ((lo, rule.log_snr, half), (-hi, -rule.log_snr.flip(0), half.flip(1))):
+    for end, at, h, least in (
+        (lo, rule.log_snr, half, slowest[0]),
+        (-hi, -rule.log_snr.flip(0), half.flip(1), slowest[1]),
+    ):
         most = max(2, len(at) // 4)
         count = int((at < at[0] + END).sum().clamp(2, most))
         outer, inner = h[:, :count], h[:, count : 2 * count]
         inside, distance = at[:count].mean() - end, at[count : 2 * count].mean() - at[:count].mean()
         parts = [outer.mean(1), _variance_of_mean(outer), inner.mean(1), _variance_of_mean(inner)]
-        parts += [torch.full_like(parts[0], float(v)) for v in (distance, inside)]
+        parts += [torch.full_like(parts[0], float(v)) for v in (distance, inside, least)]
         rows.append(torch.stack(parts, 1))
     return torch.stack(rows, 1)
 
@@ -86,22 +89,26 @@ def truncation(ends: Tensor) -> Tensor:
     r"""Estimate how far each sample's integrand reaches beyond both ends of the range, nats, shape (B,).
 
     Far out the difference to the reference decays like the signal-to-noise ratio (noisy end) or its inverse (clean
-    end), at the rate 1 in log-SNR; nearer, where the data have structure at the scale of the noise, more slowly. With
-    v the value at the end and r the rate there, as two stretches of the curve show them, the tail of a logistic course
-    u/(1 + u) is
+    end), at the rate 1 in log-SNR; nearer, where the data have structure at the scale of the noise, more slowly, or it
+    still grows. With v the value at the end and r the rate there, as two stretches of the curve show them, the tail is
 
-    .. math:: |v|\,\frac{-\log r}{1 - r}
+    .. math:: |v|\,\frac{-\log r}{1 - r} \;\text{ for a decay, }\qquad |v|\,\max\Big(\frac{(1 + 2u)(1 + u)}{2u^2},
+        \frac{1 + w}{w}\Big),\; u = \frac{2 + r}{1 - r},\; w = \frac{1 + r}{1 - r} \;\text{ for growth, } r < 0
 
-    which is v at the rate 1 and 2.6 v at 0.1. A sample's own v is known no better than its noise: it counts as far as
-    the samples differ by more than that, and otherwise their mean stands for it; two standard errors are added.
+    The first is exact for a logistic course u/(1 + u), the others for u^2/(1 + u)^3 and w/(1 + w)^2: the differences of
+    two Gaussians of almost the same width, and of almost the same mean. Where nothing decays, the reference's own width
+    says how far the course may go on.
+
+    A sample's own v is known no better than its noise: it counts as far as the samples differ by more than that, and
+    otherwise their mean stands for it; two standard errors are added.
     """
-    outer, outer_noise, inner, inner_noise, distance, inside = ends.unbind(-1)  # (B, 2) each
+    outer, outer_noise, inner, inner_noise, distance, inside, slowest = ends.unbind(-1)  # (B, 2) each
     size = (outer.square() - outer_noise).mean(0)
     decay = ((inner.square() - inner_noise).mean(0) / size).log() / (2 * distance.mean(0))
     # Without a value that stands out of the noise there is no rate to be seen.
-    seen = size > outer_noise.mean(0) / len(outer) ** 0.5
-    rate = torch.where(seen, decay.nan_to_num(1.0, 1.0, _SLOWEST), 1.0).clamp(_SLOWEST, 1 - 1e-6)
-    tail = -rate.log() / (1 - rate) * (-rate * inside).exp()
+    seen = size > 3 * outer_noise.mean(0) / len(outer) ** 0.5
+    rate = torch.where(seen, decay.nan_to_num(1.0, 1.0, FASTEST_GROWTH), 1.0).clamp(FASTEST_GROWTH, 1 - 1e-6)
+    tail = _tail(rate, slowest.amin(0)) * (-rate.clamp(min=0) * inside).exp()
     mean = outer.mean(0)
     if len(outer) > 1:
         own = ((outer.var(0) - outer_noise.mean(0)) / outer.var(0).clamp(min=1e-300)).clamp(0, 1)
@@ -110,6 +117,14 @@ def truncation(ends: Tensor) -> Tensor:
         own, error = torch.ones_like(mean), outer_noise
     value = mean + own * (outer - mean)
     return ((value.abs() + 2 * error.sqrt()) * tail).sum(1)
+
+
+def _tail(rate: Tensor, slowest: Tensor) -> Tensor:
+    """Return the integral of a course beyond an end, for the value 1 and a rate of decay there."""
+    decay = torch.maximum(rate, slowest.clamp(max=SLOWEST))
+    u, w = (2 + rate) / (1 - rate), ((1 + rate) / (1 - rate)).clamp(min=0.05)
+    growing = torch.where(rate < 0, torch.maximum((1 + 2 * u) * (1 + u) / (2 * u**2), (1 + w) / w), 0.0)
+    return torch.maximum(-decay.log() / (1 - decay), growing)
 
 
 def table_error(curve: Curve, table: Tensor) -> float:

@@ -60,7 +60,7 @@ class _Round:
     @classmethod
     def empty(cls, samples: int, draws: int, device: torch.device) -> _Round:
         value, variance = torch.empty(2, samples, dtype=torch.float64, device=device)
-        at_ends = torch.empty(samples, 2, 6, dtype=torch.float64, device=device)
+        at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
         nfe = torch.empty(samples, dtype=torch.int64, device=device)
         return cls(value, variance, nfe, at_ends, CurveSum(draws))
 
@@ -125,7 +125,8 @@ class ScoreDensity(nn.Module):
         self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
-        self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*self.reference.scales())), uncalibrated())
+        scales = self.reference.scales()
+        self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
         self._row_costs: dict = {}
         self._programs = Programs(program)
         if predicts == "flow":
@@ -322,7 +323,7 @@ class ScoreDensity(nn.Module):
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference.to(samples.x.device)
-        self.nodes = FittedNodes(fitted.nodes, fitted.calibration)
+        self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
         self._row_costs.clear()
         return self
 
@@ -339,7 +340,8 @@ class ScoreDensity(nn.Module):
             time_dtype=self.time_dtype,
             program=self._programs.mode,
         )
-        other.nodes, other._programs = FittedNodes(self.nodes.density.without_curve(), uncalibrated()), self._programs
+        other.nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated(), reference.scales())
+        other._programs = self._programs
         return other
 
     def _sums(self, samples: Samples, draws: Draws, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
@@ -357,7 +359,7 @@ class ScoreDensity(nn.Module):
             variance, nu = draw_variance(f, rule)
             calibration = self.nodes.calibration if draws.noise == "sobol" else uncalibrated()
             found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, calibration)
-            found.ends[chosen] = ends(f, rule, self.log_snr_range)
+            found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":
                 x = samples.x[chosen]

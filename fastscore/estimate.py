@@ -37,7 +37,7 @@ class Estimate:
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
         group: which samples share their nodes, int64 in 0 .. 15, shape (B,); see `fastscore.rules`.
-        ends: the integrand at both ends of the range, shape (B, 2, 6); see `fastscore.curve.ends`.
+        ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.curve.ends`.
     """
 
     log_prob: Tensor

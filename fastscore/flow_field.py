@@ -1,6 +1,7 @@
 r"""The right-hand side of the probability-flow ODE on the straight path, less the reference's own.
 
-On y = (1 - t) x + t eps the network has the velocity v = (eps_hat - y) / (1 - t), the reference
+On y = (1 - t) x / s + t eps, with s the scale of the data, so that half of the path lies where noise and data are alike,
+the network has the velocity v = (eps_hat - y) / (1 - t), the reference
 v_q = (eps_q - y) / (1 - t) with the score -eps_q / t, and log(p / q) changes along the network's path by
 
 .. math:: \nabla\cdot(v - v_q) + (v - v_q)\cdot\nabla\log q_t(y)
@@ -12,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,10 +49,19 @@ class Field:
         samples: whose conditions the network sees.
         signs: Rademacher probes, shape (probes, B, d), or None for the exact trace.
         ends: the smallest and the largest t.
+        scale: s, the standard deviation of the data.
     """
 
-    def __init__(self, density: ScoreDensity, samples: Samples, signs: Tensor | None, ends: tuple[float, float]):
-        self.density, self.samples, self.ends, self.nfe = density, samples, ends, 0
+    def __init__(
+        self,
+        density: ScoreDensity,
+        samples: Samples,
+        signs: Tensor | None,
+        ends: tuple[float, float],
+        scale: float,
+    ):
+        self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
+        self.reference = density.reference.scaled(1 / scale)
         self.exact = signs is None
         self.cotangents = torch.eye(samples.x.shape[1]).to(samples.x)[:, None] if signs is None else signs
 
@@ -61,9 +72,9 @@ class Field:
         """Return the times of a grid, all evaluated at once."""
         t = t.detach().double().cpu().clamp(*self.ends)  # rounding must not carry the network past its range
         schedule = self.density.schedule
-        time = schedule.time(-2 * torch.logit(t))
+        time = schedule.time(log_snr_of(t, self.scale))
         c_f, c_x = eps_from(self.density.predicts, schedule, time)
-        scale = schedule.alpha_sigma(time)[0] / (1 - t)
+        scale = self.scale * schedule.alpha_sigma(time)[0] / (1 - t)
         rows = torch.stack([scale, c_f / (1 - t), (c_x * scale - 1) / (1 - t)], 1).tolist()
         return [Time(at, own, *row) for at, own, row in zip(t.tolist(), time.to(self.samples.x.device).split(1), rows)]
 
@@ -74,7 +85,7 @@ class Field:
             velocity = self.velocity(time, y)
             # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
             at = y.detach() if self.exact else y
-            eps_q, divergence_q = self.density.reference.eps_and_divergence(at, 1 - time.t, time.t)
+            eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t)
             gap = velocity - (eps_q - at) / (1 - time.t)
         divergence = self._divergence(gap, y)
         if self.exact:
@@ -104,6 +115,16 @@ class Field:
         if len(products) == 1:
             return products[0]
         return torch.cat(products, 1).sum(1, keepdim=True) if self.exact else torch.cat(products, 1)
+
+
+def log_snr_of(t: Tensor, scale: float) -> Tensor:
+    """Return the log-SNR at a time of the path."""
+    return -2 * (torch.logit(t) + math.log(scale))
+
+
+def time_of(log_snr: Tensor, scale: float) -> Tensor:
+    """Return the time of the path at a log-SNR: the inverse of `log_snr_of`."""
+    return torch.sigmoid(-0.5 * log_snr - math.log(scale))
 
 
 def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:

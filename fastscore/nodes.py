@@ -7,6 +7,7 @@ between the centres of the bins; it is integrated exactly, and draws measure the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -129,18 +130,19 @@ class NodeDensity:
 
 
 class FittedNodes(FittedBuffers):
-    """The node density and the calibration of low-discrepancy noise, kept by `state_dict`.
+    """The node density, the calibration of low-discrepancy noise and the reference's scales, kept by `state_dict`.
 
     They stay on the CPU wherever the network goes: nodes are placed there, and a device would have to be waited for.
     """
 
-    def __init__(self, nodes: NodeDensity, calibration: Tensor):
+    def __init__(self, nodes: NodeDensity, calibration: Tensor, scales: tuple[float, float] = (1.0, 1.0)):
         super().__init__()
         self.register_buffer("edges", nodes.edges)
         self.register_buffer("share", nodes.share)
         self.register_buffer("paired", nodes.paired)
         self.register_buffer("curve", nodes.curve)
         self.register_buffer("calibration", calibration)
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64))
 
     def _apply(self, fn, recurse=True):
         return self
@@ -153,6 +155,12 @@ class FittedNodes(FittedBuffers):
     def log_snr_range(self) -> tuple[float, float]:
         """Lowest and highest log-SNR of the nodes."""
         return float(self.edges[0]), float(self.edges[-1])
+
+    @property
+    def slowest_decay(self) -> tuple[float, float]:
+        """Rate at which the reference's own residual decays at the noisy and at the clean end, in log-SNR."""
+        (lo, hi), (smallest, largest) = self.log_snr_range, self.scales.tolist()
+        return 1 / (1 + math.exp(lo) * largest**2), 1 / (1 + math.exp(-hi) / smallest**2)
 
 
 def _smooth(variance: Tensor) -> Tensor:

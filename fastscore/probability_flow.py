@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .density import ScoreDensity
-from .flow_field import Field, rademacher
+from .flow_field import Field, rademacher, time_of
 from .samples import Samples, check_samples
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
@@ -113,7 +113,9 @@ class _Flow:
     def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int):
         self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
         lo, hi = density.log_snr_range
-        self.ends = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64))
+        smallest, largest = density.reference.scales()
+        self.scale = math.sqrt(smallest * largest)
+        self.ends = time_of(torch.tensor([hi, lo], dtype=torch.float64), self.scale)
         self.clean = density.reference.diffused(math.exp(-hi))
 
     def select(self, chosen: Tensor) -> _Flow:
@@ -152,14 +154,16 @@ class _Flow:
 
     def _field(self) -> Field:
         signs = rademacher(self.samples, self.seed, self.probes) if self.trace == "hutchinson" else None
-        return Field(self.density, self.samples, signs, tuple(self.ends.tolist()))
+        return Field(self.density, self.samples, signs, tuple(self.ends.tolist()), self.scale)
 
     def _grid(self, steps: int) -> Tensor:
         return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64).square()
 
     def _start(self) -> tuple[Tensor, Tensor]:
         x = self.samples.x.detach()
-        return x * float(1 - self.ends[0]), x.new_zeros(len(x), 1 if self.trace == "exact" else self.probes)
+        return x * float((1 - self.ends[0]) / self.scale), x.new_zeros(
+            len(x), 1 if self.trace == "exact" else self.probes
+        )
 
     def _log_prob(self, change: Tensor) -> Tensor:
         return (self.clean.log_prob(self.samples.x.detach())[:, None] + change).to(self.samples.x.dtype)

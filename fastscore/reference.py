@@ -83,10 +83,7 @@ class Reference(FittedBuffers):
 
         Directions that hardly vary at all, as constant pixels, count as a thousandth of the widest.
         """
-        if self.full:
-            own = torch.einsum("kij,kj->ki", self.basis.square(), self.variance)
-        else:
-            own = self.variance
+        own = torch.einsum("kij,kj->ki", self.basis.square(), self.variance) if self.full else self.variance
         mean = self.weight @ self.mean
         total = self.weight @ (own + (self.mean - mean).square())
         largest = float(total.max()) ** 0.5
@@ -153,6 +150,11 @@ class Reference(FittedBuffers):
         r_k = r_k @ self.basis.to(x_t.dtype).mT if self.full else r_k
         r = torch.einsum("kb,kbd->bd", posterior, r_k)
         return sigma * r, sigma * (inner + r.square().sum(1))
+
+    def scaled(self, factor: float) -> Reference:
+        """Return the mixture of factor * x."""
+        basis = self.basis if self.full else None
+        return Reference(self.weight, factor * self.mean, factor**2 * self.variance, basis)
 
     def diffused(self, variance: float) -> Reference:
         """Return the mixture convolved with N(0, variance I)."""

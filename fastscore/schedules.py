@@ -188,6 +188,8 @@ class VE(_Exploding):
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
         _require(0 < sigma_min < sigma_max, f"VE needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
+            self.data_std = math.sqrt(sigma_min * sigma_max)
 
     def log_snr(self, t):
         return -2 * (math.log(self.sigma_min) + _float64(t) * math.log(self.sigma_max / self.sigma_min))
