@@ -184,7 +184,7 @@ class ScoreDensity(nn.Module):
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
-                evaluate a table at the same nodes with the same noise.
+                use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
                 is below; at most `max_nfe` a sample.
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free

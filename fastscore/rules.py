@@ -16,9 +16,10 @@ once a run. Sixteen runs have shifts of equal distance,
 
 whose errors cancel in a mean over many samples: like 1/16 rather than like the root of it. U is a word of the seed.
 
-A discrete table offers its own entries only. Entry k, whose cell holds the share pi_k of p and whose weight in the
-whole sum is W_k, is drawn systematically too: with the weight W_k / (N pi_k), or, where N pi_k >= 1 and the entry is
-drawn in any case, with W_k shared among its draws. The whole table is the integral by the trapezoid rule.
+A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, is drawn systematically too,
+with the share pi_k of the draws proportional to p(lambda_k) W_k: with the weight W_k / (N pi_k), or, where N pi_k >= 1
+and the entry is drawn in any case, with W_k shared among its draws. The whole table is the integral by the trapezoid
+rule.
 
 The three methods differ in the weights alone. With lambda_1 > lambda_2 > ... the table's log-SNRs and
 t = sigmoid(-lambda) the paper's time:
@@ -163,9 +164,10 @@ class _Table:
     @classmethod
     def of(cls, density: NodeDensity, schedule: Schedule, method: str) -> _Table:
         time, log_snr = method_table(schedule)
-        middles = (log_snr[1:] + log_snr[:-1]) / 2
-        upper = torch.cat([density.cumulative_at(middles), torch.ones(1, dtype=torch.float64)])
         weight, cell = method_weights(log_snr, method), method_weights(log_snr, "density")
+        # Drawn as often as its weight is large: the ends of sums weigh more than their cells do.
+        upper = (density.density_at(log_snr) * weight).cumsum(0)
+        upper = upper / upper[-1]
         return cls(log_snr, time, weight, cell, upper, density.curve_at(log_snr))
 
     def rule(self, paired: Tensor, u: Tensor) -> Rule:

@@ -12,8 +12,8 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.elimination import Rounds, round_sizes
-from fastscore.estimate import student_quantile
-from fastscore.nodes import uniform_in_time
+from fastscore.rules import uniform_in_time
+from fastscore.statistics import student_quantile
 
 SCHEDULE = fs.LogSNR(-10, 12)
 OUTSIDE = 2e-3  # nats that lie outside this range for classes as far apart as these
@@ -229,9 +229,9 @@ def test_uniform_weighting_is_the_mean_error_over_time(schedule):
 
 def test_uniform_time_visits_every_entry_of_a_table_once():
     table = fs.DDPM.linear(50)
-    rule = uniform_in_time(100, table)
+    rule = uniform_in_time(100, table).rule
     assert rule.time.tolist() == list(range(49, -1, -1))
-    assert uniform_in_time(20, table).time.tolist() == [47, 42, 37, 32, 27, 22, 17, 12, 7, 2]
+    assert uniform_in_time(20, table).rule.time.tolist() == [47, 42, 37, 32, 27, 22, 17, 12, 7, 2]
     assert torch.allclose(rule.weight, torch.tensor(2 / 50).double())
     with pytest.raises(ValueError, match="nfe=7 leaves fewer than 4 draws"):
         uniform_in_time(7, table)

@@ -329,7 +329,7 @@ NAN_AT[2, 3] = float("nan")
                 "sample_index": torch.arange(4) + 90,
             },
             ValueError,
-            "NaN or inf for sample 90 at log-SNR 7.5",
+            "NaN or inf for sample 90 at log-SNR 7",
         ),
         ({"label": torch.zeros(4, 1, device="meta")}, ValueError, "condition 'label' is on meta and x on cpu"),
     ],

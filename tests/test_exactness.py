@@ -30,7 +30,9 @@ def test_default_estimates_are_exact_within_their_error_bars(schedule, predicts)
         density = fs.ScoreDensity(ExactNet(target, schedule, predicts), schedule, predicts)
         error, stderr, truncation = errors(target, density)
         assert float((error.abs() < 4 * stderr + truncation).double().mean()) >= 0.99
-        assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + float(truncation.mean())
+        assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + float(
+            truncation.mean()
+        )
         covered.append(error.abs() < 1.96 * stderr)
         covered_with_tails.append(error.abs() < 1.96 * stderr + truncation)
     # 1,024 intervals of 95 %: their share has a standard error of 0.7 %.
@@ -49,7 +51,9 @@ def test_intervals_cover_after_fit(name):
             error, stderr, truncation = errors(target, density, seed=seed)
             # What the schedule's range leaves out is no matter of the noise.
             covered.append(error.abs() < 1.96 * stderr + truncation)
-            assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + float(truncation.mean())
+            assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + float(
+                truncation.mean()
+            )
     # 3,072 intervals of 95 %, of the same 256 points: the noise of their share is 0.7 %, that of a calibration 1.2 %.
     assert 0.92 <= float(torch.cat(covered).double().mean()) <= 0.98
 

@@ -1,0 +1,137 @@
+"""Sums over draws and means over samples, on integrands that are known."""
+
+import math
+
+import pytest
+import torch
+
+import fastscore as fs
+from fastscore.curve import Curve, CurveSum, ends, table_error, truncation
+from fastscore.nodes import NodeDensity
+from fastscore.rules import GROUPS, Rules, make_rules, method_table, method_weights
+from fastscore.statistics import GroupSums, draw_sum, draw_variance, widened
+
+RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), "density", 0.5).of(0)
+
+
+def noisy(count, spread, seed=0):
+    """A smooth course over log-SNR plus independent noise of a known standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    return 50 * torch.sigmoid(RULE.log_snr) + spread * torch.randn(count, 200, generator=generator)
+
+
+def test_sum_and_its_variance():
+    f = noisy(4000, 2.0)
+    exact = -0.5 * float((RULE.weight * 50 * torch.sigmoid(RULE.log_snr)).sum())
+    sums, variance = draw_sum(f, RULE), widened(*draw_variance(f, RULE))
+    expected = (0.5 * 2.0) ** 2 * float(RULE.weight.square().sum())
+    assert float(sums.mean()) == pytest.approx(exact, abs=4 * math.sqrt(expected / 4000))
+    # The smooth course adds its own successive differences, 50^2 / 6 x 0.1 / (2 x 199 x 4) = 2.6 %: conservative.
+    # Student's t with 2/3 of 200 degrees of freedom adds 2 x 1.21 / 133 = 1.8 %.
+    assert float(variance.mean()) == pytest.approx(1.026 * 1.018 * expected, rel=0.01)
+    assert float(sums.var()) == pytest.approx(expected, rel=0.1)
+    covered = (sums - exact).abs() < 1.96 * variance.sqrt()
+    assert float(covered.double().mean()) == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_known_curve_is_added_as_a_whole_and_taken_off_the_differences():
+    density = NodeDensity.uniform(-10, 10, 40)
+    centres = (density.edges[1:] + density.edges[:-1]) / 2
+    known = NodeDensity(density.edges, density.share, density.paired, 50 * torch.sigmoid(centres))
+    rule = make_rules(known, 200, fs.LogSNR(-10, 10)).of(5)
+    f = 50 * torch.sigmoid(rule.log_snr)[None]
+    exact = -0.5 * 50 * float(torch.nn.functional.softplus(torch.tensor(10.0).double()) - math.log1p(math.exp(-10)))
+    # The curve's chords leave h^2/8 |f''| <= 0.15 of the integrand at h = 0.5, of one sign on each half: they cancel.
+    assert float(draw_sum(f, rule)) == pytest.approx(exact, abs=0.01)
+    known_variance, plain_variance = (float(draw_variance(f, r)[0]) for r in (rule, RULE))
+    assert known_variance < plain_variance / 10
+
+
+def test_curve_sum_is_the_mean_over_chunks():
+    f, sums, merged = noisy(30, 1.0), CurveSum(200), CurveSum(200)
+    for chunk in f.split(7):
+        sums.add(chunk, RULE)
+        own = CurveSum(200)
+        own.add(chunk, RULE)
+        merged.add_curve(own.curve(), len(chunk))
+    for curve in (sums.curve(), merged.curve()):
+        assert torch.allclose(curve.mean, -0.5 * f.double().mean(0))
+        assert torch.allclose(curve.stderr, 0.5 * f.double().std(0) / math.sqrt(30))
+        assert torch.allclose(curve.log_snr, RULE.log_snr)
+
+
+@pytest.mark.parametrize(
+    ("course", "tail"),
+    [
+        # (f at log-SNR l, its integral beyond 10): a decay at the full rate, a plateau's edge, growth that ends later.
+        (lambda x: torch.exp(-x), math.exp(-10)),
+        (lambda x: torch.sigmoid(10.5 - x), math.log1p(math.exp(0.5))),
+        (lambda x: torch.sigmoid(8 - x), math.log1p(math.exp(-2))),
+        (lambda x: torch.sigmoid(11 - x) * torch.sigmoid(x - 11), 1 - 1 / (1 + math.exp(1))),
+    ],
+)
+@pytest.mark.parametrize("clean", [True, False])
+def test_truncation_is_the_tail_of_a_known_course(course, tail, clean):
+    toward = RULE.log_snr if clean else -RULE.log_snr
+    f = -2 * torch.where(toward > 0, course(toward), 0.0)[None]
+    found = float(truncation(ends(f.expand(5, -1), RULE, (-10.0, 10.0), (1.0, 1.0)))[0])
+    # The end value is a mean over one unit of log-SNR, and its successive differences count as noise.
+    assert 0.95 * tail < found < 2.2 * tail
+
+
+def test_truncation_knows_how_wide_the_reference_is():
+    # A plateau says nothing of where it ends; a reference of width e^3 beyond the end does: 6 units of log-SNR.
+    f = -2 * torch.ones(4, 200).double()
+    slowest = 1 / (1 + math.exp(6))
+    found = truncation(ends(f, RULE, (-10.0, 10.0), (1.0, slowest)))
+    # The noisy end has no decay either, and nothing but the slowest that draws can tell: -log(0.02) / 0.98.
+    assert float(found[0]) == pytest.approx(6 + 4, rel=0.05)
+
+
+def test_truncation_tells_samples_apart_as_far_as_their_noise_lets():
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.3 * torch.randn(400, 200, generator=generator).double()
+    decay = torch.where(RULE.log_snr > 5, torch.exp(10 - RULE.log_snr), 0.0)[None]
+    same = truncation(ends(noise + decay, RULE, (-10.0, 10.0), (1.0, 1.0)))
+    assert float(same.std()) < 0.02  # of equal samples the mean is as good as any
+    size = torch.linspace(-40, 40, 400).double()[:, None]
+    own = truncation(ends(noise + size * decay, RULE, (-10.0, 10.0), (1.0, 1.0)))
+    exact = 0.5 * size[:, 0].abs()
+    assert float((own > 0.9 * exact).double().mean()) > 0.97
+    assert float(own.median()) < 2 * float(exact.median())
+
+
+def test_the_trapezoid_error_of_a_coarse_table():
+    schedule = fs.DDPM.linear(40)
+    table = method_table(schedule)[1]
+    fine = torch.linspace(float(table[0]), float(table[-1]), 100001, dtype=torch.float64)
+
+    def course(log_snr):
+        return 30 * torch.sigmoid(log_snr + 2) * torch.sigmoid(2 - log_snr)
+
+    error = abs(float(method_weights(table, "density") @ course(table) - torch.trapezoid(course(fine), fine)))
+    found = table_error(Curve(table, course(table), torch.zeros_like(table)), table)
+    assert error < found < 10 * error  # absolute values: errors of both signs do not cancel in it
+
+
+def test_what_groups_share_belongs_to_the_error_of_a_mean():
+    generator = torch.Generator().manual_seed(1)
+    group = torch.arange(2048) // 64 % GROUPS
+    covered = {True: [], False: []}
+    for _ in range(300):
+        shared = 0.3 * torch.randn(GROUPS, generator=generator).double()
+        values = 2 * torch.randn(2048, generator=generator).double() + shared[group]
+        sums = GroupSums.of(values, group)
+        for common in (True, False):
+            variance = sums.spread() / 2048 + common * sums.common_variance()
+            covered[common].append(float(sums.mean().abs() < 1.96 * variance.sqrt()))
+    # 300 intervals: a standard error of 1.3 %. The variance of what 16 groups share is itself known to 37 %.
+    assert 0.90 <= sum(covered[True]) / 300 <= 0.98
+    assert sum(covered[False]) / 300 < 0.80
+
+
+def test_means_of_one_group_and_of_one_sample():
+    group = torch.zeros(5, dtype=torch.int64)
+    sums = GroupSums.of(torch.arange(5.0), group)
+    assert (float(sums.mean()), float(sums.spread()), float(sums.common_variance())) == (2.0, 2.5, 0.0)
+    assert math.isnan(float(GroupSums.of(torch.ones(1), group[:1]).spread()))
