@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
-from .network import warn_if_training
+from .network import Conditions, warn_if_training
 from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
-from .pilot import PILOT_DRAWS, PilotPlan, run_pilot
+from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
 from .predictions import check_prediction
 from .program import Programs
 from .reference import Reference
@@ -199,7 +199,7 @@ class ScoreDensity(nn.Module):
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
                 returns the wrong shape, NaN or inf (named by sample and log-SNR).
         """
-        samples = self._samples(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
         if target_stderr is not None and (self.nfe if nfe is None else nfe) > max_nfe:
@@ -267,7 +267,7 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: as `estimate`.
         """
-        samples = self._samples(x, sample_index, cond_a, cond_b)
+        samples = self.check(x, sample_index, cond_a, cond_b)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
         draws = Draws(make_rules(nodes, nfe, self.schedule, "density", int(seed)), "independent", int(seed))
@@ -296,7 +296,8 @@ class ScoreDensity(nn.Module):
         `state_dict()`.
 
         Arguments:
-            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
+            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
+                are looked at; on another device than the network, they alone go there.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
                 fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
@@ -309,7 +310,7 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
-        samples = self._samples(data, None, cond)
+        samples = self._chosen(data, seed, cond)
         with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -322,10 +323,19 @@ class ScoreDensity(nn.Module):
             plan = PilotPlan(evaluations, seed, chunks, step)
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
-        self.reference = fitted.reference.to(samples.x.device)
+        self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
         self._row_costs.clear()
         return self
+
+    def _chosen(self, data: Tensor, seed: int, cond: dict) -> Samples:
+        """Return the samples that `fit` looks at, on the network's device."""
+        if not isinstance(data, Tensor) or data.ndim < 2:
+            return self.check(data, None, cond)  # raises
+        chosen = choose(len(data), seed)
+        here = next((p.device for p in self.model.parameters()), data.device)
+        samples = self.check(data[chosen.to(data.device)].to(here), chosen)
+        return replace(samples, conds=(Conditions.of(cond, len(data)).select(chosen).to(here),))
 
     def with_reference(self, reference: Reference) -> ScoreDensity:
         """Return a density with the same network and nodes but another reference, and independent noise."""
@@ -396,7 +406,7 @@ class ScoreDensity(nn.Module):
         self, x: Tensor, nfe: int | None, seed: int, sample_index: Tensor | None, memory: int | str | None, cond: dict
     ) -> tuple[Samples, Draws, Chunks]:
         """Check the data and plan an estimate with method "density": arguments as in `estimate`."""
-        samples = self._samples(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond)
         draws = self._draws(nfe, seed, samples)
         return samples, draws, self._chunks(samples, memory, len(draws))
 
@@ -429,8 +439,14 @@ class ScoreDensity(nn.Module):
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
-    def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+        """Return checked data; the reference goes where they lie, which is where the network is.
+
+        Raises:
+            ValueError: as `estimate` for bad data.
+        """
         samples = check_samples(x, sample_index, conds, self.model)
+        self.reference = self.reference.on(samples.device)
         select(samples.x.device, samples.x.dtype, self.backend)
         own = self.reference.mean.shape[1]
         if own not in (1, samples.x.shape[1]):

@@ -21,14 +21,15 @@ from .calibration import calibrated, uncalibrated
 from .density import ScoreDensity
 from .integrand import Rows, draw_values
 from .rules import Rule
+from .samples import Samples
 from .statistics import draw_sum, draw_variance
 
 
 class _Group(NamedTuple):
-    """The samples that share their nodes, with the rows and the rule that a graph reads where they lie."""
+    """The samples that share their nodes, in chunks, with the rows and the rule that a graph reads where they lie."""
 
     number: int
-    members: Tensor
+    parts: tuple[tuple[Tensor, Samples], ...]  # their indices, and all of them but x
     rows: Rows
     rule: Rule
 
@@ -72,9 +73,9 @@ class CapturedDensity:
         self.density = density
         samples, self.draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
         self.samples = replace(samples, x=samples.x.clone())
+        self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]
         self.keys = self._keys(seed)
-        self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.programs = density.network.find_programs(self.samples)
         self.seed, self.graph, self.result = seed, None, None
         if samples.x.is_cuda:
@@ -114,9 +115,10 @@ class CapturedDensity:
         rule = rules.of(number)
         points = self.draws.points(span, x.shape[1], x.device)
         rows = Rows.of(self.density.network, rule, points, span, x)
-        members = (self.samples.group == number).nonzero().flatten().to(x.device)
+        members = (self.samples.group == number).nonzero().flatten().split(self.at_once)
+        parts = tuple((m.to(x.device), self.samples.select(m.to(x.device))) for m in members)
         moved = {name: getattr(rule, name).to(x.device) for name in ("weight", "curve", "remainder")}
-        return _Group(number, members, rows, replace(rule, **moved))
+        return _Group(number, parts, rows, replace(rule, **moved))
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         density = self.density
@@ -126,8 +128,8 @@ class CapturedDensity:
         log_prob, variance = density.reference.log_prob(self.samples.x), torch.empty_like(self.samples.x[:, 0]).double()
         for group in self.groups:
             rows = group.rows.with_programs(network, self.programs, self.samples)
-            for members in group.members.split(self.at_once):
-                part = self.samples.select(members)
+            for members, part in group.parts:
+                part = replace(part, x=self.samples.x[members])
                 f = draw_values(network, part, self.keys[members], rows, density.reference)
                 log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
                 spread, nu = draw_variance(f, group.rule)

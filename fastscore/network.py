@@ -80,6 +80,10 @@ class Conditions:
     def select(self, samples: slice | Tensor) -> Conditions:
         return Conditions({k: v[samples] for k, v in self.per_sample.items()}, self.shared)
 
+    def to(self, device: torch.device) -> Conditions:
+        """Return the conditions with those of the samples on a device."""
+        return Conditions({k: v.to(device) for k, v in self.per_sample.items()}, self.shared)
+
     def joined(self, other: Conditions) -> Conditions:
         """Return the conditions of these samples and of some others, which share the same."""
         return Conditions({k: torch.cat([v, other.per_sample[k]]) for k, v in self.per_sample.items()}, self.shared)

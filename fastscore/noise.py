@@ -39,18 +39,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
 
 
-def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words of Philox4x32-10, each int64 in [0, 2^32).
+def philox(counter: tuple, key: tuple[int, int]) -> tuple:
+    """Return the four words of Philox4x32-10, each int64 in [0, 2^32), where the counter's tensors lie.
 
     Arguments:
-        counter: four int64 tensors (or ints) that broadcast together, taken modulo 2^32.
+        counter: four int64 tensors that broadcast together, or plain ints, taken modulo 2^32; of ints alone the words
+            are ints.
         key: two ints, taken modulo 2^32.
     """
-    return _rounds(*torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in counter)), key)
-
-
-def _rounds(c0, c1, c2, c3, key: tuple[int, int]):
-    """Run Philox's ten rounds on words, int64 tensors or plain ints."""
+    c0, c1, c2, c3 = (c & _MASK for c in counter)
     k0, k1 = key[0] & _MASK, key[1] & _MASK
     for _ in range(10):
         # The 64-bit product wraps around in int64; its two halves are still the right 32-bit words.
@@ -69,7 +66,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
     """
     group = torch.arange((d + 3) // 4, device=index.device)
     low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
-    streams = torch.as_tensor(stream, device=index.device).reshape(-1, 1)
+    streams = stream.reshape(-1, 1) if isinstance(stream, Tensor) else stream
     quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
     found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
     return found if isinstance(stream, Tensor) else found[:, 0]
@@ -77,7 +74,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
 
 def unit(seed: int, draw: int, stream: int) -> float:
     """Return one number in [0, 1) for a seed, without any tensor."""
-    return _rounds(0, 0, draw & _MASK, stream, (seed, seed >> 32))[0] * 2.0**-32
+    return philox((0, 0, draw, stream), (seed, seed >> 32))[0] * 2.0**-32
 
 
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
@@ -87,8 +84,9 @@ def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int 
         if kind == "sobol":
             shift = words(seed, index, round_, STREAM_SHIFT, d)
             return torch.stack([shift, torch.ones_like(shift)], 1)
-        streams = torch.tensor([STREAM_SHIFT, STREAM_MULTIPLIER])
-        return words(seed, index, round_, streams, d) | torch.tensor([[0], [1]], dtype=torch.int32, device=index.device)
+        # The streams are 0 and 1, and so is the bit that makes the second word odd; a range needs no copy to a device.
+        both = torch.arange(STREAM_SHIFT, STREAM_MULTIPLIER + 1, device=index.device)
+        return words(seed, index, round_, both, d) | both[:, None].to(torch.int32)
 
     return torch.cat([block(part) for part in _blocks(sample_index, d)])
 

@@ -41,7 +41,8 @@ CALIBRATION_SAMPLES = 96
 TYPICAL_SHARE = 0.6  # of these; the others are made odd
 PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
-EM_SAMPLES = 5000
+EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
+MIN_SAMPLES = 20
 FULL_MAX_DIM = 1024
 FULL_MIXTURE_MAX_DIM = 256
 MIXTURE_SIZES = (5, 10, 20, 40)
@@ -71,19 +72,37 @@ class PilotPlan:
     step: Step
 
 
+def choose(count: int, seed: int) -> Tensor:
+    """Return which of `count` samples a pilot looks at, in random order: a fifth is held out, and stands first.
+
+    Raises:
+        ValueError: for fewer than 20 samples.
+    """
+    if count < MIN_SAMPLES:
+        raise ValueError(f"fit needs at least {MIN_SAMPLES} samples, got {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held, train = order[: held_out(count)], order[held_out(count) :]
+    return torch.cat([held[: EM_SAMPLES // 4], train[:EM_SAMPLES]])
+
+
+def held_out(count: int) -> int:
+    """Return how many of the samples are held out for the choice of the reference, and for the pilot."""
+    return count // 5
+
+
 def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) -> Fitted:
     """Fit reference, nodes and calibration, as far as the evaluations go.
 
+    Arguments:
+        samples: those that `choose` names, in its order.
+
     Raises:
-        ValueError: for an unknown kind of reference, or fewer than 20 samples.
+        ValueError: for an unknown kind of reference.
     """
     if kind not in KINDS:
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
-    if len(samples) < 20:
-        raise ValueError(f"fit needs at least 20 samples, got {len(samples)}")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(plan.seed)).to(samples.x.device)
-    held, train = samples.select(order[: len(order) // 5]), order[len(order) // 5 :]
-    found = candidates(samples.x[train], held.x, kind, network.schedule.data_std, plan.seed)
+    held, train = samples.select(slice(0, held_out(len(samples)))), samples.x[held_out(len(samples)) :]
+    found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
     # The range follows the data's own scale, where the schedule leaves it open.
     network = replace(network, log_snr_range=network.schedule.range_for(*found[0].scales()))
     per_sample = 2 * BINS * DRAWS_PER_BIN
@@ -102,11 +121,10 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
 
 
 def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
-    """Return the references that deserve a pilot, fitted to at most 5,000 of the training samples."""
+    """Return the references that deserve a pilot."""
     n, d = train.shape
-    train = train[:EM_SAMPLES]
     if kind == "isotropic":
-        return [Reference.isotropic(float(train.square().mean().sqrt()))]
+        return [Reference.isotropic(float(train.square().mean().sqrt())).on(train.device)]
     plain = {"diagonal": [False], "full": [True], "mixture": []}.get(kind, [False] + [True] * (d <= FULL_MAX_DIM))
     found = [fit_mixture(train, 1, full, seed) for full in plain]
     mixtures = []
@@ -117,7 +135,7 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
     found += mixtures[:FINALISTS]
     if not found:
         raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
-    return found + [Reference.isotropic(data_std)] * (kind == "auto")
+    return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
 
 
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:

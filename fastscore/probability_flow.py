@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .density import ScoreDensity
 from .flow_field import Field, rademacher, time_of
-from .samples import Samples, check_samples
+from .samples import Samples
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 OWN = ("auto", "midpoint")
@@ -99,7 +99,7 @@ def probability_flow_log_prob(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
         )
     odeint = None if method in OWN else _torchdiffeq()
-    flow = _Flow(density, check_samples(x, None, (cond,), density.model), trace, probes, seed)
+    flow = _Flow(density, density.check(x, None, cond), trace, probes, seed)
     if method == "auto":
         return _doubling(flow, error)
     log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)

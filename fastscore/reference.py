@@ -69,6 +69,12 @@ class Reference(FittedBuffers):
             raise ValueError(f"std must be positive, got {std}")
         return cls(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1), float(std) ** 2))
 
+    def on(self, device: torch.device) -> Reference:
+        """Return the same mixture on a device: itself, where it lies there already."""
+        if self.weight.device == device:
+            return self
+        return Reference.from_tensors([t.to(device) for t in self.tensors()])
+
     @property
     def components(self) -> int:
         return len(self.weight)

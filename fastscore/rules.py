@@ -16,10 +16,10 @@ once a run. Sixteen runs have shifts of equal distance,
 
 whose errors cancel in a mean over many samples: like 1/16 rather than like the root of it. U is a word of the seed.
 
-A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, is drawn systematically too,
-with the share pi_k of the draws proportional to p(lambda_k) W_k: with the weight W_k / (N pi_k), or, where N pi_k >= 1
-and the entry is drawn in any case, with W_k shared among its draws. The whole table is the integral by the trapezoid
-rule.
+A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, is drawn systematically
+too, with the share pi_k of the draws proportional to p(lambda_k) W_k: with the weight W_k / (N pi_k), or, where
+N pi_k >= 1 and the entry is drawn in any case, with W_k shared among its draws. The whole table is the integral by the
+trapezoid rule.
 
 The three methods differ in the weights alone. With lambda_1 > lambda_2 > ... the table's log-SNRs and
 t = sigmoid(-lambda) the paper's time:

@@ -25,6 +25,10 @@ class Samples:
     conds: tuple[Conditions, ...]
     group: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
     def __len__(self) -> int:
         return len(self.x)
 

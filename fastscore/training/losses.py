@@ -26,7 +26,7 @@ from ..density import ScoreDensity
 from ..network import Conditions, predict
 from ..nodes import NodeDensity
 from ..predictions import coefficients
-from ..samples import Samples, check_samples
+from ..samples import Samples
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
@@ -65,7 +65,7 @@ def density_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    samples = check_samples(x, None, (cond,), density.model)
+    samples = density.check(x, None, cond)
     rows = _draw(samples, nodes.density if nodes is not None else density.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
     difference, pull = _evaluate(density, samples, rows, signs)
