@@ -1,7 +1,7 @@
 r"""The right-hand side of the probability-flow ODE on the straight path, less the reference's own.
 
-On y = (1 - t) x / s + t eps, with s the scale of the data, so that half of the path lies where noise and data are alike,
-the network has the velocity v = (eps_hat - y) / (1 - t), the reference
+On y = (1 - t) x / s + t eps, with s the scale of the data, so that half of the path lies where noise and data are
+alike, the network has the velocity v = (eps_hat - y) / (1 - t), the reference
 v_q = (eps_q - y) / (1 - t) with the score -eps_q / t, and log(p / q) changes along the network's path by
 
 .. math:: \nabla\cdot(v - v_q) + (v - v_q)\cdot\nabla\log q_t(y)
