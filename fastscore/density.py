@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
+from .conditions import takes_conditions
 from .estimate import (
     Comparison,
     CurveSum,
@@ -110,6 +111,7 @@ class ScoreDensity(nn.Module):
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
 
+    @takes_conditions
     def log_prob(
         self,
         x: Tensor,
@@ -118,7 +120,8 @@ class ScoreDensity(nn.Module):
         seed: int = 0,
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> Tensor:
         r"""Return log p(x) in nats, shape (B,), differentiable with respect to x and the network's parameters.
 
@@ -127,7 +130,7 @@ class ScoreDensity(nn.Module):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe, seed, sample_index, memory, cond: as in `estimate`.
+            nfe, seed, sample_index, memory, cond, named: as in `estimate`.
 
         Raises:
             ValueError: as in `estimate`.
@@ -138,6 +141,7 @@ class ScoreDensity(nn.Module):
         log_prob = self.reference.log_prob(samples.x) - 0.5 * torch.cat(integral)
         return log_prob.to(samples.x.dtype)
 
+    @takes_conditions
     @torch.no_grad()
     def estimate(
         self,
@@ -151,7 +155,8 @@ class ScoreDensity(nn.Module):
         max_nfe: int = 16384,
         memory: int | str | None = None,
         progress: bool = False,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> Estimate:
         r"""Return log p(x) with its standard error and an account of the other errors.
 
@@ -168,7 +173,10 @@ class ScoreDensity(nn.Module):
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
             progress: show a progress bar.
-            cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
+            named: keyword arguments of the network, also nested in dicts, lists and dataclasses. A tensor goes with its
+                samples if its first size is B, and is shared by them else; `fastscore.per_sample` and
+                `fastscore.shared` around it say so instead (see `docs/conditions.md`).
+            cond: the same in a dict, for names that are arguments here: `cond={"memory": encoded}`.
 
         Returns:
             `Estimate`.
@@ -252,6 +260,7 @@ class ScoreDensity(nn.Module):
         variance = torch.cat([draw_variance(f, draws.rule) for f in parts])
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
+    @takes_conditions
     @torch.no_grad()
     def fit(
         self,
@@ -262,7 +271,8 @@ class ScoreDensity(nn.Module):
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool = True,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> ScoreDensity:
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
@@ -278,7 +288,7 @@ class ScoreDensity(nn.Module):
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
             progress: show a progress bar.
-            cond: keyword arguments of the network for the data.
+            cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .conditions import takes_conditions
 from .density import ScoreDensity
 from .estimate import draw_sum, draw_variance
 from .integrand import Rows, draw_values
@@ -28,13 +29,14 @@ class CapturedDensity:
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
         x: data of the shape to come, (B, *shape).
-        nfe, seed, sample_index, memory, cond: as in `ScoreDensity.estimate`; conditions are fixed at capture.
+        nfe, seed, sample_index, memory, cond, named: as in `ScoreDensity.estimate`; conditions are fixed at capture.
 
     Raises:
         ValueError: as `ScoreDensity.estimate`; NaN or inf is reported without the place where it arose, which only
             `estimate` finds.
     """
 
+    @takes_conditions
     @torch.no_grad()
     def __init__(
         self,
@@ -45,7 +47,8 @@ class CapturedDensity:
         seed: int = 0,
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ):
         if not isinstance(density, ScoreDensity):
             raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")

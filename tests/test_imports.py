@@ -12,12 +12,13 @@ PACKAGE = ROOT / "fastscore"
 OPTIONAL = {"lightning", "matplotlib", "pytorch_lightning", "sklearn", "torchdiffeq", "torchmetrics"}
 
 RANKS = {
+    "structure": -1,
     "backends": 0,
     "buffers": 0,
+    "conditions": 0,
     "dataset": 0,
     "instructions": 0,
     "memory": 0,
-    "network": 0,
     "ranks": 0,
     "noise": 0,
     "run_folder": 0,
@@ -32,6 +33,7 @@ RANKS = {
     "chain": 1,
     "adapters.clocks": 1,
     "module_state": 1,
+    "network": 1,
     "nodes": 1,
     "predictions": 1,
     "reference": 1,
