@@ -31,6 +31,7 @@ from .nodes import FittedNodes, NodeDensity, Rule, make_rule, uniform_in_time
 from .reference import Reference
 from .samples import Samples
 from .structure import flatten
+from .untouched import evaluation
 
 WEIGHTINGS = ("density", "uniform")
 BATCH = 256  # samples that go through all rounds together, if memory allows
@@ -74,7 +75,7 @@ class DiffusionClassifier(nn.Module):
         self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
 
     @takes_conditions
-    @torch.no_grad()
+    @evaluation
     def fit(
         self,
         data: Tensor,
@@ -118,7 +119,7 @@ class DiffusionClassifier(nn.Module):
         return self
 
     @takes_conditions
-    @torch.no_grad()
+    @evaluation
     def classify(
         self,
         x: Tensor,

@@ -44,6 +44,7 @@ from .program import Programs
 from .reference import Reference
 from .samples import Samples, check_samples
 from .schedules import Schedule
+from .untouched import evaluation
 
 NOISES = ("auto", "sobol", "independent")
 
@@ -142,7 +143,7 @@ class ScoreDensity(nn.Module):
         return log_prob.to(samples.x.dtype)
 
     @takes_conditions
-    @torch.no_grad()
+    @evaluation
     def estimate(
         self,
         x: Tensor,
@@ -223,7 +224,7 @@ class ScoreDensity(nn.Module):
             noise=first.noise,
         )
 
-    @torch.no_grad()
+    @evaluation
     def compare(
         self,
         x: Tensor,
@@ -261,7 +262,7 @@ class ScoreDensity(nn.Module):
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
     @takes_conditions
-    @torch.no_grad()
+    @evaluation
     def fit(
         self,
         data: Tensor,

@@ -27,6 +27,7 @@ from .program import Programs, RowProgram, Timed
 from .reference import Reference
 from .samples import Samples
 from .schedules import Schedule
+from .untouched import uncompiled
 
 PROBE_ROWS = 4
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
@@ -218,7 +219,8 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)
-    found = memory.footprint(lambda: draw_values(network, one, keys, timed, reference))
+    with uncompiled():
+        found = memory.footprint(lambda: draw_values(network, one, keys, timed, reference))
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
     draw = tables + noise.POINT_BYTES * one.x.shape[1]
     return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw)

@@ -28,6 +28,7 @@ from .mixture import fit_mixture
 from .nodes import NodeDensity, Rule, make_rule
 from .reference import Reference
 from .samples import Samples
+from .untouched import uncompiled
 
 BINS = 48
 PILOT_SAMPLES = 64
@@ -204,6 +205,6 @@ def _network_flops(network: Network, samples: Samples) -> int:
 
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(_pilot_rule(network, 1, 1), "independent", 0), range(1), one.x)
-    with FlopCounterMode(display=False) as counter:
+    with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)

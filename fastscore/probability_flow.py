@@ -31,6 +31,7 @@ from .conditions import takes_conditions
 from .density import ScoreDensity
 from .flow_field import Field, rademacher
 from .samples import Samples, check_samples
+from .untouched import evaluation
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 OWN = ("auto", "midpoint")
@@ -55,7 +56,7 @@ class FlowLogProb(NamedTuple):
 
 
 @takes_conditions
-@torch.no_grad()
+@evaluation
 def probability_flow_log_prob(
     density: ScoreDensity,
     x: Tensor,

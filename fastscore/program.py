@@ -25,10 +25,11 @@ from .conditions import Conditions
 from .hoisting import BOTH, Hoisted, Values
 from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from .matching import match
-from .module_state import state_of
+from .module_state import restored, state_of
 from .network import cast_time, model_dtype
 from .structure import is_plain
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
+from .untouched import uncompiled
 from .verification import check
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
@@ -83,10 +84,12 @@ class RowProgram:
     ) -> RowProgram:
         """Return the program under conditions that may be nested, as `trace`; it knows them by their paths."""
         x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
-        with _ONE_AT_A_TIME:
-            traced = trace(model, x_t, time[:1], cond)
-            program = cls(model, traced, match(traced), dtype)
-        check(program, shape, time, cond)
+        devices = [time.device] if time.is_cuda else []
+        with uncompiled(), torch.random.fork_rng(devices), restored(model):
+            with _ONE_AT_A_TIME:
+                traced = trace(model, x_t, time[:1], cond)
+                program = cls(model, traced, match(traced), dtype)
+            check(program, shape, time, cond)
         return program
 
     @property

@@ -32,7 +32,7 @@ from torch.fx.node import map_arg
 
 from .conditions import Conditions
 from .instructions import NoProgram
-from .module_state import refuse_changes, restored, state_of
+from .module_state import refuse_changes, state_of
 from .network import read_output
 
 TIME, SAMPLE, X = 1, 2, 4
@@ -117,9 +117,8 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions) -> Trac
     Raises:
         NoProgram: if the network cannot be exported, is random, or mixes rows.
     """
-    with restored(model):
-        _refuse_layers(model, x_t, time, cond)
-        return _export(model, x_t, time, cond)
+    _refuse_layers(model, x_t, time, cond)
+    return _export(model, x_t, time, cond)
 
 
 def _export(model, x_t, time, cond):

@@ -24,6 +24,7 @@ RANKS = {
     "run_folder": 0,
     "schedules": 0,
     "training": 0,
+    "untouched": 0,
     "transforms": 0,
     "adapters.checks": 0,
     "adapters.table_denoiser": 0,

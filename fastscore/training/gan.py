@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..conditions import takes_conditions
 from ..density import ScoreDensity
-from ..network import frozen
+from ..untouched import frozen
 from .losses import density_loss
 
 
