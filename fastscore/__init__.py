@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .classify import Classification, DiffusionClassifier
+from .conditions import per_sample, shared
 from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
@@ -47,6 +48,8 @@ __all__ = [
     "discrete_log_prob",
     "elbo_weights",
     "explain",
+    "per_sample",
     "probability_flow_log_prob",
     "score_regularization",
+    "shared",
 ]

@@ -17,20 +17,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import uncalibrated
+from .conditions import Conditions, takes_conditions
 from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
-from .network import Conditions
 from .nodes import FittedNodes, NodeDensity
 from .reference import Reference
 from .rules import FixedRules, Rules, make_rules, uniform_in_time
 from .samples import Samples
+from .structure import flatten
+from .untouched import evaluation
 
 WEIGHTINGS = ("density", "uniform")
 BATCH = 256  # samples that go through all rounds together, if memory allows
@@ -48,7 +51,8 @@ class DiffusionClassifier(nn.Module):
     Arguments:
         density: the network's density; its reference is used, its nodes are not: those here are for differences.
         classes: keyword arguments of the network that name the class, one row a class: `{"y": torch.arange(10)}`, or
-            `{"text": embeddings}` of shape (C, tokens, width).
+            `{"text": embeddings}` of shape (C, tokens, width), also nested as conditions may be; what is the same for
+            all classes goes into `fastscore.shared`.
         prior: class probabilities, positive, sum 1, shape (C,); uniform by default.
 
     Raises:
@@ -61,18 +65,19 @@ class DiffusionClassifier(nn.Module):
         >>> found.prediction, found.topk(3), found.nfe
     """
 
-    def __init__(self, density: ScoreDensity, classes: dict[str, Tensor], prior: Tensor | None = None):
+    def __init__(self, density: ScoreDensity, classes: dict[str, object], prior: Tensor | None = None):
         super().__init__()
         if not isinstance(density, ScoreDensity):
             raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
         self.density = density
         self.classes = _check_classes(classes)
-        count = len(next(iter(self.classes.values())))
+        count = len(next(iter(self.classes.per_sample.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
         nodes = NodeDensity.pairs(*density.log_snr_range)
         self.nodes = FittedNodes(nodes, uncalibrated())
 
-    @torch.no_grad()
+    @takes_conditions
+    @evaluation
     def fit(
         self,
         data: Tensor,
@@ -81,14 +86,15 @@ class DiffusionClassifier(nn.Module):
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool = True,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> DiffusionClassifier:
         """Place the nodes where the two likeliest classes of a sample differ most noisily; return self.
 
         Arguments:
             data: training data, shape (N, *shape); labels are not needed.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
-            seed, memory, cond: as in `classify`.
+            seed, memory, cond, named: as in `classify`.
             progress: show a progress bar.
 
         Raises:
@@ -98,10 +104,9 @@ class DiffusionClassifier(nn.Module):
         if evaluations < each:
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
-        given = Conditions.of(cond, len(data)).select(slice(len(x)))
-        own = given.per_sample | given.shared
-        options = {"seed": seed, "memory": memory, "progress": progress}
-        _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options, **own).topk(2)
+        own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).marked()
+        options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
+        _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
         pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
         spread = []
@@ -115,7 +120,8 @@ class DiffusionClassifier(nn.Module):
         self.nodes = FittedNodes(nodes, self.nodes.calibration)
         return self
 
-    @torch.no_grad()
+    @takes_conditions
+    @evaluation
     def classify(
         self,
         x: Tensor,
@@ -127,7 +133,8 @@ class DiffusionClassifier(nn.Module):
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
         progress: bool = False,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> Classification:
         """Return p(y | x) of every class with its error.
 
@@ -141,7 +148,8 @@ class DiffusionClassifier(nn.Module):
                 schedule's own time, no likelihood but the weighting of Li et al. (2023).
             seed, sample_index, memory: as in `ScoreDensity.estimate`.
             progress: show a progress bar.
-            cond: further keyword arguments of the network, the same for all classes.
+            cond, named: further keyword arguments of the network, the same for all classes, as in
+                `ScoreDensity.estimate`.
 
         Raises:
             ValueError: for an error outside (0, 1), an unknown weighting, and as `ScoreDensity.estimate`.
@@ -188,8 +196,8 @@ class DiffusionClassifier(nn.Module):
         """Return f of every (sample, class) pair, (P, N), and its weights: a pair's class is a condition."""
         which, label = pairs.unbind(1)
         given = samples.conds[0].select(which)
-        own = {name: rows.to(which.device)[label] for name, rows in self.classes.items()}
-        conditions = Conditions(given.per_sample | own, given.shared)
+        own = {path: rows.to(which.device)[label] for path, rows in self.classes.per_sample.items()}
+        conditions = replace(given, per_sample=given.per_sample | own)
         # The index of the sample keys the noise: all its classes see the same.
         group = samples.group[which.cpu()]
         paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,), group)
@@ -202,16 +210,15 @@ class DiffusionClassifier(nn.Module):
         self, x: Tensor, nfe: int, seed: int, index: Tensor | None, memory: int | str | None, cond: dict
     ) -> tuple[Samples, Chunks]:
         """Check the data with the first class; half of the memory is left for the terms."""
-        twice = sorted(set(cond) & set(self.classes))
+        twice = sorted(set(cond) & set(self.classes.structure.arguments))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
         # What is no batch, `prepare` refuses.
         count, device = (len(x), x.device) if isinstance(x, Tensor) and x.ndim else (0, "cpu")
-        first = {k: v[:1].to(device).expand(count, *v.shape[1:]) for k, v in self.classes.items()}
+        rows = replace(self.classes, per_sample={k: v.to(device) for k, v in self.classes.per_sample.items()})
+        first = rows.select(torch.zeros(count, dtype=torch.long, device=device)).marked()
         samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first)
-        told_apart = samples.conds[0]
-        given = Conditions({k: v for k, v in told_apart.per_sample.items() if k in cond}, told_apart.shared)
-        return replace(samples, conds=(given,)), chunks._replace(rows=max(1, chunks.rows // 2))
+        return samples, chunks._replace(rows=max(1, chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
         if weighting == "uniform":
@@ -242,16 +249,21 @@ def _pilot_rules(density: ScoreDensity, paired: bool, seed: int) -> Rules:
     return make_rules(uniform(*density.log_snr_range), draws * (1 + paired), density.schedule, "density", seed)
 
 
-def _check_classes(classes: dict[str, Tensor]) -> dict[str, Tensor]:
-    rows = {name: torch.as_tensor(value) for name, value in classes.items()} if isinstance(classes, dict) else {}
-    counts = {len(value) if value.ndim else 0 for value in rows.values()}
+def _check_classes(classes: dict[str, object]) -> Conditions:
+    """Return the classes as conditions with one entry a class."""
+    rows = {}
+    if isinstance(classes, dict):
+        rows = {k: torch.as_tensor(v) if isinstance(v, list | np.ndarray) else v for k, v in classes.items()}
+    leaves, _ = flatten(rows)
+    tensors = {k: v.value for k, v in leaves.items() if isinstance(v.value, Tensor) and v.per_sample is not False}
+    counts = {len(value) if value.ndim else 0 for value in tensors.values()}
     if len(counts) != 1 or min(counts) < 2:
-        got = {name: tuple(value.shape) for name, value in rows.items()} or repr(classes)
+        got = {name: tuple(value.shape) for name, value in tensors.items()} or repr(classes)
         raise ValueError(
             f"classes must name keyword arguments of the network with one row a class, at least two, such as "
             f"{{'y': torch.arange(10)}}; got {got}"
         )
-    return rows
+    return Conditions.of(rows, counts.pop())
 
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:

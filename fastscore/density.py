@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import probe
 from .backends.select import check_name, select
 from .calibration import calibrated, uncalibrated
+from .conditions import Conditions, takes_conditions
 from .curve import Curve, CurveSum, ends, table_error
 from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
-from .network import Conditions, warn_if_training
+from .network import warn_if_training
 from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
@@ -42,6 +44,7 @@ from .rules import make_rules, method_table
 from .samples import Samples, check_samples
 from .schedules import Schedule
 from .statistics import draw_sum, draw_variance, widened
+from .untouched import evaluation
 
 NOISES = ("auto", "sobol", "independent")
 
@@ -128,10 +131,12 @@ class ScoreDensity(nn.Module):
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
         self._row_costs: dict = {}
+        self._probed: set = set()
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
 
+    @takes_conditions
     def log_prob(
         self,
         x: Tensor,
@@ -140,7 +145,8 @@ class ScoreDensity(nn.Module):
         seed: int = 0,
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> Tensor:
         r"""Return log p(x) in nats, shape (B,), differentiable with respect to x and the network's parameters.
 
@@ -149,7 +155,7 @@ class ScoreDensity(nn.Module):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe, seed, sample_index, memory, cond: as in `estimate`.
+            nfe, seed, sample_index, memory, cond, named: as in `estimate`.
 
         Raises:
             ValueError: as in `estimate`.
@@ -160,7 +166,8 @@ class ScoreDensity(nn.Module):
         log_prob = self.reference.log_prob(samples.x) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
 
-    @torch.no_grad()
+    @takes_conditions
+    @evaluation
     def estimate(
         self,
         x: Tensor,
@@ -173,7 +180,8 @@ class ScoreDensity(nn.Module):
         max_nfe: int = 16384,
         memory: int | str | None = None,
         progress: bool = False,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> Estimate:
         r"""Return log p(x) with its standard error and an account of the other errors.
 
@@ -190,7 +198,10 @@ class ScoreDensity(nn.Module):
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
             progress: show a progress bar.
-            cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
+            named: keyword arguments of the network, also nested in dicts, lists and dataclasses. A tensor goes with its
+                samples if its first size is B, and is shared by them else; `fastscore.per_sample` and
+                `fastscore.shared` around it say so instead (see `docs/conditions.md`).
+            cond: the same in a dict, for names that are arguments here: `cond={"memory": encoded}`.
 
         Returns:
             `Estimate`.
@@ -241,7 +252,7 @@ class ScoreDensity(nn.Module):
             ends=found.ends,
         )
 
-    @torch.no_grad()
+    @evaluation
     def compare(
         self,
         x: Tensor,
@@ -278,7 +289,8 @@ class ScoreDensity(nn.Module):
             variance[part.samples] = widened(*draw_variance(part.f, part.rule))
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
-    @torch.no_grad()
+    @takes_conditions
+    @evaluation
     def fit(
         self,
         data: Tensor,
@@ -288,7 +300,8 @@ class ScoreDensity(nn.Module):
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool = True,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ) -> ScoreDensity:
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
@@ -305,7 +318,7 @@ class ScoreDensity(nn.Module):
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
             progress: show a progress bar.
-            cond: keyword arguments of the network for the data.
+            cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
@@ -335,7 +348,7 @@ class ScoreDensity(nn.Module):
         chosen = choose(len(data), seed)
         here = next((p.device for p in self.model.parameters()), data.device)
         samples = self.check(data[chosen.to(data.device)].to(here), chosen)
-        return replace(samples, conds=(Conditions.of(cond, len(data)).select(chosen).to(here),))
+        return replace(samples, conds=(Conditions.of(cond, len(data), self.model).select(chosen).to(here),))
 
     def with_reference(self, reference: Reference) -> ScoreDensity:
         """Return a density with the same network and nodes but another reference, and independent noise."""
@@ -426,6 +439,7 @@ class ScoreDensity(nn.Module):
 
     def _chunks(self, samples: Samples, memory, draws: int, reference: Reference | None = None) -> Chunks:
         reference = reference or self.reference
+        warn_if_training(self.model)
         key = (
             samples.shape,
             samples.x.dtype,
@@ -436,8 +450,15 @@ class ScoreDensity(nn.Module):
         )
         if key not in self._row_costs:
             self._row_costs[key] = cost_of_row(self.network, samples, reference)
+            self._probe(samples)
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
+
+    def _probe(self, samples: Samples) -> None:
+        """Ask the network once, for each shape of data, whether its answers are its rows' own."""
+        if (samples.shape, samples.x.dtype) not in self._probed:
+            self._probed.add((samples.shape, samples.x.dtype))
+            probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
     def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.
@@ -453,7 +474,6 @@ class ScoreDensity(nn.Module):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
-        warn_if_training(self.model)
         return samples
 
     def extra_repr(self) -> str:

@@ -9,18 +9,23 @@ from torch import Tensor, nn
 
 from .backends.select import implementation, select
 from .chain import Core
+from .conditions import Conditions, takes_conditions
 from .instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
-from .network import Conditions, model_dtype
+from .network import model_dtype
 from .program import Programs, RowProgram
 from .schedules import Schedule
+from .structure import flatten
 from .tracing import SAMPLE, TIME
 
 _EVALUATED = {0: "constant", TIME: "per draw", SAMPLE: "per sample", TIME | SAMPLE: "per row"}
 EXAMPLE_TIMES = 4
 
 
+@takes_conditions
 @torch.no_grad()
-def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None = None, **cond: object) -> str:
+def explain(
+    model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None = None, *, cond: dict | None = None, **named
+) -> str:
     """Return a network's row program, one instruction a line, or the reason why there is none.
 
     Every line has the layer, the width, and for tables on what they depend. `ScoreDensity` runs a program by itself.
@@ -29,14 +34,13 @@ def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None 
         model: called as `model(x_t, t, **cond)`, with x_t (rows, *shape).
         shape: of one sample.
         schedule: whose times the network gets; times in (0, 1) by default.
-        cond: keyword arguments of the network. Tensors go with their samples if their first dimension is that of the
-            longest; a single sample's condition of shape (1, ...) is shared.
+        cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`. Tensors that are not marked
+            go with their samples if their first size is that of the longest; one of shape (1, ...) alone is shared.
 
     Raises:
         ProgramMismatch: if program and network differ, as when the network is random.
     """
-    batch = max((len(v) for v in cond.values() if isinstance(v, Tensor) and v.ndim > 0), default=0)
-    conditions = Conditions.of(cond, batch if batch > 1 else -1)
+    conditions = Conditions.of(cond, _batch_of(cond))
     dtype = model_dtype(model, torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     span = (0.1, 0.9) if schedule is None else schedule.log_snr_range
@@ -53,6 +57,14 @@ def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None 
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
     return "\n".join([*text, _kernel(program, time.to(device), conditions.shared, math.prod(shape))])
+
+
+def _batch_of(cond: dict[str, object]) -> int:
+    """Return the number of samples that conditions are of: what was marked says it, or the longest."""
+    leaves = [leaf for leaf in flatten(cond)[0].values() if isinstance(leaf.value, Tensor) and leaf.value.ndim > 0]
+    said = {len(leaf.value) for leaf in leaves if leaf.per_sample}
+    batch = max(said or {len(leaf.value) for leaf in leaves if leaf.per_sample is None}, default=0)
+    return batch if batch > 1 or said else -1
 
 
 def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:

@@ -24,6 +24,7 @@ from .density import ScoreDensity
 from .network import predict
 from .predictions import eps_from
 from .samples import Samples
+from .untouched import uncompiled
 
 COLUMNS = 32  # backward passes in one call; it bounds their memory
 
@@ -80,7 +81,7 @@ class Field:
 
     def at(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, d) and the rate of log(p / q) (B, columns)."""
-        with torch.enable_grad():
+        with torch.enable_grad(), uncompiled():
             y = y.detach().requires_grad_()
             velocity = self.velocity(time, y)
             # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import noise
 from .calibration import calibrated, uncalibrated
+from .conditions import takes_conditions
 from .density import ScoreDensity
 from .integrand import Rows, draw_values
 from .rules import Rule
@@ -49,13 +50,14 @@ class CapturedDensity:
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
         x: data of the shape to come, (B, *shape).
-        nfe, seed, sample_index, memory, cond: as in `ScoreDensity.estimate`; conditions are fixed at capture.
+        nfe, seed, sample_index, memory, cond, named: as in `ScoreDensity.estimate`; conditions are fixed at capture.
 
     Raises:
         ValueError: as `ScoreDensity.estimate`; NaN or inf is reported without the place where it arose, which only
             `estimate` finds.
     """
 
+    @takes_conditions
     @torch.no_grad()
     def __init__(
         self,
@@ -66,7 +68,8 @@ class CapturedDensity:
         seed: int = 0,
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
-        **cond,
+        cond: dict | None = None,
+        **named,
     ):
         if not isinstance(density, ScoreDensity):
             raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")

@@ -19,14 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from . import memory, noise, ops
 from .backends.select import implementation, select
+from .conditions import Conditions
 from .instructions import encode
-from .network import Conditions, cast_time, model_dtype, predict
+from .network import cast_time, model_dtype, predict
 from .predictions import coefficients
 from .program import Programs, RowProgram, Timed
 from .reference import Reference
 from .rules import FixedRules, Rule, Rules
 from .samples import Samples
 from .schedules import Schedule
+from .untouched import uncompiled
 
 PROBE_ROWS = 4
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
@@ -259,16 +261,8 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
     keys = noise.sample_keys("independent", 0, one.index, one.x.shape[1])
     programs = network.find_programs(samples)
     timed = rows.with_programs(network, programs, one)
-    try:
+    with uncompiled():
         found = memory.footprint(lambda: draw_values(network, one, keys, timed, reference))
-    except (RuntimeError, TypeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"the network does not take data of shape {samples.shape} a sample, with these conditions (those whose "
-            f"first dimension is {len(samples)} go with their samples): {type(error).__name__}: {reason}"
-        ) from error
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
     draw = tables + noise.POINT_BYTES * one.x.shape[1]
     return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw)

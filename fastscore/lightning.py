@@ -50,7 +50,7 @@ class LogDensity(Callback):
         if self._is_due(trainer):
             found = self.unpack(batch)
             x, cond = found if isinstance(found, tuple) else (found, {})
-            self.metric.update(x, **cond)
+            self.metric.update(x, cond=cond)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(trainer):

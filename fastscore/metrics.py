@@ -25,12 +25,13 @@ import math
 import torch
 from torch import Tensor
 
+from .conditions import takes_conditions
 from .density import ScoreDensity
 from .estimate import log_width
-from .network import evaluating
 from .ranks import of_default_group
 from .rules import GROUPS
 from .statistics import GroupSums
+from .untouched import evaluating
 
 try:
     from torchmetrics import Metric
@@ -75,12 +76,13 @@ class NegativeLogLikelihood(Metric):
         self.add_state("variance", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("dims", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
-    def update(self, x: Tensor, *, sample_index: Tensor | None = None, **cond) -> None:
+    @takes_conditions
+    def update(self, x: Tensor, *, sample_index: Tensor | None = None, cond: dict | None = None, **named) -> None:
         """Take in a batch, shape (B, *shape), evaluated in eval mode.
 
         Arguments:
             sample_index: int64, shape (B,), of the data set; by default the order of arrival, unique over processes.
-            cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
+            cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
         Raises:
             ValueError: if the samples have other dimensions than those before; and as `ScoreDensity.estimate`.
@@ -89,7 +91,7 @@ class NegativeLogLikelihood(Metric):
         if sample_index is None:
             sample_index = self._arrivals(len(x))
         with evaluating(density.model):
-            found = density.estimate(x, nfe=self.nfe, seed=self.seed, sample_index=sample_index, **cond)
+            found = density.estimate(x, nfe=self.nfe, seed=self.seed, sample_index=sample_index, cond=cond)
         if int(self.dims) not in (0, found.dims):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"

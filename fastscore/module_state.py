@@ -9,17 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from .instructions import NoProgram
+from .untouched import contents, put_back
 
 _TENSORS = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put every plain attribute back as it was before: a network that caches would keep the tensors of a trace."""
+    """Put every attribute and buffer back as it was before: one that caches would keep the tensors of a trace, and a
+    layer that learns would learn from its rows."""
     before = [(vars(module), _plain_attributes(module)) for module in model.modules()]
+    plain = (value for _, old in before for value, _ in old.values() if isinstance(value, Tensor))
+    kept = contents([*model.buffers(), *plain])
     try:
         yield
     finally:
+        put_back(pair for pair in kept if not torch.equal(*pair))
         for attributes, old in before:
             _put_back(attributes, old)
 

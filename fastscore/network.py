@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .conditions import Conditions
+
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# What code raises that was called with tensors of other shapes than it expects, or without an argument.
+_REFUSALS = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 _NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -31,66 +32,9 @@ def warn_if_training(model: nn.Module) -> None:
                 f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
                 "random; call model.eval() first",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             return
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every layer of a network into eval mode, and each back into the mode that it was in."""
-    training = [layer for layer in model.modules() if layer.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for layer in training:
-            layer.training = True
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no gradient reach a network's parameters: what is computed inside depends on its inputs alone."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Keyword arguments of the network, told apart once: one entry a sample, or shared by the whole batch.
-
-    A tensor is per sample if its first dimension is the batch size of the call. Chunks keep that verdict, so a shared
-    tensor that happens to have as many rows as a chunk has samples stays shared.
-    """
-
-    per_sample: dict[str, Tensor]
-    shared: dict[str, object]
-
-    @classmethod
-    def of(cls, given: dict[str, object], batch: int) -> Conditions:
-        own = {k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == batch}
-        return cls({k: given[k] for k in own}, {k: v for k, v in given.items() if k not in own})
-
-    def select(self, samples: slice | Tensor) -> Conditions:
-        return Conditions({k: v[samples] for k, v in self.per_sample.items()}, self.shared)
-
-    def to(self, device: torch.device) -> Conditions:
-        """Return the conditions with those of the samples on a device."""
-        return Conditions({k: v.to(device) for k, v in self.per_sample.items()}, self.shared)
-
-    def joined(self, other: Conditions) -> Conditions:
-        """Return the conditions of these samples and of some others, which share the same."""
-        return Conditions({k: torch.cat([v, other.per_sample[k]]) for k, v in self.per_sample.items()}, self.shared)
-
-    def repeated(self, rows: int) -> dict[str, object]:
-        """Return the keyword arguments for `rows` consecutive rows of every sample."""
-        return {k: v.repeat_interleave(rows, 0) for k, v in self.per_sample.items()} | self.shared
 
 
 def predict(
@@ -109,12 +53,23 @@ def predict(
     `.sample`. Channels beyond those of the data (a learned variance, say) are cut off.
 
     Raises:
-        ValueError: if what comes back does not have the rows and the shape of what was passed.
+        ValueError: if the network cannot be called so, with its reason and how every condition was taken; if what comes
+            back does not have the rows and the shape of what was passed.
     """
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
-    prediction = read_output(model(passed, time.repeat(batch), **cond.repeated(rows)), passed)
+    try:
+        output = model(passed, time.repeat(batch), **cond.repeated(rows))
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        given = f" and conditions {cond}; fs.per_sample or fs.shared says what is taken wrongly" if str(cond) else ""
+        raise ValueError(
+            f"the network does not take data of shape {shape} a sample{given}: {type(error).__name__}: {reason}"
+        ) from error
+    prediction = read_output(output, passed)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
 
 

@@ -30,6 +30,7 @@ from .reference import Reference
 from .rules import FixedRules, Rule, make_rules
 from .samples import Samples
 from .statistics import draw_sum, draw_variance
+from .untouched import uncompiled
 
 BINS = 48
 PILOT_SAMPLES = 64
@@ -224,6 +225,6 @@ def _network_flops(network: Network, samples: Samples) -> int:
     rule = _pilot_rule(network, 1, 1)
     points = Draws(FixedRules(rule), "independent", 0).points(range(1), one.x.shape[1], one.x.device)
     rows = Rows.of(network, rule, points, range(1), one.x)
-    with FlopCounterMode(display=False) as counter:
+    with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)

@@ -27,9 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .conditions import takes_conditions
 from .density import ScoreDensity
 from .flow_field import Field, rademacher, time_of
 from .samples import Samples
+from .untouched import evaluation
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 OWN = ("auto", "midpoint")
@@ -53,7 +55,8 @@ class FlowLogProb(NamedTuple):
     discretization: Tensor
 
 
-@torch.no_grad()
+@takes_conditions
+@evaluation
 def probability_flow_log_prob(
     density: ScoreDensity,
     x: Tensor,
@@ -66,7 +69,8 @@ def probability_flow_log_prob(
     steps: int = 1,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    **cond,
+    cond: dict | None = None,
+    **named,
 ) -> FlowLogProb:
     """Return the log-density of the probability-flow ODE, nats.
 
@@ -81,7 +85,7 @@ def probability_flow_log_prob(
         error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...); others choose their own.
         rtol, atol: of torchdiffeq's adaptive solvers.
-        cond: keyword arguments of the network.
+        cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].

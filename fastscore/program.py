@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from .backends.program import run
 from .chain import Matched
+from .conditions import Conditions
 from .hoisting import BOTH, Hoisted, Values
 from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from .matching import match
-from .module_state import frozen, state_of
-from .network import Conditions, cast_time, model_dtype
+from .module_state import restored, state_of
+from .network import cast_time, model_dtype
+from .structure import is_plain
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
+from .untouched import uncompiled
 from .verification import check
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
@@ -73,12 +76,20 @@ class RowProgram:
             NoProgram: naming the first layer that does not fit, and why.
             ProgramMismatch: if program and network differ: the network is not deterministic, or we are wrong.
         """
-        own, shared = own or {}, shared or {}
+        return cls.of(model, shape, time, Conditions(own or {}, shared or {}), dtype)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, shape: tuple[int, ...], time: Tensor, cond: Conditions, dtype: torch.dtype
+    ) -> RowProgram:
+        """Return the program under conditions that may be nested, as `trace`; it knows them by their paths."""
         x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
-        with _ONE_AT_A_TIME:
-            traced = trace(model, x_t, time[:1], own, shared)
-            program = cls(model, traced, match(traced), dtype)
-        check(program, shape, time, own, shared)
+        devices = [time.device] if time.is_cuda else []
+        with uncompiled(), torch.random.fork_rng(devices), restored(model):
+            with _ONE_AT_A_TIME:
+                traced = trace(model, x_t, time[:1], cond)
+                program = cls(model, traced, match(traced), dtype)
+            check(program, shape, time, cond)
         return program
 
     @property
@@ -238,7 +249,7 @@ class Programs:
         found = self._found.get(key)
         if found is None or (found.program is not None and found.state != state_of(model)):
             try:
-                program = RowProgram.trace(model, shape, time, cond.per_sample, cond.shared, dtype)
+                program = RowProgram.of(model, shape, time, cond, dtype)
                 found = _Found(model, program, state_of(model))
             except NoProgram as reason:
                 found = _Found(model, None, None, str(reason))
@@ -252,16 +263,9 @@ def _structure(cond: Conditions) -> object:
     for name, value in sorted(cond.shared.items()):
         if isinstance(value, Tensor):
             shared.append((name, tuple(value.shape), value.dtype, value.device))
-        elif _is_plain(value):
-            shared.append((name, frozen(value)))
+        elif is_plain(value):
+            shared.append((name, type(value), value))
         else:
             raise NoProgram(f"condition {name!r} is a {type(value).__name__}, neither a tensor nor a number or text")
-    return tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items())), tuple(shared)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    own = tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items()))
+    return own, tuple(shared), cond.structure and cond.structure.key

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .network import Conditions
+from .conditions import Conditions
 from .rules import group_of
 
 
@@ -50,7 +50,8 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
 
     Raises:
         ValueError: if x is not (B, *shape) with B >= 1, not floating point, on another device than the network, or
-            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device.
+            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device, or as
+            `Conditions.of`.
     """
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -66,7 +67,7 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
         raise ValueError(
             f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
         )
-    told_apart = tuple(Conditions.of(cond, len(x)) for cond in conds)
+    told_apart = tuple(Conditions.of(cond, len(x), model) for cond in conds)
     for cond in told_apart:
         for name, value in cond.per_sample.items():
             if value.device != x.device:

@@ -21,6 +21,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import reduce
@@ -29,8 +30,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from .conditions import Conditions
 from .instructions import NoProgram
-from .module_state import refuse_changes, restored, state_of
+from .module_state import refuse_changes, state_of
 from .network import read_output
 
 TIME, SAMPLE, X = 1, 2, 4
@@ -75,13 +77,13 @@ class Traced:
 class _Call(nn.Module):
     """The network as a function of tensors alone that returns one tensor of x_t's shape."""
 
-    def __init__(self, model: nn.Module, constants: dict[str, object]):
+    def __init__(self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict]):
         super().__init__()
-        self.network, self.constants = model, constants
+        self.network, self.constants, self.build = model, constants, build
 
     def forward(self, x_t, time, own, shared):
         before = state_of(self.network)
-        output = self.network(x_t, time, **own, **shared, **self.constants)
+        output = self.network(x_t, time, **self.build(own | shared | self.constants))
         refuse_changes(self.network, before)
         return read_output(output, x_t)
 
@@ -105,26 +107,24 @@ def refuse(node: fx.Node, why: str) -> NoProgram:
     return NoProgram(f"layer {layer_of(node)!r}, operation {operation_of(node)}: {why}")
 
 
-def trace(model: nn.Module, x_t: Tensor, time: Tensor, own: dict[str, Tensor], shared: dict[str, object]) -> Traced:
-    """Return the graph of `model(x_t, time, **own, **shared)` for any number of rows.
+def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions) -> Traced:
+    """Return the graph of `model(x_t, time, **cond)` for any number of rows.
 
     Arguments:
         x_t, time: examples, shapes (1, *shape) and (1,), in the dtypes that the network gets.
-        own: conditions with one entry a sample, at least one.
-        shared: conditions shared by all rows; those that are no tensors become constants of the graph.
+        cond: of one sample at least; shared ones that are no tensors become constants of the graph.
 
     Raises:
         NoProgram: if the network cannot be exported, is random, or mixes rows.
     """
-    with restored(model):
-        _refuse_layers(model, x_t, time, own, shared)
-        return _export(model, x_t, time, own, shared)
+    _refuse_layers(model, x_t, time, cond)
+    return _export(model, x_t, time, cond)
 
 
-def _export(model, x_t, time, own, shared):
-    tensors = {name: value for name, value in shared.items() if isinstance(value, Tensor)}
-    call = _Call(model, {name: value for name, value in shared.items() if name not in tensors})
-    own = {name: _example(value) for name, value in own.items()}
+def _export(model, x_t, time, cond):
+    tensors = {name: value for name, value in cond.shared.items() if isinstance(value, Tensor)}
+    call = _Call(model, {k: v for k, v in cond.shared.items() if k not in tensors}, cond.build)
+    own = {name: _example(value) for name, value in cond.per_sample.items()}
     rows = torch.export.Dim("rows")
     shapes = {
         "x_t": {0: rows},
@@ -180,7 +180,7 @@ class _Muted:
         return getattr(self.stream, name)
 
 
-def _refuse_layers(model, x_t, time, own, shared):
+def _refuse_layers(model, x_t, time, cond):
     """Find layers that never fit and depend on x: NaN in x reaches their outputs."""
     found: list[str] = []
 
@@ -197,8 +197,7 @@ def _refuse_layers(model, x_t, time, own, shared):
         return
     try:
         with torch.no_grad():
-            first = {name: value[:1] for name, value in own.items()}
-            model(torch.full_like(x_t, torch.nan), time, **first, **shared)
+            model(torch.full_like(x_t, torch.nan), time, **cond.select(slice(0, 1)).repeated(1))
     except Exception as error:
         raise NoProgram(f"the network does not take NaN: {type(error).__name__}: {error}") from error
     finally:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.fx.node import map_arg
 
 from .backends.program import run
+from .conditions import Conditions
 from .hoisting import state
-from .network import Conditions, read_output
+from .network import read_output
 from .tracing import layer_of
 
 SIZES = ((2, 3), (5, 4))  # samples, draws
@@ -21,12 +22,12 @@ class ProgramMismatch(RuntimeError):
 
 
 @torch.no_grad()
-def check(program, shape: tuple[int, ...], time: Tensor, own: dict[str, Tensor], shared: dict[str, object]) -> None:
+def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> None:
     """Compare a program with its network at two sizes of batch.
 
     Arguments:
         program: a `RowProgram`.
-        shape, time, own, shared: as in `RowProgram.trace`.
+        shape, time, cond: as in `RowProgram.trace`.
 
     Raises:
         ProgramMismatch: naming the first layer whose value differs.
@@ -36,16 +37,16 @@ def check(program, shape: tuple[int, ...], time: Tensor, own: dict[str, Tensor],
         x_t = torch.randn(batch, draws, torch.Size(shape).numel(), generator=generator, dtype=torch.float64)
         x_t = x_t.to(time.device, program.dtype)
         at = time[torch.arange(draws, device=time.device) % len(time)]
-        cond = Conditions(own, shared).select(torch.arange(batch, device=time.device) % _samples(own))
-        weights, tables = program.bind(at, cond.per_sample, cond.shared)
+        some = cond.select(torch.arange(batch, device=time.device) % _samples(cond.per_sample))
+        weights, tables = program.bind(at, some.per_sample, some.shared)
         found = run(program.code, weights, tables, x_t)
         passed = x_t.reshape(-1, *shape)
-        args, kwargs = (passed, at.repeat(batch)), cond.repeated(draws)
+        args, kwargs = (passed, at.repeat(batch)), some.repeated(draws)
         expected, layers = _outputs_of_layers(program.model, args, kwargs)
         if _close(found, expected.reshape(found.shape)):
             continue
         error = float((found - expected.reshape(found.shape)).abs().max() / expected.abs().max())
-        layer = _first_difference(program, (weights, tables, x_t), args, kwargs, layers, cond, at)
+        layer = _first_difference(program, (weights, tables, x_t), args, some.leaves(draws), layers)
         raise ProgramMismatch(
             f"the network and its row program differ by {error:.3g} of the largest value, first in layer {layer!r}; "
             "either the network gives another answer every time, or this is a bug of fastscore. "
@@ -87,9 +88,9 @@ def _outputs_of_layers(model: nn.Module, args, kwargs) -> tuple[Tensor, list[tup
             handle.remove()
 
 
-def _first_difference(program, bound, args, kwargs, layers, cond, at) -> str:
+def _first_difference(program, bound, args, leaves, layers) -> str:
     """Return the first layer whose value in the exported graph is not the network's, or not the program's."""
-    values = _values_of_graph(program, args, kwargs)
+    values = _values_of_graph(program, args, leaves)
     by_layer = {}
     for node, value in values.items():
         if isinstance(value, Tensor):
@@ -106,9 +107,9 @@ def _first_difference(program, bound, args, kwargs, layers, cond, at) -> str:
     return "forward"
 
 
-def _values_of_graph(program, args, kwargs):
+def _values_of_graph(program, args, leaves):
     sources = {"x": lambda _: args[0], "time": lambda _: args[1], "constant": lambda value: value}
-    sources |= dict.fromkeys(("sample", "shared"), kwargs.__getitem__)
+    sources |= dict.fromkeys(("sample", "shared"), leaves.__getitem__)
     sources["state"] = lambda name: state(program.model, name)
     values = {}
     for node in program.traced.graph.nodes:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastscore as fs
+from fastscore.conditions import Conditions
 from fastscore.instructions import Add, Affine, Linear, Norm, Save
 from fastscore.integrand import cost_of_row
-from fastscore.network import Conditions, predict
+from fastscore.network import predict
 from fastscore.program import NoProgram, Programs, RowProgram, run
 from fastscore.verification import ProgramMismatch
 

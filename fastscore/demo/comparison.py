@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..density import ScoreDensity
-from ..network import Conditions, predict
+from ..network import predict
 from ..predictions import eps_from
 from ..probability_flow import probability_flow_log_prob
 from .problems import Problem

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..conditions import per_sample
 from ..density import ScoreDensity
 from ..estimate import Estimate
 from ..schedules import DDPM, Schedule
@@ -88,7 +89,7 @@ class DiffusionLoss(nn.Module):
             antithetic=pairs,
             nodes=self.nodes,
             reduction=reduction,
-            **{self.condition: z},
+            cond={self.condition: per_sample(z)},
         )
 
     def log_prob(self, x: Tensor, z: Tensor, **options) -> Tensor:
@@ -99,7 +100,7 @@ class DiffusionLoss(nn.Module):
             options: as in `ScoreDensity.log_prob`.
         """
         rows, conditions = self._rows(x, z, None)
-        return self.density.log_prob(rows, **{self.condition: conditions}, **options).reshape(x.shape[:-1])
+        return self.density.log_prob(rows, **self._with(conditions, options)).reshape(x.shape[:-1])
 
     def estimate(self, x: Tensor, z: Tensor, **options) -> Estimate:
         """Return the `Estimate` of all tokens in their order, with standard errors.
@@ -109,7 +110,11 @@ class DiffusionLoss(nn.Module):
             options: as in `ScoreDensity.estimate`.
         """
         rows, conditions = self._rows(x, z, None)
-        return self.density.estimate(rows, **{self.condition: conditions}, **options)
+        return self.density.estimate(rows, **self._with(conditions, options))
+
+    def _with(self, z: Tensor, options: dict) -> dict:
+        """Return the options of a density with z among the conditions."""
+        return options | {"cond": {**(options.get("cond") or {}), self.condition: per_sample(z)}}
 
     def _rows(self, x: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens that count and their conditions, (N, d) and (N, k)."""

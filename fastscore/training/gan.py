@@ -21,11 +21,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..conditions import takes_conditions
 from ..density import ScoreDensity
-from ..network import frozen
+from ..untouched import frozen
 from .losses import density_loss
 
 
+@takes_conditions
 def score_regularization(
     density: ScoreDensity,
     x: Tensor,
@@ -34,7 +36,8 @@ def score_regularization(
     draws: int = 1,
     antithetic: bool = True,
     reduction: str = "mean",
-    **cond,
+    cond: dict | None = None,
+    **named,
 ) -> Tensor:
     """Return an unbiased estimate of -log p(x) in nats whose gradient reaches x alone: a generator's loss term.
 
@@ -44,10 +47,10 @@ def score_regularization(
         density: of a trained score network in eval mode.
         x: generated samples, shape (B, *shape), with their graph.
         seed: key of the noise; give every step another one.
-        draws, antithetic, reduction, cond: as in `density_loss`.
+        draws, antithetic, reduction, cond, named: as in `density_loss`.
 
     Raises:
         ValueError: as `density_loss`.
     """
     with frozen(density.model):
-        return density_loss(density, x, seed=seed, draws=draws, antithetic=antithetic, reduction=reduction, **cond)
+        return density_loss(density, x, seed=seed, draws=draws, antithetic=antithetic, reduction=reduction, cond=cond)

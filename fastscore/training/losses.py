@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from ..conditions import takes_conditions
 from ..density import ScoreDensity
-from ..network import Conditions, predict
+from ..network import predict
 from ..nodes import NodeDensity
 from ..predictions import coefficients
 from ..samples import Samples
@@ -32,6 +33,7 @@ from .nodes import AdaptiveNodes
 REDUCTIONS = ("mean", "none")
 
 
+@takes_conditions
 def density_loss(
     density: ScoreDensity,
     x: Tensor,
@@ -41,7 +43,8 @@ def density_loss(
     antithetic: bool = False,
     nodes: AdaptiveNodes | None = None,
     reduction: str = "mean",
-    **cond,
+    cond: dict | None = None,
+    **named,
 ) -> Tensor:
     """Return an unbiased estimate of -log p(x) in nats: the mean over the batch, or one a sample.
 
@@ -56,7 +59,7 @@ def density_loss(
             variance, most of all where the data are clean.
         nodes: where in log-SNR to draw instead of `density.nodes`; they learn from this call.
         reduction: "mean", a scalar; or "none", shape (B,), each unbiased by itself.
-        cond: keyword arguments of the network; tensors whose first dimension is B belong to their samples.
+        cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
         ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw.
@@ -110,8 +113,9 @@ def _evaluate(density: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple
     x_t = alpha.to(like)[:, None] * x + sigma.to(like)[:, None] * eps
     # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
     (own,) = samples.conds
-    cond = Conditions({}, {k: torch.cat([v] * copies) for k, v in own.per_sample.items()} | own.shared)
-    prediction = predict(density.model, x_t[None], time.to(x.device), cond, samples.shape, density.time_dtype)[0]
+    prediction = predict(
+        density.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, density.time_dtype
+    )[0]
     residual = c * (a * eps + b * x - prediction)
     control = eps - density.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device))[0]
     difference = (residual.square().sum(1) - control.square().sum(1)).reshape(len(signs), -1).mean(0)

@@ -1,0 +1,91 @@
+"""Look into a network, or call it, and leave it as it was: compiled code, modes, gradients, buffers, random numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile made as the plain code that it was made from, without a trace of it afterwards.
+
+    Compiled code does not go together with what looks into a network (hooks, dispatch modes, export), and would be
+    given up for good after the first such call; nor with a backward pass that keeps its graph.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def evaluation(call: Callable) -> Callable:
+    """Let a method of a density, or a function of one, compute without gradients and leave the network as it was.
+
+    Layers in train mode do not learn from it: their buffers, and the global random numbers of the CPU, are put back.
+    """
+
+    @wraps(call)
+    def evaluated(owner, *args, **kwargs):
+        density = owner
+        while hasattr(density, "density"):
+            density = density.density
+        with torch.no_grad(), _put_back(density.model):
+            return call(owner, *args, **kwargs)
+
+    return evaluated
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    state = torch.get_rng_state()
+    learning = [layer for layer in model.modules() if layer.training]
+    kept = contents(buffer for layer in learning for buffer in layer.buffers(recurse=False))
+    try:
+        yield
+    finally:
+        put_back(kept)
+        torch.set_rng_state(state)
+
+
+def contents(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return tensors with a copy of each, for `put_back`; those of inference mode nobody writes to."""
+    return [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
+
+
+@torch.no_grad()
+def put_back(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write copies back into their tensors. Versions do not tell which have changed: batch norm does not raise them."""
+    for tensor, copy in kept:
+        tensor.copy_(copy)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every layer of a network into eval mode, and each back into the mode that it was in."""
+    training = [layer for layer in model.modules() if layer.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no gradient reach a network's parameters: what is computed inside depends on its inputs alone."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)

@@ -1,0 +1,114 @@
+"""What a network's answer may depend on is asked once: no alarm for honest ones, one sentence for each other kind."""
+
+import warnings
+
+import pytest
+import torch
+from test_program import NETWORKS
+from torch import nn
+
+import fastscore as fs
+from fastscore.probe import COPIES, NetworkWarning
+
+SCHEDULE = fs.VP()
+
+
+class Net(nn.Module):
+    """A small network of x, t and a label, some function of whose inputs is wrong."""
+
+    def __init__(self, wrong=None):
+        super().__init__()
+        self.first, self.last, self.label = nn.Linear(4, 16), nn.Linear(16, 3), nn.Embedding(11, 16)
+        self.norm, self.wrong, self.rows = nn.BatchNorm1d(16), wrong, []
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x, t, y=None):
+        self.rows.append(len(x))
+        if self.wrong == "first time":
+            t = t[:1].expand(len(t))
+        if self.wrong == "label dropout" and y is not None:
+            y = torch.where(torch.rand(len(y)) < 0.1, 10, y)
+        h = self.first(torch.cat([x, t[:, None]], 1))
+        if y is not None:
+            h = h + 3 * self.label(y)
+        if self.wrong == "batch norm":
+            h = self.norm(h)
+        if self.wrong == "attention over the batch":
+            h = torch.softmax(0.1 * h @ h.T, 1) @ h
+        if self.wrong == "one random shift a call":
+            h = h + torch.randn((), generator=self.generator)
+        return self.last(torch.tanh(h))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("first time", r"the time of the first row alone \(t\[0\]\)"),
+        ("label dropout", "the same row in one batch: it draws random numbers, as dropout and label dropout"),
+        ("batch norm", "lets the rows of a batch see each other.*call model.eval"),
+        ("attention over the batch", "lets the rows of a batch see each other"),
+        ("one random shift a call", "the same batch is evaluated again: it draws random numbers"),
+    ],
+)
+@pytest.mark.parametrize("call", ["estimate", "log_prob", "compare", "fit"])
+def test_each_kind_of_coupling_gets_its_sentence_once(wrong, said, call):
+    torch.manual_seed(0)
+    net, x, y = Net(wrong), torch.randn(40, 3), torch.arange(40) % 10
+    net.train(wrong == "batch norm")
+    density = fs.ScoreDensity(net, SCHEDULE, program=False)
+    run = {
+        "estimate": lambda: density.estimate(x, nfe=16, y=y),
+        "log_prob": lambda: density.log_prob(x, nfe=16, y=y),
+        "compare": lambda: density.compare(x, {"y": y}, {"y": y}, nfe=16),
+        "fit": lambda: density.fit(x, evaluations=3000, y=y, progress=False),
+    }[call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers in train mode another sentence says so
+        warnings.filterwarnings("error", category=NetworkWarning)
+        with pytest.raises(NetworkWarning, match=said):
+            run()
+        run()  # once
+
+
+def test_a_label_that_is_dropped_in_a_tenth_of_the_rows_is_seen_nearly_always():
+    seen = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        density = fs.ScoreDensity(Net("label dropout"), SCHEDULE, program=False)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            density.estimate(torch.randn(4, 3), nfe=8, y=torch.arange(4))
+        seen += any(issubclass(w.category, NetworkWarning) for w in found)
+    # Of 48 rows in two batches the chance that none is dropped is 0.6 %.
+    assert seen >= 57
+
+
+def test_the_cost_in_forward_passes():
+    net = Net().eval()
+    density = fs.ScoreDensity(net, SCHEDULE, program=False)
+    density.estimate(torch.randn(4, 3), nfe=8)
+    first, net.rows = sum(net.rows), []
+    density.estimate(torch.randn(4, 3), nfe=8)
+    # Two batches of four rows' copies and one of three; the other rows measure the memory of one.
+    assert first - sum(net.rows) <= 8 * COPIES + 3 + 24
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_alarm_for_real_networks(name):
+    make, shape, own, shared = NETWORKS[name]
+    torch.manual_seed(0)
+    net, schedule = make().eval(), fs.EDM() if "EDM" in name else SCHEDULE
+    cond = {k: fs.per_sample(f(4)) for k, f in own.items()} | {k: fs.shared(f(1)) for k, f in shared.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=NetworkWarning)
+        fs.ScoreDensity(net, schedule, program=False).estimate(torch.randn(4, *shape), nfe=8, **cond)
+
+
+def test_random_numbers_of_the_caller_are_left_alone():
+    net = Net("label dropout")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with pytest.warns(NetworkWarning):
+        fs.ScoreDensity(net, SCHEDULE, program=False).estimate(torch.zeros(4, 3), nfe=8, y=torch.arange(4))
+    assert torch.equal(torch.rand(4), expected)

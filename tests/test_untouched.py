@@ -1,0 +1,210 @@
+"""A user's network is the same after every public call: hooks, modes, gradients, buffers, attributes, compiled code."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastscore as fs
+from fastscore.metrics import NegativeLogLikelihood
+
+SCHEDULE = fs.LogSNR(-6, 6)
+
+
+class MLP(nn.Module):
+    """Two layers and what a module may carry: a label, a flag, a list, a parameter without gradient."""
+
+    def __init__(self, middle=None):
+        super().__init__()
+        self.a, self.middle, self.b = nn.Linear(4, 16), middle or nn.SiLU(), nn.Linear(16, 4)
+        self.b.bias.requires_grad_(False)
+        self.label, self.notes = nn.Embedding(3, 16), [1, 2]
+
+    def forward(self, x, t, y=None):
+        h = self.a(x) + t.to(x.dtype)[:, None]
+        return self.b(self.middle(h if y is None else h + self.label(y)))
+
+
+class Images(nn.Module):
+    """A convolution and a normalization, which no row program holds; data of four numbers are images of 2 x 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.label = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Embedding(3, 1)
+
+    def forward(self, x, t, y=None):
+        h = self.norm(self.conv(x.reshape(-1, 1, 2, 2))) * t.to(x.dtype)[:, None, None, None]
+        return (h if y is None else h + self.label(y)[:, :, None, None]).reshape(x.shape)
+
+
+class Caching(MLP):
+    """Keeps what it computed for a number of rows, as positional tables are kept."""
+
+    def forward(self, x, t, y=None):
+        if getattr(self, "kept", None) is None:
+            self.kept = torch.linspace(0, 1, 4, dtype=x.dtype)
+        return super().forward(x + self.kept, t, y)
+
+
+def hooked():
+    net = MLP()
+    net.a.register_forward_hook(lambda module, args, output: output * 2)
+    net.register_forward_pre_hook(lambda module, args: args)
+    net.b.register_full_backward_hook(lambda module, *grads: None)
+    return net.eval()
+
+
+def normalized():
+    return MLP(nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 16)), nn.SiLU())).eval()
+
+
+def spectral(training):
+    return MLP(nn.Sequential(parametrizations.spectral_norm(nn.Linear(16, 16)), nn.SiLU())).train(training)
+
+
+RUNS = {"compiled": 0}
+
+
+def counting(graph, inputs):
+    def run(*args):
+        RUNS["compiled"] += 1
+        return graph(*args)
+
+    return run
+
+
+def compiled(net):
+    return torch.compile(net.eval(), backend=counting, fullgraph=True)
+
+
+def compiled_in_place(net):
+    net.eval().compile(backend=counting, fullgraph=True)
+    return net
+
+
+NETWORKS = {
+    "plain": lambda: MLP().eval(),
+    "with hooks": hooked,
+    "batch norm": lambda: Images().eval(),
+    "batch norm in train mode": lambda: Images().train(),
+    "dropout in train mode": lambda: MLP(nn.Dropout(0.5)).train(),
+    "one layer in train mode": lambda: MLP(nn.Sequential(nn.Linear(16, 16).train(), nn.ReLU().eval())),
+    "weight norm": normalized,
+    "spectral norm": lambda: spectral(False),
+    "spectral norm in train mode": lambda: spectral(True),
+    "caching": lambda: Caching().eval(),
+    "compiled": lambda: compiled(MLP()),
+    "compiled images": lambda: compiled(Images()),
+    "compiled in place": lambda: compiled_in_place(Images()),
+}
+
+X, Y = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+
+CALLS = {
+    "estimate": lambda d: d.estimate(X, nfe=16, y=Y),
+    "estimate to a target": lambda d: d.estimate(X, nfe=16, target_stderr=0.5, max_nfe=64),
+    "log_prob": lambda d: d.log_prob(X, nfe=16),
+    "compare": lambda d: d.compare(X, {"y": Y}, {"y": (Y + 1) % 3}, nfe=16),
+    "fit": lambda d: d.fit(X, evaluations=4000, progress=False),
+    "explain": lambda d: fs.explain(d.model, (4,), SCHEDULE),
+    "ODE, exact": lambda d: fs.probability_flow_log_prob(d, X[:3], method="midpoint", steps=2),
+    "ODE, probes": lambda d: fs.probability_flow_log_prob(d, X[:3], trace="hutchinson", method="midpoint", steps=2),
+    "captured": lambda d: fs.CapturedDensity(d, X, nfe=16)(X),
+    "discrete": lambda d: fs.discrete_log_prob(d, Y[:, None].expand(-1, 4), fs.Levels(3), nfe=16),
+    "classifier": lambda d: fs.DiffusionClassifier(d, {"y": torch.arange(3)}).classify(X[:4], nfe=32),
+    "metric": lambda d: NegativeLogLikelihood(d, nfe=16).update(X),
+    "transformed": lambda d: fs.Transformed(d, torch.distributions.AffineTransform(0.0, 2.0)).estimate(X, nfe=16),
+    "regularization": lambda d: fs.score_regularization(d, X, seed=0),
+}
+# In train mode these are steps of a training, in which layers are meant to learn.
+TRAINING = ("log_prob", "captured", "regularization")
+
+
+def snapshot(net):
+    """Return all that a call could change, by name."""
+    found = {
+        "torch random numbers": torch.get_rng_state().tolist(),
+        "python random numbers": random.getstate(),
+        "numpy random numbers": tuple(np.random.get_state()[1]),  # noqa: NPY002
+        "default dtype": torch.get_default_dtype(),
+        "gradients on": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "threads": torch.get_num_threads(),
+        "dispatch modes": len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()),
+    }
+    for name, module in net.named_modules():
+        found[name, "mode"] = module.training
+        for key, value in vars(module).items():
+            if isinstance(value, dict) and key not in ("_parameters", "_buffers", "_modules"):
+                found[name, key] = {k: id(v) for k, v in value.items()}
+            elif isinstance(value, list):
+                found[name, key] = list(value)
+            elif not isinstance(value, dict):
+                found[name, key] = id(value)
+    for name, parameter in net.named_parameters():
+        found[name] = (id(parameter), parameter.requires_grad, parameter.grad, parameter.tolist())
+    for name, buffer in net.named_buffers():
+        found[name] = (id(buffer), buffer.tolist())
+    return found
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:the network is in train mode")
+def test_a_network_is_as_it_was_after(name, call):
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    net = NETWORKS[name]()
+    with torch.no_grad():
+        net(X, torch.zeros(24))  # its own first call may compile and cache
+    if name.endswith("in train mode") and call in TRAINING:
+        pytest.skip("a step of a training")
+    before = snapshot(net)
+    try:
+        CALLS[call](fs.ScoreDensity(net, SCHEDULE))
+    except fs.verification.ProgramMismatch:
+        assert "train mode" in name  # random, and says so
+    after = snapshot(net)
+    assert [key for key in before if before[key] != after[key]] == []
+    assert before.keys() == after.keys()
+    if name.startswith("compiled"):
+        RUNS["compiled"] = 0
+        with torch.no_grad():
+            net(X, torch.zeros(24))
+        assert RUNS["compiled"] == 1
+
+
+@pytest.mark.parametrize("how", [compiled, compiled_in_place])
+def test_a_compiled_network_runs_compiled_in_an_estimate(how):
+    torch._dynamo.reset()
+    net = how(Images())
+    RUNS["compiled"] = 0
+    found = fs.ScoreDensity(net, SCHEDULE).estimate(X, nfe=16)
+    assert RUNS["compiled"] >= 1
+    plain = fs.ScoreDensity(getattr(net, "_orig_mod", net), SCHEDULE)
+    with torch.compiler.set_stance("force_eager"):
+        expected = plain.estimate(X, nfe=16)
+    assert torch.equal(found.log_prob, expected.log_prob)  # the backend runs the very operations
+
+
+def test_a_compiled_network_that_was_trained_has_an_ode_density():
+    """Its compiled backward pass frees what an exact trace would read again."""
+    torch._dynamo.reset()
+    plain = MLP().eval()
+    net = torch.compile(plain, backend="aot_eager")
+    density = fs.ScoreDensity(net, SCHEDULE)
+    fs.density_loss(density, X, seed=0).backward()
+    expected = fs.probability_flow_log_prob(fs.ScoreDensity(plain, SCHEDULE), X[:3], method="midpoint", steps=4)
+    for batch in (2, 3):
+        found = fs.probability_flow_log_prob(density, X[:batch], method="midpoint", steps=4)
+        assert torch.allclose(found.log_prob, expected.log_prob[:batch], atol=1e-5)
+
+
+def test_a_layer_that_learns_in_train_mode_sees_no_nan():
+    """Where a network has layers that no program holds, they are found by NaN in x, which a running mean would keep."""
+    net = Images().train()
+    with pytest.warns(UserWarning, match="train mode"):
+        fs.ScoreDensity(net, SCHEDULE).log_prob(X, nfe=16)
+    assert bool(torch.isfinite(net.norm.running_mean).all())
