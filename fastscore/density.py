@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
 from .estimate import (
@@ -40,6 +39,7 @@ from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, run_pilot, variance_ratio
 from .predictions import check_prediction
 from .program import Programs
+from .progress import progress_bar
 from .reference import Reference
 from .samples import Samples, check_samples
 from .schedules import Schedule
@@ -150,7 +150,7 @@ class ScoreDensity(nn.Module):
         target_stderr: float | None = None,
         max_nfe: int = 16384,
         memory: int | str | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         **cond,
     ) -> Estimate:
         r"""Return log p(x) with its standard error and an account of the other errors.
@@ -167,7 +167,7 @@ class ScoreDensity(nn.Module):
                 is below; at most `max_nfe` a sample.
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond: keyword arguments of the network; tensors whose first dimension is B go with their samples.
 
         Returns:
@@ -187,7 +187,7 @@ class ScoreDensity(nn.Module):
             )
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
-        with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
+        with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             total, variance, curve, offset = self._round(samples, first, method, chunks, bar)
             spent = torch.full_like(total, first.rule.nfe)
             active = self._above(target_stderr, variance, spent, max_nfe)
@@ -261,7 +261,7 @@ class ScoreDensity(nn.Module):
         evaluations: int = 400_000,
         seed: int = 0,
         memory: int | str | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         **cond,
     ) -> ScoreDensity:
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
@@ -277,14 +277,14 @@ class ScoreDensity(nn.Module):
                 independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond: keyword arguments of the network for the data.
 
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
         samples = self._samples(data, None, cond)
-        with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
+        with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
                 bar.set_description(f"fit: {what}")

@@ -18,6 +18,7 @@ RANKS = {
     "instructions": 0,
     "memory": 0,
     "network": 0,
+    "progress": 0,
     "ranks": 0,
     "noise": 0,
     "run_folder": 0,
