@@ -48,9 +48,11 @@ def pytest_keyboard_interrupt() -> None:
 def _tell(found: pytest.TestReport | pytest.CollectReport) -> None:
     if not found.failed or "PYTEST_XDIST_WORKER" in os.environ:  # the workers' reports come to the main process
         return
+    pytest_runtest_logfinish(found.nodeid)  # which does not come for a test that took its process with it
     crash = getattr(found.longrepr, "reprcrash", None)
-    text = crash.message if crash else found.longreprtext
-    _say(found.nodeid, next((line.strip() for line in text.splitlines() if line.strip()), "no message"))
+    lines = (crash.message if crash else found.longreprtext).splitlines()
+    # xdist begins the report of a process that crashed with its name.
+    _say(found.nodeid, next((line.strip() for line in lines if line.strip() and line[:3] != "[gw"), "no message"))
     if os.environ.get(TRACEBACKS):
         with open(os.environ[TRACEBACKS], "a") as file:
             file.write(f"{found.nodeid}\n{found.longreprtext}\n\n")
@@ -58,6 +60,5 @@ def _tell(found: pytest.TestReport | pytest.CollectReport) -> None:
 
 def _say(nodeid: str, why: str) -> None:
     terminal = CONFIG[0].pluginmanager.get_plugin("terminalreporter")
-    terminal.ensure_newline()
-    terminal.write_line(f"FAILED {nodeid}: {why[:300]}")
+    terminal.write(f"\nFAILED {nodeid}: {why[:300]}\n")
     steps.report(failure=nodeid, why=why[:300])

@@ -34,6 +34,9 @@ def make_steps() -> list[Step]:
     import gpu_calls as calls
     import gpu_kernels as kernels
     from gpu_cases import FIRST, LATER
+    from measuring import REHEARSING
+
+    wider = () if REHEARSING else (128, 256)
 
     def kernel(case) -> Step:
         return Step(f"kernel {case.name}", measured(kernels.kernel, case), 40, least=10)
@@ -49,7 +52,7 @@ def make_steps() -> list[Step]:
         Step("training step", measured(calls.training_step), 20),
         Step("gradient", measured(calls.gradient), 30),
         *(kernel(case) for case in FIRST[1:]),
-        *(estimate(width, "bf16") for width in (128, 256)),
+        *(estimate(width, "bf16") for width in wider),
         estimate(64, "float32"),
         Step("thin path", measured(calls.thin_path), 30),
         Step("captured", measured(calls.captured), 20),

@@ -213,7 +213,7 @@ def thin_path() -> Row:
 def ode() -> Row:
     """The probability-flow ODE, exact trace: the midpoint rule beside torchdiffeq's rk4 for as many evaluations."""
     density, x = fs.ScoreDensity(head(64, DEPTH), SCHEDULE), data(256)
-    steps = 2 if REHEARSING else 8
+    steps = 2 if REHEARSING else 4
     row = Row("calls", call=f"probability_flow_log_prob, midpoint, {2 * steps} evaluations, exact, {len(x)} samples")
 
     def run(**options):

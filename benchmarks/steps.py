@@ -175,7 +175,9 @@ class _Running:
             self.end_of_output = (self.end_of_output + text)[-LAST_LINE:]
 
     def _last_line(self) -> str:
-        return (self.end_of_output.strip().splitlines() or [""])[-1].strip()
+        """Return the last line that says something: pytest's dots do not."""
+        lines = [line.strip() for line in self.end_of_output.splitlines()]
+        return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "")
 
     def _interrupt(self) -> None:
         """Ask it as Ctrl-C does: Python says where it was, pytest sums up."""
