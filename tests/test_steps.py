@@ -46,11 +46,17 @@ def script(listed, seconds=60):
     return f"{PROLOGUE}\nfound = [{listed}]\n" + EPILOGUE.replace("SECONDS", str(seconds))
 
 
-def run(tmp_path, listed, seconds=60):
+def run(tmp_path, listed, seconds=60, sigint=signal.SIG_DFL):
     """Run steps in a program of their own; return the outcomes by name, what was heard, and what was shown."""
-    command = [sys.executable, "-c", script(listed, seconds)]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script(listed, seconds)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),
+    )
     assert done.returncode == 0, done.stderr
     shown, _, result = done.stdout.partition("RESULT")
     found = json.loads(result)
@@ -93,8 +99,10 @@ def test_a_step_that_fails_crashes_or_hangs_costs_itself_alone(tmp_path):
     assert 1 <= outcomes["hangs"]["seconds"] < 10
 
 
-def test_a_step_that_hangs_says_where(tmp_path):
-    outcomes, _, shown = run(tmp_path, 'Step("hangs", stay, 0.5)')
+@pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
+def test_a_step_that_hangs_says_where(tmp_path, sigint):
+    # A shell's background job ignores Ctrl-C, which is how a step is asked to end.
+    outcomes, _, shown = run(tmp_path, 'Step("hangs", stay, 0.5)', sigint=sigint)
     assert outcomes["hangs"]["state"] == "stopped"
     assert ", in stay\n" in shown
     assert shown.splitlines()[-2].startswith("KeyboardInterrupt")
@@ -148,9 +156,7 @@ def test_parts_in_parallel_are_reported_each(tmp_path):
     assert outcomes["all good"]["state"] == "passed"
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_a_job_that_is_ended_still_sums_up_and_leaves_nothing(tmp_path, ignored):
-    # Ended by SIGINT, also where a shell's background job ignores that in its children.
+def test_a_job_that_is_ended_still_sums_up_and_leaves_nothing(tmp_path):
     text = script('Step("hangs", hang, 100), Step("later", stay, 100)')
     text = "import signal; signal.signal(signal.SIGTERM, signal.default_int_handler)\n" + text
     process = subprocess.Popen(
@@ -159,7 +165,6 @@ def test_a_job_that_is_ended_still_sums_up_and_leaves_nothing(tmp_path, ignored)
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
     )
     while "a word before the end" not in process.stdout.readline():
         assert process.poll() is None
