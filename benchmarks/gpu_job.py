@@ -116,6 +116,8 @@ def _prepare(rehearse: bool) -> None:
     sys.path[:0] = places
     os.environ["PYTHONPATH"] = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["TRITON_INTERPRET"] = "1" if rehearse else "0"
+    # Steps compile in parallel themselves; a pool of processes for each would cost more than it saves.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if rehearse:
         os.environ |= {"FASTSCORE_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the job still gets its summary

@@ -40,6 +40,12 @@ class Row(dict):
         print(f"  {column}: {self.failed.get(column) or cell(self[column])}")
         report(table=self.table, row=self, failed=self.failed)
 
+    def beside(self, what: str, run: Callable[[], object]) -> None:
+        """Measure what stands beside "ms", in milliseconds, and how many times as long it takes."""
+        self["beside"] = what
+        self.measure("its ms", run)
+        self.ratio("its / ours", "its ms", "ms")
+
     def ratio(self, column: str, above: str, below: str) -> None:
         """Set a column to the ratio of two others, where both were measured."""
         if self.get(above) and self.get(below):
@@ -49,6 +55,13 @@ class Row(dict):
 
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+
+
+def below(value: float, limit: float, what: str) -> float:
+    """Return a value, or raise ValueError if it is not below its limit: what is wrong has no time."""
+    if not value < limit:
+        raise ValueError(f"{what} is {value:.2g}, less than {limit:.2g} is allowed")
+    return value
 
 
 def synchronize() -> None:

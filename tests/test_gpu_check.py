@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 PLANTED_TESTS = """
 import time
