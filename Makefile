@@ -11,7 +11,7 @@ CUDACXX ?= $(or $(shell command -v nvcc),$(FETCHED))
 # What of the tests an installed wheel has to pass by itself.
 WHEEL_TESTS := test_native.py test_native_resources.py test_backends.py test_cli.py test_density.py test_noise.py
 
-.PHONY: demo test lint wheel test-wheel bench bench-long report gpu-check clean
+.PHONY: demo test lint wheel test-wheel bench bench-long report gpu-check gpu-bench clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
@@ -53,12 +53,13 @@ bench-long: .venv/bench
 report: .venv/dev
 	$(BIN)/python benchmarks/report.py
 
-# With the Python, torch and Triton of the GPU's machine, offline: the package is installed beside them, not into them;
-# WHEEL=dist/... takes a wheel with CUDA kernels, else it is built here without them.
-gpu-check:
+# On a machine with a GPU, under five minutes each: is it right, and how fast is it? With the Python, torch and Triton of
+# that machine, offline: the package is installed beside them, not into them; WHEEL=dist/... takes a wheel with CUDA
+# kernels, else it is built here without them. OPTIONS="--only kernel,estimate --seconds 100": see --help.
+gpu-check gpu-bench:
 	rm -rf build/gpu
 	FASTSCORE_NO_CUDA=1 $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/gpu $(or $(WHEEL),.)
-	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) benchmarks/$(subst -,_,$@).py $(OPTIONS)
 
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,78 +1,77 @@
-"""The whole GPU job in one command: check every kernel, then measure all of them.
+"""Check everything that runs on a GPU in under five minutes: every failure is listed with its first line.
 
     make gpu-check                              on a machine with a GPU
-    python benchmarks/gpu_check.py --rehearse   every line of it on a CPU, in Triton's interpreter, timing nothing
+    make gpu-check OPTIONS="--only graph,kernels --seconds 100"
+    python benchmarks/gpu_check.py --rehearse   every line on a CPU, in Triton's interpreter
 
-1. Versions, device, driver, and what each backend says.
-2. Correctness: tests/kernels, the compiled kernels' tests, tests/test_backends.py and tests/test_graph.py on the
-   device, outputs filled with NaN beforehand. Nothing is timed unless all of it passes.
-3. The compiled kernels under compute-sanitizer, where there is one: memcheck and racecheck.
-4. benchmarks/bench_kernels.py: ceilings, the fused kernels beside eager and compiled PyTorch, precisions, sweeps over
-   launches, the thin kernels around a convolutional network. Tables are printed, and written to benchmarks/results
-   (or --out) as JSON with machine, versions and date.
+1. Machine, versions, what each backend says.
+2. Every kernel of `make gpu-bench` launched once and compared with float64: which run at all? They are compiled by
+   parallel processes.
+3. The tests of the device, outputs filled with NaN beforehand, spread over processes where pytest-xdist is there.
+4. The compiled kernels under compute-sanitizer, where there is one: memcheck and racecheck.
+
+Each is a step with its own time limit (`steps.py`), ordered by what it tells. Tracebacks of failed tests go to
+gpu-check-tracebacks.txt beside the log.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import subprocess
 import sys
-import time
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILED = ("tests/test_native.py", "tests/test_cuda_kernels.py")
-CHECKS = ("tests/kernels", *COMPILED, "tests/test_backends.py", "tests/test_graph.py")
+import gpu_job
+from steps import Step, program
+
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Small launches of every family: the sanitizer makes a kernel a hundred times slower.
 SANITIZED = "tests/test_cuda_kernels.py::test_launches_repeat_to_the_bit_and_in_a_graph"
+MOST_PROCESSES = 8  # each holds half a gigabyte of the GPU for its context
 
 
-def run(title: str, *command: str, environment: dict, under: tuple[str, ...] = ()) -> None:
-    """Run a step of Python, `under` another program; end the whole job with its exit code if it fails."""
-    print(f"\n== {title}", flush=True)
-    start = time.perf_counter()
-    code = subprocess.run([*under, sys.executable, "-P", *command], cwd=ROOT, env=environment).returncode
-    print(f"== {title}: {'passed' if code == 0 else f'FAILED with exit code {code}'} in "
-          f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-    if code:
-        sys.exit(code)
+def pytest_step(name: str, seconds: float, *chosen: str, spread: bool = True, under: tuple[str, ...] = ()) -> Step:
+    """Return the step of some tests, spread over processes where pytest-xdist is there, or run `under` a program."""
+    processes = min(MOST_PROCESSES, os.cpu_count() or 1) if spread and find_spec("xdist") else 1
+    options = ["-q", "-rN", "--tb=no", "-p", "failures", "-p", "no:cacheprovider"]
+    options += ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+    run = program(*under, sys.executable, "-P", "-m", "pytest", *options, *chosen)
+    return Step(name, run, seconds, least=10, sums_up=True)
 
 
-def sanitize(environment: dict) -> None:
-    """Run the compiled kernels under compute-sanitizer, or say that there is none."""
-    if not Path(SANITIZER).exists():
-        print(f"\n== compute-sanitizer: NOT RUN, found none on PATH nor at {SANITIZER}", flush=True)
-        return
-    for tool in ("memcheck", "racecheck"):
-        under = SANITIZER, "--tool", tool, "--error-exitcode", "1"
-        run(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", SANITIZED, environment=environment, under=under)
+def sanitized(tool: str) -> Step:
+    """Return the step that runs the compiled kernels under a tool of compute-sanitizer."""
+    under = SANITIZER, "--tool", tool, "--error-exitcode", "1"
+    why_not = "" if Path(SANITIZER).exists() else f"found no compute-sanitizer on PATH nor at {SANITIZER}"
+    return replace(pytest_step(tool, 60, SANITIZED, spread=False, under=under), least=20, why_not=why_not)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rehearse", action="store_true", help="run every line on a CPU and time nothing")
-    parser.add_argument("--out", type=Path, help="also copy the result files here")
-    options = parser.parse_args()
-    rehearse = {"FASTSCORE_REHEARSE": "1", "TRITON_INTERPRET": "1"} if options.rehearse else {"TRITON_INTERPRET": "0"}
-    environment = os.environ | rehearse
-    if not options.rehearse:
-        probe = "import sys, torch; sys.exit('no CUDA device: see --rehearse' if not torch.cuda.is_available() else 0)"
-        run("a CUDA device", "-c", probe, environment=environment)
-    run("machine", "-m", "fastscore", "info", environment=environment)
-    checks = ("tests/test_graph.py",) if options.rehearse else CHECKS  # the tests run the others anyway
-    run("correctness", "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks, environment=environment)
-    if not options.rehearse:
-        sanitize(environment)
-    bench = "-m", "pytest", "benchmarks/bench_kernels.py", "-q", "-s", "-p", "no:cacheprovider"
-    run("measurements", *bench, environment=environment)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        for path in (ROOT / "benchmarks" / "results").glob("*"):
-            shutil.copy(path, options.out)
+def make_steps() -> list[Step]:
+    """Return all steps; what they share is imported here, once for all processes."""
+    import gpu_calls
+    import gpu_kernels
+    from measuring import REHEARSING
+
+    steps = [
+        Step("info", program(sys.executable, "-P", "-m", "fastscore", "info"), 40),
+        Step("public calls", gpu_calls.public_calls, 60),
+        Step("launches", gpu_kernels.first_launches, 90),
+        pytest_step("graph", 60, "tests/test_graph.py"),
+    ]
+    if REHEARSING:  # the tests run the others anyway
+        return steps
+    return [
+        *steps,
+        pytest_step("compiled kernels", 60, "tests/test_native.py", "tests/test_cuda_kernels.py"),
+        pytest_step("backends", 90, "tests/test_backends.py"),
+        pytest_step("kernels", 120, "tests/kernels/test_kernels.py"),
+        sanitized("memcheck"),
+        sanitized("racecheck"),
+        pytest_step("resources", 60, "tests/kernels/test_aot.py"),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(gpu_job.main("gpu-check", __doc__, make_steps))

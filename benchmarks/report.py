@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 import pictures
+from record import RESULTS, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+DOCS = ROOT / "docs"
 # Other pages show these: docs/kernels.md and docs/training.md.
 OTHERS = {"native_resources", "aot", "gan"}
 
@@ -20,18 +21,6 @@ def tables() -> dict[str, dict]:
     """Return every recorded table by its name."""
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
     return {path.stem: json.loads(path.read_text()) for path in paths}
-
-
-def markdown(rows: list[dict]) -> str:
-    titles = [title for title, value in rows[0].items() if not isinstance(value, list)]
-    lines = [titles, ["---"] * len(titles), *([cell(row.get(t)) for t in titles] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def results(found: dict[str, dict]) -> str:

@@ -105,7 +105,7 @@ class Work:
 
     def estimate(self, number: int) -> Block:
         index = self.blocks[number]
-        result = self.density.estimate(self.rows(index), sample_index=index, **self.options)
+        result = self.density.estimate(self.rows(index), sample_index=index, progress=False, **self.options)
         return {
             "sample_index": index.numpy(),
             **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},

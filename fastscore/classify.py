@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .calibration import uncalibrated
 from .conditions import Conditions, takes_conditions
@@ -29,6 +28,7 @@ from .elimination import Classification, Rounds, round_sizes
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
 from .nodes import FittedNodes, NodeDensity
+from .progress import progress_bar
 from .reference import Reference
 from .rules import FixedRules, Rules, make_rules, uniform_in_time
 from .samples import Samples
@@ -85,7 +85,7 @@ class DiffusionClassifier(nn.Module):
         evaluations: int = 50_000,
         seed: int = 0,
         memory: int | str | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         cond: dict | None = None,
         **named,
     ) -> DiffusionClassifier:
@@ -95,7 +95,7 @@ class DiffusionClassifier(nn.Module):
             data: training data, shape (N, *shape); labels are not needed.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
             seed, memory, cond, named: as in `classify`.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
 
         Raises:
             ValueError: if the evaluations are too few for one sample.
@@ -132,7 +132,7 @@ class DiffusionClassifier(nn.Module):
         seed: int = 0,
         sample_index: Tensor | None = None,
         memory: int | str | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         cond: dict | None = None,
         **named,
     ) -> Classification:
@@ -147,7 +147,7 @@ class DiffusionClassifier(nn.Module):
             weighting: "density" for the integral over log-SNR, "uniform" for the mean of ||eps - eps_hat||^2 over the
                 schedule's own time, no likelihood but the weighting of Li et al. (2023).
             seed, sample_index, memory: as in `ScoreDensity.estimate`.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond, named: further keyword arguments of the network, the same for all classes, as in
                 `ScoreDensity.estimate`.
 
@@ -170,7 +170,7 @@ class DiffusionClassifier(nn.Module):
         each = 4 * len(self.log_prior) * (COPIES * sum(each.draws for each in rules) + 3 * samples.x.shape[1])
         at_once = max(1, min(BATCH, budget_bytes(memory, x.device) // 2 // each))
         parts = []
-        with tqdm(total=len(samples), disable=not progress, unit="sample", desc="classify") as bar:
+        with progress_bar(progress, total=len(samples), unit="sample", desc="classify") as bar:
             for start in range(0, len(samples), at_once):
                 parts.append(self._batch(samples.select(slice(start, start + at_once)), plan))
                 bar.update(len(parts[-1].nfe))

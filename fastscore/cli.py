@@ -72,7 +72,7 @@ def evaluate(
         with Ranks.of_environment() as ranks:
             density, identity = load_density(model, schedule, predicts, _device(device, ranks.local))
             arrays = {"data": load_array(data), "fit": None if fit is None else load_array(fit)}
-            result = evaluate_dataset(density, **arrays, identity=identity, progress=True, ranks=ranks, **options)
+            result = evaluate_dataset(density, **arrays, identity=identity, ranks=ranks, **options)
     except (KeyboardInterrupt, OtherRankFailed) as stop:
         saved = str(stop) if isinstance(stop, Interrupted | OtherRankFailed) else _NOTHING_COMPUTED
         if rank <= 1:  # rank 0 speaks for all, and rank 1 in case that it is rank 0 who is gone

@@ -17,12 +17,11 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import probe
 from .backends.select import check_name, select
@@ -39,6 +38,7 @@ from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
 from .predictions import check_prediction
 from .program import Programs
+from .progress import progress_bar
 from .reference import Reference
 from .rules import make_rules, method_table
 from .samples import Samples, check_samples
@@ -179,7 +179,7 @@ class ScoreDensity(nn.Module):
         target_stderr: float | None = None,
         max_nfe: int = 16384,
         memory: int | str | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         cond: dict | None = None,
         **named,
     ) -> Estimate:
@@ -197,7 +197,7 @@ class ScoreDensity(nn.Module):
                 is below; at most `max_nfe` a sample.
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             named: keyword arguments of the network, also nested in dicts, lists and dataclasses. A tensor goes with its
                 samples if its first size is B, and is shared by them else; `fastscore.per_sample` and
                 `fastscore.shared` around it say so instead (see `docs/conditions.md`).
@@ -220,8 +220,8 @@ class ScoreDensity(nn.Module):
             )
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
-        with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
-            found = self._round(samples, first, method, chunks, bar)
+        with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
+            found = self._round(samples, first, method, chunks, bar.update)
             total, variance, spent = found.value, found.variance, found.nfe
             active = self._above(target_stderr, variance, spent, max_nfe)
             round_ = 0
@@ -230,7 +230,7 @@ class ScoreDensity(nn.Module):
                 round_ += 1
                 draws = self._draws(int(spent[active].min()), seed, samples, method, round_)
                 bar.reset(total=len(active))
-                extra = self._round(samples.select(active), draws, method, chunks, bar)
+                extra = self._round(samples.select(active), draws, method, chunks, bar.update)
                 share = extra.nfe / (spent[active] + extra.nfe)
                 total[active] += share * (extra.value - total[active])
                 variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra.variance
@@ -299,7 +299,7 @@ class ScoreDensity(nn.Module):
         evaluations: int = 400_000,
         seed: int = 0,
         memory: int | str | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         cond: dict | None = None,
         **named,
     ) -> ScoreDensity:
@@ -317,14 +317,14 @@ class ScoreDensity(nn.Module):
                 independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
-            progress: show a progress bar.
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
         samples = self._chosen(data, seed, cond)
-        with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
+        with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
                 bar.set_description(f"fit: {what}")
@@ -372,7 +372,9 @@ class ScoreDensity(nn.Module):
         for part in evaluate(self.network, samples, draws, self.reference, chunks):
             yield part.samples, draw_sum(part.f, part.rule)
 
-    def _round(self, samples: Samples, draws: Draws, method: str, chunks: Chunks, bar: tqdm) -> _Round:
+    def _round(
+        self, samples: Samples, draws: Draws, method: str, chunks: Chunks, advance: Callable[[int], object]
+    ) -> _Round:
         """Evaluate one set of draws."""
         reference = control_variate(method, self.reference)
         found = _Round.empty(len(samples), len(draws), samples.x.device)
@@ -388,7 +390,7 @@ class ScoreDensity(nn.Module):
                 x = samples.x[chosen]
                 integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, density=True)
                 found.offset += float((value - integral).sum()) / len(samples)
-            bar.update(len(f))
+            advance(len(f))
         return found
 
     def with_rounding(self, variance: Tensor, log_prob: Tensor, samples: Samples) -> Tensor:

@@ -18,13 +18,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .blocks import Work, fitted_state
 from .dataset import Array, take
 from .density import ScoreDensity
 from .estimate import Estimate, log_width
 from .memory import parse_bytes
+from .progress import progress_bar
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def evaluate_dataset(
     indices: Sequence[int] | None = None,
     identity: dict[str, str] | None = None,
     restart: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
     ranks: Ranks | None = None,
 ) -> Estimate | None:
     """Write the log-density of every sample to a file, going on where a call with the same arguments was interrupted.
@@ -68,7 +68,8 @@ def evaluate_dataset(
         indices: which samples, all by default.
         identity: further names and values that a resumed run must share, such as the hash of a model file.
         restart: discard an unfinished run and replace a finished result.
-        progress: show a progress bar on stderr, of rank 0's own share.
+        progress: show a progress bar of rank 0's own share; by default where stderr is a terminal
+            (`fastscore.progress`). Unless it is False, a run that is resumed says so in a line on stderr.
         ranks: this process among those that call with the same arguments and share a file system; see
             `Ranks.of_environment`. Their number changes no result, and may be another when a run is resumed.
 
@@ -140,7 +141,7 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[str]]:
     return work, [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
 
 
-def _fit(work: Work, data: Array, run: RunFolder, progress: bool) -> None:
+def _fit(work: Work, data: Array, run: RunFolder, progress: bool | None) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density, run):
         x = take(data, slice(None)).to(work.device)
@@ -157,14 +158,14 @@ def _load_fit(density: ScoreDensity, run: RunFolder) -> bool:
     return True
 
 
-def _finish(work: Work, missing: list[int], key: str, run: RunFolder, ranks: Ranks, progress: bool) -> None:
+def _finish(work: Work, missing: list[int], key: str, run: RunFolder, ranks: Ranks, progress: bool | None) -> None:
     """Estimate this rank's share of the missing blocks."""
-    done, progress = len(work.blocks) - len(missing), progress and ranks.first
-    if done and progress:
-        tqdm.write(f"resuming: {done} of {len(work.blocks)} blocks done", file=sys.stderr)
+    done, progress = len(work.blocks) - len(missing), progress if ranks.first else False
+    if done and progress is not False:
+        print(f"resuming: {done} of {len(work.blocks)} blocks done", file=sys.stderr, flush=True)
     mine = ranks.share(missing)
     name = work.options["method"] + (f", 1 of {ranks.size} processes" if ranks.size > 1 else "")
-    with tqdm(total=sum(len(work.blocks[i]) for i in mine), disable=not progress, unit="sample", desc=name) as bar:
+    with progress_bar(progress, total=sum(len(work.blocks[i]) for i in mine), unit="sample", desc=name) as bar:
         for i in mine:
             run.write_arrays(run.block(i), work.estimate(i) | {"run": np.array(key)})
             bar.update(len(work.blocks[i]))

@@ -91,7 +91,8 @@ class NegativeLogLikelihood(Metric):
         if sample_index is None:
             sample_index = self._arrivals(len(x))
         with evaluating(density.model):
-            found = density.estimate(x, nfe=self.nfe, seed=self.seed, sample_index=sample_index, cond=cond)
+            options = {"nfe": self.nfe, "seed": self.seed, "sample_index": sample_index, "progress": False}
+            found = density.estimate(x, **options, cond=cond)
         if int(self.dims) not in (0, found.dims):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"

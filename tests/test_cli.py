@@ -214,7 +214,14 @@ def start_and_stop(folder, how):
     """Run the command in a process of its own and stop it after two blocks; return its exit code and stderr."""
     (folder / "slow").touch()
     command = [sys.executable, "-m", "fastscore", "evaluate", *ARGUMENTS, "--out", "r.npz"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while len(list(folder.glob("r.npz.partial/block-*.npz"))) < 2:
         assert process.poll() is None, process.stderr.read()

@@ -1,6 +1,11 @@
-"""`make gpu-check` without a GPU: every line of it runs, in Triton's interpreter, and records nothing."""
+"""`make gpu-check` and `make gpu-bench` without a GPU: every line runs, in Triton's interpreter, and records nothing.
 
+A failure and a hang are planted in both, to see that they are reported and that the rest is.
+"""
+
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,29 +13,161 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
+PLANTED_TESTS = """
+import time
+import pytest
+from steps import report
+
+@pytest.mark.parametrize("number", range(3))
+def test_planted(number):
+    assert number != 1, f"number {number}\\nis planted"
+
+def test_that_hangs():
+    time.sleep(600)
+"""
+# The seconds of a rehearsal are four times those given here.
+PLANTED = {
+    "check": """
+    import gpu_check as job
+    def planted():
+        tests = job.pytest_step("planted tests", 5, TESTS)
+        broken = job.pytest_step("planted import", 10, TESTS + "missing", spread=False)
+        return [Step("planted hang", lambda: time.sleep(600), 0.3), tests, broken, *job.make_steps()]
+    """,
+    "bench": """
+    import gpu_bench as job
+    def number(value):
+        if value == "fails":
+            raise RuntimeError("the kernel is planted\\nand here is more")
+        time.sleep(600 if value == "hangs" else 0)
+        return 1.5
+    def row(*values):
+        from measuring import Row
+        found = Row("planted", values=" ".join(values))
+        for value in values:
+            found.measure(value, lambda: number(value))
+        return found
+    def planted():
+        return [Step("planted failure", job.measured(row, "before", "fails", "after"), 5),
+                Step("planted hang", job.measured(row, "before", "hangs"), 0.5),
+                Step("planted crash", lambda: os.kill(os.getpid(), signal.SIGSEGV), 5), *job.make_steps()]
+    """,
+}
 
 
-def gpu_check(*options):
-    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu_check.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+def job(name, *options, planted=False, folder=None):
+    """Run a job, with what is planted in it."""
+    command = [str(ROOT / "benchmarks" / f"gpu_{name}.py")]
+    if planted:
+        tests = folder / "test_planted.py"
+        tests.write_text(PLANTED_TESTS)
+        lines = re.sub(r"(?m)^    ", "", PLANTED[name]).replace("TESTS", repr(str(tests)))
+        text = f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT / 'benchmarks')!r}]\nimport gpu_job\n"
+        text += f"from steps import Step\n{lines}\nsys.exit(gpu_job.main('gpu-{name}', job.__doc__, planted))"
+        command = ["-c", text]
+    return subprocess.run(
+        [sys.executable, *command, *options], capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment()
+    )
 
 
-def test_rehearsal(tmp_path):
+def environment():
+    """Return this one, as a shell has it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON", "COV"))}
+
+
+def outcomes(done, counted):
+    """Return state and reason of every step from the summary that ends the output."""
+    *lines, last = done.stdout.partition("== summary\n")[2].splitlines()
+    assert last.startswith(counted), done.stdout[-3000:] + done.stderr[-3000:]
+    found = [re.match(r"(passed|failed|stopped|skipped) +(\S.*?) +[\d.]+ s *(.*)", line) for line in lines]
+    return {match[2]: (match[1], match[3]) for match in found if match}
+
+
+@pytest.fixture
+def untouched():
+    """The recorded results are as they were."""
     results = ROOT / "benchmarks" / "results"
     before = {path: path.read_bytes() for path in results.iterdir()}
-    done = gpu_check("--rehearse", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for step in ("machine", "correctness", "measurements"):
-        assert f"== {step}: passed" in done.stdout
-    for table in ("ceilings", "kernels", "precisions", "gradient", "sweep", "thin"):
-        assert f" {table} " in done.stdout
+    yield
     assert {path: path.read_bytes() for path in results.iterdir()} == before
 
 
-def test_without_a_gpu_it_says_so():
+def test_rehearsal_of_the_check(tmp_path, untouched):
+    done = job("check", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = outcomes(done, "8 steps: 5 passed, 1 failed, 2 stopped; ")
+    for step in ("machine", "info", "public calls", "launches"):
+        assert found[step] == ("passed", "")
+    assert re.match(r"\d+ passed", found["graph"][1])
+    assert found["planted hang"] == ("stopped", "not done after 1.2 s")
+    assert found["planted tests"][0] == "stopped"
+    assert found["planted import"][0] == "failed"
+    file = f"{tmp_path}/test_planted.py"
+    recorded = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert recorded["rehearsed"]
+    (failed, hung), told = recorded["failures"]["planted tests"], done.stdout.partition("== summary\n")[2]
+    assert re.fullmatch(r".*test_planted\.py::test_planted\[1\]: AssertionError: number 1", failed)
+    assert re.fullmatch(r".*test_planted\.py::test_that_hangs: still running when it was stopped", hung)
+    assert f"    {failed}\n    {hung}\n" in told
+    tracebacks = (tmp_path / "out" / "gpu-check-tracebacks.txt").read_text()
+    assert "is planted" in tracebacks
+    assert Path(file).name in tracebacks
+    assert (tmp_path / "out" / "gpu-check.log").read_text() == done.stdout
+
+
+def test_rehearsal_of_the_measurements(tmp_path, untouched):
+    done = job("bench", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = outcomes(done, "22 steps: 19 passed, 2 failed, 1 stopped; ")
+    failure = "fails: RuntimeError: the kernel is planted"
+    assert found.pop("planted failure") == ("failed", f"exit code 1: {failure}")
+    assert found.pop("planted hang") == ("stopped", "not done after 2 s: before: 1.5")
+    assert found.pop("planted crash") == ("failed", "ended by SIGSEGV")
+    assert {state for state, _ in found.values()} == {"passed"}
+    tables = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert set(tables) == {"gpu-bench", "ceilings", "kernels", "estimates", "calls", "memory", "precisions", "launches",
+                           "planted"}  # fmt: skip
+    assert tables["planted"]["rows"] == [
+        {"values": "before fails after", "before": 1.5, "fails": None, "after": 1.5},
+        {"values": "before hangs", "before": 1.5},
+    ]
+    assert tables["planted"]["failed"] == {
+        "planted failure": {"fails": "RuntimeError: the kernel is planted"},
+        "planted hang": {"step": "not done after 2 s: before: 1.5"},
+    }
+    for table in tables.values():
+        assert {"date", "device", "versions", "rehearsed"} <= set(table)
+    assert len(tables["kernels"]["rows"]) == 2
+    assert all(row["Triton, ms"] > 0 and row["Triton, error"] < 0.02 for row in tables["kernels"]["rows"])
+    assert all(row["ms"] > 0 and row["its ms"] > 0 for row in tables["calls"]["rows"])
+    states = {row["step"]: row["state"] for row in tables["gpu-bench"]["rows"]}
+    assert states["planted crash"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["check", "bench"])
+def test_without_a_gpu_it_says_so(name, tmp_path, untouched):
     if os.path.exists("/dev/nvidia0"):
         pytest.skip("there is a GPU")
-    done = gpu_check()
+    done = job(name, "--out", str(tmp_path))
     assert done.returncode == 1
-    assert "no CUDA device: see --rehearse" in done.stderr
+    found = outcomes(done, "")
+    assert found.pop("machine") == ("failed", "exit code 1: no CUDA device: see --rehearse")
+    assert len(found) > 8
+    assert {reason for state, reason in found.values() if state == "skipped"} >= {"machine failed"}
+    assert {state for state, _ in found.values()} == {"skipped"}
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_options(tmp_path):
+    out = ("--rehearse", "--out", str(tmp_path))
+    done = job("bench", *out, "--only", "ceilings,memory 2", "--seconds", "100")
+    assert done.returncode == 0, done.stderr
+    found = outcomes(done, "4 steps: 4 passed; ")
+    assert list(found) == ["machine", "ceilings", "memory 256MB", "memory 2048MB"]
+    short = job("bench", *out, "--only", "ceilings,compiling", "--seconds", "12")
+    assert outcomes(short, "3 steps: 2 passed, 1 skipped; ")["compiling"][1].endswith("it takes 15 or more")
+    wrong = job("check", *out, "--only", "graf")
+    assert wrong.returncode == 2
+    assert re.search(r"no step begins with 'graf'; there are: info, .*graph", wrong.stderr)

@@ -19,6 +19,7 @@ RANKS = {
     "dataset": 0,
     "instructions": 0,
     "memory": 0,
+    "progress": 0,
     "ranks": 0,
     "noise": 0,
     "run_folder": 0,

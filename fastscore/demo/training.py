@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..density import ScoreDensity
+from ..progress import progress_bar
 from ..training.losses import density_loss
 
 LEARNING_RATE = 2e-3
@@ -40,7 +40,7 @@ def train(density: ScoreDensity, batches: Iterable[Tensor], steps: int) -> None:
     density.model.train()
     optimizer = torch.optim.AdamW(density.model.parameters(), LEARNING_RATE, weight_decay=0.0)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    with tqdm(batches, total=steps, desc="  train", unit="step") as bar:
+    with progress_bar(None, batches, total=steps, desc="  train", unit="step") as bar:
         for step, x in enumerate(bar):
             loss = density_loss(density, x, seed=step)
             optimizer.zero_grad()
