@@ -27,6 +27,7 @@ from fastscore import noise, ops
 from fastscore.backends import cuda, select
 from fastscore.backends import torch as truth
 from fastscore.backends import triton as through_triton
+from fastscore.backends.task import Task
 from fastscore.instructions import decode, encode
 from fastscore.program import RowProgram
 
@@ -114,9 +115,9 @@ class Problem:
 
     def runs(self, bound):
         """Return the backends that have a kernel for the network."""
-        code, weights = list(decode(bound[0])), bound[1]
-        fused = ["triton"] * (through_triton.why_not_fused(code, weights, D) is None)
-        return fused + ["cuda"] * (NATIVE and cuda.why_not_native(code, weights, D) is None)
+        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.reference.tensors())
+        fused = ["triton"] * (through_triton.why_not_fused(task) is None)
+        return fused + ["cuda"] * (NATIVE and cuda.why_not_fused(task) is None)
 
     def packed(self, bound):
         """Return the problem as a compiled kernel reads it."""

@@ -1,5 +1,5 @@
-// Activations in float32, by the hardware's fast functions, whose errors (ptx/convert.cuh states them) are a quarter, and
-// less, of the 2^-9 by which the operands that they become are rounded to bfloat16.
+// Activations in float32, by the hardware's fast functions: their errors (ptx/convert.cuh states them) are at most a
+// quarter of the 2^-9 that rounding loses when they become bfloat16 operands.
 //
 //   silu(x) = h + h tanh h, h = x / 2        mish(x) = x n / (n + 2), n = e^x (e^x + 2)
 #pragma once
