@@ -151,7 +151,7 @@ class Config:
         lighter = [streamed, replace(streamed, stages=1)]
         if streamed.block_b > small.block_b:
             lighter += [small, replace(small, stages=1)]
-        yield from dict.fromkeys((*chosen, *lighter))
+        yield from dict.fromkeys((*chosen, *lighter, replace(small, block_b=16, stages=1)))
 
     def shared_bytes(self, work: Work, capability: int) -> int:
         """Return a bound of the shared memory that the compiled forward kernel takes.

@@ -3,8 +3,11 @@
 In the interpreter, on the CPU; with TRITON_INTERPRET=0 on a GPU, as `make gpu-check` runs them.
 """
 
+import warnings
+
 import pytest
 import torch
+from fastscore.kernels import density_mlp as fused
 from fastscore.kernels import launch
 from fastscore.kernels.control import why_not
 from fastscore.kernels.noise import normal
@@ -17,6 +20,8 @@ from fastscore.backends.task import Task
 from fastscore.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
 
 triton = pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 tl = triton.language
 
@@ -370,3 +375,50 @@ def test_code_survives_its_text():
 )
 def test_the_fused_kernel_says_why_it_cannot(code, widths, reason):
     assert reason in backend.why_not_fused(Task.of(code, [torch.zeros(w) for w in widths], ["r"], 5))
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Return the launches that a device was asked for, which refuses those of more than `limit` samples."""
+    asked, kernel = [], fused.density_mlp_fwd_kernel
+
+    def limited(limit):
+        class Kernel:
+            def __getitem__(self, grid):
+                def start(*arguments, **constants):
+                    asked.append(constants["BLOCK_B"])
+                    if constants["BLOCK_B"] > limit:
+                        raise OutOfResources(300_000, 232_448, "shared memory")
+                    return kernel[grid](*arguments, **constants)
+
+                return start
+
+        monkeypatch.setattr(fused, "density_mlp_fwd_kernel", Kernel())
+        return asked
+
+    yield limited
+    launch._REFUSED.clear()
+    launch._first_that_fits.cache_clear()
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter")
+def test_a_refused_launch_gives_way_to_a_smaller_one_once(refusing):
+    asked, case = refusing(16), Case(5, 3, 13)
+    net = adaln(case, 64, 2)
+    with pytest.warns(RuntimeWarning, match="tiles of 32 samples did not start"):
+        assert close(*run(case, net, "diagonal"))
+    assert asked == [32, 32, 16]  # with a stage ahead, without, smaller
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(case, net, "diagonal")
+    assert asked == [32, 32, 16, 16]
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter")
+def test_without_any_launch_pytorch_evaluates(refusing):
+    asked, case = refusing(0), Case(5, 3, 13)
+    with pytest.warns(RuntimeWarning) as warned:
+        found, want = run(case, adaln(case, 64, 2), "diagonal")
+    assert "no Triton kernel fits this network, PyTorch evaluates it" in str(warned[-1].message)
+    assert close(found, want)
+    assert asked == [32, 32, 16]
