@@ -24,6 +24,7 @@ import sass
 import torch
 import triton
 from fastscore.kernels import density_mlp, density_mlp_dx, launch, perturb, residual
+from markdown import aot_table
 from random_networks import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -185,13 +186,7 @@ def main() -> None:
     if options.json:
         json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout, indent=1)
         return
-    print("| kernel | sm | samples, warps | weights | registers | stack, B | shared, KB | matrix instructions | loop |")
-    print("|---" * 9 + "|")
-    for row in rows:
-        products = f"{row['matrix']} {'wgmma' if row['wgmma'] else 'mma'}" if row["matrix"] else "-"
-        cells = [row["case"], row["sm"], f"{row['samples']}, {row['warps']}", row["weights"], row["registers"]]
-        cells += [row["stack"], f"{row['shared'] / 1024:.0f}", products, row["loop"] or "-"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    print(aot_table(rows))
 
 
 if __name__ == "__main__":

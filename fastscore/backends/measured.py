@@ -52,4 +52,5 @@ def nearest(work: str, kind: str, width: int) -> Row:
     """Return the row of this work whose network is most alike: of the same kind if there is one, then by width."""
     rows = [row for row in ROWS if row.work == work]
     rows = [row for row in rows if row.kind == kind] or rows
-    return min(rows, key=lambda row: abs(math.log2(row.width / max(16, width))))
+    padded = 1 << max(0, width - 1).bit_length()  # as the kernels do
+    return min(rows, key=lambda row: abs(math.log2(row.width / padded)))

@@ -164,8 +164,8 @@ def _room(task: Task, precision: str, gradient: bool) -> str | None:
 def _work(task: Task, precision: str) -> launch.Work:
     """Return what a launch would be chosen for, from shapes alone."""
     two = {"r": (1, 2), "b": (2, 1), "br": (2, 2)}
-    weights = [torch.empty(shape, dtype=task.dtype, device="meta") for shape in task.shapes]
-    tables = [torch.empty(*two[level], 1, device="meta") for level in task.levels]
+    weights = [torch.zeros((), dtype=task.dtype, device="cpu").expand(shape) for shape in task.shapes]
+    tables = [torch.zeros(*two[level], 1, device="cpu") for level in task.levels]
     into, operands = packing.Tables(2, 2), launch.OPERANDS[precision]
     layout, _ = packing.pack_network(task.code, weights, tables, task.d, into, operands)
     kind = control_kernel.kind_of(task.components, task.full)
