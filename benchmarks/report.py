@@ -83,13 +83,13 @@ def readme_kernels(kernels: list[dict], calls: list[dict]) -> str:
     whole = [f"{row['compiled, ms']:.3g} ms of which the kernel {row['of which the kernel, ms']:.2g} ({row['network']})"
              for row in calls if isinstance(row["compiled, ms"], float)]  # fmt: skip
     return "\n".join([
-        "Milliseconds of the faster of two kernels for 2^20 rows, d = 64, bfloat16, on an NVIDIA H200 (2026-11-28), and",
-        "in brackets of torch.compile for the same evaluation in one CUDA graph:",
+        "Milliseconds of the faster of two kernels for 2^20 rows, d = 64, bfloat16, on an NVIDIA H200 (2026-11-28),",
+        "and in brackets of torch.compile for the same evaluation in one CUDA graph:",
         "",
         *each,
         "",
-        f"The kernels are {worst:.3g} to {best:.3g} times as fast. A whole `estimate` of those rows took far longer than",
-        f"its kernel: {', '.join(whole)}.",
+        f"The kernels are {worst:.3g} to {best:.3g} times as fast. A whole `estimate` of those rows took far longer",
+        f"than its kernel: {whole[0]},\n{', '.join(whole[1:])}.",
     ])  # fmt: skip
 
 
