@@ -30,6 +30,8 @@ from random_networks import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+REGISTERS = 65_536  # of a multiprocessor, on every architecture
+
 
 def examine(seed: int) -> list[dict]:
     """Return a row for every kernel of a random network on a random device, or what the choice says against it."""
@@ -113,11 +115,22 @@ def main() -> None:
         json.dump(rows, sys.stdout)
         return
     compiled = [row for row in rows if "shared" in row]
-    refused = len(rows) - len(compiled)
     largest = max(compiled, key=lambda row: row["shared"] / row["granted"])
-    print(f"{len(seeds)} networks, {len(compiled)} kernels compiled, {refused} networks without one")
-    print(f"largest share of the shared memory: {largest['shared'] / largest['granted']:.3f}, {largest}")
-    print(f"largest share of the bound: {max(row['shared'] / row['bound'] for row in compiled if row['bound']):.3f}")
+    print(f"{len(seeds)} networks, {len(compiled)} kernels compiled, {len(rows) - len(compiled)} networks without one")
+    print(f"largest share of a device's shared memory: {largest['shared'] / largest['granted']:.4f}, {largest}")
+    print(*exceeded(rows), sep="\n")
+    sys.exit(bool(exceeded(rows)))
+
+
+def exceeded(rows: list[dict]) -> list[str]:
+    """Return one line for every kernel that takes more than its device has, or than the bound that chose it."""
+    lines = []
+    for row in (row for row in rows if "shared" in row):
+        name, shared = f"seed {row['seed']}, {row['kernel']}", row["shared"]
+        lines += [f"{name}: {shared} bytes of {row['granted']}"] * (shared > row["granted"])
+        lines += [f"{name}: {shared} bytes, the bound is {row['bound']}"] * (shared > row["bound"])
+        lines += [f"{name}: {row['registers']} registers"] * (row["registers"] > REGISTERS)
+    return lines
 
 
 if __name__ == "__main__":
