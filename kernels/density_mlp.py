@@ -279,6 +279,8 @@ def launch_what_fits(
             return launch(config.split(batch, rows, processors) if processors else config)
         except OutOfResources as error:
             refuse(work, found, config, error)
+            if Config.from_heuristic(work, found) == config:  # somebody else's choice
+                raise
 
 
 def constants(layout: Layout, control: tuple, d: int, precision: str, config: Config) -> dict:
