@@ -210,7 +210,7 @@ def reference_bytes(kind: str, components: int, d: int, rows: int) -> int:
 
     Hopper's products of 64 rows read both factors' three parts there, two at a time; others let them take turns.
     """
-    width = padded(d)
+    width, rows = padded(d), max(32, rows)  # eight warps spread 16 rows over as much
     if kind == "mixture":
         k = padded(components)
         return 4 * max(k * width, 2 * rows * max(k, width))
