@@ -61,7 +61,7 @@ def explain(model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None 
 def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:
     """Return what runs the program on its network's device, by the choice that an evaluation makes."""
     names = runnable(time.device, torch.float32)
-    task = Task.of(program.code, program.at(time, shared).weights, program.levels, d, components=1)
+    task = Task.of(program.code, program.at(time, shared).weights, program.levels, d, time.device, components=1)
     choice, backward = (choose(names, task, gradient) for gradient in (False, True))
     if not choice.fused:
         return f"on {time.device}: " + (choice.reason if names == ("torch",) else f"no single kernel: {choice.reason}")

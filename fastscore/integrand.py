@@ -268,8 +268,8 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
     (timed,) = rows.timed or (None,)
     if timed is None:
         return Choice(rows.backend, False, "the network is no row program")
-    program, d = timed.program, samples.x.shape[1]
-    task = Task.of(program.code, timed.weights, program.levels, d, reference.components, reference.full)
+    program, x, q = timed.program, samples.x, reference
+    task = Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
     gradient = torch.is_grad_enabled() and any(v.requires_grad for v in timed.weights)
     return choose(rows.backends, task, gradient)
 

@@ -147,4 +147,4 @@ def test_automatic_choice_on_a_cpu_is_torch_even_where_triton_interprets():
 
 def test_double_precision_networks_have_no_kernel():
     weights = [torch.zeros(16, 3).double(), torch.zeros(3, 16).double()]
-    assert "float64" in why_not_fused(Task.of([Linear(0), Linear(1)], weights, [], 3))
+    assert "float64" in why_not_fused(Task.of([Linear(0), Linear(1)], weights, [], 3, DEVICE))

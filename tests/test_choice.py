@@ -16,6 +16,7 @@ from fastscore.backends import choice, cuda, measured
 from fastscore.backends import triton as through_triton
 from fastscore.backends.choice import choose
 from fastscore.backends.task import Task
+from fastscore.instructions import Affine
 
 pytest.importorskip("triton")
 import random_networks
@@ -102,6 +103,12 @@ def test_the_reason_names_the_measurement_and_what_does_not_cover(hopper):
     assert nothing.reason == (
         "cuda: hidden widths go up to 512, the network has 600; triton: hidden widths go up to 256, the network has 600"
     )
+
+
+def test_a_program_without_linear_maps_has_no_kernel(hopper):
+    found = choose(NAMES, Task.of([Affine(0, -1)], [], ["r"], 5, torch.device("cpu"), 1))
+    assert not found.fused
+    assert "two linear maps at least, the network has 0" in found.reason
 
 
 def test_what_does_not_fit_gives_way_with_the_reason(hopper, monkeypatch):

@@ -31,11 +31,13 @@ class Task(NamedTuple):
         weights: list[Tensor],
         levels: Iterable[str],
         d: int,
+        device: torch.device,
         components: int = 0,
         full: bool = False,
     ) -> Task:
         shapes = tuple(tuple(w.shape) for w in weights)
-        return cls(plain(code), shapes, tuple(levels), d, components, full, weights[0].dtype, weights[0].device)
+        dtype = weights[0].dtype if weights else torch.float32  # a program can be without linear maps
+        return cls(plain(code), shapes, tuple(levels), d, components, full, dtype, device)
 
     @classmethod
     def of_tensors(
@@ -43,7 +45,7 @@ class Task(NamedTuple):
     ) -> Task:
         """Return what `ops.density_mlp` is asked for."""
         components, full = (len(reference[0]), reference[3].numel() > 0) if reference else (0, False)
-        return cls.of(code, weights, map(packing.level_of, tables), d, components, full)
+        return cls.of(code, weights, map(packing.level_of, tables), d, weights[0].device, components, full)
 
     @property
     def width(self) -> int:

@@ -374,7 +374,7 @@ def test_code_survives_its_text():
     ],
 )
 def test_the_fused_kernel_says_why_it_cannot(code, widths, reason):
-    assert reason in backend.why_not_fused(Task.of(code, [torch.zeros(w) for w in widths], ["r"], 5))
+    assert reason in backend.why_not_fused(Task.of(code, [torch.zeros(w) for w in widths], ["r"], 5, DEVICE))
 
 
 @pytest.fixture
