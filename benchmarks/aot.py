@@ -14,25 +14,28 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import density_mlp, density_mlp_dx, packing, perturb, residual
+from fastscore.kernels import density_mlp, density_mlp_dx, launch, perturb, residual
+from markdown import aot_table
+from random_networks import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ADALN = ("save", "norm", "affine", "act", "linear", "affine", "add")
+adaLN, plain = random_networks.adaln, random_networks.plain
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network's shape, its reference and the precision of the products; the launch is the heuristic's."""
+class Case(NamedTuple):
+    """A network's shape, its reference and the precision of the products; the launch is the one that is chosen."""
 
-    net: str
+    net: Callable[..., None]
     width: int
     depth: int
     d: int
@@ -41,67 +44,35 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.net} H={self.width} L={self.depth} d={self.d}, {self.reference}, {self.precision}"
+        net = "adaLN" if self.net is adaLN else "plain"
+        return f"{net} H={self.width} L={self.depth} d={self.d}, {self.reference}, {self.precision}"
 
 
 CASES = (
-    Case("adaLN", 64, 3, 64, "diagonal", "bf16"),
-    Case("adaLN", 64, 12, 64, "diagonal", "bf16"),
-    Case("adaLN", 128, 3, 64, "diagonal", "bf16"),
-    Case("adaLN", 128, 6, 64, "diagonal", "bf16"),
-    Case("adaLN", 256, 3, 64, "diagonal", "bf16"),
-    Case("plain", 128, 3, 64, "diagonal", "bf16"),
-    Case("plain", 128, 3, 2, "full mixture", "bf16"),
-    Case("adaLN", 64, 3, 64, "full", "bf16"),
-    Case("adaLN", 64, 3, 64, "mixture", "bf16"),
-    Case("plain", 128, 2, 128, "full", "bf16"),
-    Case("plain", 128, 2, 128, "full mixture", "bf16"),
-    Case("plain", 64, 2, 64, "none", "bf16"),
-    Case("adaLN", 64, 3, 784, "diagonal", "bf16"),
-    Case("adaLN", 64, 3, 64, "diagonal", "fp16"),
-    Case("adaLN", 64, 3, 64, "diagonal", "tf32"),
-    Case("adaLN", 64, 3, 64, "diagonal", "tf32x3"),
-    Case("adaLN", 128, 3, 64, "diagonal", "tf32x3"),
+    Case(adaLN, 64, 3, 64, "diagonal", "bf16"),
+    Case(adaLN, 64, 12, 64, "diagonal", "bf16"),
+    Case(adaLN, 128, 3, 64, "diagonal", "bf16"),
+    Case(adaLN, 128, 6, 64, "diagonal", "bf16"),
+    Case(adaLN, 256, 3, 64, "diagonal", "bf16"),
+    Case(plain, 128, 3, 64, "diagonal", "bf16"),
+    Case(plain, 128, 3, 2, "full mixture", "bf16"),
+    Case(adaLN, 64, 3, 64, "full", "bf16"),
+    Case(adaLN, 64, 3, 64, "mixture", "bf16"),
+    Case(plain, 128, 2, 128, "full", "bf16"),
+    Case(plain, 128, 2, 128, "full mixture", "bf16"),
+    Case(plain, 64, 2, 64, "none", "bf16"),
+    Case(adaLN, 64, 3, 784, "diagonal", "bf16"),
+    Case(adaLN, 64, 3, 64, "diagonal", "fp16"),
+    Case(adaLN, 64, 3, 64, "diagonal", "tf32"),
+    Case(adaLN, 64, 3, 64, "diagonal", "tf32x3"),
+    Case(adaLN, 128, 3, 64, "diagonal", "tf32x3"),
 )
-COMPONENTS = 10
+# Shared memory of a program in bytes, by compute capability.
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
-def network(case: Case) -> tuple[tuple, list, list]:
-    """Return code, weights and tables of a network of the case's shape."""
-    rows, h, d = 2, case.width, case.d
-    weights, tables = [torch.zeros(h, d)], [torch.zeros(1, rows, h)]
-    code = [("linear", 0), ("affine", -1, 0)]
-    for layer in range(case.depth):
-        weights.append(torch.zeros(h, h))
-        n = len(tables)
-        if case.net == "adaLN":
-            tables += [torch.zeros(1, rows, h)] * 4
-            code += [("save", 1), ("norm", 1e-6), ("affine", n, n + 1), ("act", "silu")]
-            code += [("linear", layer + 1), ("affine", n + 2, n + 3), ("add", 1, -1)]
-        else:
-            tables.append(torch.zeros(1, rows, h))
-            code += [("act", "silu"), ("linear", layer + 1), ("affine", -1, n)]
-    weights.append(torch.zeros(d, h))
-    tables.append(torch.zeros(1, rows, d))
-    return (*code, ("act", "silu"), ("linear", case.depth + 1), ("affine", -1, len(tables) - 1)), weights, tables
-
-
-def reference(case: Case) -> tuple | None:
-    if case.reference == "none":
-        return None
-    k, d = (COMPONENTS if "mixture" in case.reference else 1), case.d
-    basis = torch.eye(d, dtype=torch.float64).expand(k, d, d) if "full" in case.reference else torch.empty(0)
-    weight = torch.full((k,), 1 / k, dtype=torch.float64)
-    return weight, torch.zeros_like(weight[:, None]).expand(k, d), torch.ones_like(weight[:, None]).expand(k, d), basis
-
-
-def constants(case: Case, capability: int) -> tuple[dict, density_mlp.Config]:
-    """Return the compile-time arguments and the launch, by the very functions that a launch uses."""
-    into, dtype = packing.Tables(2, 2), density_mlp.OPERANDS[case.precision]
-    layout, _ = packing.pack_network(*network(case), case.d, into, dtype)
-    control, _, _ = packing.pack_control(reference(case), torch.zeros(2, case.d), torch.ones(2), torch.ones(2), into)
-    config = density_mlp.Config.from_heuristic(layout, case.d, case.reference, case.precision, capability)
-    return density_mlp.constants(layout, control, case.d, case.precision, config), config
+def device(capability: int) -> launch.Device:
+    return launch.Device(capability, SHARED[capability])
 
 
 POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
@@ -111,21 +82,31 @@ SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
 OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def compile_case(case: Case, capability: int) -> tuple:
-    """Return the compiled kernel and its launch configuration."""
-    constexprs, config = constants(case, capability)
-    return build(density_mlp.density_mlp_fwd_kernel, constexprs, case, config, capability), config
+def compile_forward(problem: Problem, config: launch.Config, capability: int):
+    """Return the compiled forward kernel of a problem, with the constants of a launch."""
+    work, operands = problem.packed()
+    constexprs = density_mlp.constants(work.layout, operands, problem.d, problem.precision, config)
+    return build(density_mlp.density_mlp_fwd_kernel, constexprs, problem.precision, config.num_warps, capability)
 
 
-def build(kernel, constexprs: dict, case: Case, config: density_mlp.Config, capability: int):
+def compile_dx(problem: Problem, capability: int):
+    """Return the compiled gradient kernel of a problem."""
+    work, operands = problem.packed()
+    straight = launch.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, resident=True, stages=1)
+    constexprs = density_mlp_dx.dx_constants(work.layout, operands, problem.d, problem.precision, straight)
+    kernel = density_mlp_dx.density_mlp_dx_kernel
+    return build(kernel, constexprs, problem.precision, straight.num_warps, capability)
+
+
+def build(kernel, constexprs: dict, precision: str, num_warps: int, capability: int):
     """Compile a kernel of the fused family."""
-    signature = POINTERS | {"w_ptr": OPERAND_POINTER[density_mlp.OPERANDS[case.precision]]}
+    signature = POINTERS | {"w_ptr": OPERAND_POINTER[launch.OPERANDS[precision]]}
     signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     # What a launch finds by itself: pointers of torch tensors are aligned.
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": config.num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, "num_stages": 1}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -165,20 +146,9 @@ def compile_thin(name: str, capability: int):
 
 
 DX = tuple(
-    Case("adaLN", width, depth, 64, "diagonal", precision)
+    Case(adaLN, width, depth, 64, "diagonal", precision)
     for width, depth, precision in ((64, 3, "bf16"), (128, 1, "bf16"), (64, 3, "tf32x3"))
 )
-
-
-def compile_dx(case: Case, capability: int) -> tuple:
-    """Return the compiled gradient kernel of a case, and its launch."""
-    into, dtype = packing.Tables(2, 2), density_mlp.OPERANDS[case.precision]
-    layout, _ = packing.pack_network(*network(case), case.d, into, dtype)
-    control, _, _ = packing.pack_control(reference(case), torch.zeros(2, case.d), torch.ones(2), torch.ones(2), into)
-    config = density_mlp.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, False, 1)
-    straight = replace(config, resident=True)
-    constexprs = density_mlp_dx.dx_constants(layout, control, case.d, case.precision, straight)
-    return build(density_mlp_dx.density_mlp_dx_kernel, constexprs, case, config, capability), config
 
 
 THIN = ("perturb_fwd", "residual_fwd", "residual_bwd")
@@ -187,13 +157,18 @@ THIN = ("perturb_fwd", "residual_fwd", "residual_bwd")
 def measure(case: Case | str, capability: int, gradient: bool = False) -> dict:
     """Compile a case, or the thin kernel of that name, and return its row of the table."""
     if isinstance(case, str):
-        launch = {"samples": 1, "warps": 4, "weights": "-"}
-        return {"case": case, "sm": capability} | launch | inspect(compile_thin(case, capability))
-    compiled, config = (compile_dx if gradient else compile_case)(case, capability)
+        launched = {"samples": 1, "warps": 4, "weights": "-"}
+        return {"case": case, "sm": capability} | launched | inspect(compile_thin(case, capability))
+    problem = random_networks.problem(*case)
+    if gradient:
+        name, config = f"dx of {case.name}", launch.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, False, 1)
+        compiled = compile_dx(problem, capability)
+    else:
+        name, config = case.name, launch.Config.from_heuristic(problem.packed()[0], device(capability))
+        compiled = compile_forward(problem, config, capability)
     weights = "resident" if config.resident else "streamed"
-    launch = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
-    name = f"dx of {case.name}" if gradient else case.name
-    return {"case": name, "sm": capability} | launch | inspect(compiled)
+    launched = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
+    return {"case": name, "sm": capability} | launched | inspect(compiled)
 
 
 def main() -> None:
@@ -211,13 +186,7 @@ def main() -> None:
     if options.json:
         json.dump({"triton": triton.__version__, "rows": rows}, sys.stdout, indent=1)
         return
-    print("| kernel | sm | samples, warps | weights | registers | stack, B | shared, KB | matrix instructions | loop |")
-    print("|---" * 9 + "|")
-    for row in rows:
-        products = f"{row['matrix']} {'wgmma' if row['wgmma'] else 'mma'}" if row["matrix"] else "-"
-        cells = [row["case"], row["sm"], f"{row['samples']}, {row['warps']}", row["weights"], row["registers"]]
-        cells += [row["stack"], f"{row['shared'] / 1024:.0f}", products, row["loop"] or "-"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    print(aot_table(rows))
 
 
 if __name__ == "__main__":

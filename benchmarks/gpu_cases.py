@@ -19,6 +19,7 @@ from fastscore import noise, ops
 from fastscore.backends import cuda, select
 from fastscore.backends import torch as truth
 from fastscore.backends import triton as through_triton
+from fastscore.backends.task import Task, plain
 from fastscore.instructions import decode, encode
 from fastscore.program import RowProgram
 
@@ -129,15 +130,12 @@ class Problem:
 
     def why_not(self, bound) -> dict[str, str | None]:
         """Return why each backend has no kernel for the network, or None where it has one."""
-        code, weights, device = list(decode(bound[0])), bound[1], torch.device(DEVICE)
-        native = select._cuda_why_not(device, torch.float32)
-        return {
-            "cuda": native or cuda.why_not_native(code, weights, D),
-            "triton": through_triton.why_not_fused(code, weights, D),
-        }
+        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.reference.tensors())
+        native = select._cuda_why_not(torch.device(DEVICE), torch.float32)
+        return {"cuda": native or cuda.why_not_fused(task), "triton": through_triton.why_not_fused(task)}
 
     def packed(self, bound) -> cuda.Packed:
         """Return the problem as a compiled kernel reads it."""
         code, weights, tables = bound
         words = self.keys, self.points, self.rows, self.alpha, self.sigma
-        return cuda.pack(self.x, *words, through_triton.plain(decode(code)), weights, tables, self.reference.tensors())
+        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, self.reference.tensors())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from record import cell
+from markdown import cell
 from steps import report
 
 REHEARSING = os.environ.get("FASTSCORE_REHEARSE") == "1"

@@ -45,17 +45,3 @@ def write(folder: Path, table: str, environment: dict, rows: list[dict], **more:
     part.write_text(json.dumps({"table": table, **environment, "rows": rows, **more}, indent=2) + "\n")
     part.replace(path)
     return path
-
-
-def markdown(rows: list[dict]) -> str:
-    """Return rows as a table; lists are for pictures."""
-    titles = list(dict.fromkeys(title for row in rows for title, value in row.items() if not isinstance(value, list)))
-    lines = [titles, ["---"] * len(titles), *([cell(row.get(t)) for t in titles] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value: object) -> str:
-    """Return a value as tables show it."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Make docs/results.md, its pictures and the README's numbers from benchmarks/results; `make report`.
+"""Make docs/results.md, its pictures and other pages' numbers from benchmarks/results; `make report`.
 
 Every number in them comes from a JSON file there, with its machine, versions and date.
 """
@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 import pictures
-from record import RESULTS, markdown
+from markdown import aot_table, markdown
+from record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -39,8 +40,9 @@ def results(found: dict[str, dict]) -> str:
         parts += [f"## {name.replace('_', ' ')}", ""]
         parts += [f"![{name}]({name}.png)", ""] if (DOCS / f"{name}.png").exists() else []
         parts += [markdown(table["rows"]), ""]
-        parts += [f"{table['date']}, {table['device']} ({table['cores']} cores, {table['threads']} threads), "
-                  f"Python {table['python']}, {versions}.", ""]  # fmt: skip
+        cores = f"{table['cores']} cores" + (f", {table['threads']} threads" if "threads" in table else "")
+        parts += [f"{table['date']}, {table['device']} ({cores}), Python {table['python']}, {versions}.", ""]
+        parts += [table["note"], ""] if "note" in table else []
     return "\n".join(parts)
 
 
@@ -71,15 +73,47 @@ def readme_costs(overhead: list[dict], program: list[dict]) -> str:
     )
 
 
-def readme(text: str, found: dict[str, dict]) -> str:
-    """Return the README with its measured parts made anew, each between two marks."""
-    rows = {name: table["rows"] for name, table in found.items()}
-    parts = {"race": readme_table(rows["race_best"]), "costs": readme_costs(rows["overhead"], rows["program"])}
+def readme_kernels(kernels: list[dict], calls: list[dict]) -> str:
+    """Return the README's sentences on the kernels, and on the calls around them."""
+
+    def least(row: dict) -> float:
+        return min(row[way] for way in ("Triton, ms", "compiled kernel, ms") if isinstance(row[way], float))
+
+    each = [f"- {row['network']}: {least(row):.3g} ({row['compile + graph, ms']:.3g})" for row in kernels]
+    worst, best = (pick(row["best over compile"] for row in kernels) for pick in (min, max))
+    whole = [f"{row['compiled, ms']:.3g} ms of which the kernel {row['of which the kernel, ms']:.2g} ({row['network']})"
+             for row in calls if isinstance(row["compiled, ms"], float)]  # fmt: skip
+    return "\n".join([
+        "Milliseconds of the faster of two kernels for 2^20 rows, d = 64, bfloat16, on an NVIDIA H200 (2026-11-28),",
+        "and in brackets of torch.compile for the same evaluation in one CUDA graph:",
+        "",
+        *each,
+        "",
+        f"The kernels are {worst:.3g} to {best:.3g} times as fast. A whole `estimate` of those rows took far longer",
+        f"than its kernel: {whole[0]},\n{', '.join(whole[1:])}.",
+    ])  # fmt: skip
+
+
+def replaced(text: str, parts: dict[str, str]) -> str:
+    """Return a page with its measured parts made anew, each between two marks."""
     for name, part in parts.items():
         begin, end = f"<!-- {name}: made by `make report` -->\n", f"\n<!-- end of {name} -->"
         head, rest = text.split(begin)
         text = head + begin + part + end + rest.split(end)[1]
     return text
+
+
+def readme(text: str, found: dict[str, dict]) -> str:
+    rows = {name: table["rows"] for name, table in found.items()}
+    parts = {"race": readme_table(rows["race_best"]), "costs": readme_costs(rows["overhead"], rows["program"])}
+    return replaced(text, parts | {"kernels": readme_kernels(rows["h200_kernels"], rows["h200_estimate"])})
+
+
+def kernels_page(text: str, found: dict[str, dict], compiled: dict) -> str:
+    """Return docs/kernels.md with what a GPU measured, and with the table of what the compiler made."""
+    names = ("h200_kernels", "h200_counters", "h200_estimate", "h200_calls")
+    parts = {name.replace("_", " "): markdown(found[name]["rows"]) for name in names}
+    return replaced(text, parts | {"compiled kernels": aot_table(compiled["rows"])})
 
 
 def main() -> None:
@@ -93,6 +127,8 @@ def main() -> None:
         ceilings = found[f"{machine}-ceilings"]["rows"][0]
         pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"{name}.png")
     (DOCS / "results.md").write_text(results(found))
+    page = DOCS / "kernels.md"
+    page.write_text(kernels_page(page.read_text(), found, json.loads((RESULTS / "aot.json").read_text())))
 
 
 if __name__ == "__main__":

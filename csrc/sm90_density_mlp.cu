@@ -1,7 +1,7 @@
 // Hopper, widths 64, 128 and 256: a warpgroup keeps 64 samples in registers from x_t to the prediction.
 //
-//   warpgroup 0..: consumers          eps -> x_t -> A operand --wgmma--> h -> row machine -> A operand --wgmma--> ...
-//   -> f last warpgroup: producer          device memory --bulk copies--> weight stages, a row's vectors
+//   warpgroups 0..: consumers    eps -> x_t -> A operand --wgmma--> h -> row machine -> A operand --wgmma--> ... -> f
+//   last warpgroup: producer     device memory --bulk copies--> weight stages, a row's vectors
 //
 // The accumulator of a product has the layout of the next one's A operand (common/fragment.cuh), so activations never
 // leave the registers of their thread, and the only barriers are those of the ring. Consumers drift apart: while one

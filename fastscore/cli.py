@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import click
 import torch
 
+from .backends import measured
 from .backends.select import BACKENDS, native
 from .estimate import Estimate
 from .evaluate import Interrupted, evaluate_dataset
@@ -187,6 +188,12 @@ def _backends() -> Lines:
             yield f"{backend.name} on {kind}", backend.why_not(torch.device(kind), torch.float32) or "can run"
 
 
+def _measured() -> Lines:
+    for row in measured.ROWS:
+        yield f"{row.kind} {row.width}", f"{row.work}: {row}"
+    yield "otherwise", "the nearest of these; on other compute capabilities Triton's kernels; without any of them torch"
+
+
 def _extras() -> Lines:
     for package, extra in EXTRAS:
         yield package, _version(package) or f'not installed; pip install "fastscore[{extra}]"'
@@ -197,5 +204,6 @@ _SECTIONS: dict[str, Callable[[], Lines]] = {
     "devices": _devices,
     "native module": _native,
     "backends (float32)": _backends,
+    f'order where backend="auto" may choose, by {measured.SOURCE}': _measured,
     "optional packages": _extras,
 }

@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .backends.select import implementation, select
+from .backends.choice import choose
+from .backends.select import runnable
+from .backends.task import Task
 from .chain import Core
 from .conditions import Conditions, takes_conditions
 from .instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
-from .network import model_dtype
+from .network import cast_time, model_dtype
 from .program import Programs, RowProgram
 from .schedules import Schedule
 from .structure import flatten
@@ -56,7 +58,8 @@ def explain(
     text += [f"{left:<{width}}  {right}".rstrip() for left, right in lines]
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
-    return "\n".join([*text, _kernel(program, time.to(device), conditions.shared, math.prod(shape))])
+    time = cast_time(time.to(device), dtype, None)
+    return "\n".join([*text, _kernel(program, time, conditions.shared, math.prod(shape))])
 
 
 def _batch_of(cond: dict[str, object]) -> int:
@@ -68,15 +71,16 @@ def _batch_of(cond: dict[str, object]) -> int:
 
 
 def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:
-    """Return what runs the program on its network's device, by the predicate that an evaluation asks."""
-    name = select(time.device, torch.float32)
-    if name == "torch":
-        return f"on {time.device}: one PyTorch operation after another; kernels need a GPU"
-    weights = program.at(time, shared).weights
-    reason = implementation(name).why_not_fused(program.code, weights, d)
-    return f"on {time.device}: " + (
-        f"one kernel of backend {name}" if reason is None else f"no single kernel: {reason}"
-    )
+    """Return what runs the program on its network's device, by the choice that an evaluation makes."""
+    names = runnable(time.device, torch.float32)
+    task = Task.of(program.code, program.at(time, shared).weights, program.levels, d, time.device, components=1)
+    choice, backward = (choose(names, task, gradient) for gradient in (False, True))
+    if not choice.fused:
+        return f"on {time.device}: " + (choice.reason if names == ("torch",) else f"no single kernel: {choice.reason}")
+    line = f"on {time.device}: one kernel of backend {choice.backend}: {choice.reason}"
+    if backward.backend == choice.backend:
+        return line
+    return f"{line}\n  with gradients of its weights backend {backward.backend}: {backward.reason}"
 
 
 def _line(program: RowProgram, instruction: Instruction, core: Core | None) -> tuple[str, str]:

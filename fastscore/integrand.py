@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import memory, noise, ops
-from .backends.select import implementation, select
+from .backends.choice import Choice, choose
+from .backends.select import implementation, runnable
+from .backends.task import Task
 from .conditions import Conditions
 from .instructions import encode
 from .network import cast_time, model_dtype, predict
@@ -97,9 +99,14 @@ class Rows:
     alpha: Tensor  # float64, as sigma
     sigma: Tensor
     coefficients: tuple[Tensor, Tensor, Tensor]
-    backend: str
+    backends: tuple[str, ...]  # that can run, in order
     per_call: int  # how many rows the network gets in one call; all if 0
     timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
+
+    @property
+    def backend(self) -> str:
+        """Who makes the noise, and the residual where no kernel does everything."""
+        return self.backends[0]
 
     @classmethod
     def of(cls, network: Network, rule: Rule, points: Tensor, span: range, x: Tensor, per_call: int = 0) -> Rows:
@@ -119,7 +126,7 @@ class Rows:
             alpha=alpha[draw].to(device),
             sigma=sigma[draw].to(device),
             coefficients=tuple(v[draw].to(x) for v in coefficients(network.predicts, schedule, time)),
-            backend=select(device, x.dtype, network.backend),
+            backends=runnable(device, x.dtype, network.backend),
             per_call=per_call,
         )
 
@@ -179,7 +186,8 @@ def _even(count: int, most: int) -> int:
 def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
     if rows.backend == "torch":
         return False
-    return implementation(rows.backend).why_not_control(reference.components, reference.full, x.shape[1]) is None
+    reason = implementation(rows.backend).why_not_control(reference.components, reference.full, x.shape[1], x.device)
+    return reason is None
 
 
 def evaluate(
@@ -269,7 +277,7 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
 
 
 def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
-    if not torch.is_grad_enabled() or why_not_fused(samples, rows, reference) is None:  # the fused op keeps no row
+    if not torch.is_grad_enabled() or choice_of(samples, rows, reference).fused:  # the fused op keeps no row
         return draw_values(network, samples, keys, rows, reference)
     return checkpoint(draw_values, network, samples, keys, rows, reference, use_reentrant=False)
 
@@ -277,7 +285,9 @@ def _chunk(network: Network, samples: Samples, keys: Tensor, rows: Rows, referen
 def draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
     """Return f of shape (b, number of draws): the mean over each draw's rows."""
     controls = (reference,) if len(samples.conds) == 1 else ()
-    if why_not_fused(samples, rows, reference) is None:
+    choice = choice_of(samples, rows, reference)
+    rows = replace(rows, backends=(choice.backend,))
+    if choice.fused:
         f = _fused(samples, keys, rows, reference)
     else:
         errors, control = row_terms(network, samples, keys, rows, controls)
@@ -287,20 +297,17 @@ def draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, re
     return f.new_zeros(len(f), rows.draws).index_add(1, rows.draw, f * rows.share)
 
 
-def why_not_fused(samples: Samples, rows: Rows, reference: Reference) -> str | None:
-    """Return why no kernel runs these rows in one pass, or None."""
-    if rows.backend == "torch":
-        return "backend 'torch' has no kernels"
+def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
+    """Return who evaluates these rows, and whether in one pass."""
     if len(samples.conds) > 1:
-        return "two conditions are compared"
+        return Choice(rows.backend, False, "two conditions are compared")
     (timed,) = rows.timed or (None,)
     if timed is None:
-        return "the network is no row program"
-    backend = implementation(rows.backend)
-    d = samples.x.shape[1]
-    return backend.why_not_fused(timed.program.code, timed.weights, d) or backend.why_not_control(
-        reference.components, reference.full, d
-    )
+        return Choice(rows.backend, False, "the network is no row program")
+    program, x, q = timed.program, samples.x, reference
+    task = Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
+    gradient = torch.is_grad_enabled() and any(v.requires_grad for v in timed.weights)
+    return choose(rows.backends, task, gradient)
 
 
 def _fused(samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

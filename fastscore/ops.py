@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .backends import torch as torch_backend
 from .backends.select import implementation
+from .backends.task import Task
+from .instructions import decode
 
 
 @torch.library.custom_op("fastscore::perturb", mutates_args=())
@@ -205,7 +207,8 @@ def _density_mlp_backward(ctx, grad):
     words = keys, points, rows, alpha, sigma
     frozen = not any(v.requires_grad for v in rest)
     if frozen and ctx.backend != "torch":
-        reason = implementation(ctx.backend).why_not_dx(ctx.code, weights, x.shape[1], reference)
+        task = Task.of_tensors(decode(ctx.code), weights, tables, x.shape[1], reference)
+        reason = implementation(ctx.backend).why_not_dx(task)
         if reason is None:
             dx = density_mlp_dx(grad, x, *words, ctx.code, weights, tables, reference, ctx.backend)
             return dx, *(None,) * 6, [None] * n, [None] * (m - n), [None] * len(reference), None

@@ -92,6 +92,12 @@ class RowProgram:
             check(program, shape, time, cond)
         return program
 
+    @cached_property
+    def levels(self) -> tuple[str, ...]:
+        """Of every table, what it has one entry of: "r", a draw; "b", a sample; "br", a pair of them."""
+        names = {0: "r", TIME: "r", SAMPLE: "b", BOTH: "br"}
+        return tuple(names[_level(table)] for table, _ in self.matched.tables)
+
     @property
     def spared(self) -> float:
         """The share of the network's multiplications that a row does not repeat; the rest of them stays."""

@@ -6,9 +6,12 @@ a constant step further. The step is the loop's stride.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 LEVELS = ("r", "b", "br")
 
 
+@lru_cache(maxsize=256)  # a launch asks anew, and twelve layers take it 40 ms
 def blocks(body: tuple, weights: tuple) -> tuple:
     """Return body as blocks (times, code, weight step, table steps per level), times = 1 for straight code."""
     found = _longest_repetition(body, weights)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import reference_bytes
 from .noise import load_normals
 from .packing import MAX_BLOCK_D, Tables, block_d, number_references, pack_control
 from .tile_ops import vector
@@ -157,10 +158,26 @@ def control_fwd_kernel(
     tl.store(f_ptr + i_b * R + i_r, total, mask=i_b < B)
 
 
-def why_not(components: int, full: bool, d: int) -> str | None:
-    """Return why a kernel cannot evaluate a reference, or None."""
-    if (components > 1 or full) and d > MAX_BLOCK_D:
+def kind_of(components: int, full: bool) -> str:
+    """Return the kind of a reference, "none" without components."""
+    if components == 0:
+        return "none"
+    return ("full mixture" if full else "mixture") if components > 1 else "full" if full else "diagonal"
+
+
+def why_not(components: int, full: bool, d: int, shared: int) -> str | None:
+    """Return why a kernel cannot evaluate a reference where a program has `shared` bytes of shared memory, or None."""
+    kind = kind_of(components, full)
+    if kind in ("none", "diagonal"):
+        return None
+    if d > MAX_BLOCK_D:
         return f"mixtures and full covariances go up to {MAX_BLOCK_D} dimensions in a kernel, got {d}"
+    needs = reference_bytes(kind, components, d, BLOCK_B)
+    if needs > shared:
+        return (
+            f"a reference of {components} components in {d} dimensions takes {needs:,} bytes of shared memory, the "
+            f"device grants {shared:,}"
+        )
     return None
 
 

@@ -15,18 +15,20 @@ Source: A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .activations import ACTIVATIONS, activate
 from .control import control_residual
+from .launch import OPERANDS, Config, Device, Work, refuse
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, Layout, Tables, block_d, number_references, pack_control, pack_network
+from .packing import Layout, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
 
 INSTRUCTIONS = ("linear", "affine", "act", "norm", "save", "add")
@@ -212,53 +214,6 @@ def density_mlp_fwd_kernel(
         tl.store(f_ptr + i_b * R + i_r, c * c * error - control, mask=i_b < B)
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is launched: samples a tile, warps, weights in shared memory or streamed, parts of the rows."""
-
-    block_b: int
-    num_warps: int
-    resident: bool
-    stages: int
-    splits: int = 1
-
-    @classmethod
-    def from_heuristic(cls, layout: Layout, d: int, reference: str, precision: str, capability: int) -> Config:
-        """Choose what spills least as compiled (docs/kernels.md has the numbers); no GPU has measured the choice yet.
-
-        Half-precision products on Hopper take 64 rows a warpgroup, and weights stay in shared memory while they fit.
-        Elsewhere, and for float32's three products a multiplication, smaller tiles on more warps keep the accumulator,
-        the saved tile and eps in registers. One stage for weights so large that two would not fit shared memory.
-        """
-        half, hopper = OPERANDS[precision].itemsize == 2, capability >= 90
-        size = OPERANDS[precision].itemsize * sum(k * n for _, k, n in layout.weights)
-        # The eigenbasis of a full reference is an operand in float32: 64 KB beyond 64 dimensions.
-        basis = 4 * block_d(d) ** 2 if "full" in reference and block_d(d) > 64 else 0
-        fits = d <= MAX_BLOCK_D and size + basis <= RESIDENT_BYTES[hopper]
-        if not half:
-            return cls(32, 8, resident=False, stages=2 if layout.width <= 64 else 1)
-        if layout.width > 128 or "mixture" in reference or (reference == "full" and (basis or not hopper)):
-            return cls(32, 8, resident=fits, stages=2)
-        if layout.width <= 64:
-            return cls(64, 4, resident=fits, stages=2)
-        if hopper and fits:
-            return cls(128, 8, resident=True, stages=2)
-        return cls(64, 8, resident=False, stages=2)
-
-    def split(self, batch: int, rows: int, multiprocessors: int) -> Config:
-        """Split the rows until every multiprocessor has two programs to hide each other's latency."""
-        tiles = triton.cdiv(batch, self.block_b)
-        return replace(self, splits=max(1, min(rows, triton.cdiv(2 * multiprocessors, tiles))))
-
-
-OPERANDS = {"tf32x3": torch.float32, "tf32": torch.float32, "ieee": torch.float32}
-OPERANDS |= {"bf16": torch.bfloat16, "fp16": torch.float16, "emulated bf16": torch.float32}
-# By whether the device is a Hopper (227 KB a program) or older (164 KB): the tiles of a product take the rest.
-RESIDENT_BYTES = {True: 144 << 10, False: 96 << 10}
-# Widths above which the kernel would live in spilled registers.
-MAX_WIDTH = {2: 256, 4: 128}
-
-
 def density_mlp(
     x: Tensor,
     keys: Tensor,
@@ -283,7 +238,10 @@ def density_mlp(
         code, weights, tables: the network, see `packing`.
         reference: weight, mean, variance, basis of the control variate, or None.
         precision: of the matrix products, a key of `OPERANDS`.
-        config: launch configuration, chosen by `Config.from_heuristic` if None.
+        config: launch configuration; the first of `Config.candidates` that fits if None.
+
+    Raises:
+        NoRoom: if no launch fits the device.
     """
     (batch, d), count = x.shape, len(rows)
     into = Tables(batch, count)
@@ -293,18 +251,36 @@ def density_mlp(
         packed = packed.to(torch.bfloat16).float()
     control, q, y = pack_control(reference, x, alpha, sigma, into)
     r, b, br = (into.matrix(level, x) for level in ("r", "b", "br"))
-    if config is None:
-        config = Config.from_heuristic(layout, d, control[0], precision, _capability(x.device))
-        if x.is_cuda:
-            config = config.split(batch, count, torch.cuda.get_device_properties(x.device).multi_processor_count)
     f = torch.empty(batch, count, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(batch, config.block_b), config.splits)
-    density_mlp_fwd_kernel[grid](
-        x, keys, points, rows, packed, r, b, br, q, y, f,
-        batch, count, triton.cdiv(count, config.splits), r.shape[-1], b.shape[-1], br.shape[-1],
-        **constants(layout, control, d, precision, config), num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip
-    return f
+
+    def launch(config: Config) -> Tensor:
+        density_mlp_fwd_kernel[(triton.cdiv(batch, config.block_b), config.splits)](
+            x, keys, points, rows, packed, r, b, br, q, y, f,
+            batch, count, triton.cdiv(count, config.splits), r.shape[-1], b.shape[-1], br.shape[-1],
+            **constants(layout, control, d, precision, config), num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+        return f
+
+    if config is not None:
+        return launch(config)
+    work = Work(layout, d, control[0], 1 if reference is None else len(reference[0]), precision)
+    return launch_what_fits(launch, work, x.device, batch, count)
+
+
+def launch_what_fits(
+    launch: Callable[[Config], Tensor], work: Work, device: torch.device, batch: int, rows: int
+) -> Tensor:
+    """Launch by the first choice that fits, and by the next if the device refuses one, with a warning."""
+    found = Device.of(device)
+    while True:
+        config = Config.from_heuristic(work, found)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+        try:
+            return launch(config.split(batch, rows, processors) if processors else config)
+        except OutOfResources as error:
+            refuse(work, found, config, error)
+            if Config.from_heuristic(work, found) == config:  # somebody else's choice
+                raise
 
 
 def constants(layout: Layout, control: tuple, d: int, precision: str, config: Config) -> dict:
@@ -345,8 +321,3 @@ def _numbered(op: tuple) -> tuple:
     """Return an instruction with numbers for its name and its activation's."""
     arguments = (ACTIVATIONS.index(op[1]),) if op[0] == "act" else op[1:]
     return (INSTRUCTIONS.index(op[0]), *arguments)
-
-
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return 10 * major + minor

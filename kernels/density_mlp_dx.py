@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative
-from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, OPERANDS, SAVE, Config, constants
+from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants
+from .launch import OPERANDS, REDUCTION_BYTES, Config, Device, NoRoom, Work
 from .noise import load_normals
 from .packing import MAX_BLOCK_D, Tables, block_d, pack_control, pack_network
 from .tile_ops import affine, layer_norm, layer_norm_backward, matmul, matrix, vector
@@ -161,6 +162,18 @@ def why_not(code: tuple, widths: list[tuple[int, int]], d: int, mixture: bool, f
         width = widths[op[1]][0] if op[0] == "linear" else width
         tape += width * (op[0] in ("act", "norm"))
     return f"the network keeps {tape} activations a row, a tile holds {MAX_TAPE}" if tape > MAX_TAPE else None
+
+
+def shared_bytes(work: Work) -> int:
+    """Return a bound of the shared memory that the compiled kernel takes: weights come one by one, in both ways."""
+    return max(work.product_bytes(BLOCK_B, both_ways=True), work.data_bytes(BLOCK_B)) + REDUCTION_BYTES
+
+
+def check_room(work: Work, device: Device) -> None:
+    """Raise NoRoom if the kernel does not fit a device."""
+    needs = shared_bytes(work)
+    if needs > device.shared:
+        raise NoRoom(f"the gradient takes {needs:,} bytes of shared memory, the device grants {device.shared:,}")
 
 
 def density_mlp_dx(

@@ -58,6 +58,11 @@ def why_not(code: tuple, widths: list[tuple[int, int]], d: int, max_width: int) 
     return None
 
 
+def level_of(table: Tensor) -> str:
+    """Return what a table (1 or B, 1 or R, w) has one vector of: "r", a row; "b", a sample; "br", a pair of them."""
+    return "r" if table.shape[0] == 1 else "b" if table.shape[1] == 1 else "br"
+
+
 @dataclass
 class Tables:
     """The three matrices of vector operands while they grow.
@@ -76,7 +81,7 @@ class Tables:
         """Append a table that broadcasts to (B, R, width), in `at_least` columns; return its reference."""
         if table is None:
             return ()
-        level = "r" if table.shape[0] == 1 else "b" if table.shape[1] == 1 else "br"
+        level = level_of(table)
         shape = {"r": (1, self.rows, width), "b": (self.batch, 1, width), "br": (self.batch, self.rows, width)}[level]
         flat = {"r": (self.rows, width), "b": (self.batch, width), "br": (self.batch, self.rows, width)}[level]
         offset = sum(t.shape[-1] for t in self.columns[level])

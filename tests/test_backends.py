@@ -9,7 +9,9 @@ import fastscore as fs
 from fastscore import integrand
 from fastscore.backends import interpreting
 from fastscore.backends.select import BACKENDS, implementation
+from fastscore.backends.task import Task
 from fastscore.backends.triton import why_not_fused
+from fastscore.instructions import Linear
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 # Under the interpreter Triton's kernels run on a CPU too; the CUDA backend says why it cannot.
@@ -144,6 +146,5 @@ def test_automatic_choice_on_a_cpu_is_torch_even_where_triton_interprets():
 
 
 def test_double_precision_networks_have_no_kernel():
-    from fastscore.instructions import Linear
-
-    assert "float64" in why_not_fused([Linear(0), Linear(1)], [torch.zeros(16, 3).double()] * 2, 3)
+    weights = [torch.zeros(16, 3).double(), torch.zeros(3, 16).double()]
+    assert "float64" in why_not_fused(Task.of([Linear(0), Linear(1)], weights, [], 3, DEVICE))

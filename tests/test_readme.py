@@ -1,5 +1,6 @@
 """The README's example runs as it stands, what it prints is right, and its numbers are the recorded ones."""
 
+import json
 import re
 from pathlib import Path
 
@@ -45,5 +46,8 @@ def test_its_numbers_and_the_results_page_are_those_of_the_recorded_tables():
     recorded = report.tables()
     assert README.read_text() == report.readme(README.read_text(), recorded)
     assert (README.parent / "docs" / "results.md").read_text() == report.results(recorded)
+    kernels = (README.parent / "docs" / "kernels.md").read_text()
+    compiled = json.loads((report.RESULTS / "aot.json").read_text())
+    assert kernels == report.kernels_page(kernels, recorded, compiled)
     other = report.readme(README.read_text(), recorded | {"overhead": {"rows": [{"network": "a", "ratio": 1.234}]}})
     assert "An estimate takes 1.23 (a) times\nthe bare forward passes" in other

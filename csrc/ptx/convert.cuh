@@ -34,7 +34,7 @@ __device__ __forceinline__ float2 unpack_f16(uint32_t packed) {
   return values;
 }
 
-// Hyperbolic tangent, relative error 2^-11.
+// Hyperbolic tangent, relative error up to 2^-11 = 4.9e-4.
 __device__ __forceinline__ float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -2,14 +2,15 @@
 
 What they cover: row programs with bfloat16 weights, hidden widths up to 512 on Hopper (compute capability 9.0) and 128
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
-same pass; another reference comes from Triton's kernel. `why_not_native` says what stands in the way.
+same pass; another reference comes from Triton's kernel. `why_not_fused` says what stands in the way.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..instructions import ACTIVATIONS, Instruction, decode
+from ..instructions import ACTIVATIONS, decode
 from ..kernels import packing
 from . import triton as through_triton
 from .select import native
+from .task import Task
 from .triton import control, density_mlp_dx, perturb, residual, residual_backward, why_not_control, why_not_dx
 from .weight_image import image
 
 __all__ = [
     "control", "density_mlp", "density_mlp_dx", "perturb", "residual", "residual_backward", "why_not_control",
-    "why_not_dx", "why_not_fused", "why_not_native",
+    "why_not_dx", "why_not_fused",
 ]  # fmt: skip
 
 WIDTHS = (64, 128, 256, 512)
@@ -44,18 +46,17 @@ class Shape(NamedTuple):
     linears: int
 
 
-def shape_of(code: tuple, weights: list[Tensor], d: int) -> Shape | str:
-    """Return the padded shape of a network, or why no compiled kernel has it."""
-    dtype = weights[0].dtype
+def shape_of(code: tuple, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, d: int) -> Shape | str:
+    """Return the padded shape of a network with weights (out, in), or why no compiled kernel has it."""
     if dtype != torch.bfloat16:
         return f"weights are {dtype}, the compiled kernels take bfloat16"
     if d > DATA[-1]:
         return f"d goes up to {DATA[-1]}, got {d}"
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
-    reason = packing.why_not(code, [tuple(w.shape) for w in weights], d, WIDTHS[-1])
+    reason = packing.why_not(code, list(shapes), d, WIDTHS[-1])
     if reason is not None:
         return reason
-    widest = max(weights[code[i][1]].shape[0] for i in linear[:-1])
+    widest = max(shapes[code[i][1]][0] for i in linear[:-1])
     hidden = next(w for w in WIDTHS if w >= widest)
     body = code[linear[0] + 1 : linear[-1]]
     slots = len({op[1] for op in body if op[0] == "save"})
@@ -67,26 +68,19 @@ def shape_of(code: tuple, weights: list[Tensor], d: int) -> Shape | str:
     return Shape(hidden, data, len(linear))
 
 
-def why_not_native(code: list[Instruction], weights: list[Tensor], d: int) -> str | None:
-    """Return why no compiled kernel runs a row program on the weights' device, or None."""
-    plain = through_triton.plain(code)
-    shape = shape_of(plain, weights, d)
+@lru_cache(maxsize=256)
+def why_not_fused(task: Task) -> str | None:
+    """Return why no compiled kernel runs a row program on its device, or None."""
+    shape = shape_of(task.code, task.shapes, task.dtype, task.d)
     if isinstance(shape, str):
         return shape
+    if not shared_by_samples(task.code, task.levels):
+        return "scales and shifts of x_t and of the prediction have to be the same for all samples"
     # Every vector counted as one a row: the most that shared memory would have to hold.
-    vectors = sum(i >= 0 for op in plain if op[0] in ("affine", "add") for i in op[-1 if op[0] == "add" else 1 :])
+    vectors = sum(i >= 0 for op in task.code if op[0] in ("affine", "add") for i in op[-1 if op[0] == "add" else 1 :])
     stride = vectors * shape.hidden + 8 * shape.data
-    found = native().plan(*shape, stride, *_device(weights[0].device))
-    return found if isinstance(found, str) else None
-
-
-def why_not_fused(code: list[Instruction], weights: list[Tensor], d: int) -> str | None:
-    """Return why neither a compiled kernel nor Triton's runs a row program in one pass, or None."""
-    native_reason = why_not_native(code, weights, d)
-    if native_reason is None:
-        return None
-    reason = through_triton.why_not_fused(code, weights, d)
-    return None if reason is None else f"compiled kernel: {native_reason}; Triton: {reason}"
+    found = native().plan(*shape, stride, *_device(task.device))
+    return found if isinstance(found, str) else why_not_control(task.components, task.full, task.d, task.device)
 
 
 def density_mlp(
@@ -101,12 +95,11 @@ def density_mlp(
     tables: list[Tensor],
     reference: list[Tensor],
 ) -> Tensor:
-    program = decode(code)
-    plain = through_triton.plain(program)
-    if why_not_native(list(program), weights, x.shape[1]) is not None or not shared_by_samples(plain, tables):
+    task = Task.of_tensors(decode(code), weights, tables, x.shape[1], reference)
+    if why_not_fused(task) is not None:
         return through_triton.density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
     inside = not reference or in_the_same_pass(reference)
-    packed = pack(x, keys, points, rows, alpha, sigma, plain, weights, tables, reference if inside else [])
+    packed = pack(x, keys, points, rows, alpha, sigma, task.code, weights, tables, reference if inside else [])
     f = torch.empty(len(x), len(rows), dtype=torch.float32, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     launch(native(), packed, f, x.device.index, stream)
@@ -134,12 +127,12 @@ class Packed:
     dimensions: int
 
 
-def shared_by_samples(code: tuple, tables: list[Tensor]) -> bool:
+def shared_by_samples(code: tuple, levels: Sequence[str]) -> bool:
     """Return whether all samples share the scales and shifts of input and output, which a compiled kernel asks for."""
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
     outside = code[: linear[0]] + code[linear[-1] + 1 :]
     used = [i for op in outside for i in {"affine": op[1:], "add": op[2:]}.get(op[0], ()) if i >= 0]
-    return all(tables[i].shape[0] == 1 for i in used)
+    return all(levels[i] == "r" for i in used)
 
 
 def pack(
@@ -156,7 +149,7 @@ def pack(
 ) -> Packed:
     """Lay out all that a compiled kernel reads; plain torch, on any device."""
     (batch, d), count = x.shape, len(rows)
-    shape = shape_of(code, weights, d)
+    shape = shape_of(code, [tuple(w.shape) for w in weights], weights[0].dtype, d)
     if isinstance(shape, str):
         raise ValueError(f"no compiled kernel runs this network: {shape}")
     into = packing.Tables(batch, count, shape.hidden, shape.data)

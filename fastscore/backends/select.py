@@ -30,12 +30,19 @@ def _torch_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def _package_why_not() -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     found = version("triton")
     if tuple(int(part) for part in found.split(".")[:2]) < TRITON:
         return f"its kernels need Triton {TRITON[0]}.{TRITON[1]}, found {found}"
+    return None
+
+
+def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = _package_why_not()
+    if reason is not None:
+        return reason
     if dtype != torch.float32:
         return f"its kernels sum in float32, got {dtype}"
     if device.type == "cpu" and interpreting():
@@ -74,6 +81,8 @@ def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     kernels = native()
     if isinstance(kernels, str):
         return f"fastscore._C is {kernels}"
+    if (reason := _package_why_not()) is not None:
+        return f"Triton's kernels do what the compiled ones do not cover: {reason}"
     if dtype != torch.float32:
         return f"its kernels sum in float32, got {dtype}"
     if device.type != "cuda":
@@ -83,10 +92,9 @@ def _cuda_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return kernels.why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# In order of preference. The compiled kernels have run in an emulator only: until a GPU has checked and timed them,
-# they run where backend="cuda" asks for them.
+# In order of preference where nothing is measured of a network; `choice.py` orders them for one.
 BACKENDS = (
-    Backend("cuda", _cuda_why_not, ()),
+    Backend("cuda", _cuda_why_not, ("cuda",)),
     Backend("triton", _triton_why_not, ("cuda",)),
     Backend("torch", _torch_why_not, ("cpu", "cuda")),
 )
@@ -99,8 +107,10 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(known)}; got {name!r}")
 
 
-def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:
-    """Return the name of the first backend that can run, or of the one asked for.
+def runnable(device: torch.device, dtype: torch.dtype, name: str = "auto") -> tuple[str, ...]:
+    """Return the names of the backends that can run, or of the one asked for, in order.
+
+    What the compiled kernels do not cover goes to Triton's: "cuda" stands for both.
 
     Raises:
         ValueError: for an unknown name, or with each backend's reason where the choice cannot run.
@@ -108,15 +118,20 @@ def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:
     check_name(name)
     asked = tuple(backend for backend in BACKENDS if name in ("auto", backend.name))
     reasons = {backend.name: backend.why_not(device, dtype) for backend in asked}
-    for backend in asked:
-        # Triton's interpreter can run on a CPU, and nobody but a test would want it to.
-        preferred = name != "auto" or device.type in backend.devices or backend.name == "torch"
-        if reasons[backend.name] is None and preferred:
-            return backend.name
+    # Triton's interpreter can run on a CPU, and nobody but a test would want it to.
+    wanted = [b.name for b in asked if name != "auto" or device.type in b.devices or b.name == "torch"]
+    found = tuple(backend for backend in wanted if reasons[backend] is None)
+    if found:
+        return ("cuda", "triton") if found == ("cuda",) else found
     listed = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
     raise ValueError(
         f"no backend can run on {device} in {dtype}: {listed}. Use backend='auto' with float32 or float64 data"
     )
+
+
+def select(device: torch.device, dtype: torch.dtype, name: str = "auto") -> str:
+    """Return the first of `runnable`: who makes noise, and evaluates networks that are no row programs."""
+    return runnable(device, dtype, name)[0]
 
 
 @cache

@@ -5,17 +5,22 @@ Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests 
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from ..instructions import Instruction, decode
+from ..instructions import decode
 from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
 from ..kernels import density_mlp_dx as fused_dx
-from ..kernels import packing
+from ..kernels import launch, packing
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
 from . import interpreting
+from . import torch as torch_backend
+from .task import Task, plain
 
 
 def perturb(
@@ -78,14 +83,14 @@ def density_mlp(
     tables: list[Tensor],
     reference: list[Tensor],
 ) -> Tensor:
-    return fused.density_mlp(
-        *_contiguous(x, keys, points, rows, alpha, sigma),
-        plain(decode(code)),
-        weights,
-        tables,
-        tuple(reference) or None,
-        precision(weights[0].dtype),
-    )
+    arguments = _contiguous(x, keys, points, rows, alpha, sigma)
+    try:
+        return fused.density_mlp(
+            *arguments, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
+        )
+    except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
+        warnings.warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning, 2)
+        return torch_backend.density_mlp(*arguments, code, weights, tables, reference)
 
 
 def density_mlp_dx(
@@ -113,10 +118,10 @@ def density_mlp_dx(
     )
 
 
-def why_not_dx(code: str, weights: list[Tensor], d: int, reference: list[Tensor]) -> str | None:
+def why_not_dx(task: Task) -> str | None:
     """Return why no kernel gives the gradient of `density_mlp` with respect to x, or None."""
-    many, full = (len(reference[0]) > 1, reference[3].numel() > 0) if reference else (False, False)
-    return fused_dx.why_not(plain(decode(code)), [tuple(w.shape) for w in weights], d, many, full)
+    reason = fused_dx.why_not(task.code, list(task.shapes), task.d, task.components > 1, task.full)
+    return reason or _room(task, precision(task.dtype), True)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -131,22 +136,45 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def why_not_fused(code: list[Instruction], weights: list[Tensor], d: int) -> str | None:
-    """Return why the fused kernel cannot run a row program, or None."""
-    dtype = weights[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"weights are {dtype}, the kernel takes float32, bfloat16 and float16"
-    widest = fused.MAX_WIDTH[dtype.itemsize]
-    return packing.why_not(plain(code), [tuple(w.shape) for w in weights], d, widest)
+def why_not_fused(task: Task) -> str | None:
+    """Return why the fused kernel cannot run a row program with its reference, or None."""
+    if task.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"weights are {task.dtype}, the kernel takes float32, bfloat16 and float16"
+    return _room(task, precision(task.dtype), False)
 
 
-def why_not_control(components: int, full: bool, d: int) -> str | None:
+@lru_cache(maxsize=256)
+def _room(task: Task, precision: str, gradient: bool) -> str | None:
+    """Return why the forward kernel, or that of the gradient, cannot be launched, or None."""
+    reason = packing.why_not(task.code, list(task.shapes), task.d, launch.MAX_WIDTH[task.dtype.itemsize])
+    reason = reason or why_not_control(task.components, task.full, task.d, task.device)
+    if reason is not None:
+        return reason
+    work, device = _work(task, precision), launch.Device.of(task.device)
+    try:
+        if gradient:
+            fused_dx.check_room(work, device)
+        else:
+            launch.Config.from_heuristic(work, device)
+    except launch.NoRoom as error:
+        return str(error)
+    return None
+
+
+def _work(task: Task, precision: str) -> launch.Work:
+    """Return what a launch would be chosen for, from shapes alone."""
+    two = {"r": (1, 2), "b": (2, 1), "br": (2, 2)}
+    weights = [torch.zeros((), dtype=task.dtype, device="cpu").expand(shape) for shape in task.shapes]
+    tables = [torch.zeros(*two[level], 1, device="cpu") for level in task.levels]
+    into, operands = packing.Tables(2, 2), launch.OPERANDS[precision]
+    layout, _ = packing.pack_network(task.code, weights, tables, task.d, into, operands)
+    kind = control_kernel.kind_of(task.components, task.full)
+    return launch.Work(layout, task.d, kind, max(1, task.components), precision)
+
+
+def why_not_control(components: int, full: bool, d: int, device: torch.device) -> str | None:
     """Return why a kernel cannot evaluate a reference, or None."""
-    return control_kernel.why_not(components, full, d)
-
-
-def plain(code) -> tuple:
-    return tuple((type(op).__name__.lower(), *op) for op in code)
+    return control_kernel.why_not(components, full, d, launch.Device.of(device).shared)
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -39,3 +39,11 @@ extern "C" const char* launch(int hidden, int data, int linears, const uint64_t*
   }
   return message.c_str();
 }
+
+// What fastscore._C.plan does: shared memory in bytes and threads, or -1 and 0 where there is no plan.
+extern "C" void plan_of(int hidden, int data, int linears, int stride, int capability, int limit, int32_t* found) {
+  Plan chosen;
+  const bool fits = plan(hidden, data, linears, stride, capability, limit, &chosen).empty();
+  found[0] = fits ? static_cast<int32_t>(chosen.shared_bytes) : -1;
+  found[1] = fits ? chosen.threads : 0;
+}

@@ -11,6 +11,7 @@ from emulator.comparison import HOPPER, Module, load
 from fastscore import Reference, noise
 from fastscore.backends import cuda
 from fastscore.backends import torch as truth
+from fastscore.backends.task import Task
 from fastscore.instructions import decode, encode
 from fastscore.program import RowProgram
 
@@ -48,6 +49,7 @@ def mixture() -> Reference:
 )
 def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype, reference, fused):
     launched = []
+    cuda.why_not_fused.cache_clear()
     module = Module(library, HOPPER)
     module.plan = lambda *shape: {}
     run = module.density_mlp
@@ -77,7 +79,8 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
         found = cuda.density_mlp(*arguments)
         expected = truth.density_mlp(*arguments)
     assert launched == ["cuda" if fused else "triton"]
-    assert (cuda.why_not_native(list(decode(code)), weights, D) is None) is fused
+    task = Task.of_tensors(decode(code), weights, tables, D, reference.tensors())
+    assert (cuda.why_not_fused(task) is None) is fused
     # bfloat16 rounds the operands of two products in the kernel, and results too in the definition.
     tolerance = 3 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert float(((found - expected).abs() / (expected.abs() + expected.abs().mean())).max()) < tolerance
@@ -86,13 +89,14 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
 @pytest.mark.parametrize(
     ("width", "last"),
     [
-        (WIDTH, "on cpu: one kernel of backend cuda"),
-        (600, "on cpu: no single kernel: compiled kernel: hidden widths go up to 512, the network has 600; Triton: "),
+        (WIDTH, "on cpu: one kernel of backend cuda: asked for"),
+        (600, "on cpu: no single kernel: cuda: hidden widths go up to 512, the network has 600; triton: "),
     ],
 )
 def test_explain_names_what_runs_a_network(monkeypatch, width, last):
     explain = sys.modules["fastscore.explain"]  # not the function of that name
-    monkeypatch.setattr(explain, "select", lambda device, dtype: "cuda")
+    monkeypatch.setattr(explain, "runnable", lambda device, dtype: ("cuda", "triton"))
+    cuda.why_not_fused.cache_clear()
     module = types.SimpleNamespace(plan=lambda *shape: {})
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)

@@ -3,18 +3,25 @@
 In the interpreter, on the CPU; with TRITON_INTERPRET=0 on a GPU, as `make gpu-check` runs them.
 """
 
+import warnings
+
 import pytest
 import torch
 from fastscore.kernels import density_mlp as fused
+from fastscore.kernels import launch
+from fastscore.kernels.control import why_not
 from fastscore.kernels.noise import normal
 
 from fastscore import Reference, noise, ops
 from fastscore.backends import interpreting
 from fastscore.backends import torch as truth
 from fastscore.backends import triton as backend
+from fastscore.backends.task import Task
 from fastscore.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
 
 triton = pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 tl = triton.language
 
@@ -136,8 +143,10 @@ def test_control_kernel(kind, b, r, d):
 
 
 def test_control_kernel_says_why_it_cannot():
-    assert backend.why_not_control(1, False, 100_000) is None
-    assert "128 dimensions in a kernel, got 129" in backend.why_not_control(5, False, 129)
+    assert backend.why_not_control(1, False, 100_000, DEVICE) is None
+    assert "128 dimensions in a kernel, got 129" in backend.why_not_control(5, False, 129, DEVICE)
+    # 512 rows of 128 float32 numbers, of a product's one factor.
+    assert "a reference of 300 components in 128 dimensions takes 262,144 bytes" in why_not(300, False, 128, 232_448)
 
 
 def adaln(case, width, depth, name="silu"):
@@ -202,8 +211,10 @@ def run(case, net, kind=None, dtype=torch.float32):
     code, weights, tables = net
     q = case.reference(kind).tensors() if kind else []
     # In float32 width 256 spills on a GPU, so the choice refuses it; the kernel itself is right there too.
-    reason = backend.why_not_fused(code, [w.to(dtype) for w in weights], case.d)
+    reason = backend.why_not_fused(Task.of_tensors(code, [w.to(dtype) for w in weights], tables, case.d, q))
     assert reason is None or (dtype == torch.float32 and "128, the network has 256" in reason)
+    if reason is not None and not interpreting():
+        pytest.skip(reason)
     words = case.keys, case.points
     got = ops.density_mlp(
         case.x.float(), *words, case.rows.float(), case.alpha, case.sigma, encode(code),
@@ -262,16 +273,16 @@ def test_bf16_products_stay_within_their_rounding(width):
 @pytest.mark.parametrize(
     "config",
     [
-        fused.Config(16, 4, resident=True, stages=1, splits=1),
-        fused.Config(32, 4, resident=False, stages=2, splits=3),
-        fused.Config(64, 8, resident=True, stages=2, splits=7),
+        launch.Config(16, 4, resident=True, stages=1, splits=1),
+        launch.Config(32, 4, resident=False, stages=2, splits=3),
+        launch.Config(64, 8, resident=True, stages=2, splits=7),
     ],
 )
 def test_every_launch_gives_the_same_numbers(config, monkeypatch):
     case = Case(37, 7, 13)
     net = adaln(case, 64, 4)
     got, want = run(case, net, "full")
-    monkeypatch.setattr(fused.Config, "from_heuristic", lambda *a: config)
+    monkeypatch.setattr(launch.Config, "from_heuristic", lambda *a: config)
     again, _ = run(case, net, "full")
     assert close(got, want)
     # Sums of 13 and 64 terms, whose order a tile may change.
@@ -363,4 +374,51 @@ def test_code_survives_its_text():
     ],
 )
 def test_the_fused_kernel_says_why_it_cannot(code, widths, reason):
-    assert reason in backend.why_not_fused(code, [torch.zeros(w) for w in widths], 5)
+    assert reason in backend.why_not_fused(Task.of(code, [torch.zeros(w) for w in widths], ["r"], 5, DEVICE))
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Return the launches that a device was asked for, which refuses those of more than `limit` samples."""
+    asked, kernel = [], fused.density_mlp_fwd_kernel
+
+    def limited(limit):
+        class Kernel:
+            def __getitem__(self, grid):
+                def start(*arguments, **constants):
+                    asked.append(constants["BLOCK_B"])
+                    if constants["BLOCK_B"] > limit:
+                        raise OutOfResources(300_000, 232_448, "shared memory")
+                    return kernel[grid](*arguments, **constants)
+
+                return start
+
+        monkeypatch.setattr(fused, "density_mlp_fwd_kernel", Kernel())
+        return asked
+
+    yield limited
+    launch._REFUSED.clear()
+    launch._first_that_fits.cache_clear()
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter")
+def test_a_refused_launch_gives_way_to_a_smaller_one_once(refusing):
+    asked, case = refusing(16), Case(5, 3, 13)
+    net = adaln(case, 64, 2)
+    with pytest.warns(RuntimeWarning, match="tiles of 32 samples did not start"):
+        assert close(*run(case, net, "diagonal"))
+    assert asked == [32, 32, 16]  # with a stage ahead, without, smaller
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(case, net, "diagonal")
+    assert asked == [32, 32, 16, 16]
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter")
+def test_without_any_launch_pytorch_evaluates(refusing):
+    asked, case = refusing(0), Case(5, 3, 13)
+    with pytest.warns(RuntimeWarning) as warned:
+        found, want = run(case, adaln(case, 64, 2), "diagonal")
+    assert "no Triton kernel fits this network, PyTorch evaluates it" in str(warned[-1].message)
+    assert close(found, want)
+    assert asked == [32, 32, 16]

@@ -1,0 +1,29 @@
+"""Markdown tables of recorded rows."""
+
+from __future__ import annotations
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return rows as a table; lists are for pictures."""
+    titles = list(dict.fromkeys(title for row in rows for title, value in row.items() if not isinstance(value, list)))
+    lines = [titles, ["---"] * len(titles), *([cell(row.get(t)) for t in titles] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: object) -> str:
+    """Return a value as tables show it."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def aot_table(rows: list[dict]) -> str:
+    """Return the table of what Triton's compiler made of every kernel."""
+    shown = []
+    for row in rows:
+        products = f"{row['matrix']} {'wgmma' if row['wgmma'] else 'mma'}" if row["matrix"] else "-"
+        line = {"kernel": row["case"], "sm": row["sm"], "samples, warps": f"{row['samples']}, {row['warps']}"}
+        line |= {"weights": row["weights"], "registers": row["registers"], "stack, B": row["stack"]}
+        line |= {"shared, KB": f"{row['shared'] / 1024:.0f}", "matrix instructions": products}
+        shown.append(line | {"loop": row["loop"] or "-"})
+    return markdown(shown)

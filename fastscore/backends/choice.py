@@ -1,0 +1,55 @@
+"""Which backend evaluates a row program, and why: one choice for the evaluation and for `fastscore.explain`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from . import measured
+from .select import implementation
+from .task import Task
+
+
+class Choice(NamedTuple):
+    """A backend, whether one kernel of it does all of the work, and the reason."""
+
+    backend: str
+    fused: bool
+    reason: str
+
+
+def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice:
+    """Return who evaluates a row program.
+
+    Arguments:
+        names: backends that can run, in order, as `select.runnable` returns them. Where torch is among others the
+            choice is free, and what a GPU measured (`measured.py`) orders them.
+        gradient: whether the gradient of the program's weights is wanted.
+    """
+    if names == ("torch",):
+        return Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
+    order, because = (names, "asked for") if "torch" not in names else _measured(names, task, gradient)
+    reasons = []
+    for name in order:
+        reason = None if name == "torch" else implementation(name).why_not_fused(task)
+        if reason is None:
+            return Choice(name, name != "torch", "; ".join([because, *reasons]))
+        reasons.append(f"{name}: {reason}")
+    return Choice(names[0], False, "; ".join(reasons))
+
+
+def _measured(names: tuple[str, ...], task: Task, gradient: bool) -> tuple[tuple[str, ...], str]:
+    capability = _capability(task.device)
+    if capability != measured.CAPABILITY:
+        dotted = ".".join(map(str, capability))
+        return ("triton",), f"nothing is measured for compute capability {dotted}, and Triton's kernels cover most"
+    row = measured.nearest("gradient" if gradient else "forward", task.kind, task.width)
+    order = tuple(name for name in row.order if name in names)
+    return order, f"measured at {row.kind}, width {row.width}: {row} ({measured.SOURCE})"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
