@@ -53,7 +53,7 @@ def test_error_for_evaluations(benchmark, table, case, nfe):
         return float((torch.stack(estimates) - exact).square().mean().sqrt())
 
     found = [fitted.estimate(x, nfe=nfe, seed=seed) for seed in range(SEEDS)]
-    covered = torch.stack([(e.log_prob - exact).abs() < 1.96 * e.stderr + e.truncation for e in found])
+    covered = torch.stack([(e.log_prob - exact).abs() < 1.96 * e.stderr + e.truncation_per_sample for e in found])
     # 1,024 intervals of 95 %, whose calibration has an error of its own.
     assert 0.91 <= float(covered.double().mean()) <= 0.99
     row = {
