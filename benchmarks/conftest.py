@@ -3,6 +3,7 @@
 import pytest
 import record
 import torch
+from markdown import markdown
 
 TABLES = {}
 
@@ -24,7 +25,7 @@ def one_thread():
 def pytest_terminal_summary(terminalreporter):
     for name, rows in TABLES.items():
         terminalreporter.section(name)
-        terminalreporter.write_line(record.markdown(rows))
+        terminalreporter.write_line(markdown(rows))
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -32,4 +33,4 @@ def pytest_sessionfinish(session, exitstatus):
         return  # a failed benchmark leaves the last good numbers alone
     for name, rows in TABLES.items():
         path = record.write(record.RESULTS, name, record.environment(), rows)
-        path.with_suffix(".md").write_text(record.markdown(rows) + "\n")
+        path.with_suffix(".md").write_text(markdown(rows) + "\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import record
 import steps
+from markdown import markdown
 from steps import Outcome, Step, report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def _summary(outcomes: list[Outcome], found: Found, logs: Path) -> str:
     """Return tables, then every step with the failures that it reported, then one line that counts them."""
     lines = [""]
     for name, rows in found.tables.items():
-        lines += [f"== {name}", record.markdown(list(rows.values())), ""]
+        lines += [f"== {name}", markdown(list(rows.values())), ""]
     lines += ["== summary"]
     for outcome in outcomes:
         lines += [steps.line(outcome), *(f"    {failure}" for failure in found.failures.get(outcome.name, ()))]
