@@ -115,9 +115,6 @@ def info() -> None:
 
 @main.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Folder for the picture and numbers.")
-@click.option("--cond", multiple=True, metavar="NAME=FILE", help="Condition: an entry a sample, or a number.")
-@click.option("--shared", multiple=True, metavar="NAME=FILE", help="Condition that all samples share.")
-@click.option("--fit-cond", multiple=True, metavar="NAME=FILE", help="Condition of the training data.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo(out: str, seed: int) -> None:
     """Train two small networks, evaluate their densities in three ways and draw them; takes about a minute."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
+from .coincidence import refuse_coincidences
 from .conditions import takes_conditions
 from .estimate import (
     Comparison,
@@ -403,6 +404,8 @@ class ScoreDensity(nn.Module):
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
         warn_if_training(self.model)
+        middle = torch.tensor([sum(self.schedule.log_snr_range) / 2], dtype=torch.float64)
+        refuse_coincidences(self.model, samples, self.schedule.time(middle), self.time_dtype)
         return samples
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .conditions import shared
 from .density import ScoreDensity
@@ -184,7 +185,7 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
     program = torch.export.load(path)
     names = program.graph_signature.user_inputs
     inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    positional = program.call_spec.in_spec.children_specs[0].num_leaves
+    positional = len(tree_leaves(tree_unflatten(range(len(names)), program.call_spec.in_spec)[0]))
     if positional != 2 or not all(isinstance(value, Tensor) for value in inputs[:2]):
         raise ValueError(
             f"{path} takes the inputs {names[:positional]} by position, expected (x_t, t); export a module whose "

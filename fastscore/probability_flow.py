@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .coincidence import refuse_coincidences
 from .conditions import takes_conditions
 from .density import ScoreDensity
 from .flow_field import Field, rademacher
@@ -103,7 +104,10 @@ def probability_flow_log_prob(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
         )
     odeint = None if method in OWN else _torchdiffeq()
-    flow = _Flow(density, check_samples(x, None, (cond,), density.model), trace, probes, seed)
+    samples = check_samples(x, None, (cond,), density.model)
+    middle = density.schedule.time(torch.tensor([sum(density.schedule.log_snr_range) / 2], dtype=torch.float64))
+    refuse_coincidences(density.model, samples, middle, density.time_dtype)
+    flow = _Flow(density, samples, trace, probes, seed)
     if method == "auto":
         return _doubling(flow, error)
     log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)

@@ -43,6 +43,7 @@ RANKS = {
     "reference": 1,
     "samples": 1,
     "backends.torch": 2,
+    "coincidence": 2,
     "backends.triton": 2,
     "backends.cuda": 3,
     "estimate": 2,
