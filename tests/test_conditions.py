@@ -3,15 +3,20 @@
 import argparse
 import collections
 import dataclasses
+import pathlib
 import pickle
+import sys
+import types
 import typing
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import fastscore as fs
+from fastscore.cli import main
 from fastscore.condition_data import DataConditions
 from fastscore.conditions import Conditions
 from fastscore.evaluate import evaluate_dataset
@@ -232,11 +237,8 @@ def test_what_cannot_be_is_refused_at_every_call(value, message):
 def test_a_good_call_before_changes_nothing():
     density = fs.ScoreDensity(Added(), SCHEDULE)
     density.estimate(data(), nfe=16, added=MEAN)
-    for value, message in (
-        (MEAN.numpy(), ARRAY),
-        (MEAN[:5], r"ambiguous: \(5,\) with 12 samples"),
-        (torch.zeros(()), "IndexError"),
-    ):
+    bad = [(MEAN.numpy(), ARRAY), (MEAN[:5], r"ambiguous: \(5,\) with 12"), (torch.zeros(()), "IndexError")]
+    for value, message in bad:
         with pytest.raises(ValueError, match=message):
             density.estimate(data(), nfe=16, added=value)
 
@@ -311,11 +313,9 @@ def test_conditions_of_a_data_set(tmp_path):
     assert given["a"]["mean"].value.tolist() == MEAN[[3, 1]].tolist()
     assert given["table"].value.dtype == torch.float32
     for bad, got in ((mean[:5], r"shape \(5,\)"), (np.ones(()), r"shape \(\)"), (object(), "object")):
-        with pytest.raises(
-            ValueError, match=rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
-        ):
+        message = rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
+        with pytest.raises(ValueError, match=message):
             DataConditions.of("cond", {"y": bad}, 12)
-    # A data set's array of another length is never guessed to be shared.
     density = fs.ScoreDensity(Moved(lambda a, more: a["mean"]), SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
     found = evaluate_dataset(density, data(), tmp_path / "a.npz", batch=5, cond={"added": {"mean": MEAN}})
     assert close(found, truth(data(), MEAN))
@@ -366,6 +366,62 @@ def test_conditions_on_the_command_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_conditions(bad, [])
+
+
+class Labelled(nn.Module):
+    """Called as an exported network with a condition is: model(x_t, t, y=labels)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.y = nn.Linear(D, D), nn.Embedding(3, D)
+
+    def forward(self, x, t, *, y):
+        return torch.tanh(self.a(x) + self.y(y)) * t[:, None]
+
+
+@pytest.mark.parametrize("kind", ["export", "factory"])
+def test_the_command_evaluates_with_labels(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    net, label = Labelled().eval(), torch.arange(12) % 3
+    np.save("x.npy", data().numpy())
+    np.savez("labels.npz", y=label.numpy(), other=np.zeros(12))
+    if kind == "export":
+        batch = {0: torch.export.Dim("batch")}
+        example = data(), torch.rand(12)
+        torch.export.save(
+            torch.export.export(net, example, {"y": label}, dynamic_shapes={"x": batch, "t": batch, "y": batch}),
+            "net.pt2",
+        )
+        model = "net.pt2"
+    else:
+        module = types.ModuleType("labelled_networks")
+        module.build = lambda: net
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        model = "labelled_networks:build"
+    command = ["evaluate", model, "x.npy", "--schedule", "vp", "--predicts", "eps", "--nfe", "32", "--batch", "5"]
+    result = CliRunner().invoke(main, [*command, "--cond", "y=labels.npz:y", "--out", "out.npz"])
+    assert result.exit_code == 0, result.output
+    expected = fs.ScoreDensity(net, fs.VP(), "eps").estimate(data(), nfe=32, y=label).log_prob
+    assert np.allclose(np.load("out.npz")["log_prob"], expected.numpy(), rtol=1e-4)
+    wrong = CliRunner().invoke(main, [*command, "--cond", "y=x.npy", "--out", "b.npz"])
+    assert wrong.exit_code == 1
+    assert "the network does not take data of shape (4,) a sample and conditions y (4,) a sample" in wrong.output
+
+
+def test_the_page_runs_as_it_stands():
+    class Anything(nn.Module):
+        def forward(self, x, t, **cond):
+            seen.append(cond)
+            return x
+
+    seen = []
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "conditions.md").read_text()
+    given = {"x": data(2), "labels": torch.arange(2), "sizes": torch.ones(2, 2), "edges": EDGES}
+    given |= {"network": Anything(), "encoded": torch.ones(2, 5), "noise": torch.ones(2)}
+    exec(text.split("```python")[1].split("```")[0], given)
+    assert {name for cond in seen for name in cond} == {"y", "added", "edges", "memory", "seed"}
+    assert all(cond["edges"] is EDGES for cond in seen if "edges" in cond)
 
 
 def test_marks_inside_and_outside():
