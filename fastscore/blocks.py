@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .condition_data import DataConditions
 from .curve import Curve, CurveSum, table_error
 from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .density import ScoreDensity
 from .estimate import Estimate
-from .network import predict
+from .network import model_dtype, predict
 from .rules import group_of, make_rules, method_table
 from .run_folder import RunFolder
 from .samples import check_samples
@@ -38,6 +39,7 @@ class Work:
     blocks: tuple[Tensor, ...]
     device: torch.device
     options: dict
+    conditions: DataConditions
 
     @classmethod
     def check(
@@ -48,6 +50,7 @@ class Work:
         batch: int,
         device: torch.device,
         options: dict,
+        cond: dict | None = None,
     ) -> Work:
         """Raise ValueError where data, indices, network and options do not fit together, before work begins."""
         check_data("data", data)
@@ -59,16 +62,21 @@ class Work:
         if options["target_stderr"] is not None and not options["target_stderr"] > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {options['target_stderr']}")
         make_rules(density.nodes.density, options["nfe"], density.schedule, options["method"])
-        work = cls(density, data, index.split(batch), device, options)
-        _check_network(density, work.rows(index[:1]))
+        conditions = DataConditions.of("cond", cond, len(data))
+        work = cls(density, data, index.split(batch), device, options, conditions)
+        _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]))
         return work
 
     def rows(self, index: Tensor) -> Tensor:
         return take(self.data, index).to(self.device)
 
-    def digests(self, blocks: Sequence[Tensor]) -> list[str]:
-        """Return the digest of the data in each of some blocks; raise ValueError if one has NaN or inf."""
-        return [digest_rows("data", self.data, index) for index in blocks]
+    def conditions_at(self, index: Tensor) -> dict[str, object]:
+        """Return the keyword arguments of the network for these samples."""
+        return self.conditions.at(index, self.device, model_dtype(self.density.model, torch.float32))
+
+    def digests(self, blocks: Sequence[Tensor]) -> list[tuple[str, str]]:
+        """Return the digests of data and conditions in each of some blocks; raise ValueError for NaN or inf in data."""
+        return [(digest_rows("data", self.data, index), self.conditions.digest_rows(index)) for index in blocks]
 
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""
@@ -80,6 +88,7 @@ class Work:
             "noise": density.noise,
             "time dtype": str(density.time_dtype),
             "reference and nodes": digest(fitted_state(density)),
+            "conditions": self.conditions.setting(),
             "batch": len(self.blocks[0]),
             "device": self.device.type,
             "fastscore": version("fastscore"),
@@ -87,25 +96,31 @@ class Work:
             **self.options,
         }
 
-    def fingerprint(self, digests: Sequence[str], fit: Array | None) -> dict:
+    def fingerprint(
+        self, digests: Sequence[tuple[str, str]], fit: Array | None, fit_conditions: DataConditions | None = None
+    ) -> dict:
         """Return by name all that the numbers depend on, so that a resumed run can say what differs."""
         shape, chosen = tuple(self.data.shape), torch.cat(self.blocks)
         kind = str(self.data.dtype).removeprefix("torch.")
         found = self.setting() | {
             "fit data": digest_of([]),
-            "data": f"{kind} {shape} {digest_of(digests)}",
+            "data": f"{kind} {shape} {digest_of([of_data for of_data, _ in digests])}",
+            "conditions": f"{self.conditions.setting()} {digest_of([of_conditions for _, of_conditions in digests])}",
             "indices": f"{len(chosen)} {digest({'index': chosen})}",
         }
         if fit is not None:
             check_data("fit data", fit, shape[1:])
             parts = torch.arange(len(fit)).split(FIT_BLOCK)
             found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
+            of_conditions = [fit_conditions.digest_rows(part) for part in parts] if fit_conditions else []
+            found["fit conditions"] = digest_of([fit_conditions.setting() if fit_conditions else "", *of_conditions])
             found["reference and nodes"] = "from fit data"
         return found
 
     def estimate(self, number: int) -> Block:
         index = self.blocks[number]
-        result = self.density.estimate(self.rows(index), sample_index=index, progress=False, **self.options)
+        given = {"cond": self.conditions_at(index), "progress": False, **self.options}
+        result = self.density.estimate(self.rows(index), sample_index=index, **given)
         return {
             "sample_index": index.numpy(),
             **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},
@@ -146,15 +161,17 @@ class Work:
         )
 
 
-def _check_network(density: ScoreDensity, x: Tensor) -> None:
+def _check_network(density: ScoreDensity, x: Tensor, cond: dict[str, object]) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    samples = check_samples(x, None, ({},), density.model)
+    samples = check_samples(x, None, (cond,), density.model)
     ends = torch.tensor(density.log_snr_range, dtype=torch.float64)
     time = density.schedule.time(ends).to(x.device)
     try:
         with torch.no_grad():
-            rows, cond = samples.x[:, None].expand(1, 2, -1), samples.conds[0]
-            predict(density.model, rows, time, cond, samples.shape, density.time_dtype)
+            rows = samples.x[:, None].expand(1, 2, -1)
+            predict(density.model, rows, time, samples.conds[0], samples.shape, density.time_dtype)
+    except ValueError:
+        raise  # says so itself
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ValueError(

@@ -18,7 +18,7 @@ from .backends import measured
 from .backends.select import BACKENDS, native
 from .estimate import Estimate
 from .evaluate import Interrupted, evaluate_dataset
-from .loading import SCHEDULES, load_array, load_density
+from .loading import SCHEDULES, load_array, load_conditions, load_density
 from .predictions import PREDICTIONS
 from .ranks import OtherRankFailed, Ranks
 from .rules import METHODS
@@ -48,6 +48,9 @@ def main() -> None:
 @click.option("--target-stderr", type=float, metavar="NATS", help="Go on until every standard error is below.")
 @click.option("--max-nfe", type=click.IntRange(min=1), default=16384, show_default=True, help="Bound of that.")
 @click.option("--fit", metavar="FILE", help="Training data; fitting to some thousand samples makes errors smaller.")
+@click.option("--cond", multiple=True, metavar="NAME=FILE", help="Condition: an entry a sample, or a number.")
+@click.option("--shared", multiple=True, metavar="NAME=FILE", help="Condition that all samples share.")
+@click.option("--fit-cond", multiple=True, metavar="NAME=FILE", help="Condition of the training data.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Key of the noise.")
 @click.option("--method", type=click.Choice(METHODS), default="density", show_default=True)
 @click.option("--memory", metavar="BYTES", help="Budget for tensors, such as 512MB.")
@@ -58,13 +61,24 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--restart", is_flag=True, help="Discard an unfinished run and replace a finished result.")
 def evaluate(
-    model: str, data: str, schedule: str | None, predicts: str | None, fit: str | None, device: str, **options
+    model: str,
+    data: str,
+    schedule: str | None,
+    predicts: str | None,
+    fit: str | None,
+    device: str,
+    cond: tuple[str, ...],
+    shared: tuple[str, ...],
+    fit_cond: tuple[str, ...],
+    **options,
 ) -> None:
     """Write the log-density of every sample of DATA under MODEL to a file.
 
     MODEL is a .pt2 file of torch.export, or package.module:factory, a function without arguments that returns a
     network or a ScoreDensity. DATA is a .npy, .npz, .pt or .safetensors file of shape (N, *shape); FILE:key chooses one
-    of several arrays. An interrupted run goes on where it stopped when the same command runs again.
+    of several arrays. Conditions are files of these kinds too, such as --cond y=labels.npy or --cond y=data.npz:labels,
+    with one entry a sample of the data; a.b is the entry b of the network's argument a. An interrupted run goes on
+    where it stopped when the same command runs again.
 
     Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m fastscore evaluate ...
     """
@@ -73,6 +87,8 @@ def evaluate(
         with Ranks.of_environment() as ranks:
             density, identity = load_density(model, schedule, predicts, _device(device, ranks.local))
             arrays = {"data": load_array(data), "fit": None if fit is None else load_array(fit)}
+            arrays["cond"] = load_conditions(cond, shared)
+            arrays["fit_cond"] = load_conditions(fit_cond, () if fit is None else shared)
             result = evaluate_dataset(density, **arrays, identity=identity, ranks=ranks, **options)
     except (KeyboardInterrupt, OtherRankFailed) as stop:
         saved = str(stop) if isinstance(stop, Interrupted | OtherRankFailed) else _NOTHING_COMPUTED

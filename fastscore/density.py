@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import probe
 from .backends.select import check_name, select
 from .calibration import calibrated, uncalibrated
+from .coincidence import refuse_coincidences
 from .conditions import Conditions, takes_conditions
 from .curve import Curve, CurveSum, ends, table_error
 from .estimate import Comparison, Estimate
@@ -347,8 +348,10 @@ class ScoreDensity(nn.Module):
             return self.check(data, None, cond)  # raises
         chosen = choose(len(data), seed)
         here = next((p.device for p in self.model.parameters()), data.device)
-        samples = self.check(data[chosen.to(data.device)].to(here), chosen)
-        return replace(samples, conds=(Conditions.of(cond, len(data), self.model).select(chosen).to(here),))
+        given = Conditions.of(cond, len(data), self.model).select(chosen).to(here)
+        samples = replace(self.check(data[chosen.to(data.device)].to(here), chosen), conds=(given,))
+        refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
+        return samples
 
     def with_reference(self, reference: Reference) -> ScoreDensity:
         """Return a density with the same network and nodes but another reference, and independent noise."""
@@ -456,6 +459,11 @@ class ScoreDensity(nn.Module):
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
+    def _middle(self) -> Tensor:
+        """Return a time in the middle of the range, shape (1,)."""
+        lo, hi = self.log_snr_range
+        return self.schedule.time(torch.tensor([(lo + hi) / 2], dtype=torch.float64))
+
     def _probe(self, samples: Samples) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
         if (samples.shape, samples.x.dtype) not in self._probed:
@@ -476,6 +484,7 @@ class ScoreDensity(nn.Module):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
+        refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
         return samples
 
     def extra_repr(self) -> str:

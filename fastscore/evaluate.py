@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from .blocks import Work, fitted_state
+from .condition_data import DataConditions
 from .dataset import Array, take
 from .density import ScoreDensity
 from .estimate import Estimate, log_width
 from .memory import parse_bytes
+from .network import model_dtype
 from .progress import progress_bar
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
@@ -45,7 +47,9 @@ def evaluate_dataset(
     max_nfe: int = 16384,
     memory: int | str | None = None,
     batch: int = 256,
+    cond: dict[str, object] | None = None,
     fit: Array | None = None,
+    fit_cond: dict[str, object] | None = None,
     bins: int | None = None,
     low: float = -1.0,
     high: float = 1.0,
@@ -63,7 +67,11 @@ def evaluate_dataset(
         out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, and with `bins` bits_per_dim.
         nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
         batch: samples in a block: what an interruption may cost.
+        cond: keyword arguments of the network: arrays with one entry a sample of the data, shape (N, ...), which go
+            along in blocks; what all samples share is a number, a text, or in `fastscore.shared`. Fractions come in the
+            dtype of the network's parameters.
         fit: training data, shape (M, *shape), for `ScoreDensity.fit` with this seed.
+        fit_cond: keyword arguments of the network for these, as `cond`, with M entries.
         bins, low, high: as in `Estimate.bits_per_dim`.
         indices: which samples, all by default.
         identity: further names and values that a resumed run must share, such as the hash of a model file.
@@ -92,16 +100,17 @@ def evaluate_dataset(
         "target_stderr": target_stderr,
         "max_nfe": max_nfe,
     }
+    fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
     log_width(bins, low, high)  # what is wrong with them is better said before the work than after it
     with run.locked() if ranks.first else nullcontext():
         options["memory"] = ranks.on_first(lambda: _budget(memory, device, run))
         try:
-            work, digests = _agree(ranks, lambda: Work.check(density, data, indices, batch, device, options))
+            work, digests = _agree(ranks, lambda: Work.check(density, data, indices, batch, device, options, cond))
 
             def begin() -> tuple[str, list[int]]:
-                key = run.open({**(identity or {}), **work.fingerprint(digests, fit)}, restart)
+                key = run.open({**(identity or {}), **work.fingerprint(digests, fit, fit_conditions)}, restart)
                 if fit is not None:
-                    _fit(work, fit, run, progress)
+                    _fit(work, fit, fit_conditions, run, progress)
                 return key, [i for i in range(len(work.blocks)) if work.read(run, i, key) is None]
 
             key, missing = ranks.on_first(begin)
@@ -120,11 +129,11 @@ def evaluate_dataset(
     return result
 
 
-def _agree(ranks: Ranks, check) -> tuple[Work, list[str]]:
-    """Return the checked work and the digest of every block's data, of which each rank reads its share alone."""
+def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
+    """Return the checked work and every block's digests of data and conditions, of which each rank reads its share."""
     work = None
 
-    def look() -> tuple[dict, list[str]]:
+    def look() -> tuple[dict, list[tuple[str, str]]]:
         nonlocal work
         work = check()
         return work.setting(), work.digests(ranks.share(work.blocks))
@@ -141,11 +150,12 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[str]]:
     return work, [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
 
 
-def _fit(work: Work, data: Array, run: RunFolder, progress: bool | None) -> None:
+def _fit(work: Work, data: Array, conditions: DataConditions, run: RunFolder, progress: bool | None) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density, run):
         x = take(data, slice(None)).to(work.device)
-        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress)
+        cond = conditions.at(slice(None), work.device, model_dtype(work.density.model, torch.float32))
+        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, cond=cond)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density).items()}
         run.write_arrays(run.fitted, stored)
 

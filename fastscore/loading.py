@@ -9,14 +9,16 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from .conditions import shared
 from .density import ScoreDensity
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 
@@ -95,6 +97,39 @@ def load_array(spec: str) -> np.ndarray | Tensor:
         raise ValueError(f"{path} cannot be read as a .{kind} file of plain numbers: {_first_line(error)}") from error
 
 
+def load_conditions(own: Sequence[str], all_share: Sequence[str]) -> dict[str, object]:
+    """Return keyword arguments of the network from texts such as "y=labels.npy", "added.size=sizes.npz:px" or "w=1.5".
+
+    Arguments:
+        own: with one entry a sample; a number is shared in any case.
+        all_share: shared by all samples.
+
+    Raises:
+        ValueError: for a text of another form, or a name that is given twice; and as `load_array`.
+    """
+    found: dict[str, object] = {}
+    for text, is_shared in (*((text, False) for text in own), *((text, True) for text in all_share)):
+        name, equals, value = text.partition("=")
+        parts = name.split(".")
+        if not equals or not all(part.isidentifier() for part in parts):
+            raise ValueError(f"a condition must be NAME=FILE or NAME=NUMBER, such as y=labels.npy; got {text!r}")
+        inside = found
+        for part in parts[:-1]:
+            inside = inside.setdefault(part, {})
+        if not isinstance(inside, dict) or parts[-1] in inside:
+            raise ValueError(f"condition {name!r} is given twice; give it once")
+        if _ARRAY.fullmatch(value):
+            inside[parts[-1]] = shared(load_array(value)) if is_shared else load_array(value)
+            continue
+        try:
+            inside[parts[-1]] = _number(value)
+        except ValueError:
+            raise ValueError(
+                f"condition {name!r} must be a .npy, .npz, .pt or .safetensors file or a number, got {value!r}"
+            ) from None
+    return found
+
+
 def load_density(
     spec: str, schedule: str | None, predicts: str | None, device: torch.device
 ) -> tuple[ScoreDensity, dict[str, str]]:
@@ -150,11 +185,13 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
     program = torch.export.load(path)
     names = program.graph_signature.user_inputs
     inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    if len(inputs) != 2 or not all(isinstance(value, Tensor) for value in inputs):
+    positional = len(tree_leaves(tree_unflatten(range(len(names)), program.call_spec.in_spec)[0]))
+    if positional != 2 or not all(isinstance(value, Tensor) for value in inputs[:2]):
         raise ValueError(
-            f"{path} takes the inputs {names}, expected (x_t, t); export a module whose forward takes these"
+            f"{path} takes the inputs {names[:positional]} by position, expected (x_t, t); export a module whose "
+            "forward takes these, and conditions as keyword arguments"
         )
-    for name, value in zip(names, inputs):
+    for name, value in zip(names[:2], inputs):
         batch = value.shape[0] if value.ndim else 0
         if isinstance(batch, int):
             raise ValueError(f"{path} was exported for {name} of the fixed shape {tuple(value.shape)}; use {_EXPORT}")

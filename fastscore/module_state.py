@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .instructions import NoProgram
 from .untouched import contents, put_back
+from .watch import Watch
 
 _TENSORS = ("_parameters", "_buffers", "_modules")
 
@@ -29,12 +30,12 @@ def restored(model: nn.Module) -> Iterator[None]:
             _put_back(attributes, old)
 
 
-def refuse_changes(model: nn.Module, before: list) -> None:
-    """Raise NoProgram if a network's state is no longer what `state_of` said before."""
-    old = {(name, key): value for name, key, *value in before}
-    for name, key, *value in state_of(model):
-        if old.get((name, key)) != value:
-            raise NoProgram(f"layer {name or 'forward'!r} changes its attribute {key!r} when it is called")
+def refuse_changes(watch: Watch) -> None:
+    """Raise NoProgram if what is watched has changed, after the network was called."""
+    found = watch.changed()
+    if found is not None:
+        place, name = found
+        raise NoProgram(f"{place} changes its attribute {name!r} when it is called")
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, tuple[object, object]]:
@@ -51,32 +52,3 @@ def _put_back(attributes: dict[str, object], old: dict[str, tuple[object, object
         if content is not None:
             value.clear()
             (value.extend if type(value) is list else value.update)(content)
-
-
-def state_of(model: nn.Module) -> list[tuple]:
-    """Return a value that changes when the network's code may take another way: its layers and their attributes.
-
-    Parameters and buffers are read anew for every call, so only their shapes count.
-    """
-    found = []
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                own = ((k, v) for k, v in value.items() if v is not None)
-                found.append((name, key, tuple((k, tuple(v.shape), v.dtype, v.device) for k, v in own)))
-            elif key != "_modules" and not (isinstance(value, dict) and not value):  # most hooks are empty
-                found.append((name, key, type(module), frozen(value)))
-    return found
-
-
-def frozen(value: object) -> object:
-    """Return a value that compares equal as long as another one has the same content, for what a network reads."""
-    if isinstance(value, Tensor):
-        return id(value), value._version, tuple(value.shape)
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, tuple(map(frozen, value))
-    if isinstance(value, dict):
-        return type(value).__name__, tuple((frozen(k), frozen(v)) for k, v in value.items())
-    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device):
-        return type(value).__name__, value
-    return id(value)

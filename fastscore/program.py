@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from .backends.program import run
 from .chain import Matched
+from .code_reader import watch_code, watch_global_hooks
 from .conditions import Conditions
 from .hoisting import BOTH, Hoisted, Values
 from .instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from .matching import match
-from .module_state import restored, state_of
+from .module_state import restored
 from .network import cast_time, model_dtype
 from .structure import is_plain
-from .tracing import SAMPLE, TIME, Traced, X, operation_of, trace
+from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
 from .untouched import uncompiled
 from .verification import check
+from .watch import Watch
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
@@ -39,6 +41,7 @@ MODES = (True, False, "auto")
 # comparison of one's symbolic sizes, which matching makes, while the other runs.
 _ONE_AT_A_TIME = threading.Lock()
 MIN_SPARED = 0.1
+MOST_TRACES = 8  # of a network whose settings change, until it runs itself
 
 
 class RowProgram:
@@ -47,8 +50,8 @@ class RowProgram:
     `code` is a list of instructions; `bind` gives the tensors that they index. Make one with `trace`.
     """
 
-    def __init__(self, model: nn.Module, traced: Traced, matched: Matched, dtype: torch.dtype):
-        self.model, self.traced, self.matched, self.dtype = model, traced, matched, dtype
+    def __init__(self, model: nn.Module, traced: Traced, matched: Matched, dtype: torch.dtype, watch: Watch):
+        self.model, self.traced, self.matched, self.dtype, self.watch = model, traced, matched, dtype, watch
         self.code: list[Instruction] = matched.code
         nodes = [table for table, _ in matched.tables if not isinstance(table, int | float)]
         self.hoisted = Hoisted(traced, [*matched.weights, *nodes])
@@ -86,10 +89,16 @@ class RowProgram:
         x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
         devices = [time.device] if time.is_cuda else []
         with uncompiled(), torch.random.fork_rng(devices), restored(model):
-            with _ONE_AT_A_TIME:
-                traced = trace(model, x_t, time[:1], cond)
-                program = cls(model, traced, match(traced), dtype)
+            refuse_layers(model, x_t, time[:1], cond)
+            watch = watch_code(model)
+            try:
+                with _ONE_AT_A_TIME:
+                    traced = trace(model, x_t, time[:1], cond, watch)
+                    program = cls(model, traced, match(traced), dtype, watch)
+            finally:
+                watch.put_back()  # no cache may keep the tensors of a trace
             check(program, shape, time, cond)
+        watch_global_hooks(watch)
         return program
 
     @cached_property
@@ -187,12 +196,12 @@ def _level(table) -> int:
 
 @dataclass(frozen=True)
 class _Found:
-    """An entry of the cache: a program with the state of its network, or the reason why there is none."""
+    """An entry of the cache: a program, or the reason why there is none."""
 
     model: nn.Module  # kept, so that its id stays its own
     program: RowProgram | None
-    state: object
     reason: str = ""
+    traces: int = 0
 
 
 class Programs:
@@ -250,17 +259,23 @@ class Programs:
 
     def _look_up(self, model, shape, dtype, cond, time):
         training = tuple(module.training for module in model.modules())
-        where = (time.dtype, time.device, torch.is_grad_enabled())
+        where = (time.dtype, time.device, torch.is_grad_enabled(), torch.get_default_dtype())
         key = (id(model), shape, dtype, where, training, _structure(cond))
         found = self._found.get(key)
-        if found is None or (found.program is not None and found.state != state_of(model)):
-            try:
-                program = RowProgram.of(model, shape, time, cond, dtype)
-                found = _Found(model, program, state_of(model))
-            except NoProgram as reason:
-                found = _Found(model, None, None, str(reason))
-            self._found[key] = found
+        stale = found and found.program and found.program.watch.changed()
+        if found is None or stale:
+            self._found[key] = found = self._trace(model, shape, time, cond, dtype, found, stale)
         return found
+
+    @staticmethod
+    def _trace(model, shape, time, cond, dtype, before, stale):
+        traces = before.traces + 1 if before else 1
+        try:
+            if traces > MOST_TRACES:
+                raise NoProgram(f"{stale[0]} has changed its {stale[1]!r} again after {MOST_TRACES} traces")
+            return _Found(model, RowProgram.of(model, shape, time, cond, dtype), traces=traces)
+        except NoProgram as reason:
+            return _Found(model, None, str(reason))
 
 
 def _structure(cond: Conditions) -> object:

@@ -58,7 +58,8 @@ class Structure:
 
     Attributes:
         key: equal for two structures that put the same paths into the same containers.
-        lists: path and length of every list and tuple whose leaves the caller said nothing of.
+        lists: path and length of every list whose leaves the caller said nothing of, and of tuples that are not a size,
+            a crop or the like: numbers and texts alone.
         arguments: by keyword, the path of a leaf or a container.
     """
 
@@ -99,7 +100,7 @@ class _Walk:
             self.key.append(path)
             return path
         like, names, children = opened
-        if said is None and type(value) in (list, tuple):
+        if said is None and (type(value) is list or (type(value) is tuple and not all(map(is_plain, value)))):
             self.lists[path] = len(value)
         self.key.append((path, type(value), len(children)))
         return Branch(like, names, tuple(self.visit(path + suffix, child, said) for suffix, child in children))

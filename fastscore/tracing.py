@@ -32,8 +32,9 @@ from torch.fx.node import map_arg
 
 from .conditions import Conditions
 from .instructions import NoProgram
-from .module_state import refuse_changes, state_of
+from .module_state import refuse_changes
 from .network import read_output
+from .watch import Watch
 
 TIME, SAMPLE, X = 1, 2, 4
 EXAMPLE_ROWS = 7
@@ -77,14 +78,13 @@ class Traced:
 class _Call(nn.Module):
     """The network as a function of tensors alone that returns one tensor of x_t's shape."""
 
-    def __init__(self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict]):
+    def __init__(self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict], watch: Watch):
         super().__init__()
-        self.network, self.constants, self.build = model, constants, build
+        self.network, self.constants, self.build, self.watch = model, constants, build, watch
 
     def forward(self, x_t, time, own, shared):
-        before = state_of(self.network)
         output = self.network(x_t, time, **self.build(own | shared | self.constants))
-        refuse_changes(self.network, before)
+        refuse_changes(self.watch)
         return read_output(output, x_t)
 
 
@@ -107,23 +107,20 @@ def refuse(node: fx.Node, why: str) -> NoProgram:
     return NoProgram(f"layer {layer_of(node)!r}, operation {operation_of(node)}: {why}")
 
 
-def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions) -> Traced:
+def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: Watch) -> Traced:
     """Return the graph of `model(x_t, time, **cond)` for any number of rows.
 
     Arguments:
         x_t, time: examples, shapes (1, *shape) and (1,), in the dtypes that the network gets.
         cond: of one sample at least; shared ones that are no tensors become constants of the graph.
 
+        watch: of what the network's code reads.
+
     Raises:
-        NoProgram: if the network cannot be exported, is random, or mixes rows.
+        NoProgram: if the network cannot be exported, is random, mixes rows, or changes what it reads.
     """
-    _refuse_layers(model, x_t, time, cond)
-    return _export(model, x_t, time, cond)
-
-
-def _export(model, x_t, time, cond):
     tensors = {name: value for name, value in cond.shared.items() if isinstance(value, Tensor)}
-    call = _Call(model, {k: v for k, v in cond.shared.items() if k not in tensors}, cond.build)
+    call = _Call(model, {k: v for k, v in cond.shared.items() if k not in tensors}, cond.build, watch)
     own = {name: _example(value) for name, value in cond.per_sample.items()}
     rows = torch.export.Dim("rows")
     shapes = {
@@ -180,8 +177,8 @@ class _Muted:
         return getattr(self.stream, name)
 
 
-def _refuse_layers(model, x_t, time, cond):
-    """Find layers that never fit and depend on x: NaN in x reaches their outputs."""
+def refuse_layers(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions) -> None:
+    """Raise NoProgram for a layer that never fits and depends on x: NaN in x reaches its output."""
     found: list[str] = []
 
     def hook(name, layer):

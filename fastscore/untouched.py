@@ -28,7 +28,7 @@ def uncompiled() -> Iterator[None]:
 def evaluation(call: Callable) -> Callable:
     """Let a method of a density, or a function of one, compute without gradients and leave the network as it was.
 
-    Layers in train mode do not learn from it: their buffers, and the global random numbers of the CPU, are put back.
+    Layers in train mode do not learn from it (`undisturbed`).
     """
 
     @wraps(call)
@@ -36,14 +36,15 @@ def evaluation(call: Callable) -> Callable:
         density = owner
         while hasattr(density, "density"):
             density = density.density
-        with torch.no_grad(), _put_back(density.model):
+        with torch.no_grad(), undisturbed(density.model):
             return call(owner, *args, **kwargs)
 
     return evaluated
 
 
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of layers in train mode, and the CPU's global random numbers, back as they were."""
     state = torch.get_rng_state()
     learning = [layer for layer in model.modules() if layer.training]
     kept = contents(buffer for layer in learning for buffer in layer.buffers(recurse=False))

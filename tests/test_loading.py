@@ -200,7 +200,7 @@ def test_exports_that_do_not_serve(tmp_path, monkeypatch):
         "bounded.pt2": rf"was exported for at most 64 rows at once; use {dynamic}.*without a max",
         "train.pt2": r"in train mode \(aten\.dropout\.default\).*call model\.eval\(\) before",
         "int.pt2": r"takes torch\.int64 timesteps, but schedule 'vp' gives fractions; use a ddpm table",
-        "three.pt2": r"takes the inputs \('x', 't', 'y'\), expected \(x_t, t\)",
+        "three.pt2": r"takes the inputs \('x', 't', 'y'\) by position, expected \(x_t, t\)",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_density(name, "vp", "eps", CPU)

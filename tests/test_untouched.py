@@ -15,7 +15,7 @@ SCHEDULE = fs.LogSNR(-6, 6)
 
 
 class MLP(nn.Module):
-    """Two layers and what a module may carry: a label, a flag, a list, a parameter without gradient."""
+    """Two layers and what a module may carry: a list, an embedding, a parameter without gradient."""
 
     def __init__(self, middle=None):
         super().__init__()

@@ -1,0 +1,433 @@
+"""Conditions: nested, marked or told apart by their sizes, under any name, and refused where nothing tells."""
+
+import argparse
+import collections
+import dataclasses
+import pathlib
+import pickle
+import sys
+import types
+import typing
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import fastscore as fs
+from fastscore.cli import main
+from fastscore.condition_data import DataConditions
+from fastscore.conditions import Conditions
+from fastscore.evaluate import evaluate_dataset
+from fastscore.loading import load_conditions
+from fastscore.metrics import NegativeLogLikelihood
+
+SCHEDULE = fs.LogSNR(-10, 10)
+D = 4
+MEAN = torch.linspace(-2, 2, 12)
+
+
+class Pair(typing.NamedTuple):
+    mean: object
+    other: object = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    mean: object
+    width: int = 3
+
+
+class Bag(collections.UserDict):
+    """A mapping that pytree does not know."""
+
+
+class Moved(nn.Module):
+    """The exact network of N(mean, 1/4) in every dimension, the mean found in whatever the condition is."""
+
+    def __init__(self, find):
+        super().__init__()
+        self.find = find
+
+    def forward(self, x, t, added=None, **more):
+        mean = self.find(added, more)
+        alpha, sigma = SCHEDULE.alpha_sigma(t)
+        mean = mean.double().reshape(-1, 1)
+        eps = sigma[:, None] * (x.double() - alpha[:, None] * mean) / (alpha[:, None] ** 2 / 4 + sigma[:, None] ** 2)
+        return eps.to(x.dtype)
+
+
+def data(count=12):
+    generator = torch.Generator().manual_seed(0)
+    return MEAN[:count, None] + 0.5 * torch.randn(12, D, generator=generator)[:count]
+
+
+def truth(x, mean):
+    return torch.distributions.Normal(mean[:, None].double(), 0.5).log_prob(x.double()).sum(1)
+
+
+def close(found, expected):
+    """Whether estimates lie within five standard errors, once in some million: a wrong mean lies a hundred away."""
+    return bool(((found.log_prob - expected).abs() <= 5 * found.stderr + 1e-3).all())
+
+
+# name: what the condition is made of the means, and where the network finds them
+NESTED = {
+    "a tensor": (lambda m: m, lambda a, more: a),
+    "a dict": (lambda m: {"mean": m, "crop": (0, 0)}, lambda a, more: a["mean"]),
+    "a dict in a dict": (lambda m: {"a": {"b": m}, "scale": 2.0}, lambda a, more: a["a"]["b"]),
+    "a list": (lambda m: ["text", m], lambda a, more: a[1]),
+    "a tuple": (lambda m: (None, m), lambda a, more: a[1]),
+    "a named tuple": (lambda m: Pair(m), lambda a, more: a.mean),
+    "a dataclass": (lambda m: Given(m), lambda a, more: a.mean),
+    "dataclasses in a list": (lambda m: [Given(m)], lambda a, more: a[0].mean),
+    "a namespace": (lambda m: argparse.Namespace(mean=m), lambda a, more: a.mean),
+    "another mapping": (lambda m: Bag(mean=m), lambda a, more: a["mean"]),
+    "an ordered dict": (lambda m: collections.OrderedDict(mean=m), lambda a, more: a["mean"]),
+    "beside a shared table": (lambda m: {"i": torch.arange(len(m)), "table": MEAN}, lambda a, more: a["table"][a["i"]]),
+    "marked": (lambda m: fs.per_sample({"mean": m}), lambda a, more: a["mean"]),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_every_sample_keeps_its_own(in_chunks, kind):
+    make, find = NESTED[kind]
+    x, expected = data(), truth(data(), MEAN)
+    if kind == "beside a shared table":
+        make = lambda m: {"i": torch.searchsorted(MEAN, m), "table": fs.shared(MEAN)}  # noqa: E731
+    density = fs.ScoreDensity(Moved(find), SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    assert close(density.estimate(x[:1], nfe=64, added=make(MEAN[:1])), expected[:1])
+    assert close(density.estimate(x, nfe=64, added=make(MEAN)), expected)
+    order = torch.tensor([5, 0, 7, 3])
+    some = density.estimate(x[order], nfe=64, sample_index=order, added=make(MEAN[order]))
+    assert close(some, expected[order])
+    for rows in (7, 64 * 3):  # pieces of a sample, and three samples at once
+        in_chunks(rows)
+        cut = density.estimate(x, nfe=64, target_stderr=0.5, max_nfe=128, added=make(MEAN))
+        assert close(cut, expected)
+        assert torch.allclose(density.log_prob(x, nfe=64, added=make(MEAN))[order], some.log_prob, rtol=1e-4, atol=1e-4)
+
+
+def test_every_public_call_takes_nested_conditions_of_any_name(tmp_path):
+    """The network's arguments are called as those of the calls are."""
+
+    def find(added, more):
+        return more["memory"]["seed"] + 0 * more["nfe"]
+
+    x, expected = data(), truth(data(), MEAN)
+    cond = {"memory": {"seed": MEAN}, "nfe": 0.0, "method": "text"}
+    net = Moved(find)
+    density = fs.ScoreDensity(net, SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
+    assert close(density.estimate(x, cond=cond), expected)
+    assert torch.allclose(density.log_prob(x, cond=cond), density.estimate(x, cond=cond).log_prob)
+    other = cond | {"memory": {"seed": MEAN + 1}}
+    compared = density.compare(x, cond, other)
+    assert bool(((compared.difference - (expected - truth(x, MEAN + 1))).abs() < 5 * compared.stderr).all())
+    flow = fs.probability_flow_log_prob(density, x, method="midpoint", steps=16, cond=cond)
+    assert torch.allclose(flow.log_prob.double(), expected, atol=0.05)  # the ODE's grid error at 16 steps
+    captured, _ = fs.CapturedDensity(density, x, cond=cond)(x)
+    assert torch.allclose(captured, density.estimate(x, cond=cond).log_prob)
+    loss = fs.density_loss(density, x, seed=0, draws=64, antithetic=True, reduction="none", cond=cond)
+    assert float((loss + expected).mean().abs()) < 5 * float((loss + expected).std()) / 12**0.5
+    assert torch.isfinite(fs.score_regularization(density, x, seed=0, cond=cond))
+    metric = NegativeLogLikelihood(density)
+    metric.update(x, cond=cond)
+    assert float(metric.compute()["nll"]) == pytest.approx(-float(density.estimate(x, cond=cond).log_prob.mean()))
+    moved = fs.Transformed(density, torch.distributions.AffineTransform(0.0, 2.0))
+    assert torch.allclose(moved.log_prob(2 * x, cond=cond), density.log_prob(x, cond=cond) - D * np.log(2), atol=1e-4)
+    assert "no row program" in fs.explain(net, (D,), cond=cond)
+    many = {"memory": {"seed": MEAN.repeat(4)}, "nfe": 0.0, "method": "text"}
+    density.fit(MEAN.repeat(4)[:, None] + 0.5 * torch.randn(48, D), evaluations=4000, progress=False, cond=many)
+    arrays = cond | {"memory": {"seed": MEAN.numpy()}}
+    found = evaluate_dataset(density, x.numpy(), tmp_path / "out.npz", batch=5, cond=arrays)
+    assert torch.allclose(found.log_prob, density.estimate(x, cond=cond).log_prob, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_of_an_argument_is_said_to_be_one():
+    density, x = fs.ScoreDensity(Moved(lambda a, more: MEAN[:1]), SCHEDULE), data()
+    for name in ("memory", "seed", "nfe", "method", "progress", "target_stderr"):
+        for value in (torch.randn(12, 3), {"a": 1}, fs.shared(MEAN)):
+            with pytest.raises(
+                ValueError, match=rf"{name} is an argument of estimate itself.*cond=\{{'{name}': \.\.\.\}}"
+            ):
+                density.estimate(x, **{name: value})
+    with pytest.raises(ValueError, match=r"cond must be a dict .* got a tensor of shape \(12, 3\).*cond=\{'cond'"):
+        density.estimate(x, cond=torch.randn(12, 3))
+    with pytest.raises(ValueError, match="y is given by name and in cond; give it once"):
+        density.estimate(x, y=1, cond={"y": 2})
+
+
+class Graph(nn.Module):
+    """Exact eps of independent nodes whose std is 1/2 and their number of incoming edges, from one list of edges."""
+
+    def forward(self, x, t, edges):
+        alpha, sigma = (v[:, None] for v in SCHEDULE.alpha_sigma(t))
+        degree = torch.zeros(x.shape[1]).index_add(0, edges[1], torch.ones(edges.shape[1])).double()
+        return (sigma * x.double() / (alpha**2 * (0.5 + degree) ** 2 + sigma**2)).to(x.dtype)
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 2, 3, 1]])
+STD = torch.tensor([0.5, 2.5, 2.5, 1.5])
+
+
+def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
+    x = STD * torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    expected = torch.distributions.Normal(0.0, STD.double()).log_prob(x.double()).sum(1)
+    said = fs.ScoreDensity(Graph(), SCHEDULE)
+    for batch in (3, 2, 1):
+        assert close(said.estimate(x[:batch], nfe=256, edges=fs.shared(EDGES)), expected[:batch])
+    later = fs.ScoreDensity(Graph(), SCHEDULE)
+    assert close(later.estimate(x, nfe=256, edges=EDGES), expected)  # two rows, three samples: unambiguous
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"'edges' is ambiguous: \(2, 5\) with 2 samples looks one entry a sample.*fs.shared"
+        ):
+            later.estimate(x[:2], nfe=256, edges=EDGES)
+    first = fs.ScoreDensity(Graph(), SCHEDULE)
+    for call in (first.estimate, first.log_prob, lambda x, **c: fs.probability_flow_log_prob(first, x, **c)):
+        with pytest.raises(
+            ValueError, match="'edges' has as many entries as there are samples, 2, and the network also"
+        ):
+            call(x[:2], edges=EDGES)
+
+
+def test_the_other_way_round():
+    density = fs.ScoreDensity(Moved(lambda a, more: a), SCHEDULE)
+    density.estimate(data(6), nfe=16, added=MEAN[:6])
+    with pytest.raises(ValueError, match=r"'added' is ambiguous: \(6,\) with 5 samples looks shared by all samples"):
+        density.estimate(data(5), nfe=16, added=MEAN[:6])
+
+
+class Added(nn.Module):
+    """Adds a condition of one number a row to x."""
+
+    def forward(self, x, t, added):
+        return x + (added["mean"] if isinstance(added, dict) else added)[:, None]
+
+
+ARRAY = r"must be a tensor, a number or text, got an array of numpy of shape \(12,\); give torch.as_tensor"
+LIST = "'added' is a list or tuple of 12 entries and there are 12 samples; give one tensor if .* or fs.shared"
+SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (MEAN.numpy(), f"'added' {ARRAY}"),
+        ({"mean": MEAN.numpy()}, rf"\"added\['mean'\]\" {ARRAY}"),
+        (MEAN.tolist(), LIST),
+        (["text"] * 12, LIST),
+        ([torch.zeros(3)] * 12, LIST),
+        (MEAN[:5], r"does not take data of shape \(4,\) .* added \(5,\) shared by all; fs.per_sample or.*RuntimeError"),
+        (torch.zeros(()), r"conditions added \(\) shared by all; .*: IndexError: too many indices"),
+        (fs.per_sample(MEAN[:5]), rf"'added' is marked per_sample and {SIZE} \(5,\)"),
+        (fs.per_sample({"mean": torch.zeros(())}), rf"\"added\['mean'\]\" is marked per_sample and {SIZE} \(\)"),
+        (object(), "'added' must be a tensor, a number or text, got a object; pass its tensors in a dict"),
+        ({"other": MEAN}, r"added\['other'\] \(\) a sample; .* KeyError: 'mean'"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_every_call(value, message):
+    density = fs.ScoreDensity(Added(), SCHEDULE)
+    for call in (density.estimate, density.log_prob, density.estimate):
+        with pytest.raises(ValueError, match=message):
+            call(data(), nfe=16, added=value)
+
+
+def test_a_good_call_before_changes_nothing():
+    density = fs.ScoreDensity(Added(), SCHEDULE)
+    density.estimate(data(), nfe=16, added=MEAN)
+    bad = [(MEAN.numpy(), ARRAY), (MEAN[:5], r"ambiguous: \(5,\) with 12"), (torch.zeros(()), "IndexError")]
+    for value, message in bad:
+        with pytest.raises(ValueError, match=message):
+            density.estimate(data(), nfe=16, added=value)
+
+
+def test_a_missing_condition_names_what_the_network_said():
+    net = Moved(lambda a, more: a["mean"])
+    with pytest.raises(ValueError, match=r"does not take data of shape \(4,\) a sample: TypeError: 'NoneType'"):
+        fs.ScoreDensity(net, SCHEDULE).estimate(data(), nfe=16)
+
+
+def test_objects_that_cannot_be_looked_into_go_when_they_are_said_to_be_shared():
+    class Encoder:
+        def __init__(self):
+            self.mean = torch.ones(1)
+
+    density = fs.ScoreDensity(Moved(lambda a, more: a.mean), SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    x = 1 + 0.5 * torch.randn(6, D, generator=torch.Generator().manual_seed(2))
+    assert close(density.estimate(x, nfe=64, added=fs.shared(Encoder())), truth(x, torch.ones(6)))
+
+
+class Program(nn.Module):
+    """An MLP with a sample's label, a shared gain and a text, all in one dict: a row program."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.t, self.a, self.b, self.y = nn.Linear(1, 16), nn.Linear(D, 16), nn.Linear(16, D), nn.Embedding(5, 16)
+
+    def forward(self, x, t, given):
+        h = self.a(x) + self.t(t[:, None]) + self.y(given["label"])
+        return self.b(torch.relu(h)) * given["more"].gain * (2 if given["kind"] == "double" else 1)
+
+
+def test_programs_hold_nested_conditions_by_their_paths():
+    Gain = collections.namedtuple("Gain", ["gain"])
+    net, x, label = Program().eval(), data(), torch.arange(12) % 5
+    on, off = (fs.ScoreDensity(net, SCHEDULE, program=mode) for mode in (True, False))
+    seen = []
+    for gain, kind in ((1.0, "plain"), (3.0, "plain"), (3.0, "double")):
+        given = {"label": label, "more": Gain(torch.tensor(gain)), "kind": kind}
+        found, expected = (d.estimate(x, nfe=32, given=given).log_prob for d in (on, off))
+        assert torch.allclose(found, expected, rtol=1e-4)
+        seen.append(found)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-2)
+    assert not torch.allclose(seen[1], seen[2], rtol=1e-2)
+    assert "row program of Program" in fs.explain(net, (D,), given=given)
+
+
+def test_the_classifier_takes_nested_classes_and_conditions():
+    class Labelled(Moved):
+        def forward(self, x, t, given, rest):
+            return super().forward(x, t, given["mean"] + rest["shift"])
+
+    net = Labelled(lambda a, more: a)
+    x, means = data(), torch.tensor([-2.0, 0.0, 2.0])
+    density = fs.ScoreDensity(net, SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    classifier = fs.DiffusionClassifier(density, {"given": {"mean": means, "size": 3}})
+    shift = torch.full((12,), 0.25)
+    found = classifier.classify(x, nfe=128, error=None, rest={"shift": shift})
+    exact = torch.stack([truth(x, m + shift) for m in means], 1).log_softmax(1)
+    assert bool(((found.log_posterior - exact).abs() <= 5 * found.log_posterior_stderr + 1e-3).all())
+    again = pickle.loads(pickle.dumps(classifier.classes))
+    assert torch.equal(again.per_sample["given['mean']"], means)
+    with pytest.raises(ValueError, match="given names the class and is set by the classifier"):
+        classifier.classify(x, given={"other": shift}, rest={"shift": shift})
+
+
+def test_conditions_of_a_data_set(tmp_path):
+    mean = MEAN.double().numpy()
+    told = DataConditions.of("cond", {"a": {"mean": mean}, "w": 2.0, "table": fs.shared(mean[:5])}, 12)
+    given = told.at(torch.tensor([3, 1]), torch.device("cpu"), torch.float32)
+    assert given["a"]["mean"].value.tolist() == MEAN[[3, 1]].tolist()
+    assert given["table"].value.dtype == torch.float32
+    for bad, got in ((mean[:5], r"shape \(5,\)"), (np.ones(()), r"shape \(\)"), (object(), "object")):
+        message = rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
+        with pytest.raises(ValueError, match=message):
+            DataConditions.of("cond", {"y": bad}, 12)
+    density = fs.ScoreDensity(Moved(lambda a, more: a["mean"]), SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
+    found = evaluate_dataset(density, data(), tmp_path / "a.npz", batch=5, cond={"added": {"mean": MEAN}})
+    assert close(found, truth(data(), MEAN))
+    some = evaluate_dataset(
+        density, data(), tmp_path / "b.npz", batch=2, cond={"added": {"mean": MEAN}}, indices=[7, 2, 9]
+    )
+    assert torch.allclose(some.log_prob, found.log_prob[[7, 2, 9]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["a sample's", "shared", "name"])
+def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
+    def stop(added, more):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return added + more["shift"] if "shift" in more else added
+
+    calls = []
+    density = fs.ScoreDensity(Moved(stop), SCHEDULE, nfe=16)
+    cond = {"added": MEAN, "shift": fs.shared(torch.zeros(1))}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=cond)
+    other = {
+        "a sample's": cond | {"added": MEAN.flip(0)},
+        "shared": cond | {"shift": fs.shared(torch.ones(1))},
+        "name": {"added": MEAN},
+    }[change]
+    calls.clear()
+    with pytest.raises(ValueError, match="conditions"):
+        evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=other)
+
+
+def test_conditions_on_the_command_line(tmp_path):
+    np.savez(tmp_path / "data.npz", y=np.arange(3), m=np.ones(3))
+    np.save(tmp_path / "t.npy", np.zeros(5))
+    found = load_conditions(
+        [f"y={tmp_path}/data.npz:y", "added.w=1.5", f"added.m={tmp_path}/data.npz:m"], [f"table={tmp_path}/t.npy"]
+    )
+    assert found["y"].tolist() == [0, 1, 2]
+    assert found["added"]["w"] == 1.5
+    assert found["added"]["m"].tolist() == [1, 1, 1]
+    assert found["table"] == fs.shared(found["table"].value)
+    for bad, message in (
+        (["y"], "a condition must be NAME=FILE or NAME=NUMBER"),
+        (["y=1", "y=2"], "'y' is given twice"),
+        (["y=labels.txt"], "'y' must be a .npy, .npz, .pt or .safetensors file or a number, got 'labels.txt'"),
+        (["y=1", "y.a=2"], "'y.a' is given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_conditions(bad, [])
+
+
+class Labelled(nn.Module):
+    """Called as an exported network with a condition is: model(x_t, t, y=labels)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.y = nn.Linear(D, D), nn.Embedding(3, D)
+
+    def forward(self, x, t, *, y):
+        return torch.tanh(self.a(x) + self.y(y)) * t[:, None]
+
+
+@pytest.mark.parametrize("kind", ["export", "factory"])
+def test_the_command_evaluates_with_labels(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    net, label = Labelled().eval(), torch.arange(12) % 3
+    np.save("x.npy", data().numpy())
+    np.savez("labels.npz", y=label.numpy(), other=np.zeros(12))
+    if kind == "export":
+        batch = {0: torch.export.Dim("batch")}
+        example = data(), torch.rand(12)
+        torch.export.save(
+            torch.export.export(net, example, {"y": label}, dynamic_shapes={"x": batch, "t": batch, "y": batch}),
+            "net.pt2",
+        )
+        model = "net.pt2"
+    else:
+        module = types.ModuleType("labelled_networks")
+        module.build = lambda: net
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        model = "labelled_networks:build"
+    command = ["evaluate", model, "x.npy", "--schedule", "vp", "--predicts", "eps", "--nfe", "32", "--batch", "5"]
+    result = CliRunner().invoke(main, [*command, "--cond", "y=labels.npz:y", "--out", "out.npz"])
+    assert result.exit_code == 0, result.output
+    expected = fs.ScoreDensity(net, fs.VP(), "eps").estimate(data(), nfe=32, y=label).log_prob
+    assert np.allclose(np.load("out.npz")["log_prob"], expected.numpy(), rtol=1e-4)
+    wrong = CliRunner().invoke(main, [*command, "--cond", "y=x.npy", "--out", "b.npz"])
+    assert wrong.exit_code == 1
+    assert "the network does not take data of shape (4,) a sample and conditions y (4,) a sample" in wrong.output
+
+
+def test_the_page_runs_as_it_stands():
+    class Anything(nn.Module):
+        def forward(self, x, t, **cond):
+            seen.append(cond)
+            return x
+
+    seen = []
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "conditions.md").read_text()
+    given = {"x": data(2), "labels": torch.arange(2), "sizes": torch.ones(2, 2), "edges": EDGES}
+    given |= {"network": Anything(), "encoded": torch.ones(2, 5), "noise": torch.ones(2)}
+    exec(text.split("```python")[1].split("```")[0], given)
+    assert {name for cond in seen for name in cond} == {"y", "added", "edges", "memory", "seed"}
+    assert all(cond["edges"] is EDGES for cond in seen if "edges" in cond)
+
+
+def test_marks_inside_and_outside():
+    told = Conditions.of({"a": fs.shared({"x": MEAN, "y": fs.per_sample(MEAN)}), "b": MEAN}, 12)
+    assert set(told.per_sample) == {"a['y']", "b"}
+    assert told.guessed == ("b",)
+    again = Conditions.of(told.select(slice(0, 1)).marked(), 1)
+    assert set(again.per_sample) == {"a['y']", "b"}
+    assert again.guessed == ()
