@@ -20,7 +20,6 @@ from .estimate import CurveSum, Estimate, discretization_bound, truncation_bound
 from .network import predict
 from .nodes import make_rule, method_table
 from .run_folder import RunFolder
-from .samples import check_samples
 
 Block = dict[str, np.ndarray]
 ESTIMATE_KEYS = {"sample_index", "log_prob", "stderr", "nfe", "curve_mean", "curve_stderr", "discretization", "noise"}
@@ -51,7 +50,8 @@ class Work:
         check_data("data", data)
         if batch < 1:
             raise ValueError(f"batch must be at least 1 sample, got {batch}")
-        index = torch.arange(len(data)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        whole = torch.arange(len(data), device="cpu")
+        index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if options["target_stderr"] is not None and not options["target_stderr"] > 0:
@@ -96,7 +96,7 @@ class Work:
         }
         if fit is not None:
             check_data("fit data", fit, shape[1:])
-            parts = torch.arange(len(fit)).split(FIT_BLOCK)
+            parts = torch.arange(len(fit), device="cpu").split(FIT_BLOCK)
             found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
             found["reference and nodes"] = "from fit data"
         return found
@@ -149,8 +149,8 @@ class Work:
 
 def _check_network(density: ScoreDensity, x: Tensor) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    samples = check_samples(x, None, ({},), density.model)
-    ends = torch.tensor(density.schedule.log_snr_range, dtype=torch.float64)
+    samples = density.check(x, None, {})
+    ends = torch.tensor(density.schedule.log_snr_range, dtype=torch.float64, device="cpu")
     time = density.schedule.time(ends).to(x.device)
     try:
         with torch.no_grad():

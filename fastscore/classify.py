@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
+from .host import as_tensor
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
-from .network import Conditions
+from .network import Conditions, model_device
 from .nodes import FittedNodes, NodeDensity, Rule, make_rule, uniform_in_time
 from .reference import Reference
 from .samples import Samples
@@ -68,7 +69,7 @@ class DiffusionClassifier(nn.Module):
         count = len(next(iter(self.classes.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
         nodes = NodeDensity.pairs(*density.schedule.log_snr_range)
-        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64, device="cpu"))
 
     @torch.no_grad()
     def fit(
@@ -84,7 +85,8 @@ class DiffusionClassifier(nn.Module):
         """Place the nodes where the two likeliest classes of a sample differ most noisily; return self.
 
         Arguments:
-            data: training data, shape (N, *shape); labels are not needed.
+            data: training data, shape (N, *shape); labels are not needed. They may lie on the CPU while the network is
+                on a GPU, as in `ScoreDensity.fit`.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
             seed, memory, cond: as in `classify`.
             progress: show a progress bar.
@@ -95,22 +97,23 @@ class DiffusionClassifier(nn.Module):
         each = PILOT_NFE * len(self.log_prior) + 6 * PILOT_BINS * PILOT_DRAWS
         if evaluations < each:
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
-        x = data[: evaluations // each]
-        given = Conditions.of(cond, len(data)).select(slice(len(x)))
+        device = model_device(self.density.model, data.device)
+        x = data[: evaluations // each].to(device)
+        given = Conditions.of(cond, len(data)).select(slice(len(x))).to(device)
         own = given.per_sample | given.shared
         options = {"seed": seed, "memory": memory, "progress": progress}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options, **own).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
-        pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
+        pairs = torch.stack([torch.arange(2 * len(x), device=device) // 2, top.flatten()], 1)
         spread = []
         for paired in (False, True):
             draws = Draws(_pilot_rule(self.density, paired), "independent", seed)
             f = self._integrand(samples, pairs, draws, self.density.reference, chunks).to(torch.float64)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
-        edges = torch.linspace(*self.density.schedule.log_snr_range, PILOT_BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(*self.density.schedule.log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
         nodes = NodeDensity.from_spread(edges, *spread, FLOOR)
-        self.nodes = FittedNodes(nodes, self.nodes.calibration).to(self.log_prior.device)
+        self.nodes = FittedNodes(nodes, self.nodes.host("calibration")).to(device)
         return self
 
     @torch.no_grad()
@@ -169,7 +172,7 @@ class DiffusionClassifier(nn.Module):
     def _batch(self, samples: Samples, plan: _Plan) -> Classification:
         """Take some samples through all rounds."""
         reference = self.density.reference if plan.weighting == "density" else self.density.reference.gaussian()
-        rounds = Rounds(self.log_prior.to(samples.x.device), len(samples))
+        rounds = Rounds(self.log_prior, len(samples))
         for draws in plan.rounds:
             pairs = rounds.open()
             if not len(pairs):
@@ -184,7 +187,7 @@ class DiffusionClassifier(nn.Module):
         """Return f of every (sample, class) pair, (P, N): a pair is a sample with its class as a condition."""
         which, label = pairs.unbind(1)
         given = samples.conds[0].select(which)
-        own = {name: rows.to(which.device)[label] for name, rows in self.classes.items()}
+        own = {name: rows[label] for name, rows in self.classes.items()}
         conditions = Conditions(given.per_sample | own, given.shared)
         # The index of the sample keys the noise: all its classes see the same.
         paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,))
@@ -197,13 +200,20 @@ class DiffusionClassifier(nn.Module):
         twice = sorted(set(cond) & set(self.classes))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
-        # What is no batch, `prepare` refuses.
-        count, device = (len(x), x.device) if isinstance(x, Tensor) and x.ndim else (0, "cpu")
-        first = {k: v[:1].to(device).expand(count, *v.shape[1:]) for k, v in self.classes.items()}
+        count = 0  # what is no batch, `prepare` refuses
+        if isinstance(x, Tensor) and x.ndim:
+            count = len(x)
+            self._follow(x.device)
+        first = {k: v[:1].expand(count, *v.shape[1:]) for k, v in self.classes.items()}
         samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first)
         told_apart = samples.conds[0]
         given = Conditions({k: v for k, v in told_apart.per_sample.items() if k in cond}, told_apart.shared)
         return replace(samples, conds=(given,)), chunks._replace(rows=max(1, chunks.rows // 2))
+
+    def _follow(self, device: torch.device) -> None:
+        """Bring the classes, their prior and the nodes to the device of the data, where they stay."""
+        self.classes = {name: rows.to(device) for name, rows in self.classes.items()}
+        self.log_prior, self.nodes = self.log_prior.to(device), self.nodes.on(device)
 
     def _rule(self, nfe: int, weighting: str) -> Rule:
         if weighting == "uniform":
@@ -235,7 +245,7 @@ def _pilot_rule(density: ScoreDensity, paired: bool) -> Rule:
 
 
 def _check_classes(classes: dict[str, Tensor]) -> dict[str, Tensor]:
-    rows = {name: torch.as_tensor(value) for name, value in classes.items()} if isinstance(classes, dict) else {}
+    rows = {name: as_tensor(value) for name, value in classes.items()} if isinstance(classes, dict) else {}
     counts = {len(value) if value.ndim else 0 for value in rows.values()}
     if len(counts) != 1 or min(counts) < 2:
         got = {name: tuple(value.shape) for name, value in rows.items()} or repr(classes)
@@ -248,8 +258,7 @@ def _check_classes(classes: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:
     """Return log p(y), float64, shape (C,)."""
-    p = torch.full((count,), 1 / count) if prior is None else torch.as_tensor(prior)
-    p = p.detach().to(torch.float64)
+    p = as_tensor([1 / count] * count if prior is None else prior).detach().to(torch.float64)
     if p.shape != (count,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-4:
         raise ValueError(
             f"prior must be {count} positive probabilities that sum to 1, got shape {tuple(p.shape)} with the sum "

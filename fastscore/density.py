@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
+from .buffers import Constants
 from .estimate import (
     Comparison,
     CurveSum,
@@ -34,7 +35,7 @@ from .estimate import (
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
-from .network import warn_if_training
+from .network import model_device, warn_if_training
 from .nodes import FittedNodes, NodeDensity, make_rule
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, run_pilot, variance_ratio
@@ -104,11 +105,11 @@ class ScoreDensity(nn.Module):
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         nodes = NodeDensity.uniform(*schedule.log_snr_range)
-        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64))
+        self.nodes = FittedNodes(nodes, torch.empty(2, 0, dtype=torch.float64, device="cpu"))
         self._row_costs: dict = {}
         self._programs = Programs(program)
         if predicts == "flow":
-            schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
+            schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 
     def log_prob(
         self,
@@ -270,7 +271,8 @@ class ScoreDensity(nn.Module):
         `state_dict()`.
 
         Arguments:
-            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
+            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. They may lie on the CPU
+                while the network is on a GPU, with their conditions: the few thousand samples that are used go there.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
                 fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
@@ -283,7 +285,11 @@ class ScoreDensity(nn.Module):
         Raises:
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
-        samples = self._samples(data, None, cond)
+        samples = check_samples(data, None, (cond,))
+        device = model_device(self.model, samples.x.device)
+        example = self._settled(samples.select(slice(0, 1)).to(device))
+        select(device, samples.x.dtype, self.backend)
+        warn_if_training(self.model, stacklevel=4)
         with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -291,13 +297,13 @@ class ScoreDensity(nn.Module):
                 bar.update(count)
 
             def chunks(reference: Reference) -> Chunks:
-                return self._chunks(samples, memory, PILOT_DRAWS, reference)
+                return self._chunks(example, memory, PILOT_DRAWS, reference)
 
-            plan = PilotPlan(evaluations, seed, chunks, step)
+            plan = PilotPlan(evaluations, seed, chunks, step, device)
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
-        self.reference = fitted.reference.to(samples.x.device)
-        self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(samples.x.device)
+        self.reference = fitted.reference.on(device)
+        self.nodes = FittedNodes(fitted.nodes, fitted.calibration).to(device)
         self._row_costs.clear()
         return self
 
@@ -334,7 +340,7 @@ class ScoreDensity(nn.Module):
                 offset += float((value[chosen] - integral).sum()) / len(samples)
             bar.update(len(f))
         if draws.noise == "sobol":
-            variance *= variance_ratio(self.nodes.calibration, rule.nfe)
+            variance *= variance_ratio(self.nodes.host("calibration"), rule.nfe)
         return value, variance, curve.curve(), offset
 
     @staticmethod
@@ -383,14 +389,32 @@ class ScoreDensity(nn.Module):
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
-    def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
-        samples = check_samples(x, sample_index, conds, self.model)
-        select(samples.x.device, samples.x.dtype, self.backend)
+    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+        """Return checked data; what was fitted goes to their device, if it is elsewhere.
+
+        Raises:
+            ValueError: as `check_samples`, or if the reference has other dimensions.
+        """
+        return self._settled(check_samples(x, sample_index, conds, model_device(self.model)))
+
+    def _settled(self, samples: Samples) -> Samples:
+        device = samples.x.device
+        for name in ("reference", "nodes"):
+            there = getattr(self, name).on(device)
+            if there is not getattr(self, name):
+                setattr(self, name, there)
+        if isinstance(self.model, Constants):
+            self.model.follow(device)
         own = self.reference.mean.shape[1]
         if own not in (1, samples.x.shape[1]):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
+        return samples
+
+    def _samples(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+        samples = self.check(x, sample_index, *conds)
+        select(samples.x.device, samples.x.dtype, self.backend)
         warn_if_training(self.model)
         return samples
 

@@ -92,7 +92,7 @@ class Estimate:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, such as 0.95; got {level}")
-        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")))
         return self.log_prob - z * self.stderr, self.log_prob + z * self.stderr
 
     def mean(self) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def student_quantile(tail: float, nu: Tensor) -> Tensor:
     References:
         Handbook of Mathematical Functions, 26.7.5 (Abramowitz and Stegun, 1964)
     """
-    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64)))
+    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -174,7 +174,7 @@ class CurveSum:
 
     def __init__(self, rule: Rule):
         self.rule, self.count = rule, 0
-        self.total = torch.zeros(len(rule.log_snr), dtype=torch.float64)
+        self.total = torch.zeros_like(rule.log_snr)
         self.squares = torch.zeros_like(self.total)
 
     def add(self, f: Tensor) -> None:

@@ -25,6 +25,7 @@ from .dataset import Array, take
 from .density import ScoreDensity
 from .estimate import Estimate, log_width
 from .memory import parse_bytes
+from .network import model_device
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
 
@@ -83,7 +84,7 @@ def evaluate_dataset(
         OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
     """
     run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
-    device = next(density.model.parameters(), density.reference.weight).device
+    device = model_device(density.model, density.reference.weight.device)
     options = {
         "nfe": density.nfe if nfe is None else nfe,
         "seed": seed,
@@ -143,8 +144,9 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[str]]:
 def _fit(work: Work, data: Array, run: RunFolder, progress: bool) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density, run):
-        x = take(data, slice(None)).to(work.device)
-        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress)
+        # Where they are: `fit` takes those that it uses to the network's device.
+        x, options = take(data, slice(None)), work.options
+        work.density.fit(x, seed=options["seed"], memory=options["memory"], progress=progress)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density).items()}
         run.write_arrays(run.fitted, stored)
 

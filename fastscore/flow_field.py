@@ -51,8 +51,8 @@ class Field:
 
     def __init__(self, density: ScoreDensity, samples: Samples, signs: Tensor | None, ends: tuple[float, float]):
         self.density, self.samples, self.ends, self.nfe = density, samples, ends, 0
-        self.exact = signs is None
-        self.cotangents = torch.eye(samples.x.shape[1]).to(samples.x)[:, None] if signs is None else signs
+        self.exact, x = signs is None, samples.x
+        self.cotangents = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None] if signs is None else signs
 
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self.at(self.table(t[None])[0], state[0])

@@ -53,8 +53,11 @@ class CapturedDensity:
         samples, draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
         self.samples, self.draws = replace(samples, x=samples.x.clone()), draws
         self.rows = Rows.of(density.network, draws, range(len(draws)), samples.x)
+        # Once, here: to look for them again would carry times to the device, which a capture refuses.
+        self.programs = density.network.find_programs(self.samples)
         self.rule = replace(draws.rule, weight=draws.rule.weight.to(samples.x.device))
-        self.ratio = variance_ratio(density.nodes.calibration, draws.rule.nfe) if draws.noise == "sobol" else 1.0
+        calibrated = draws.noise == "sobol"
+        self.ratio = variance_ratio(density.nodes.host("calibration"), draws.rule.nfe) if calibrated else 1.0
         self.keys = self._keys(seed)
         self.at_once = max(1, chunks.rows // max(1, draws.rule.nfe))
         self.seed, self.graph, self.result = seed, None, None
@@ -96,7 +99,7 @@ class CapturedDensity:
     def _estimate(self) -> tuple[Tensor, Tensor]:
         density, samples = self.density, self.samples
         network, parts = density.network, []
-        rows = self.rows.with_programs(network, network.find_programs(samples), samples)
+        rows = self.rows.with_programs(network, self.programs, samples)
         for start in range(0, len(samples), self.at_once):
             chosen = slice(start, start + self.at_once)
             parts.append(draw_values(network, samples.select(chosen), self.keys[chosen], rows, density.reference))
@@ -105,12 +108,13 @@ class CapturedDensity:
         return log_prob, (self.ratio * draw_variance(f, self.rule)).sqrt()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
-            for _ in range(2):
-                self._estimate()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self._estimate()
+        with torch.cuda.device(self.samples.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
+                for _ in range(2):
+                    self._estimate()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self._estimate()

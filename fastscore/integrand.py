@@ -48,7 +48,7 @@ class Network:
             return (None,) * len(samples.conds)
 
         def times() -> Tensor:
-            log_snr = torch.linspace(*self.schedule.log_snr_range, PROBE_ROWS, dtype=torch.float64)
+            log_snr = torch.linspace(*self.schedule.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
             return self.schedule.time(log_snr).to(samples.x.device)
 
         data = self.model, samples.shape, samples.x.dtype
@@ -90,8 +90,8 @@ class Rows:
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
         paired, time = draws.rule.paired[part].long(), draws.rule.time[part]
         alpha, sigma = schedule.alpha_sigma(time)
-        draw = torch.arange(len(span)).repeat_interleave(1 + paired)
-        twin = torch.cat([torch.zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
+        draw = torch.arange(len(span), device="cpu").repeat_interleave(1 + paired)
+        twin = torch.cat([paired.new_zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
         points = noise.points(draws.noise, draws.seed, span, len(draws), x.shape[1], device, draws.round)
         return cls(
             draws=len(span),
@@ -208,9 +208,8 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
         ValueError: if the network cannot be called with such data, with its reason.
     """
     lo, hi = network.schedule.log_snr_range
-    log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64)
-    flat = torch.ones(PROBE_ROWS, dtype=torch.float64)
-    single = torch.zeros(PROBE_ROWS, dtype=torch.bool)
+    log_snr = torch.linspace(lo, hi, PROBE_ROWS, dtype=torch.float64, device="cpu")
+    flat, single = torch.ones_like(log_snr), torch.zeros_like(log_snr, dtype=torch.bool)
     rule = Rule(log_snr, network.schedule.time(log_snr), flat, flat, single)
     one = samples.select(slice(0, 1))
     rows = Rows.of(network, Draws(rule, "independent", 0), range(PROBE_ROWS), one.x)

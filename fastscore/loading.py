@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .density import ScoreDensity
+from .host import as_tensor
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -52,7 +53,7 @@ def parse_schedule(text: str) -> Schedule:
         ValueError: for an unknown name (the message lists the valid ones), or arguments that it does not take.
     """
     if _ARRAY.fullmatch(text):
-        return DDPM(torch.as_tensor(load_array(text)))
+        return DDPM(as_tensor(load_array(text)))
     name, _, given = text.partition(":")
     if name not in SCHEDULES:
         raise ValueError(

@@ -65,8 +65,8 @@ class NegativeLogLikelihood(Metric):
         self._density = (density,)  # in a tuple, or it would become a submodule
         self.nfe, self.seed = nfe, seed
         for state in ("count", "total", "squares", "variance"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("dims", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
+            self.add_state(state, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
     def update(self, x: Tensor, *, sample_index: Tensor | None = None, **cond) -> None:
         """Take in a batch, shape (B, *shape), evaluated in eval mode.
@@ -80,7 +80,7 @@ class NegativeLogLikelihood(Metric):
         """
         (density,) = self._density
         if sample_index is None:
-            sample_index = self._arrivals(len(x))
+            sample_index = self._arrivals(x)
         with evaluating(density.model):
             found = density.estimate(x, nfe=self.nfe, seed=self.seed, sample_index=sample_index, **cond)
         if int(self.dims) not in (0, found.dims):
@@ -129,9 +129,9 @@ class NegativeLogLikelihood(Metric):
         """Return factor and offset that turn nats per sample into the metric's unit."""
         return 1.0, 0.0
 
-    def _arrivals(self, batch: int) -> Tensor:
+    def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
-        return (int(self.count) + torch.arange(batch)) * ranks + rank
+        return (int(self.count) + torch.arange(len(x), device=x.device)) * ranks + rank
 
 
 class BitsPerDim(NegativeLogLikelihood):

@@ -20,7 +20,12 @@ def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
 
 
-def warn_if_training(model: nn.Module) -> None:
+def model_device(model: nn.Module, default: torch.device | None = None) -> torch.device | None:
+    """Return the device of the network's parameters, or the default if it has none."""
+    return next((p.device for p in model.parameters()), default)
+
+
+def warn_if_training(model: nn.Module, stacklevel: int = 5) -> None:
     """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
     if model in _WARNED:
         return
@@ -31,7 +36,7 @@ def warn_if_training(model: nn.Module) -> None:
                 f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
                 "random; call model.eval() first",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
             return
 
@@ -76,6 +81,12 @@ class Conditions:
     def of(cls, given: dict[str, object], batch: int) -> Conditions:
         own = {k for k, v in given.items() if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == batch}
         return cls({k: given[k] for k in own}, {k: v for k, v in given.items() if k not in own})
+
+    def to(self, device: torch.device) -> Conditions:
+        def moved(given: dict) -> dict:
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+
+        return Conditions(moved(self.per_sample), moved(self.shared))
 
     def select(self, samples: slice | Tensor) -> Conditions:
         return Conditions({k: v[samples] for k, v in self.per_sample.items()}, self.shared)

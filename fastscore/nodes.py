@@ -56,14 +56,15 @@ class NodeDensity:
     @classmethod
     def uniform(cls, lo: float, hi: float, bins: int = 1) -> NodeDensity:
         """The same number of evaluations everywhere in [lo, hi], no pairs."""
-        edges = torch.linspace(lo, hi, bins + 1, dtype=torch.float64)
-        return cls(edges, torch.full((bins,), 1 / bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.bool))
+        edges = torch.linspace(lo, hi, bins + 1, dtype=torch.float64, device="cpu")
+        share = torch.full_like(edges[1:], 1 / bins)
+        return cls(edges, share, torch.zeros_like(share, dtype=torch.bool))
 
     @classmethod
     def pairs(cls, lo: float, hi: float) -> NodeDensity:
         """The same number of evaluations everywhere in [lo, hi], all of them in antithetic pairs."""
-        one = torch.ones(1, dtype=torch.float64)
-        return cls(torch.tensor([lo, hi], dtype=torch.float64), one, one.bool())
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        return cls(torch.tensor([lo, hi], dtype=torch.float64, device="cpu"), one, one.bool())
 
     @classmethod
     def from_spread(cls, edges: Tensor, single: Tensor, pair: Tensor, floor: float = 0.03) -> NodeDensity:
@@ -110,7 +111,7 @@ class NodeDensity:
 
     def _cumulative(self):
         draws = self.share / (1 + self.paired)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), draws.cumsum(0) / draws.sum()])
+        return torch.cat([draws.new_zeros(1), draws.cumsum(0) / draws.sum()])
 
 
 class FittedNodes(FittedBuffers):
@@ -125,7 +126,7 @@ class FittedNodes(FittedBuffers):
 
     @property
     def density(self) -> NodeDensity:
-        return NodeDensity(self.edges.cpu(), self.share.cpu(), self.paired.cpu())
+        return NodeDensity(self.host("edges"), self.host("share"), self.host("paired"))
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,13 @@ def uniform_in_time(nfe: int, schedule: Schedule) -> Rule:
     if draws < MIN_DRAWS:
         raise ValueError(_too_few(nfe))
     clean, noisy = schedule.time_range
-    u = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    u = (torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws
     whole = (noisy + 1 - (noisy + 1 - clean) * u).floor().long()  # of a table, the entry in the middle of each cell
     time = whole if schedule.discrete else noisy + (clean - noisy) * u
-    weight = torch.full((draws,), 2 / draws, dtype=torch.float64)
+    weight = torch.full_like(u, 2 / draws)
     log_snr = schedule.log_snr(time)
-    cells = _cells(log_snr, *torch.tensor(schedule.log_snr_range, dtype=torch.float64))
-    return Rule(log_snr, time, weight, cells, torch.ones(draws, dtype=torch.bool))
+    cells = _cells(log_snr, *log_snr.new_tensor(schedule.log_snr_range))
+    return Rule(log_snr, time, weight, cells, torch.ones_like(u, dtype=torch.bool))
 
 
 def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -195,10 +196,10 @@ def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
     the clean end.
     """
     if schedule.discrete:
-        time = torch.arange(schedule.time_range[1], -1, -1)
+        time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
     else:
         clean, noisy = schedule.time_range
-        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64)[:-1]
+        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
     return time, schedule.log_snr(time)
 
 
@@ -207,7 +208,7 @@ def method_weights(log_snr: Tensor, method: str) -> Tensor:
     if method == "density":
         return _cells(log_snr, log_snr[0], log_snr[-1])
     if method == "discrete":
-        t = torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(-log_snr)])  # t = 1 closes the integral
+        t = torch.cat([log_snr.new_ones(1), torch.sigmoid(-log_snr)])  # t = 1 closes the integral
         return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
     # The least noisy entry is the Gaussian decoder's: its weight is 1 / alphas_cumprod.
     return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
@@ -222,7 +223,7 @@ def _too_few(nfe: int) -> str:
 
 def _place(density: NodeDensity, draws: int, schedule: Schedule, method: str) -> Rule:
     if not schedule.discrete and method == "density":
-        edges = density.quantile(torch.arange(draws + 1, dtype=torch.float64) / draws)
+        edges = density.quantile(torch.arange(draws + 1, dtype=torch.float64, device="cpu") / draws)
         log_snr, width = (edges[1:] + edges[:-1]) / 2, edges.diff()
         return Rule(log_snr, schedule.time(log_snr), width, width, density.is_paired(log_snr))
     time, table = method_table(schedule)
@@ -230,7 +231,7 @@ def _place(density: NodeDensity, draws: int, schedule: Schedule, method: str) ->
     entries = table[chosen]
     # Every entry of the table gives its weight to the nearest chosen one, which shares it among its draws.
     nearest = torch.searchsorted((entries[1:] + entries[:-1]) / 2, table)
-    summed = torch.zeros(len(entries), dtype=torch.float64).index_add_(0, nearest, method_weights(table, method))
+    summed = torch.zeros_like(entries).index_add_(0, nearest, method_weights(table, method))
     cells = _cells(entries, table[0], table[-1])
     weight, density_weight = ((w / count).repeat_interleave(count) for w in (summed, cells))
     drawn = chosen.repeat_interleave(count)
@@ -242,8 +243,8 @@ def _place(density: NodeDensity, draws: int, schedule: Schedule, method: str) ->
 def _choose(density: NodeDensity, table: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """Return which entries of an ascending table are drawn, and how often each."""
     middles = (table[1:] + table[:-1]) / 2
-    upper = torch.cat([density.cumulative_at(middles), torch.ones(1, dtype=torch.float64)])
-    u = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    upper = torch.cat([density.cumulative_at(middles), table.new_ones(1)])
+    u = (torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws
     return torch.searchsorted(upper, u).clamp(max=len(table) - 1).unique(return_counts=True)
 
 

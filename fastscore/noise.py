@@ -43,10 +43,11 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
     """Return the four words of Philox4x32-10, each int64 in [0, 2^32).
 
     Arguments:
-        counter: four int64 tensors (or ints) that broadcast together, taken modulo 2^32.
+        counter: four int64 tensors (or ints) that broadcast together, taken modulo 2^32; tensors on one device.
         key: two ints, taken modulo 2^32.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in counter))
+    device = next((c.device for c in counter if isinstance(c, Tensor)), torch.device("cpu"))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(c, device) for c in counter))
     k0, k1 = key[0] & _MASK, key[1] & _MASK
     for _ in range(10):
         # The 64-bit product wraps around in int64; its two halves are still the right 32-bit words.
@@ -57,6 +58,13 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
+def _word(value: Tensor | int, device: torch.device) -> Tensor:
+    """Return a number modulo 2^32 as a tensor on a device, by a fill: nothing is copied from the host."""
+    if isinstance(value, Tensor):
+        return value.to(torch.int64) & _MASK
+    return torch.full((), value & _MASK, dtype=torch.int64, device=device)
+
+
 def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> Tensor:
     """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
 
@@ -65,7 +73,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
     """
     group = torch.arange((d + 3) // 4, device=index.device)
     low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
-    streams = torch.as_tensor(stream, device=index.device).reshape(-1, 1)
+    streams = _word(stream, index.device).reshape(-1, 1)
     quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
     found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
     return found if isinstance(stream, Tensor) else found[:, 0]
@@ -78,8 +86,9 @@ def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int 
         if kind == "sobol":
             shift = words(seed, index, round_, STREAM_SHIFT, d)
             return torch.stack([shift, torch.ones_like(shift)], 1)
-        streams = torch.tensor([STREAM_SHIFT, STREAM_MULTIPLIER])
-        return words(seed, index, round_, streams, d) | torch.tensor([[0], [1]], dtype=torch.int32, device=index.device)
+        streams = torch.arange(STREAM_SHIFT, STREAM_MULTIPLIER + 1, device=index.device)
+        odd = torch.arange(2, dtype=torch.int32, device=index.device)[:, None]  # sets the last bit of M
+        return words(seed, index, round_, streams, d) | odd
 
     return torch.cat([block(part) for part in _blocks(sample_index, d)])
 
@@ -107,10 +116,10 @@ def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:
 @lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
-    sizes = [len(block) for block in _blocks(torch.arange(total), d)]
+    sizes = [len(block) for block in _blocks(torch.arange(total, device="cpu"), d)]
     first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
     # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
-    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32)
+    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32, device="cpu")
     engine.reset()
     for place in rank.split(sizes):
         unit = engine.draw(len(place), dtype=torch.float64)[:, 1:]

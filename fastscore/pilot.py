@@ -40,6 +40,7 @@ PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 NORMAL_95 = 1.96
 EM_SAMPLES = 5000
+HELD_OUT = EM_SAMPLES // 4  # as many as are held out of what the candidates are fitted to
 FULL_MAX_DIM = 1024
 FULL_MIXTURE_MAX_DIM = 256
 MIXTURE_SIZES = (5, 10, 20, 40)
@@ -61,12 +62,13 @@ class Fitted:
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, whom to tell, and where."""
 
     evaluations: int
     seed: int
     chunks: Callable[[Reference], Chunks]
     step: Step
+    device: torch.device
 
 
 def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) -> Fitted:
@@ -79,14 +81,18 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
     if len(samples) < 20:
         raise ValueError(f"fit needs at least 20 samples, got {len(samples)}")
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(plan.seed)).to(samples.x.device)
-    held, train = samples.select(order[: len(order) // 5]), order[len(order) // 5 :]
-    found = candidates(samples.x[train], held.x, kind, network.schedule.data_std, plan.seed)
+    generator = torch.Generator().manual_seed(plan.seed)
+    order = torch.randperm(len(samples), generator=generator, device="cpu").to(samples.x.device)
+    held, train = order[: len(order) // 5], order[len(order) // 5 :]
+    # The data may lie on another device, and not fit on the network's: only what is used goes there.
+    held = samples.select(held[:HELD_OUT]).to(plan.device)
+    train = samples.x[train[:EM_SAMPLES]].to(plan.device)
+    found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
     per_sample = 2 * BINS * DRAWS_PER_BIN
     count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
     if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
         nodes = NodeDensity.uniform(*network.schedule.log_snr_range)
-        return Fitted(found[0], nodes, torch.empty(2, 0, dtype=torch.float64))
+        return Fitted(found[0], nodes, torch.empty(2, 0, dtype=torch.float64, device="cpu"))
     fitted = pilot(network, held.select(slice(0, count)), found, plan)
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
     count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
@@ -96,11 +102,10 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
 
 
 def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
-    """Return the references that deserve a pilot, fitted to at most 5,000 of the training samples."""
+    """Return the references that deserve a pilot, on the device of the training samples."""
     n, d = train.shape
-    train = train[:EM_SAMPLES]
     if kind == "isotropic":
-        return [Reference.isotropic(float(train.square().mean().sqrt()))]
+        return [Reference.isotropic(float(train.square().mean().sqrt())).on(train.device)]
     plain = {"diagonal": [False], "full": [True], "mixture": []}.get(kind, [False] + [True] * (d <= FULL_MAX_DIM))
     found = [fit_mixture(train, 1, full, seed) for full in plain]
     mixtures = []
@@ -111,7 +116,7 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
     found += mixtures[:FINALISTS]
     if not found:
         raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
-    return found + [Reference.isotropic(data_std)] * (kind == "auto")
+    return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
 
 
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
@@ -134,7 +139,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
             "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
         )
     lo, hi = network.schedule.log_snr_range
-    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
     net_flops = _network_flops(network, samples)
     scored = []
     for q, reference in enumerate(references):
@@ -144,7 +149,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
         cost = 1 + reference.flops(d) / net_flops
         scored.append((float((best * edges.diff()).sum()) ** 2 * cost, NodeDensity.from_spread(edges, single, pair)))
     winner = min(range(len(scored)), key=lambda i: scored[i][0])
-    return Fitted(references[winner], scored[winner][1], torch.empty(2, 0, dtype=torch.float64))
+    return Fitted(references[winner], scored[winner][1], torch.empty(2, 0, dtype=torch.float64, device="cpu"))
 
 
 def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
@@ -168,7 +173,7 @@ def calibrate(network: Network, samples: Samples, fitted: Fitted, plan: PilotPla
         z = own_mean * torch.quantile((sums - truth).abs() / stderr, 0.96)
         table.append((math.log2(nfe), 2 * math.log(max(float(z), 1e-2) / NORMAL_95)))
     table.reverse()
-    return Fitted(fitted.reference, fitted.nodes, _smooth(torch.tensor(table, dtype=torch.float64).T))
+    return Fitted(fitted.reference, fitted.nodes, _smooth(torch.tensor(table, dtype=torch.float64, device="cpu").T))
 
 
 def _smooth(table: Tensor) -> Tensor:
@@ -183,7 +188,7 @@ def variance_ratio(calibration: Tensor, nfe: int) -> float:
     if calibration.numel() == 0:
         return 1.0
     at, log_ratio = calibration.cpu()
-    u = torch.tensor(float(nfe), dtype=torch.float64).log2().clamp(at[0], at[-1])
+    u = torch.tensor(float(nfe), dtype=torch.float64, device="cpu").log2().clamp(at[0], at[-1])
     k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
     part = (u - at[k]) / (at[k + 1] - at[k])
     return float((log_ratio[k] + part * (log_ratio[k + 1] - log_ratio[k])).exp())
@@ -192,11 +197,11 @@ def variance_ratio(calibration: Tensor, nfe: int) -> float:
 def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
     lo, hi = network.schedule.log_snr_range
     n = bins * draws
-    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n
     time = network.schedule.time(log_snr)
     log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
     width = torch.full_like(log_snr, (hi - lo) / n)
-    return Rule(log_snr, time, width, width, torch.ones(n, dtype=torch.bool))
+    return Rule(log_snr, time, width, width, torch.ones(n, dtype=torch.bool, device="cpu"))
 
 
 def _network_flops(network: Network, samples: Samples) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .density import ScoreDensity
 from .flow_field import Field, rademacher
-from .samples import Samples, check_samples
+from .samples import Samples
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 OWN = ("auto", "midpoint")
@@ -99,7 +99,7 @@ def probability_flow_log_prob(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
         )
     odeint = None if method in OWN else _torchdiffeq()
-    flow = _Flow(density, check_samples(x, None, (cond,), density.model), trace, probes, seed)
+    flow = _Flow(density, density.check(x, None, cond), trace, probes, seed)
     if method == "auto":
         return _doubling(flow, error)
     log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)
@@ -113,7 +113,7 @@ class _Flow:
     def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int):
         self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
         lo, hi = density.schedule.log_snr_range
-        self.ends = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64))
+        self.ends = torch.sigmoid(torch.tensor([-hi / 2, -lo / 2], dtype=torch.float64, device="cpu"))
         self.clean = density.reference.diffused(math.exp(-hi))
 
     def select(self, chosen: Tensor) -> _Flow:
@@ -155,7 +155,7 @@ class _Flow:
         return Field(self.density, self.samples, signs, tuple(self.ends.tolist()))
 
     def _grid(self, steps: int) -> Tensor:
-        return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64).square()
+        return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64, device="cpu").square()
 
     def _start(self) -> tuple[Tensor, Tensor]:
         x = self.samples.x.detach()
