@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from .density import ScoreDensity
 from .host import as_tensor
@@ -169,7 +170,7 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
             "call model.eval() before torch.export.export"
         )
     if inputs[0].device != device:
-        program = torch.export.passes.move_to_device_pass(program, device)
+        program = move_to_device_pass(program, device)
     return program.module(), inputs[1].dtype
 
 

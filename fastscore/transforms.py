@@ -108,11 +108,11 @@ class Whitening(Transform):
         self.domain = self.codomain = constraints.independent(constraints.real, max(mean.ndim, 1))
 
     def _call(self, z):
-        flat = (z.flatten(-self.mean.ndim) * self.std) @ self.basis.T.to(z)
-        return flat.unflatten(-1, self.mean.shape) + self.mean
+        flat = (z.flatten(-self.mean.ndim) * self.std.to(z)) @ self.basis.T.to(z)
+        return flat.unflatten(-1, self.mean.shape) + self.mean.to(z)
 
     def _inverse(self, x):
-        flat = (x - self.mean).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std
+        flat = (x - self.mean.to(x)).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std.to(x)
         return flat.unflatten(-1, self.mean.shape)
 
     def log_abs_det_jacobian(self, z, x):
