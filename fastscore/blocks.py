@@ -22,7 +22,6 @@ from .estimate import Estimate
 from .network import model_dtype, predict
 from .rules import group_of, make_rules, method_table
 from .run_folder import RunFolder
-from .samples import check_samples
 
 Block = dict[str, np.ndarray]
 PER_SAMPLE = ("log_prob", "stderr", "nfe", "ends")
@@ -56,7 +55,8 @@ class Work:
         check_data("data", data)
         if batch < 1:
             raise ValueError(f"batch must be at least 1 sample, got {batch}")
-        index = torch.arange(len(data)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        whole = torch.arange(len(data), device="cpu")
+        index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if options["target_stderr"] is not None and not options["target_stderr"] > 0:
@@ -110,7 +110,7 @@ class Work:
         }
         if fit is not None:
             check_data("fit data", fit, shape[1:])
-            parts = torch.arange(len(fit)).split(FIT_BLOCK)
+            parts = torch.arange(len(fit), device="cpu").split(FIT_BLOCK)
             found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
             of_conditions = [fit_conditions.digest_rows(part) for part in parts] if fit_conditions else []
             found["fit conditions"] = digest_of([fit_conditions.setting() if fit_conditions else "", *of_conditions])

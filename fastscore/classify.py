@@ -25,6 +25,7 @@ from .calibration import uncalibrated
 from .conditions import Conditions, takes_conditions
 from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
+from .host import as_tensor
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
 from .nodes import FittedNodes, NodeDensity
@@ -92,7 +93,8 @@ class DiffusionClassifier(nn.Module):
         """Place the nodes where the two likeliest classes of a sample differ most noisily; return self.
 
         Arguments:
-            data: training data, shape (N, *shape); labels are not needed.
+            data: training data, shape (N, *shape); labels are not needed. They may lie on the CPU while the network is
+                on a GPU, as in `ScoreDensity.fit`.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
             seed, memory, cond, named: as in `classify`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
@@ -108,7 +110,7 @@ class DiffusionClassifier(nn.Module):
         options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
-        pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
+        pairs = torch.stack([torch.arange(2 * len(x), device=device) // 2, top.flatten()], 1)
         spread = []
         for paired in (False, True):
             draws = Draws(_pilot_rules(self.density, paired, seed), "independent", seed)
@@ -179,7 +181,7 @@ class DiffusionClassifier(nn.Module):
     def _batch(self, samples: Samples, plan: _Plan) -> Classification:
         """Take some samples through all rounds."""
         reference = self.density.reference if plan.weighting == "density" else self.density.reference.gaussian()
-        rounds = Rounds(self.log_prior.to(samples.x.device), len(samples))
+        rounds = Rounds(self.log_prior, len(samples))
         for draws in plan.rounds:
             pairs = rounds.open()
             if not len(pairs):
@@ -268,8 +270,7 @@ def _check_classes(classes: dict[str, object]) -> Conditions:
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:
     """Return log p(y), float64, shape (C,)."""
-    p = torch.full((count,), 1 / count) if prior is None else torch.as_tensor(prior)
-    p = p.detach().to(torch.float64)
+    p = as_tensor([1 / count] * count if prior is None else prior).detach().to(torch.float64)
     if p.shape != (count,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-4:
         raise ValueError(
             f"prior must be {count} positive probabilities that sum to 1, got shape {tuple(p.shape)} with the sum "

@@ -53,7 +53,7 @@ def digest_rows(name: str, data: Array, index: Tensor) -> str:
     rows = take(data, index)
     bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
     if len(bad):
-        raise ValueError(f"{name} has NaN or inf in sample {int(index[bad[0]])}; remove such samples")
+        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
     return hashlib.sha256(_bytes(rows)).hexdigest()[:16]
 
 

@@ -135,7 +135,7 @@ class ScoreDensity(nn.Module):
         self._probed: set = set()
         self._programs = Programs(program)
         if predicts == "flow":
-            schedule.derivatives(torch.tensor(schedule.time_range[0]))  # raises for a table
+            schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 
     @takes_conditions
     def log_prob(
@@ -332,9 +332,9 @@ class ScoreDensity(nn.Module):
                 bar.update(count)
 
             def chunks(reference: Reference) -> Chunks:
-                return self._chunks(samples, memory, PILOT_DRAWS, reference)
+                return self._chunks(example, memory, PILOT_DRAWS, reference)
 
-            plan = PilotPlan(evaluations, seed, chunks, step)
+            plan = PilotPlan(evaluations, seed, chunks, step, device)
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference

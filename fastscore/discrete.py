@@ -86,7 +86,7 @@ class Levels:
             sample_index: int64, shape (B,); 0 .. B-1 by default.
         """
         self._check(k)
-        index = torch.arange(len(k)) if sample_index is None else sample_index
+        index = torch.arange(len(k), device=k.device) if sample_index is None else sample_index
         w = noise.words(seed, index.to(k.device), 0, noise.STREAM_DEQUANTIZE, k[0].numel())
         u = noise.uniform(w, torch.float64).reshape(k.shape)
         return (self.low + (k + u) * self.width).to(dtype)
@@ -113,9 +113,10 @@ def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **option
         ValueError: if k does not fit the levels, and as `ScoreDensity.estimate` does.
     """
     x = levels.values(k)
-    gaussian = density.reference.gaussian()
-    plain = density if gaussian is density.reference else density.with_reference(gaussian)
+    single = density.reference.components == 1
+    plain = density if single else density.with_reference(density.reference.gaussian())
     found = plain.estimate(x, **options)
+    gaussian = plain.reference  # on the device of the data by now
     flat = x.reshape(len(x), -1)
     lo, hi = density.log_snr_range
     diffusion = (found.log_prob - gaussian.log_prob(flat)) - 0.5 * gaussian.expected_integral(flat, lo, hi)
@@ -136,7 +137,7 @@ def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:
     """
     half = levels.width / 2 * math.exp(log_snr / 2)
     # 12 standard deviations on both sides hold all but 1e-32 of the mass; the integrands are smooth.
-    eps = torch.linspace(-12, 12, 9601, dtype=torch.float64)
+    eps = torch.linspace(-12, 12, 9601, dtype=torch.float64, device="cpu")
     weight = torch.exp(-0.5 * eps**2)
     weight /= weight.sum()
     upper, lower = torch.special.log_ndtr(half - eps), torch.special.log_ndtr(-half - eps)

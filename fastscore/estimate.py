@@ -81,7 +81,7 @@ class Estimate:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, such as 0.95; got {level}")
-        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")))
         return self.log_prob - z * self.stderr, self.log_prob + z * self.stderr
 
     def mean(self) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def evaluate_dataset(
         OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
     """
     run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
-    device = next(density.model.parameters(), density.reference.weight).device
+    device = model_device(density.model, density.reference.weight.device)
     options = {
         "nfe": density.nfe if nfe is None else nfe,
         "seed": seed,

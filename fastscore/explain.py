@@ -46,7 +46,7 @@ def explain(
     dtype = model_dtype(model, torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     span = (0.1, 0.9) if schedule is None else schedule.log_snr_range
-    points = torch.linspace(*span, EXAMPLE_TIMES, dtype=torch.float64)
+    points = torch.linspace(*span, EXAMPLE_TIMES, dtype=torch.float64, device="cpu")
     time = points if schedule is None else schedule.time(points)
     try:
         program = Programs(True).find(model, tuple(shape), dtype, conditions, lambda: time.to(device), None)

@@ -140,12 +140,13 @@ class CapturedDensity:
         return log_prob, density.with_rounding(variance, log_prob, self.samples).sqrt()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
-            for _ in range(2):
-                self._estimate()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self._estimate()
+        with torch.cuda.device(self.samples.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
+                for _ in range(2):
+                    self._estimate()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self._estimate()

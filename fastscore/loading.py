@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .conditions import shared
 from .density import ScoreDensity
+from .host import as_tensor
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -54,7 +55,7 @@ def parse_schedule(text: str) -> Schedule:
         ValueError: for an unknown name (the message lists the valid ones), or arguments that it does not take.
     """
     if _ARRAY.fullmatch(text):
-        return DDPM(torch.as_tensor(load_array(text)))
+        return DDPM(as_tensor(load_array(text)))
     name, _, given = text.partition(":")
     if name not in SCHEDULES:
         raise ValueError(
@@ -205,7 +206,7 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
             "call model.eval() before torch.export.export"
         )
     if inputs[0].device != device:
-        program = torch.export.passes.move_to_device_pass(program, device)
+        program = move_to_device_pass(program, device)
     return program.module(), inputs[1].dtype
 
 

@@ -128,7 +128,7 @@ def steady_heap() -> None:
     glibc raises its mmap and trim thresholds to the size of the largest block it has seen freed, up to 32 MiB. One
     such block, never touched, spares the page faults that otherwise cost an estimate a third of its time.
     """
-    torch.empty(HEAP_HINT, dtype=torch.uint8)
+    torch.empty(HEAP_HINT, dtype=torch.uint8, device="cpu")
 
 
 class Chunks(NamedTuple):

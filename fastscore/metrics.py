@@ -89,7 +89,7 @@ class NegativeLogLikelihood(Metric):
         """
         (density,) = self._density
         if sample_index is None:
-            sample_index = self._arrivals(len(x))
+            sample_index = self._arrivals(x)
         with evaluating(density.model):
             options = {"nfe": self.nfe, "seed": self.seed, "sample_index": sample_index, "progress": False}
             found = density.estimate(x, **options, cond=cond)
@@ -139,7 +139,7 @@ class NegativeLogLikelihood(Metric):
         """Return factor and offset that turn nats per sample into the metric's unit."""
         return 1.0, 0.0
 
-    def _arrivals(self, batch: int) -> Tensor:
+    def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
         return (int(self.count.sum()) + torch.arange(batch)) * ranks + rank
 

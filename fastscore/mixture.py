@@ -56,7 +56,7 @@ def fit_mixture(data: Tensor, components: int = 1, full: bool = False, seed: int
 def _kmeans(x: Tensor, components: int, seed: int, steps: int = 10) -> Tensor:
     """Return hard responsibilities (N, K) of a few Lloyd steps from a k-means++ start."""
     generator = torch.Generator().manual_seed(seed)
-    centers = x[torch.randint(len(x), (1,), generator=generator)]
+    centers = x[torch.randint(len(x), (1,), generator=generator, device="cpu")]
     for _ in range(components - 1):
         distance = torch.cdist(x, centers).amin(1) ** 2 + 1e-12
         pick = torch.multinomial(distance.cpu(), 1, generator=generator).to(x.device)

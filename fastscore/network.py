@@ -21,7 +21,12 @@ def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
 
 
-def warn_if_training(model: nn.Module) -> None:
+def model_device(model: nn.Module, default: torch.device | None = None) -> torch.device | None:
+    """Return the device of the network's parameters, or the default if it has none."""
+    return next((p.device for p in model.parameters()), default)
+
+
+def warn_if_training(model: nn.Module, stacklevel: int = 5) -> None:
     """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
     if model in _WARNED:
         return

@@ -37,14 +37,15 @@ class NodeDensity:
     @classmethod
     def uniform(cls, lo: float, hi: float, bins: int = 1) -> NodeDensity:
         """The same number of evaluations everywhere in [lo, hi], no pairs."""
-        edges = torch.linspace(lo, hi, bins + 1, dtype=torch.float64)
-        return cls(edges, torch.full((bins,), 1 / bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.bool))
+        edges = torch.linspace(lo, hi, bins + 1, dtype=torch.float64, device="cpu")
+        share = torch.full_like(edges[1:], 1 / bins)
+        return cls(edges, share, torch.zeros_like(share, dtype=torch.bool))
 
     @classmethod
     def pairs(cls, lo: float, hi: float) -> NodeDensity:
         """The same number of evaluations everywhere in [lo, hi], all of them in antithetic pairs."""
-        one = torch.ones(1, dtype=torch.float64)
-        return cls(torch.tensor([lo, hi], dtype=torch.float64), one, one.bool())
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        return cls(torch.tensor([lo, hi], dtype=torch.float64, device="cpu"), one, one.bool())
 
     @classmethod
     def from_spread(

@@ -58,6 +58,13 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     return c0, c1, c2, c3
 
 
+def _word(value: Tensor | int, device: torch.device) -> Tensor:
+    """Return a number modulo 2^32 as a tensor on a device, by a fill: nothing is copied from the host."""
+    if isinstance(value, Tensor):
+        return value.to(torch.int64) & _MASK
+    return torch.full((), value & _MASK, dtype=torch.int64, device=device)
+
+
 def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> Tensor:
     """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
 
@@ -114,10 +121,10 @@ def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:
 @lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
-    sizes = [len(block) for block in _blocks(torch.arange(total), d)]
+    sizes = [len(block) for block in _blocks(torch.arange(total, device="cpu"), d)]
     first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
     # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
-    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32)
+    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32, device="cpu")
     engine.reset()
     for place in rank.split(sizes):
         unit = engine.draw(len(place), dtype=torch.float64)[:, 1:]

@@ -65,12 +65,13 @@ class Fitted:
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, whom to tell, and where."""
 
     evaluations: int
     seed: int
     chunks: Callable[[Reference], Chunks]
     step: Step
+    device: torch.device
 
 
 def choose(count: int, seed: int) -> Tensor:
@@ -212,7 +213,7 @@ def odd_points(samples: Samples, seed: int) -> Samples:
 def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
     lo, hi = network.log_snr_range
     n = bins * draws
-    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n
     time = network.schedule.time(log_snr)
     log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
     return Rule.plain(log_snr, time, torch.full_like(log_snr, (hi - lo) / n), torch.ones(n, dtype=torch.bool))

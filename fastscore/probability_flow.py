@@ -161,7 +161,7 @@ class _Flow:
         return Field(self.density, self.samples, signs, tuple(self.ends.tolist()), self.scale)
 
     def _grid(self, steps: int) -> Tensor:
-        return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64).square()
+        return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64, device="cpu").square()
 
     def _start(self) -> tuple[Tensor, Tensor]:
         x = self.samples.x.detach()

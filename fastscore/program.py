@@ -132,7 +132,7 @@ class RowProgram:
 
     def at(self, time: Tensor, shared: dict[str, object] | None = None) -> Timed:
         """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""
-        return Timed(self, self.hoisted.at(self.model, time, shared or {}))
+        return Timed(self, self.hoisted.at(self.model, time, shared or {}), time.device)
 
     def bind(
         self, time: Tensor, own: dict[str, Tensor] | None = None, shared: dict[str, object] | None = None
@@ -153,8 +153,8 @@ class RowProgram:
 class Timed:
     """A program at given times: weights and tables that need no sample's condition are evaluated once, here."""
 
-    def __init__(self, program: RowProgram, values: Values):
-        self.program, self.values = program, values
+    def __init__(self, program: RowProgram, values: Values, device: torch.device):
+        self.program, self.values, self.device = program, values, device
         hoisted = program.hoisted
         self.weights = [hoisted.value(values, node) for node in program.matched.weights]
         self.tables = [
@@ -181,8 +181,7 @@ class Timed:
     def _table(self, values, table, width):
         level = _level(table)
         if isinstance(table, int | float):
-            weight = self.weights[0] if self.weights else next(iter(values.known[0].values()), torch.empty(0))
-            return torch.full((1, 1, width), table, dtype=self.program.dtype, device=weight.device)
+            return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
         value = self.program.hoisted.value(values, table).to(self.program.dtype)
         draws, batch = values.rows[TIME] if level & TIME else 1, values.rows[SAMPLE] if level & SAMPLE else 1
         if value.ndim > 1:

@@ -45,14 +45,14 @@ class Reference(FittedBuffers):
     """
 
     def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
-        _check(weight, mean, variance)
+        _check(weight, mean, variance, basis)
         self._store(weight, mean, variance, basis)
 
     def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
             self.register_buffer(name, value.detach().to(torch.float64).clone())
-        empty = torch.empty(0, dtype=torch.float64)
+        empty = self.mean.new_empty(0)
         self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64).clone())
 
     @classmethod
@@ -67,7 +67,8 @@ class Reference(FittedBuffers):
         """N(0, std^2 I) in any dimension."""
         if not std > 0:
             raise ValueError(f"std must be positive, got {std}")
-        return cls(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1), float(std) ** 2))
+        variance = torch.full((1, 1), float(std) ** 2, device="cpu")
+        return cls(torch.ones_like(variance[0]), torch.zeros_like(variance), variance)
 
     def on(self, device: torch.device) -> Reference:
         """Return the same mixture on a device: itself, where it lies there already."""
@@ -164,7 +165,7 @@ class Reference(FittedBuffers):
 
     def diffused(self, variance: float) -> Reference:
         """Return the mixture convolved with N(0, variance I)."""
-        return Reference(self.weight, self.mean, self.variance + variance, self.basis if self.full else None)
+        return Reference.from_tensors([self.weight, self.mean, self.variance + variance, self.basis])
 
     def _gaussian_residual(self, x, eps, alpha, sigma):
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
@@ -268,7 +269,10 @@ class Reference(FittedBuffers):
         return f"Reference({self.components} x {kind} Gaussian)"
 
 
-def _check(weight: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
+    devices = {str(t.device) for t in (weight, mean, variance, basis) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"a reference's tensors must be on one device, got {', '.join(sorted(devices))}; move them")
     if mean.shape != variance.shape or mean.ndim != 2 or weight.shape != mean.shape[:1]:
         raise ValueError(
             f"a reference needs weight (K,), mean (K, d) and variance (K, d); got {tuple(weight.shape)}, "

@@ -295,36 +295,39 @@ class DDPM(Schedule):
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
         """beta linear in t, the choice of DDPM."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
+        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DDPM:
         """sqrt(beta) linear in t, the choice of latent diffusion."""
-        return cls.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2)
+        root = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64, device="cpu")
+        return cls.from_betas(root**2)
 
     @classmethod
     def cosine(cls, steps: int = 1000, shift: float = 0.008, max_beta: float = 0.999) -> DDPM:
         """The cosine table of Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672."""
-        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
         bar = torch.cos((t + shift) / (1 + shift) * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
     def log_snr(self, t):
-        index = torch.as_tensor(t)
+        t = as_tensor(t)
+        index = t.cpu()
         if index.is_floating_point() and bool((index != index.round()).any()):
             raise ValueError(f"{self!r} knows only whole timesteps, got a fraction between them; round it first")
-        index = index.long().cpu()
+        index = index.long()
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.table)):
             raise ValueError(
                 f"{self!r} knows timesteps 0 to {len(self.table) - 1}, got {int(index.min())} to {int(index.max())}"
             )
-        return self.table[index]
+        return self.table[index].to(t.device)
 
     def time(self, log_snr):
         """Return the nearest timestep, int64."""
         rising = self.table.flip(0).contiguous()
         middles = (rising[1:] + rising[:-1]) / 2
-        return len(rising) - 1 - torch.searchsorted(middles, _float64(log_snr).cpu().contiguous())
+        log_snr = _float64(log_snr)
+        return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)
 
     def range_for(self, smallest, largest):
         # The whole table counts, and nothing but it: a discrete network has no other nodes to offer.
@@ -336,7 +339,7 @@ class DDPM(Schedule):
 
 
 def _float64(value) -> Tensor:
-    return torch.as_tensor(value).to(torch.float64)
+    return as_tensor(value).to(torch.float64)
 
 
 def _require(condition: bool, message: str) -> None:

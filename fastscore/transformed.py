@@ -18,7 +18,10 @@ from torch.distributions import Transform
 
 from .density import ScoreDensity
 from .estimate import Comparison, Estimate
+from .network import model_device
 from .transforms import moved
+
+FIT_BATCH = 4096
 
 
 class Transformed(nn.Module):
@@ -88,7 +91,10 @@ class Transformed(nn.Module):
 
     def fit(self, data: Tensor, **options) -> Transformed:
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
-        self.density.fit(self.to_network(data)[0], **options)
+        # In batches through the device of the network, which the data may not fit.
+        device = model_device(self.density.model, data.device)
+        parts = [self.to_network(part.to(device))[0].to(data.device) for part in data.split(FIT_BATCH)]
+        self.density.fit(torch.cat(parts), **options)
         return self
 
     def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +109,7 @@ class Transformed(nn.Module):
             raise ValueError(
                 f"x must be a floating-point tensor of shape (B, *shape), got {got}; one sample is x[None]"
             )
+        self.transform = moved(self.transform, x.device)
         event = self.transform.codomain.event_dim
         if event >= x.ndim:
             raise ValueError(
@@ -129,7 +136,7 @@ class Transformed(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        moved(self.transform, fn(torch.zeros(())).device)
+        self.transform = moved(self.transform, fn(torch.zeros((), device="cpu")).device)
         return self
 
     def extra_repr(self) -> str:

@@ -10,9 +10,14 @@ preparation needs most: `zscore`, `Logit` and `whiten`.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.distributions import AffineTransform, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
+
+from .host import as_tensor
 
 
 def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
@@ -24,7 +29,7 @@ def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
     Raises:
         ValueError: if std is not positive and finite.
     """
-    mean, std = (torch.as_tensor(value).to(torch.float64) for value in (mean, std))  # log std would be float32 else
+    mean, std = (as_tensor(value).to(torch.float64) for value in (mean, std))  # log std would be float32 else
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
             f"zscore needs std > 0, got a least one of {float(std.min())}; leave constant columns out, or use 1"
@@ -88,7 +93,7 @@ class Whitening(Transform):
                 f"Whitening of {d} dimensions needs basis ({d}, {d}) and std ({d},), "
                 f"got {tuple(basis.shape)} and {tuple(std.shape)}; keep all components"
             )
-        error = float((basis.T @ basis - torch.eye(d).to(basis)).abs().max())
+        error = float((basis.T @ basis - torch.eye(d, dtype=basis.dtype, device=basis.device)).abs().max())
         # Rounding of a float32 product of d terms, with a margin.
         if error > 1e-5 * max(1.0, d**0.5):
             raise ValueError(
@@ -103,11 +108,11 @@ class Whitening(Transform):
         self.domain = self.codomain = constraints.independent(constraints.real, max(mean.ndim, 1))
 
     def _call(self, z):
-        flat = (z.flatten(-self.mean.ndim) * self.std) @ self.basis.T.to(z)
-        return flat.unflatten(-1, self.mean.shape) + self.mean
+        flat = (z.flatten(-self.mean.ndim) * self.std.to(z)) @ self.basis.T.to(z)
+        return flat.unflatten(-1, self.mean.shape) + self.mean.to(z)
 
     def _inverse(self, x):
-        flat = (x - self.mean).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std
+        flat = (x - self.mean.to(x)).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std.to(x)
         return flat.unflatten(-1, self.mean.shape)
 
     def log_abs_det_jacobian(self, z, x):
@@ -134,11 +139,24 @@ def whiten(data: Tensor, floor: float = 0.0) -> Whitening:
 
 
 def moved(transform: Transform, device: torch.device) -> Transform:
-    """Move the tensors of a transform, and of those that it is made of, to a device; in place."""
-    for name, value in vars(transform).items():
-        if isinstance(value, Tensor):
-            setattr(transform, name, value.to(device))
-        for part in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(part, Transform) and part is not transform:
-                moved(part, device)
-    return transform
+    """Return a transform with its tensors, and those of its parts, on a device: itself, or a copy if they are not."""
+    if isinstance(transform, _InverseTransform):
+        forward = moved(transform.inv, device)
+        return transform if forward is transform.inv else forward.inv
+    there = {name: _moved(value, device) for name, value in vars(transform).items() if name != "_inv"}
+    if all(value is getattr(transform, name) for name, value in there.items()):
+        return transform
+    other = object.__new__(type(transform))
+    other.__dict__ = there | {"_inv": None}  # its inverse is made when it is asked for
+    return other
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Transform):
+        return moved(value, device)
+    if isinstance(value, list | tuple):
+        parts = [_moved(part, device) for part in value]
+        return value if all(map(operator.is_, parts, value)) else type(value)(parts)
+    return value

@@ -34,7 +34,8 @@ def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> No
     """
     generator = torch.Generator().manual_seed(0)
     for batch, draws in SIZES:
-        x_t = torch.randn(batch, draws, torch.Size(shape).numel(), generator=generator, dtype=torch.float64)
+        size = batch, draws, torch.Size(shape).numel()
+        x_t = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         x_t = x_t.to(time.device, program.dtype)
         at = time[torch.arange(draws, device=time.device) % len(time)]
         some = cond.select(torch.arange(batch, device=time.device) % _samples(cond.per_sample))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..host import as_tensor
 from ..schedules import DDPM, VP, FlowMatching
 
 
@@ -25,7 +26,7 @@ class SubVP(VP):
         return -loss - 2 * torch.log(-torch.expm1(-loss))
 
     def time(self, log_snr):
-        _, sigma = self.scale(torch.as_tensor(log_snr).to(torch.float64))
+        _, sigma = self.scale(as_tensor(log_snr).to(torch.float64))
         loss = -torch.log1p(-sigma)
         # The variance-preserving process has its log-SNR -log(exp(loss) - 1) at the same time.
         return super().time(-torch.log(torch.expm1(loss)))
@@ -46,11 +47,11 @@ class OffsetFlow(FlowMatching):
         return (1 + self.offset) * alpha, (1 + self.offset) * sigma
 
     def log_snr(self, t):
-        t = torch.as_tensor(t).to(torch.float64)
+        t = as_tensor(t).to(torch.float64)
         return 2 * torch.log((1 - t) / (t + self.offset))
 
     def time(self, log_snr):
-        ratio = torch.exp(-0.5 * torch.as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
+        ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
         return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
 
 
@@ -59,7 +60,7 @@ def table(alphas_cumprod: Tensor) -> DDPM:
 
     At a log-SNR of minus infinity nothing is left of the data, and the integrand is that of the reference.
     """
-    known = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    known = as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
     if len(known) and float(known[-1]) == 0:
         known = known[:-1]
     return DDPM(known)
@@ -67,5 +68,5 @@ def table(alphas_cumprod: Tensor) -> DDPM:
 
 def noise_table(sigmas: Tensor) -> DDPM:
     """Return the schedule of noise levels sigma of x + sigma eps, rising, as a variance-preserving table."""
-    square = torch.as_tensor(sigmas).detach().to("cpu", torch.float64) ** 2
+    square = as_tensor(sigmas).detach().to("cpu", torch.float64) ** 2
     return table(1 / (1 + square))

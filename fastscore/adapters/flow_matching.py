@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..density import ScoreDensity
+from ..host import as_tensor
 from ..schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
 from .checks import expect, expect_attributes, expect_module
 
@@ -23,14 +24,14 @@ class SchedulerClock(Schedule):
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
-        ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64)
+        ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
         self.time_range = tuple(float(end) for end in self.time(ends))
 
     def scale(self, log_snr):
         return self.alpha_sigma(self.time(log_snr))
 
     def alpha_sigma(self, t):
-        at = self.scheduler(torch.as_tensor(t).to(torch.float64))
+        at = self.scheduler(as_tensor(t).to(torch.float64))
         return at.alpha_t, at.sigma_t
 
     def log_snr(self, t):
@@ -38,10 +39,10 @@ class SchedulerClock(Schedule):
         return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr):
-        return self.scheduler.snr_inverse(torch.exp(0.5 * torch.as_tensor(log_snr).to(torch.float64)))
+        return self.scheduler.snr_inverse(torch.exp(0.5 * as_tensor(log_snr).to(torch.float64)))
 
     def derivatives(self, t):
-        at = self.scheduler(torch.as_tensor(t).to(torch.float64))
+        at = self.scheduler(as_tensor(t).to(torch.float64))
         return at.d_alpha_t, at.d_sigma_t
 
     def __repr__(self):

@@ -12,14 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Constants
 from ..density import ScoreDensity
+from ..host import as_tensor
 from .checks import expect_attributes, expect_key, expect_module
 from .clocks import table
 
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0"}
 
 
-class OriginalTime(nn.Module):
+class OriginalTime(Constants):
     """Call the network with the original timestep of entry i, rescaled where it was trained so."""
 
     def __init__(self, model: nn.Module, timesteps: Tensor, factor: float | None):
@@ -57,9 +59,9 @@ def from_guided_diffusion(model: nn.Module, diffusion: object, **options) -> Sco
     )
     mean_type = getattr(diffusion.model_mean_type, "name", diffusion.model_mean_type)
     predicts = expect_key(PREDICTIONS, mean_type, "model_mean_type", "build a ScoreDensity with your own module")
-    alphas_cumprod = torch.as_tensor(diffusion.alphas_cumprod, dtype=torch.float64)
+    alphas_cumprod = as_tensor(diffusion.alphas_cumprod).to(torch.float64)
     kept = getattr(diffusion, "timestep_map", None)
-    timesteps = torch.arange(len(alphas_cumprod)) if kept is None else torch.as_tensor(list(kept))
+    timesteps = torch.tensor(range(len(alphas_cumprod)) if kept is None else list(kept), device="cpu")
     original = getattr(diffusion, "original_num_steps", len(alphas_cumprod))
     net = OriginalTime(model, timesteps, 1000.0 / original if diffusion.rescale_timesteps else None)
     return ScoreDensity(net, table(alphas_cumprod), predicts=predicts, **options)

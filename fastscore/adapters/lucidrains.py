@@ -42,7 +42,7 @@ def from_lucidrains(diffusion: nn.Module, **options) -> Transformed:
         "for ElucidatedDiffusion build a ScoreDensity with EDM()",
     )
     predicts = expect_key(PREDICTIONS, diffusion.objective, "objective", "see GaussianDiffusion")
-    ends = diffusion.normalize(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    ends = diffusion.normalize(torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")).tolist()
     remedy = "wrap a ScoreDensity in fastscore.Transformed with your own transform"
     expect(ends in ([0, 1], [-1, 1]), "normalize", f"[0, 1] to {ends}", "the identity or x * 2 - 1", remedy)
     # sigma / alpha was computed in float64 before it was stored, 1 - alphas_cumprod was not.

@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Constants
 from ..density import ScoreDensity
+from ..host import as_tensor
 from ..reference import Reference
 from ..schedules import VE, VP, Schedule
 from ..transformed import Transformed
@@ -22,7 +24,7 @@ from .checks import expect, expect_attributes
 from .clocks import OffsetFlow, SubVP
 
 
-class SbiNet(nn.Module):
+class SbiNet(Constants):
     """Call a vector field estimator as `model(theta_t, t, condition=x)`; x is shared unless a call gives its own."""
 
     def __init__(self, estimator: nn.Module, x: Tensor | None):
@@ -103,10 +105,10 @@ def _process(estimator: nn.Module) -> tuple[Schedule, str]:
 def _reference(estimator: nn.Module) -> Reference:
     d = estimator.input_shape.numel()
     mean, std = (value.detach().expand(estimator.input_shape) for value in (estimator.mean_0, estimator.std_0))
-    return Reference(torch.ones(1), mean.reshape(1, d), std.reshape(1, d).to(torch.float64) ** 2)
+    return Reference(torch.ones(1, device=mean.device), mean.reshape(1, d), std.reshape(1, d).to(torch.float64) ** 2)
 
 
 def _buffer(estimator: nn.Module, name: str, default: float) -> Tensor:
     """Return one of the estimator's standardization buffers, shape of theta, float64; sbi before 0.26 has none."""
-    value = torch.as_tensor(getattr(estimator, name, default)).detach().to(torch.float64)
+    value = as_tensor(getattr(estimator, name, default)).detach().to(torch.float64)
     return value.expand(1, *estimator.input_shape)[0]

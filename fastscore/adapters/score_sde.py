@@ -16,7 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..buffers import Constants
 from ..density import ScoreDensity
+from ..host import as_tensor
 from ..schedules import VE, VP
 from .checks import expect_attributes, expect_module
 from .clocks import SubVP, noise_table
@@ -46,7 +48,7 @@ class SigmaLabels(nn.Module):
         return self.model(x_t, self.sigma_min * (self.sigma_max / self.sigma_min) ** t, **cond)
 
 
-class NoisiestFirst(nn.Module):
+class NoisiestFirst(Constants):
     """Call the network at entry i, counted from the least noise, with N - 1 - i; turn its score into eps.
 
     x_t comes variance-preserving from the table, and goes as x + sigma eps.
@@ -85,7 +87,7 @@ def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **opt
         if continuous:
             ends = float(sde.sigma_min), float(sde.sigma_max)
             return ScoreDensity(SigmaLabels(model, *ends), VE(*ends), predicts="score", **options)
-        sigmas = torch.as_tensor(sde.discrete_sigmas).detach().clone()
+        sigmas = as_tensor(sde.discrete_sigmas).detach().clone()
         return ScoreDensity(NoisiestFirst(model, sigmas), noise_table(sigmas), predicts="eps", **options)
     expect_attributes(sde, ("beta_0", "beta_1"), "sde", wanted, "or build a ScoreDensity with your own Schedule")
     sub = "subvp" in name
@@ -95,5 +97,5 @@ def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **opt
     # The float32 tables that noised the training data; computed from the betas, sigma would differ by up to 5e-5.
     names = "sqrt_1m_alphas_cumprod", "sqrt_alphas_cumprod"
     expect_attributes(sde, names, "sde", wanted, "see sde_lib")
-    sigma, alpha = (torch.as_tensor(getattr(sde, name)).to(torch.float64) for name in names)
+    sigma, alpha = (as_tensor(getattr(sde, name)).to(torch.float64) for name in names)
     return ScoreDensity(model, noise_table(sigma / alpha), predicts="eps", **options)

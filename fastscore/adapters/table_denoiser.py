@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..buffers import Constants
 
-class TableDenoiser(nn.Module):
+
+class TableDenoiser(Constants):
     """Call D at entry i with the variance-preserving x_t of a table, scaled to x + sigma eps.
 
     Arguments:

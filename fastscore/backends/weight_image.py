@@ -48,7 +48,7 @@ def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> Te
 
 def _columns(count: int) -> Tensor:
     """Return the network's column at every position of the register layout."""
-    return (torch.arange(0, count, 16)[:, None] + torch.tensor(COLUMN)).reshape(-1)
+    return (torch.arange(0, count, 16, device="cpu")[:, None] + torch.tensor(COLUMN, device="cpu")).reshape(-1)
 
 
 def _tiles(where: Tensor, stage: int, zero: int) -> Tensor:
@@ -57,6 +57,6 @@ def _tiles(where: Tensor, stage: int, zero: int) -> Tensor:
     where = torch.nn.functional.pad(where, (0, -in_ % TILE_IN), value=zero)
     lines = min(out, TILE_OUT)
     tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK).permute(2, 0, 1, 3, 4)
-    chunk = torch.arange(TILE_IN // CHUNK)[None, :] ^ (torch.arange(lines)[:, None] % 8)
+    chunk = torch.arange(TILE_IN // CHUNK, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] % 8)
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
     return torch.nn.functional.pad(tiles, (0, stage - lines * TILE_IN), value=zero).reshape(-1)

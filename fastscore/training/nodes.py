@@ -38,19 +38,20 @@ class AdaptiveNodes(FittedBuffers):
     def __init__(self, schedule: Schedule):
         super().__init__()
         lo, hi = schedule.log_snr_range
-        self.register_buffer("edges", torch.linspace(lo, hi, BINS + 1, dtype=torch.float64))
-        self.register_buffer("moment", torch.ones(BINS, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("edges", torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu"))
+        self.register_buffer("moment", torch.ones(BINS, dtype=torch.float64, device="cpu"))
+        self.register_buffer("seen", torch.zeros(BINS, dtype=torch.float64, device="cpu"))
 
     @property
     def density(self) -> NodeDensity:
         """The present density of the draws."""
         # Bins that no draw has fallen in count like the average of the others.
-        known = self.seen > 0
-        moment = torch.where(known, self.moment, self.moment[known].mean() if bool(known.any()) else 1.0)
+        moment, seen = torch.stack([self.moment, self.seen]).cpu()  # at once: one wait for the device
+        known = seen > 0
+        moment = torch.where(known, moment, moment[known].mean() if bool(known.any()) else 1.0)
         root = moment.sqrt() + 1e-12
         share = (1 - FLOOR) * root / root.sum() + FLOOR / BINS
-        return NodeDensity(self.edges.cpu(), share.cpu(), torch.zeros(BINS, dtype=torch.bool))
+        return NodeDensity(self.host("edges"), share, torch.zeros_like(known))
 
     @torch.no_grad()
     def observe(self, log_snr: Tensor, squares: Tensor) -> None:

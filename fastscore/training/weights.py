@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..predictions import coefficients
@@ -74,9 +73,9 @@ def _weights(schedule: Schedule, t: Tensor, predicts: str, method: str) -> Tenso
             f"timestep weights need a table of timesteps such as DDPM.linear(1000), got {schedule!r}; "
             "density_loss weighs continuous schedules by itself"
         )
-    t = torch.as_tensor(t)
+    t = as_tensor(t)
     log_snr = schedule.log_snr(t)  # raises for a timestep that the table lacks
     if predicts == "flow":
         schedule.derivatives(t)  # raises: a table has none
     every = method_weights(schedule.table.flip(0), method).flip(0)  # of timestep 0, 1, ..
-    return 0.5 * coefficients(predicts, schedule, t).c.square() * every[t.long().cpu()].reshape(log_snr.shape)
+    return 0.5 * coefficients(predicts, schedule, t).c.square() * every[t.long().cpu()].to(log_snr.device)

@@ -1,0 +1,11 @@
+"""Numbers on the host: schedules, nodes and weights are a few float64 numbers, which Python reads before any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_tensor(value: object) -> Tensor:
+    """Return a tensor as it is, wherever it is; numbers and arrays as a tensor on the CPU."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
