@@ -163,8 +163,8 @@ class Work:
 
 def _check_network(density: ScoreDensity, x: Tensor, cond: dict[str, object]) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    samples = check_samples(x, None, (cond,), density.model)
-    ends = torch.tensor(density.log_snr_range, dtype=torch.float64)
+    samples = density.check(x, None, cond)
+    ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
     time = density.schedule.time(ends).to(x.device)
     try:
         with torch.no_grad():

@@ -48,7 +48,7 @@ class Replicates(NamedTuple):
 
 def uncalibrated() -> Tensor:
     """Return the calibration of noise that nobody has measured: none."""
-    return torch.empty(ROWS, 0, dtype=torch.float64)
+    return torch.empty(ROWS, 0, dtype=torch.float64, device="cpu")
 
 
 def calibrate(found: list[Replicates], typical: int) -> Tensor:
@@ -61,12 +61,14 @@ def calibrate(found: list[Replicates], typical: int) -> Tensor:
     level = torch.stack([_log(r.variance[:, :typical]).mean() for r in found])
     excess = [_log(r.variance) - at for r, at in zip(found, level)]
     pooled = torch.cat([a[:, :typical].flatten() for a in excess])
-    ends = torch.quantile(pooled, torch.tensor(RAMP, dtype=torch.float64))
+    ends = torch.quantile(pooled, torch.tensor(RAMP, dtype=torch.float64, device="cpu"))
     ends[1] = torch.maximum(ends[1], ends[0] + 1e-3)
     ratios = torch.tensor(
-        [_ratios(r, _oddness(a, ends[0], ends[1]), typical) for r, a in zip(found, excess)], dtype=torch.float64
+        [_ratios(r, _oddness(a, ends[0], ends[1]), typical) for r, a in zip(found, excess)],
+        dtype=torch.float64,
+        device="cpu",
     )
-    at = torch.tensor([math.log2(r.nfe) for r in found], dtype=torch.float64)
+    at = torch.tensor([math.log2(r.nfe) for r in found], dtype=torch.float64, device="cpu")
     rho = _polynomial(at, ratios[:, 0], 2)
     # A third of the pilot is odd, in three kinds: too few to know tau well. Half of the way to the ratio of independent
     # noise, which is honest for every point, costs width for odd points alone.
@@ -86,7 +88,7 @@ def calibrated(variance: Tensor, nu: Tensor, nfe: int, calibration: Tensor) -> T
     if not calibration.shape[1]:
         return plain
     at, *columns = calibration.to(torch.float64).cpu()
-    u = torch.tensor(math.log2(nfe), dtype=torch.float64).clamp(at[0], at[-1])
+    u = torch.tensor(math.log2(nfe), dtype=torch.float64, device="cpu").clamp(at[0], at[-1])
     k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
     part = float((u - at[k]) / (at[k + 1] - at[k]))
     level, ordinary, odd, lo, hi = (float(torch.lerp(c[k], c[k + 1], part)) for c in columns)

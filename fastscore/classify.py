@@ -110,14 +110,14 @@ class DiffusionClassifier(nn.Module):
         options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
-        pairs = torch.stack([torch.arange(2 * len(x), device=device) // 2, top.flatten()], 1)
+        pairs = torch.stack([torch.arange(2 * len(x), device=top.device) // 2, top.flatten()], 1)
         spread = []
         for paired in (False, True):
             draws = Draws(_pilot_rules(self.density, paired, seed), "independent", seed)
             f, _ = self._integrand(samples, pairs, draws, self.density.reference, chunks)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
-        edges = torch.linspace(*self.density.log_snr_range, PILOT_BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(*self.density.log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
         nodes = NodeDensity.from_spread(edges, *spread, FLOOR)
         self.nodes = FittedNodes(nodes, self.nodes.calibration)
         return self
@@ -181,7 +181,7 @@ class DiffusionClassifier(nn.Module):
     def _batch(self, samples: Samples, plan: _Plan) -> Classification:
         """Take some samples through all rounds."""
         reference = self.density.reference if plan.weighting == "density" else self.density.reference.gaussian()
-        rounds = Rounds(self.log_prior, len(samples))
+        rounds = Rounds(self.log_prior.to(samples.device), len(samples))
         for draws in plan.rounds:
             pairs = rounds.open()
             if not len(pairs):
@@ -255,7 +255,9 @@ def _check_classes(classes: dict[str, object]) -> Conditions:
     """Return the classes as conditions with one entry a class."""
     rows = {}
     if isinstance(classes, dict):
-        rows = {k: torch.as_tensor(v) if isinstance(v, list | np.ndarray) else v for k, v in classes.items()}
+        rows = {
+            k: torch.as_tensor(v, device="cpu") if isinstance(v, list | np.ndarray) else v for k, v in classes.items()
+        }
     leaves, _ = flatten(rows)
     tensors = {k: v.value for k, v in leaves.items() if isinstance(v.value, Tensor) and v.per_sample is not False}
     counts = {len(value) if value.ndim else 0 for value in tensors.values()}

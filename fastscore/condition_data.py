@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .conditions import per_sample, shared
 from .dataset import Array, digest, digest_of, take
+from .host import as_tensor
 from .structure import Structure, flatten, is_plain
 
 
@@ -62,7 +63,7 @@ class DataConditions:
 
     def setting(self) -> str:
         """Return what tells the conditions of one run from another's, but for each sample's own."""
-        arrays = {k: torch.as_tensor(v) for k, v in self.shared.items() if isinstance(v, Tensor | np.ndarray)}
+        arrays = {k: as_tensor(v) for k, v in self.shared.items() if isinstance(v, Tensor | np.ndarray)}
         plain = {k: v for k, v in self.shared.items() if k not in arrays}
         return digest_of([repr(sorted(self.own)), digest(arrays), repr(sorted(plain.items(), key=str))])
 
@@ -70,5 +71,5 @@ class DataConditions:
 def _tensor(value: object, device: torch.device, dtype: torch.dtype) -> object:
     if not isinstance(value, Tensor | np.ndarray):
         return value
-    tensor = torch.as_tensor(value)
+    tensor = as_tensor(value)
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)

@@ -38,7 +38,7 @@ class CurveSum:
 
     def __init__(self, draws: int):
         self.count = 0
-        self.log_snr, self.total, self.squares = torch.zeros(3, draws, dtype=torch.float64)
+        self.log_snr, self.total, self.squares = torch.zeros(3, draws, dtype=torch.float64, device="cpu")
 
     def add(self, f: Tensor, rule: Rule) -> None:
         half = -0.5 * f.to(torch.float64).cpu()
@@ -134,9 +134,9 @@ def table_error(curve: Curve, table: Tensor) -> float:
 
     with the second derivative from the curve's means in 48 bins, whose noise the small cells of a table make harmless.
     """
-    edges = torch.linspace(float(table[0]), float(table[-1]), TABLE_BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(float(table[0]), float(table[-1]), TABLE_BINS + 1, dtype=torch.float64, device="cpu")
     place = (torch.searchsorted(edges, curve.log_snr.contiguous(), right=True) - 1).clamp(0, TABLE_BINS - 1)
-    count, at, mean = torch.zeros(3, TABLE_BINS, dtype=torch.float64)
+    count, at, mean = torch.zeros(3, TABLE_BINS, dtype=torch.float64, device="cpu")
     count.index_add_(0, place, torch.ones_like(curve.mean))
     held = count > 0
     at, mean = (

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import probe
 from .backends.select import check_name, select
+from .buffers import Constants
 from .calibration import calibrated, uncalibrated
 from .coincidence import refuse_coincidences
 from .conditions import Conditions, takes_conditions
@@ -33,7 +34,7 @@ from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
-from .network import warn_if_training
+from .network import model_device, warn_if_training
 from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
@@ -332,9 +333,9 @@ class ScoreDensity(nn.Module):
                 bar.update(count)
 
             def chunks(reference: Reference) -> Chunks:
-                return self._chunks(example, memory, PILOT_DRAWS, reference)
+                return self._chunks(samples, memory, PILOT_DRAWS, reference)
 
-            plan = PilotPlan(evaluations, seed, chunks, step, device)
+            plan = PilotPlan(evaluations, seed, chunks, step)
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
@@ -347,7 +348,7 @@ class ScoreDensity(nn.Module):
         if not isinstance(data, Tensor) or data.ndim < 2:
             return self.check(data, None, cond)  # raises
         chosen = choose(len(data), seed)
-        here = next((p.device for p in self.model.parameters()), data.device)
+        here = model_device(self.model, data.device)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here)
         samples = replace(self.check(data[chosen.to(data.device)].to(here), chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
@@ -462,7 +463,7 @@ class ScoreDensity(nn.Module):
     def _middle(self) -> Tensor:
         """Return a time in the middle of the range, shape (1,)."""
         lo, hi = self.log_snr_range
-        return self.schedule.time(torch.tensor([(lo + hi) / 2], dtype=torch.float64))
+        return self.schedule.time(torch.tensor([(lo + hi) / 2], dtype=torch.float64, device="cpu"))
 
     def _probe(self, samples: Samples) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
@@ -478,6 +479,8 @@ class ScoreDensity(nn.Module):
         """
         samples = check_samples(x, sample_index, conds, self.model)
         self.reference = self.reference.on(samples.device)
+        if isinstance(self.model, Constants):
+            self.model.follow(samples.device)
         select(samples.x.device, samples.x.dtype, self.backend)
         own = self.reference.mean.shape[1]
         if own not in (1, samples.x.shape[1]):

@@ -25,7 +25,7 @@ from .dataset import Array, take
 from .density import ScoreDensity
 from .estimate import Estimate, log_width
 from .memory import parse_bytes
-from .network import model_dtype
+from .network import model_device, model_dtype
 from .progress import progress_bar
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
@@ -153,8 +153,9 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
 def _fit(work: Work, data: Array, conditions: DataConditions, run: RunFolder, progress: bool | None) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density, run):
-        x = take(data, slice(None)).to(work.device)
-        cond = conditions.at(slice(None), work.device, model_dtype(work.density.model, torch.float32))
+        # Where they are: `fit` takes those that it uses to the network's device.
+        x, where = take(data, slice(None)), torch.device("cpu")
+        cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
         work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, cond=cond)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density).items()}
         run.write_arrays(run.fitted, stored)

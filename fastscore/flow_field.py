@@ -64,7 +64,14 @@ class Field:
         self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
         self.reference = density.reference.scaled(1 / scale)
         self.exact = signs is None
-        self.cotangents = torch.eye(samples.x.shape[1]).to(samples.x)[:, None] if signs is None else signs
+        self.cotangents = signs
+        if signs is None:
+            d = samples.x.shape[1]
+            self.cotangents = torch.eye(d, dtype=samples.x.dtype, device=samples.device)[:, None]
+            torch.eye(samples.x.shape[1], dtype=samples.x.dtype, device=samples.device)[:, None]
+            if signs is None
+            else signs
+        )
 
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self.at(self.table(t[None])[0], state[0])

@@ -54,7 +54,7 @@ class Network:
             return (None,) * len(samples.conds)
 
         def times() -> Tensor:
-            log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64)
+            log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
             return self.schedule.time(log_snr).to(samples.x.device)
 
         data = self.model, samples.shape, samples.x.dtype
@@ -114,8 +114,8 @@ class Rows:
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
         paired, time = rule.paired[part].long(), rule.time[part]
         alpha, sigma = schedule.alpha_sigma(time)
-        draw = torch.arange(len(span)).repeat_interleave(1 + paired)
-        twin = torch.cat([torch.zeros(1, dtype=torch.bool), draw[1:] == draw[:-1]])
+        draw = torch.arange(len(span), device="cpu").repeat_interleave(1 + paired)
+        twin = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), draw[1:] == draw[:-1]])
         return cls(
             draws=len(span),
             draw=draw.to(device),
@@ -259,8 +259,8 @@ def cost_of_row(network: Network, samples: Samples, reference: Reference) -> mem
     Raises:
         ValueError: if the network cannot be called with such data, with its reason.
     """
-    log_snr = torch.linspace(*network.log_snr_range, PROBE_ROWS, dtype=torch.float64)
-    time, single = network.schedule.time(log_snr), torch.zeros(PROBE_ROWS, dtype=torch.bool)
+    log_snr = torch.linspace(*network.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
+    time, single = network.schedule.time(log_snr), torch.zeros(PROBE_ROWS, dtype=torch.bool, device="cpu")
     rule = Rule.plain(log_snr, time, torch.ones_like(log_snr), single)
     one = samples.select(slice(0, 1))
     draws = Draws(FixedRules(rule), "independent", 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .conditions import shared

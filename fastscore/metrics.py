@@ -72,9 +72,9 @@ class NegativeLogLikelihood(Metric):
         self.nfe, self.seed = nfe, seed
         # Of each group of samples that shares its nodes, since such samples share an error too.
         for state in ("count", "total", "squares"):
-            self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("variance", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("dims", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
+            self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("variance", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
     @takes_conditions
     def update(self, x: Tensor, *, sample_index: Tensor | None = None, cond: dict | None = None, **named) -> None:
@@ -141,7 +141,7 @@ class NegativeLogLikelihood(Metric):
 
     def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
-        return (int(self.count.sum()) + torch.arange(batch)) * ranks + rank
+        return (int(self.count.sum()) + torch.arange(len(x), device=x.device)) * ranks + rank
 
 
 class BitsPerDim(NegativeLogLikelihood):

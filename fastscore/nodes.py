@@ -32,7 +32,7 @@ class NodeDensity:
     edges: Tensor
     share: Tensor
     paired: Tensor
-    curve: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    curve: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def uniform(cls, lo: float, hi: float, bins: int = 1) -> NodeDensity:
@@ -143,7 +143,7 @@ class FittedNodes(FittedBuffers):
         self.register_buffer("paired", nodes.paired)
         self.register_buffer("curve", nodes.curve)
         self.register_buffer("calibration", calibration)
-        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64))
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
 
     def _apply(self, fn, recurse=True):
         return self

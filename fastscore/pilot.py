@@ -65,13 +65,12 @@ class Fitted:
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """How much a pilot may spend: network evaluations, how to cut them for a reference, whom to tell, and where."""
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
 
     evaluations: int
     seed: int
     chunks: Callable[[Reference], Chunks]
     step: Step
-    device: torch.device
 
 
 def choose(count: int, seed: int) -> Tensor:
@@ -82,7 +81,7 @@ def choose(count: int, seed: int) -> Tensor:
     """
     if count < MIN_SAMPLES:
         raise ValueError(f"fit needs at least {MIN_SAMPLES} samples, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     held, train = order[: held_out(count)], order[held_out(count) :]
     return torch.cat([held[: EM_SAMPLES // 4], train[:EM_SAMPLES]])
 
@@ -161,7 +160,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
             "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
         )
     lo, hi = network.log_snr_range
-    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
     net_flops = _network_flops(network, samples)
     scored = []
     for q, reference in enumerate(references):
@@ -202,9 +201,9 @@ def odd_points(samples: Samples, seed: int) -> Samples:
     a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
     generator = torch.Generator().manual_seed(seed)
     x = samples.x
-    other = x[torch.randperm(len(x), generator=generator).to(x.device)]
+    other = x[torch.randperm(len(x), generator=generator, device="cpu").to(x.device)]
     center = x.mean(0)
-    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator).to(x)
+    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator, device="cpu").to(x)
     made = torch.stack([(x + other) / 2, center + 1.7 * (x - center), noised])
     kind = torch.arange(len(x), device=x.device) % 3
     return replace(samples, x=made[kind, torch.arange(len(x), device=x.device)])
@@ -216,7 +215,9 @@ def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
     log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n
     time = network.schedule.time(log_snr)
     log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
-    return Rule.plain(log_snr, time, torch.full_like(log_snr, (hi - lo) / n), torch.ones(n, dtype=torch.bool))
+    return Rule.plain(
+        log_snr, time, torch.full_like(log_snr, (hi - lo) / n), torch.ones(n, dtype=torch.bool, device="cpu")
+    )
 
 
 def _network_flops(network: Network, samples: Samples) -> int:

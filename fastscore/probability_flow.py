@@ -119,7 +119,7 @@ class _Flow:
         lo, hi = density.log_snr_range
         smallest, largest = density.reference.scales()
         self.scale = math.sqrt(smallest * largest)
-        self.ends = time_of(torch.tensor([hi, lo], dtype=torch.float64), self.scale)
+        self.ends = time_of(torch.tensor([hi, lo], dtype=torch.float64, device="cpu"), self.scale)
         self.clean = density.reference.diffused(math.exp(-hi))
 
     def select(self, chosen: Tensor) -> _Flow:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .network import predict
 from .samples import Samples
 from .schedules import Schedule
+from .untouched import uncompiled, undisturbed
 
 # Copies of four rows: a label dropped in 10 % of the rows is seen with probability 1 - 0.9^24 = 92 % in one call and
 # 99 % in two, and one call of 24 rows costs less than a tenth of an estimate's 256 evaluations.
@@ -37,8 +38,7 @@ def warn_of_coupling(
         samples: data; the first and the last sample are used, with their conditions.
         span: the range of log-SNR; two times within it are used.
     """
-    devices = [samples.device] if samples.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with uncompiled(), undisturbed(model):
         found = _what_differs(model, samples, schedule, span, time_dtype)
     if found is not None:
         warnings.warn(f"the network {found}", NetworkWarning, stacklevel=8)
@@ -49,7 +49,7 @@ def _what_differs(
     model: nn.Module, samples: Samples, schedule: Schedule, span: tuple[float, float], time_dtype: torch.dtype | None
 ) -> str | None:
     two = samples.select(torch.tensor([0, len(samples) - 1], device=samples.device))
-    at = torch.tensor([0.35, 0.65], dtype=torch.float64) * (span[1] - span[0]) + span[0]
+    at = torch.tensor([0.35, 0.65], dtype=torch.float64, device="cpu") * (span[1] - span[0]) + span[0]
     times = schedule.time(at)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.x.dtype)
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
@@ -61,7 +61,7 @@ def _what_differs(
         return predict(model, rows.x[None], t, cond, rows.shape, time_dtype)[0]
 
     eval_mode = "call model.eval(), or " if any(layer.training for layer in model.modules()) else ""
-    kind = torch.arange(4).repeat(COPIES)
+    kind = torch.arange(4, device="cpu").repeat(COPIES)
     sample, time = kind % 2, kind // 2
     batch = call(sample, time)
     if not _same(batch.reshape(COPIES, 4, -1), batch[None, :4], tolerance):
@@ -70,7 +70,7 @@ def _what_differs(
             f"(class_dropout_prob, cond_drop_prob) do; {eval_mode}turn them off"
         )
     backwards = call(sample.flip(0), time.flip(0)).flip(0)
-    few = torch.tensor([0, 3, 3])
+    few = torch.tensor([0, 3, 3], device="cpu")
     company = call(sample[few], time[few])
     if _same(batch, backwards, tolerance) and _same(company, batch[few], tolerance):
         return None

@@ -70,12 +70,6 @@ class Reference(FittedBuffers):
         variance = torch.full((1, 1), float(std) ** 2, device="cpu")
         return cls(torch.ones_like(variance[0]), torch.zeros_like(variance), variance)
 
-    def on(self, device: torch.device) -> Reference:
-        """Return the same mixture on a device: itself, where it lies there already."""
-        if self.weight.device == device:
-            return self
-        return Reference.from_tensors([t.to(device) for t in self.tensors()])
-
     @property
     def components(self) -> int:
         return len(self.weight)

@@ -110,7 +110,9 @@ class Rules:
 
     def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float):
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
-        self.paired = density.is_paired(density.quantile((torch.arange(draws, dtype=torch.float64) + 0.5) / draws))
+        self.paired = density.is_paired(
+            density.quantile((torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws)
+        )
         self._table = None if not schedule.discrete and method == "density" else _Table.of(density, schedule, method)
         self._made: dict[int, Rule] = {}
 
@@ -127,7 +129,9 @@ class Rules:
         """Return the rule of a group of samples."""
         if group not in self._made:
             shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
-            self._made[group] = self._place((torch.arange(self.draws, dtype=torch.float64) + shift) / self.draws)
+            self._made[group] = self._place(
+                (torch.arange(self.draws, dtype=torch.float64, device="cpu") + shift) / self.draws
+            )
         return self._made[group]
 
     def _place(self, u: Tensor) -> Rule:
@@ -231,11 +235,13 @@ def uniform_in_time(nfe: int, schedule: Schedule) -> FixedRules:
     if draws < MIN_DRAWS:
         raise ValueError(_too_few(nfe))
     clean, noisy = schedule.time_range
-    u = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    u = _strata(draws, 0.5)
     whole = (noisy + 1 - (noisy + 1 - clean) * u).floor().long()  # of a table, the entry in the middle of each cell
     time = whole if schedule.discrete else noisy + (clean - noisy) * u
-    weight = torch.full((draws,), 2 / draws, dtype=torch.float64)
-    return FixedRules(Rule.plain(schedule.log_snr(time), time, weight, torch.ones(draws, dtype=torch.bool)))
+    weight = torch.full((draws,), 2 / draws, dtype=torch.float64, device="cpu")
+    return FixedRules(
+        Rule.plain(schedule.log_snr(time), time, weight, torch.ones(draws, dtype=torch.bool, device="cpu"))
+    )
 
 
 def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -245,10 +251,10 @@ def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
     the clean end.
     """
     if schedule.discrete:
-        time = torch.arange(schedule.time_range[1], -1, -1)
+        time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
     else:
         clean, noisy = schedule.time_range
-        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64)[:-1]
+        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
     return time, schedule.log_snr(time)
 
 
@@ -258,10 +264,17 @@ def method_weights(log_snr: Tensor, method: str) -> Tensor:
         middles = (log_snr[1:] + log_snr[:-1]) / 2
         return torch.cat([log_snr[:1], middles, log_snr[-1:]]).diff()
     if method == "discrete":
-        t = torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(-log_snr)])  # t = 1 closes the integral
+        t = torch.cat(
+            [torch.ones(1, dtype=torch.float64, device="cpu"), torch.sigmoid(-log_snr)]
+        )  # t = 1 closes the integral
         return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
     # The least noisy entry is the Gaussian decoder's: its weight is 1 / alphas_cumprod.
     return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
+
+
+def _strata(draws: int, shift: float) -> Tensor:
+    """Return (s + shift) / N for every draw s."""
+    return (torch.arange(draws, dtype=torch.float64, device="cpu") + shift) / draws
 
 
 def _too_few(nfe: int) -> str:

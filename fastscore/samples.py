@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conditions import Conditions
+from .host import as_tensor
+from .network import model_device
 from .rules import group_of
 
 
@@ -32,10 +34,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.x)
 
-    def to(self, device: torch.device) -> Samples:
-        conds = tuple(cond.to(device) for cond in self.conds)
-        return Samples(self.x.to(device), self.index.to(device), self.shape, conds)
-
     def select(self, samples: slice | Tensor) -> Samples:
         conds = tuple(cond.select(samples) for cond in self.conds)
         chosen = samples if isinstance(samples, slice) else samples.cpu()
@@ -49,13 +47,8 @@ class Samples:
         return Samples(x, index, self.shape, conds, group)
 
 
-def check_samples(
-    x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], device: torch.device | None = None
-) -> Samples:
+def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module) -> Samples:
     """Return the data as rows in the dtype of the sums (float32, or float64 if x is), with every sample's index.
-
-    Arguments:
-        device: where the network is; None where that does not matter.
 
     Raises:
         ValueError: if x is not (B, *shape) with B >= 1, not floating point, on another device than the network, or
@@ -67,7 +60,8 @@ def check_samples(
         raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
-    if device is not None and device != x.device:
+    device = model_device(model, x.device)
+    if device != x.device:
         raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")
     flat = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
     bad = (~torch.isfinite(flat)).any(1).nonzero()
@@ -84,10 +78,9 @@ def check_samples(
     return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu())
 
 
-def _check_index(index: Tensor | None, x: Tensor) -> Tensor:
-    count = len(x)
+def _check_index(index: Tensor | None, count: int) -> Tensor:
     if index is None:
-        return torch.arange(count, device=x.device)
+        return torch.arange(count, device="cpu")  # `group_of` is asked there
     index = as_tensor(index)
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     if index.shape != (count,) or not whole or int(index.min()) < 0:
@@ -95,4 +88,4 @@ def _check_index(index: Tensor | None, x: Tensor) -> Tensor:
             f"sample_index must be {count} non-negative integers, shape ({count},), "
             f"got {index.dtype} of shape {tuple(index.shape)}"
         )
-    return index.to(x.device, torch.int64)
+    return index.to(torch.int64)

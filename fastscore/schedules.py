@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from .host import as_tensor
+
 # Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
 

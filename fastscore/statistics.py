@@ -67,7 +67,7 @@ def student_quantile(tail: float, nu: Tensor) -> Tensor:
     References:
         Handbook of Mathematical Functions, 26.7.5 (Abramowitz and Stegun, 1964)
     """
-    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64)))
+    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

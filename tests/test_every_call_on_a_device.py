@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastscore as fs
-from fastscore import adapters, cli, density, metrics, nodes, pilot, predictions, probability_flow, transforms
+from fastscore import adapters, cli, density, metrics, pilot, predictions, probability_flow, rules, transforms
 from fastscore.dataset import take
 from fastscore.evaluate import evaluate_dataset
 from fastscore.training import losses
@@ -118,7 +118,7 @@ def estimate_of_a(on, name):
     return summary(of(on, predicts=name.removeprefix("prediction ")).estimate(on(X), nfe=NFE))
 
 
-@row("ScoreDensity.estimate", each=[f"method {m}" for m in nodes.METHODS])
+@row("ScoreDensity.estimate", each=[f"method {m}" for m in rules.METHODS])
 def estimate_by(on, name):
     method = name.removeprefix("method ")
     return [summary(of(on, s).estimate(on(X), nfe=NFE, method=method)) for s in (fs.VP(), fs.DDPM.linear(100))]

@@ -27,14 +27,15 @@ def without_device(path):
         if not isinstance(node, ast.Call):
             continue
         named = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        of_torch = isinstance(node.func, ast.Name) or getattr(getattr(node.func, "value", None), "id", "") == "torch"
-        if of_torch and named in FACTORIES - OURS and "device" not in {keyword.arg for keyword in node.keywords}:
+        bare = isinstance(node.func, ast.Name) and named not in OURS
+        of_torch = bare or getattr(getattr(node.func, "value", None), "id", "") == "torch"
+        if of_torch and named in FACTORIES and "device" not in {keyword.arg for keyword in node.keywords}:
             found.append((node.lineno, ast.unparse(node)))
     return found
 
 
 # Functions of our own by the same name, which name the device themselves (`fastscore.host.as_tensor`).
-OURS = frozenset()
+OURS = {"as_tensor", "normal"}
 
 
 def sources():

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..host import as_tensor
 from ..predictions import coefficients
 from ..rules import METHODS, method_weights
 from ..schedules import Schedule
