@@ -68,10 +68,6 @@ class Field:
         if signs is None:
             d = samples.x.shape[1]
             self.cotangents = torch.eye(d, dtype=samples.x.dtype, device=samples.device)[:, None]
-            torch.eye(samples.x.shape[1], dtype=samples.x.dtype, device=samples.device)[:, None]
-            if signs is None
-            else signs
-        )
 
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return self.at(self.table(t[None])[0], state[0])
