@@ -28,6 +28,7 @@ from .elimination import Classification, Rounds, round_sizes
 from .host import as_tensor
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
+from .network import model_device
 from .nodes import FittedNodes, NodeDensity
 from .progress import progress_bar
 from .reference import Reference
@@ -106,7 +107,8 @@ class DiffusionClassifier(nn.Module):
         if evaluations < each:
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
-        own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).marked()
+        x = x.to(model_device(self.density.model, x.device))
+        own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).to(x.device).marked()
         options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)

@@ -172,6 +172,8 @@ class PretendedDevice:
         yield torch.cuda, "mem_get_info", lambda device=None: (FREE, TOTAL)
         yield torch.cuda, "get_device_capability", lambda device=None: CAPABILITY
         yield torch.cuda, "current_device", lambda: 0
+        yield torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()
+        yield torch.cuda, "set_rng_state", lambda state, device=None: None
         yield torch.cuda, "device", lambda device: contextlib.nullcontext()
         yield torch.cuda, "stream", lambda stream: contextlib.nullcontext()
         yield torch.cuda, "Stream", _Stream

@@ -219,7 +219,7 @@ def fit_to_data_on_the_host(on):
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
     samples, draws, _ = made.prepare(on(X), NFE, 0, None, None, {})
-    parts = samples.x, samples.index, draws.rule.weight, made.check(on(X), None, {}).x, made.network.predicts
+    parts = samples.x, samples.index, draws.rules.of(0).weight, made.check(on(X), None, {}).x, made.network.predicts
     return summary(made.estimate(on(X), nfe=NFE)), parts
 
 
