@@ -25,6 +25,7 @@ RANKS = {
     "training": 0,
     "transforms": 0,
     "adapters.checks": 0,
+    "adapters.diffusers_conventions": 0,
     "adapters.table_denoiser": 0,
     "backends.program": 1,
     "backends.select": 1,
