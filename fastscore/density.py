@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backends.select import check_name, select
+from .coupling import warn_if_coupled
+from .degenerate import warn_if_degenerate
 from .estimate import (
     Comparison,
     CurveSum,
@@ -187,6 +189,7 @@ class ScoreDensity(nn.Module):
             )
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
+        warn_if_coupled(self.network, samples, self.reference)
         with tqdm(total=len(samples), disable=not progress, unit="sample", desc=method) as bar:
             total, variance, curve, offset = self._round(samples, first, method, chunks, bar)
             spent = torch.full_like(total, first.rule.nfe)
@@ -267,7 +270,7 @@ class ScoreDensity(nn.Module):
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
         Estimates stay unbiased without and with it; they need fewer evaluations afterwards. What was fitted is part of
-        `state_dict()`.
+        `state_dict()`. Constant and linearly dependent columns are warned of: there the density is infinite.
 
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice.
@@ -284,6 +287,7 @@ class ScoreDensity(nn.Module):
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
         samples = self._samples(data, None, cond)
+        warn_if_degenerate(samples.x, self.schedule)
         with tqdm(total=evaluations, disable=not progress, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:

@@ -52,6 +52,8 @@ RANKS = {
     "verification": 4,
     "program": 5,
     "integrand": 6,
+    "coupling": 7,
+    "degenerate": 1,
     "pilot": 7,
     "density": 8,
     "classify": 9,
