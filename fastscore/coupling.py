@@ -9,9 +9,9 @@ x_t = alpha x + sigma eps_r, with alpha^2 / sigma^2 = 0.02 / tr Var x, the share
 .. math:: \mathrm{Var}_r\, \hat x(\alpha x + \sigma \epsilon_r) \,/\, \mathrm{Var}\, x
 
 is at most 0.02 for the exact network of Gaussian data and independent noise, and 1 for a transport map. A network that
-has hardly been trained can have any share. It is told apart by two more signs: a coupled network carries data to
-standard normal noise, and its predictions vary in the directions in which data do. A coupling that is weak (minibatches
-in many dimensions: a correlation of 0.1 at d = 784) is not seen.
+has hardly been trained can have any share. It is told apart by three more signs: a coupled network carries data to
+noise of unit variance, each sample its own way, and its predictions vary in the directions in which data do. A weak
+coupling is not seen: minibatches of 256 make a correlation of 0.98 at d = 2, 0.6 at 16, 0.3 at 64, 0.1 at 784.
 
 References:
     Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport (Tong et al., 2024),
@@ -37,6 +37,7 @@ from .schedules import FlowMatching
 SIGNAL = 0.02  # signal-to-noise ratio, in units of the data's total variance, at which predictions are compared
 SHARES = 0.4, 2.0  # of the data's variance that predictions of a coupled flow have
 ALIGNED = 0.65  # least alignment of their directions with the data's, which is 1 where both are the same
+CARRIED = 0.02  # least variance, in units of the data's, of the way from data to noise: below it nothing was learned
 LENGTHS = 0.3  # by which the mean square of the noise that the data come from may differ from 1
 VALUES, LEAST_ROWS = 256, 8  # numbers that a variance is taken of, rows of a sample at least
 FEW, MANY = 4, 16  # samples
@@ -77,8 +78,10 @@ def coupled_share(network: Network, samples: Samples, reference: Reference) -> f
         return 0.0
     few = samples.select(slice(0, min(len(samples), MANY if samples.x.shape[1] <= VALUES else FEW)))
     noise = _noise_of(network, few)
-    allowed = LENGTHS + 3 * math.sqrt(2 / noise.numel())
-    return share if abs(float(noise.square().mean()) - 1) < allowed else 0.0
+    way = noise - few.x
+    carried = len(few) == 1 or float(way.var(0).sum() / few.x.double().var(0).sum().clamp(min=1e-30)) > CARRIED
+    normal = abs(float(noise.square().mean()) - 1) < LENGTHS + 3 * math.sqrt(2 / noise.numel())
+    return share if carried and normal else 0.0
 
 
 def _moved_by_noise(network: Network, samples: Samples, total: float) -> Tensor:
@@ -107,7 +110,7 @@ def _split(network: Network, samples: Samples, x_t: Tensor, time: Tensor) -> tup
 
 
 def _noise_of(network: Network, samples: Samples) -> Tensor:
-    """Return the noise to which the flow carries the data, by the midpoint rule, shorter steps at the clean end."""
+    """Return the noise (B, d) to which the flow carries the data, by the midpoint rule with shorter first steps."""
     clean, noisy = network.schedule.time_range
     grid = clean + (noisy - clean) * torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) ** 2
 
@@ -121,7 +124,7 @@ def _noise_of(network: Network, samples: Samples) -> Tensor:
         step = (end - start).to(x_t)
         middle = x_t + 0.5 * step * velocity(x_t, start)
         x_t = x_t + step * velocity(middle, 0.5 * (start + end))
-    return x_t.double() / float(network.schedule.alpha_sigma(grid[-1])[1])
+    return x_t[:, 0].double() / float(network.schedule.alpha_sigma(grid[-1])[1])
 
 
 def _alignment(moved: Tensor, x: Tensor) -> float:
