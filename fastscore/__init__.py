@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .classify import Classification, DiffusionClassifier
+from .conditional_flow import ConditionalFlow
 from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
 from .estimate import Comparison, Curve, Estimate
@@ -28,6 +29,7 @@ __all__ = [
     "CapturedDensity",
     "Classification",
     "Comparison",
+    "ConditionalFlow",
     "Cosine",
     "Curve",
     "DiffusionClassifier",

@@ -149,6 +149,49 @@ def test_noise_that_is_added_to_the_path_is_no_coupling(sigma):
     assert share(density, x) == 0
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 0.5])
+def test_a_conditional_flow_with_added_noise_is_exact_on_its_own_schedule(sigma):
+    net = WithSigma(sigma)
+    target = gaussian(net.mean, torch.diag(net.std**2))
+    x = target.sample(16, seed=1)
+    density = fs.ScoreDensity(net, fs.ConditionalFlow(sigma), "flow")
+    # With the target as reference the integrand is that of a wrong convention alone: rounding is left.
+    density.reference = fs.Reference(torch.ones(1), net.mean[None], (net.std**2)[None])
+    right = density.estimate(x, nfe=128).log_prob
+    assert float((right - target.log_prob(x)).abs().max()) < 1e-8
+    plain = fs.ScoreDensity(net, fs.FlowMatching(), "flow", reference=density.reference)
+    wrong = (plain.estimate(x, nfe=128).log_prob - target.log_prob(x)).abs().max()
+    assert float(wrong) > (0.01 if sigma > 0.01 else 1e-5)
+
+
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize("sigma", [1e-3, 0.1, 0.9])
+def test_times_and_noise_of_a_conditional_flow(sigma, data_at):
+    schedule = fs.ConditionalFlow(sigma, data_at)
+    t = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    s = t if data_at == 1 else 1 - t
+    alpha, std = schedule.alpha_sigma(t)
+    assert torch.equal(alpha, s)
+    assert torch.allclose(std, ((1 - s) ** 2 + sigma**2).sqrt())
+    assert torch.allclose(schedule.time(schedule.log_snr(t)), t, rtol=1e-9, atol=1e-9)
+    again = schedule.scale(schedule.log_snr(t))
+    assert torch.allclose(again[0], alpha, rtol=1e-9)
+    assert torch.allclose(again[1], std, rtol=1e-9)
+    d_alpha, d_sigma = schedule.derivatives(t)
+    sign = 1 if data_at == 1 else -1
+    assert torch.allclose(d_alpha, torch.full_like(t, sign))
+    assert torch.allclose(d_sigma, -sign * (1 - s) / std)
+    low, high = schedule.log_snr_range
+    assert high == pytest.approx(-2 * math.log(sigma))
+    assert low < -10
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, -0.1])
+def test_a_conditional_flow_needs_noise(sigma):
+    with pytest.raises(ValueError, match=f"ConditionalFlow needs 0 < sigma < 1, got {sigma}; without added noise use"):
+        fs.ConditionalFlow(sigma)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("make", [MARHead, TabDDPM, ConcatSquash])
 def test_an_untrained_network_is_not_taken_for_a_coupled_one(make, seed):

@@ -31,6 +31,7 @@ RANKS = {
     "backends.select": 1,
     "backends.weight_image": 0,
     "chain": 1,
+    "conditional_flow": 1,
     "adapters.clocks": 1,
     "module_state": 1,
     "nodes": 1,
