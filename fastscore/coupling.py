@@ -41,6 +41,7 @@ CARRIED = 0.02  # least variance, in units of the data's, of the way from data t
 LENGTHS = 0.3  # by which the mean square of the noise that the data come from may differ from 1
 VALUES, LEAST_ROWS = 256, 8  # numbers that a variance is taken of, rows of a sample at least
 FEW, MANY = 4, 16  # samples
+ENOUGH = 24  # numbers in a batch, below which no spread is a sign of anything
 STEPS = 16  # of the flow
 
 _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -53,7 +54,7 @@ def warn_if_coupled(network: Network, samples: Samples, reference: Reference) ->
     4 samples with 8 rows each (more below d = 32), and 33 times for at most 16 samples where that looks coupled.
     """
     flow = network.predicts == "flow" or (isinstance(network.schedule, FlowMatching) and network.predicts == "x0")
-    if not flow or network.model in _CHECKED:
+    if not flow or network.model in _CHECKED or samples.x.numel() < ENOUGH:
         return
     _CHECKED.add(network.model)
     share = coupled_share(network, samples, reference)
@@ -80,7 +81,7 @@ def coupled_share(network: Network, samples: Samples, reference: Reference) -> f
     noise = _noise_of(network, few)
     way = noise - few.x
     carried = len(few) == 1 or float(way.var(0).sum() / few.x.double().var(0).sum().clamp(min=1e-30)) > CARRIED
-    normal = abs(float(noise.square().mean()) - 1) < LENGTHS + 3 * math.sqrt(2 / noise.numel())
+    normal = abs(float(noise.square().mean()) - 1) < LENGTHS + 2 * math.sqrt(2 / noise.numel())
     return share if carried and normal else 0.0
 
 

@@ -252,7 +252,8 @@ def test_other_predictions_are_not_called_and_the_check_is_cheap():
     net = Coupled(mean, cov)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fs.ScoreDensity(net, fs.FlowMatching(), "eps").estimate(torch.randn(4, 2), nfe=16)
+        fs.ScoreDensity(net, fs.FlowMatching(), "eps").estimate(torch.randn(16, 2), nfe=16)
+        fs.ScoreDensity(net, fs.FlowMatching(), "flow").estimate(torch.randn(8, 2), nfe=16)  # too few to tell
     mean = torch.zeros(64)
     independent = Coupled(mean, torch.eye(64), rho=0.0)
     share(fs.ScoreDensity(independent, fs.FlowMatching(), "flow"), torch.randn(64, 64))
