@@ -81,7 +81,7 @@ def coupled_share(network: Network, samples: Samples, reference: Reference) -> f
     noise = _noise_of(network, few)
     way = noise - few.x
     carried = len(few) == 1 or float(way.var(0).sum() / few.x.double().var(0).sum().clamp(min=1e-30)) > CARRIED
-    normal = abs(float(noise.square().mean()) - 1) < LENGTHS + 2 * math.sqrt(2 / noise.numel())
+    normal = abs(float(noise.square().mean()) - 1) < LENGTHS + 3 * math.sqrt(2 / noise.numel())
     return share if carried and normal else 0.0
 
 
