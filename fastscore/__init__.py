@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .classify import Classification, DiffusionClassifier
+from .conditional_flow import ConditionalFlow
 from .conditions import per_sample, shared
 from .density import ScoreDensity
 from .discrete import Levels, discrete_log_prob
@@ -29,6 +30,7 @@ __all__ = [
     "CapturedDensity",
     "Classification",
     "Comparison",
+    "ConditionalFlow",
     "Cosine",
     "Curve",
     "DiffusionClassifier",

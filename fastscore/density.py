@@ -29,7 +29,9 @@ from .buffers import Constants
 from .calibration import calibrated, uncalibrated
 from .coincidence import refuse_coincidences
 from .conditions import Conditions, takes_conditions
+from .coupling import warn_if_coupled
 from .curve import Curve, CurveSum, ends, table_error
+from .degenerate import warn_if_degenerate
 from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
@@ -222,6 +224,7 @@ class ScoreDensity(nn.Module):
             )
         first = self._draws(nfe, seed, samples, method)
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
+        warn_if_coupled(self.network, samples, self.reference)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             found = self._round(samples, first, method, chunks, bar.update)
             total, variance, spent = found.value, found.variance, found.nfe
@@ -308,7 +311,7 @@ class ScoreDensity(nn.Module):
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
         Estimates stay unbiased without and with it; they need fewer evaluations afterwards. What was fitted is part of
-        `state_dict()`.
+        `state_dict()`. Constant and linearly dependent columns are warned of: there the density is infinite.
 
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
@@ -326,6 +329,7 @@ class ScoreDensity(nn.Module):
             ValueError: for fewer than 20 samples, or an unknown kind.
         """
         samples = self._chosen(data, seed, cond)
+        warn_if_degenerate(samples.x, self.schedule)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:

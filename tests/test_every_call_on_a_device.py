@@ -87,7 +87,7 @@ SCHEDULES = {
     "DDPM.linear": lambda: fs.DDPM.linear(100), "DDPM.scaled_linear": lambda: fs.DDPM.scaled_linear(100),
     "DDPM.cosine": lambda: fs.DDPM.cosine(100), "DDPM.from_betas": lambda: fs.DDPM.from_betas(torch.full((50,), 0.05)),
     "DDPM": lambda: fs.DDPM(torch.linspace(0.99, 0.01, 20)), "VP": fs.VP, "Cosine": fs.Cosine, "VE": fs.VE,
-    "EDM": fs.EDM, "FlowMatching": fs.FlowMatching, "LiYan": fs.LiYan, "LogSNR": fs.LogSNR,
+    "EDM": fs.EDM, "FlowMatching": fs.FlowMatching, "LiYan": fs.LiYan, "LogSNR": fs.LogSNR, "ConditionalFlow": lambda: fs.ConditionalFlow(0.1),
 }  # fmt: skip
 REFERENCES = {
     "isotropic": lambda: fs.Reference.isotropic(0.8),
@@ -154,11 +154,16 @@ class WithoutParameters(nn.Module):
         return torch.tanh(x_t) * t[:, None]
 
 
-@row("ScoreDensity.estimate", each=["a condition a sample", "a shared condition", "an index", "a target", "memory"])
+@row(
+    "ScoreDensity.estimate",
+    "per_sample",
+    "shared",
+    each=["a condition a sample", "a shared condition", "an index", "a target", "memory"],
+)
 def estimate_under(on, name):
     given = {
-        "a condition a sample": {"label": on(LABELS)},
-        "a shared condition": {"label": on(LABELS[:1])},
+        "a condition a sample": {"label": fs.per_sample(on(LABELS))},
+        "a shared condition": {"label": fs.shared(on(LABELS[:1]))},
         "an index": {"sample_index": torch.arange(10, 16)},
         "a target": {"target_stderr": 0.5, "max_nfe": 96},
         "memory": {"memory": "60KB"},
@@ -175,7 +180,7 @@ def estimate_after(on, name):
         made.fit(mixture_data(100), evaluations=30_000, progress=False)
     on(made.model if "network" in name else made)
     found = summary(made.estimate(on(X), nfe=NFE))
-    assert {b.device for b in made.buffers()} == {on(X).device}
+    assert {b.device for b in made.reference.buffers()} == {on(X).device}
     return found
 
 
@@ -215,11 +220,19 @@ def fit_to_data_on_the_host(on):
     return made.state_dict(), summary(made.estimate(on(X), nfe=NFE, label=on(LABELS)))
 
 
-@row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check")
+@row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
+     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
     samples, draws, _ = made.prepare(on(X), NFE, 0, None, None, {})
-    parts = samples.x, samples.index, draws.rules.of(0).weight, made.check(on(X), None, {}).x, made.network.predicts
+    parts = (
+        samples.x,
+        samples.index,
+        draws.rules.of(0).weight,
+        made.check(on(X), None, {}).x,
+        made.network.predicts,
+        made.log_snr_range,
+    )
     return summary(made.estimate(on(X), nfe=NFE)), parts
 
 
@@ -240,19 +253,27 @@ def of_an_estimate(on):
 
 
 @row("Schedule", "Schedule.log_snr", "Schedule.time", "Schedule.scale", "Schedule.alpha_sigma", "Schedule.derivatives",
-     "Schedule.log_snr_range", each=[f"schedule {name}" for name in SCHEDULES])  # fmt: skip
+     "Schedule.log_snr_range", "Schedule.range_for", each=[f"schedule {name}" for name in SCHEDULES])  # fmt: skip
 def schedule(on, name):
     process = SCHEDULES[name.removeprefix("schedule ")]()
     log_snr = on(torch.linspace(*process.log_snr_range, 7, dtype=torch.float64)[1:-1])
     t = process.time(log_snr)
     slopes = () if process.discrete else process.derivatives(t)
-    return t, process.log_snr(t), process.alpha_sigma(t), process.scale(log_snr), slopes, process.log_snr_range
+    return (
+        t,
+        process.log_snr(t),
+        process.alpha_sigma(t),
+        process.scale(log_snr),
+        slopes,
+        process.log_snr_range,
+        process.range_for(0.1, 2.0),
+    )
 
 
 @row("Reference.from_tensors", "Reference.isotropic", "Reference.components", "Reference.full", "Reference.tensors",
      "Reference.flops", "Reference.log_prob", "Reference.residual", "Reference.eps", "Reference.eps_and_divergence",
      "Reference.diffused", "Reference.gaussian", "Reference.expected_residual", "Reference.expected_integral",
-     "Reference.on", "Reference.host", each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
+     "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled", each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
 def reference(on, name):
     kept = REFERENCES[name.removeprefix("alone ")]()
     q, x, eps = kept.on(on(X).device), on(X), on(random(6, 4, D))
@@ -264,7 +285,8 @@ def reference(on, name):
         q.log_prob(x), q.residual(x, x_t.float(), eps, alpha, sigma), q.eps(x_t.float(), alpha, sigma),
         q.eps_and_divergence(x, 0.8, 0.6), q.diffused(0.1).log_prob(x), single.tensors(), q.components, q.full,
         q.flops(D), single.expected_residual(x, on(sigma), weight), single.expected_integral(x, -3, 3),
-        fs.Reference.from_tensors(q.tensors()).log_prob(x), q.host("mean").numpy().sum(),
+        fs.Reference.from_tensors(q.tensors()).log_prob(x), q.host("mean").numpy().sum(), q.scales(),
+        q.scaled(2.0).log_prob(x),
     ]  # fmt: skip
 
 

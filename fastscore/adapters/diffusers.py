@@ -2,7 +2,8 @@
 
 A scheduler with a table `alphas_cumprod` is a `DDPM` of that table: the network is called with the training timesteps
 0 .. T-1, whatever `set_timesteps` chose for sampling. A flow-matching scheduler's path is x_t = (1 - s) x + s eps with
-velocity eps - x, and its network gets the time s T.
+velocity eps - x; what a network gets as time, and with which sign it answers, is its own pipeline's convention
+(`diffusers_conventions`).
 
 References:
     https://github.com/huggingface/diffusers
@@ -16,44 +17,75 @@ from ..density import ScoreDensity
 from ..schedules import FlowMatching, Schedule
 from .checks import expect, expect_attributes, expect_key, expect_module
 from .clocks import table
+from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, bare, known_class
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 class DiffusersNet(nn.Module):
-    """Call a diffusers model with its time by keyword, since its place differs, times `time_factor`."""
+    """Call a diffusers model with its time by keyword, since its place differs, as offset + slope t.
 
-    def __init__(self, model: nn.Module, time_factor: float = 1):
+    Arguments:
+        model: returns an object with the field `output`.
+        time: (offset, slope); (0, 1) passes t as it is, integers too.
+        sign: factor of what comes back.
+        argument: the model's name for its time.
+        output: the field that holds the prediction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        time: tuple[float, float] = (0.0, 1.0),
+        sign: int = 1,
+        argument: str = "timestep",
+        output: str = "sample",
+    ):
         super().__init__()
-        self.model, self.time_factor = model, time_factor
+        self.model, self.time, self.sign, self.argument, self.output = model, time, sign, argument, output
 
     def forward(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
-        return self.model(x_t, timestep=t if self.time_factor == 1 else t * self.time_factor, **cond).sample
+        offset, slope = self.time
+        if self.time != (0.0, 1.0):
+            t = offset + slope * t
+        prediction = getattr(self.model(x_t, **{self.argument: t}, **cond), self.output)
+        return prediction if self.sign == 1 else -prediction
 
 
-def from_diffusers(model: nn.Module, scheduler: object, **options) -> ScoreDensity:
-    """Return the density of a diffusers model (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, ...).
+def from_diffusers(
+    model: nn.Module, scheduler: object, time: str | None = None, sign: int | None = None, **options
+) -> ScoreDensity:
+    """Return the density of a diffusers model (UNet2DModel, SD3Transformer2DModel, FluxTransformer2DModel, ...).
 
     Class labels, `encoder_hidden_states` and other conditions are keyword arguments of `log_prob` and `estimate`. A
     learned variance (twice the channels) is cut off. The density is that of the model's own input: latents for a
-    latent diffusion model, with its scaling factor in.
+    latent diffusion model, with its scaling factor in. Flows trained on coupled pairs (reflow, optimal transport; most
+    distilled ones) have no density by the formula.
 
     Arguments:
         model: called as `model(x_t, timestep=t, **cond)`, returns an object with `.sample`.
         scheduler: the one of training, with `alphas_cumprod` (DDPM, DDIM, Euler, DPM-Solver, ...; `prediction_type`
-            epsilon, sample or v_prediction), or a FlowMatch...Scheduler.
+            epsilon, sample or v_prediction), a FlowMatch...Scheduler, or one with `use_flow_sigmas`.
+        time: what the network gets of the scheduler's timestep t: "t", "t / 1000", "t / T" (T is
+            `num_train_timesteps`) or "1 - t / T". By default as in the pipeline of the model's class. A network of
+            another origin gets a table's timestep as it is; with a flow scheduler it must be said: they differ.
+        sign: -1 where a flow network returns data - noise; by default as in the pipeline, 1 for another network.
         options: of `ScoreDensity`.
 
     Raises:
         TypeError: if either is something else.
-        ValueError: for a prediction type or a scheduler that is neither kind.
+        ValueError: for a model class that cannot be called with x_t and t alone; for a flow network whose convention is
+            neither known nor said; for a scheduler that is neither kind or not the one that the class is called with;
+            for an unknown prediction type, time or sign.
     """
     expect_module(model, "model", "a diffusers model such as UNet2DModel", "give pipeline.unet or pipeline.transformer")
     wanted = "a diffusers scheduler with a config"
     expect_attributes(scheduler, ("config",), "scheduler", wanted, "give pipeline.scheduler")
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        net = DiffusersNet(model, int(scheduler.config.num_train_timesteps))
-        return ScoreDensity(net, _flow(scheduler), predicts="flow", **options)
+    if time is not None:
+        expect_key(TIMES, time, "time", "it is what the network gets of the scheduler's timestep t")
+    expect(sign in (None, 1, -1), "sign", sign, "1 or -1", "-1 is for networks that return data - noise")
+    if type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
+        return _flow_density(model, scheduler, time, sign, options)
     expect_attributes(
         scheduler,
         ("alphas_cumprod",),
@@ -62,21 +94,89 @@ def from_diffusers(model: nn.Module, scheduler: object, **options) -> ScoreDensi
         "build DDPMScheduler.from_config(scheduler.config), or a ScoreDensity with your own schedule",
     )
     config = scheduler.config
-    continuous = config.get("timestep_type") == "continuous" or bool(config.get("use_flow_sigmas"))
     expect(
-        not continuous,
+        config.get("timestep_type") != "continuous",
         "scheduler",
         f"{type(scheduler).__name__} with continuous times",
         "one whose network is called with whole timesteps",
-        "build a ScoreDensity with EDM() or FlowMatching(0) and a module that converts the time",
+        "build a ScoreDensity with EDM() and a module that converts the time",
     )
     predicts = expect_key(PREDICTIONS, config.get("prediction_type", "epsilon"), "prediction_type", "see the config")
-    return ScoreDensity(DiffusersNet(model), table(scheduler.alphas_cumprod), predicts=predicts, **options)
+    own = _convention(model, scheduler, time, sign, flow=False)
+    net = DiffusersNet(model, _affine(own, scheduler, model), own.sign, own.argument, own.output)
+    return ScoreDensity(net, table(scheduler.alphas_cumprod), predicts=predicts, **options)
 
 
-def _flow(scheduler: object) -> Schedule:
+def _flow_density(
+    model: nn.Module, scheduler: object, time: str | None, sign: int | None, options: dict
+) -> ScoreDensity:
+    """Return the density of a network on the scheduler's straight path."""
+    own = _convention(model, scheduler, time, sign, flow=True)
+    offset, slope = _affine(own, scheduler, model)
+    steps, inverted = int(scheduler.config.num_train_timesteps), bool(scheduler.config.get("invert_sigmas"))
+    # The scheduler's t is s T, or (1 - s) T where it counts from the noise; then its velocity is that of 1 - s.
+    in_s = (offset + slope * steps, -slope * steps) if inverted else (offset, slope * steps)
+    net = DiffusersNet(model, in_s, -own.sign if inverted else own.sign, own.argument, own.output)
+    return ScoreDensity(net, _straight(scheduler), predicts="flow", **options)
+
+
+def _convention(model: nn.Module, scheduler: object, time: str | None, sign: int | None, flow: bool) -> Convention:
+    """Return how a network is called: as was said, as its class's pipeline does, or with a table's own timesteps.
+
+    Raises:
+        ValueError: where nothing tells, or where the class is known for another scheduler.
+    """
+    kind, given = known_class(model), type(scheduler).__name__
+    expect(
+        kind not in REFUSED,
+        "model",
+        f"{kind} ({REFUSED.get(kind)})",
+        "a network of x_t and t",
+        "build a ScoreDensity with a Schedule and a module of your own that calls it",
+    )
+    own = (FLOW | TABLE).get(kind, Convention(""))
+    if time is not None:
+        return own._replace(time=time, sign=own.sign if sign is None else sign, factor=None)
+    known = kind in FLOW if flow else kind is None or kind in FLOW | TABLE
+    expect(
+        known,
+        "time",
+        f"none for {kind or type(bare(model)).__name__} with {given}",
+        f"one of {', '.join(map(repr, TIMES))}",
+        "pass what the network got in training of the scheduler's timestep t, and sign=-1 if it returned data - noise",
+    )
+    remedy = f"give the scheduler of {own.pipeline}, or pass time= and sign= as in training"
+    if flow:
+        steps, inverted = int(scheduler.config.num_train_timesteps), bool(scheduler.config.get("invert_sigmas"))
+        got = f"{given} with num_train_timesteps={steps} and invert_sigmas={inverted}"
+        wanted = f"one with num_train_timesteps={own.steps or steps} and invert_sigmas={own.inverted} for {kind}"
+        expect((own.steps or steps, own.inverted) == (steps, inverted), "scheduler", got, wanted, remedy)
+    else:
+        plain = own[1:5] == Convention("")[1:5] and own.factor is None
+        expect(plain, "scheduler", given, f"a flow-matching one for {kind}", remedy)
+    return own if sign is None else own._replace(sign=sign)
+
+
+def _affine(own: Convention, scheduler: object, model: nn.Module) -> tuple[float, float]:
+    """Return (offset, slope) of the network's time in the scheduler's timestep t."""
+    factor = 1.0 if own.factor is None else float(getattr(bare(model).config, own.factor))
+    offset, slope = TIMES[own.time](int(scheduler.config.num_train_timesteps))
+    return factor * offset, factor * slope
+
+
+def _straight(scheduler: object) -> Schedule:
     """Return straight paths from the scheduler's least noise on: below it the network was not trained."""
-    schedule = FlowMatching(data_at=0)
+    config, schedule = scheduler.config, FlowMatching(data_at=0)
+    if config.get("use_flow_sigmas"):
+        expected = "flow_prediction"
+        expect(
+            config.prediction_type == expected, "prediction_type", config.prediction_type, expected, "see the config"
+        )
+        shift, first = float(config.get("flow_shift", 1.0)), 1 / int(config.num_train_timesteps)
+        least = shift * first / (1 + (shift - 1) * first)
+    else:
+        # With times from 0 to 1 the library's own table has one entry, pure noise.
+        least = float(scheduler.sigma_min) if int(config.num_train_timesteps) > 1 else 0.0
     clean, noisy = schedule.time_range
-    schedule.time_range = (max(clean, float(scheduler.sigma_min)), noisy)
+    schedule.time_range = (max(clean, least), noisy)
     return schedule

@@ -54,6 +54,9 @@ def from_flow_matching(
 ) -> ScoreDensity:
     """Return the density of a flow_matching model, called as `model(x, t, **extras)`.
 
+    Only for models trained on noise that was drawn independently of the data. One trained on coupled pairs (optimal
+    transport, reflow) has no density by the formula; take `probability_flow_log_prob` of what this returns.
+
     Arguments:
         model: a `ModelWrapper` or any module; a velocity by default.
         scheduler: of its affine path, such as `CosineScheduler()`; by default the straight path (`CondOTScheduler`,

@@ -23,6 +23,12 @@ from ..transforms import zscore
 from .checks import expect, expect_attributes
 from .clocks import OffsetFlow, SubVP
 
+# The estimator is that of one observation, and the product is normalized by the evidence, which nobody knows.
+SEVERAL = (
+    "log p(theta | x_1 .. x_N) is, up to a constant, the sum of from_sbi(estimator, x_i).log_prob(theta) over i "
+    "minus (N - 1) prior.log_prob(theta)"
+)
+
 
 class SbiNet(Constants):
     """Call a vector field estimator as `model(theta_t, t, condition=x)`; x is shared unless a call gives its own."""
@@ -37,6 +43,12 @@ class SbiNet(Constants):
         condition = self.x if condition is None else condition
         if condition is None:
             raise ValueError("the estimator needs an observation; pass x= to from_sbi, or condition= to the call")
+        shape = tuple(self.estimator.condition_shape)
+        if tuple(condition.shape) not in (shape, (1, *shape), (len(theta_t), *shape)):
+            raise ValueError(
+                f"condition must be one observation of shape {shape}, or one a sample, got {tuple(condition.shape)}; "
+                f"{SEVERAL}"
+            )
         field = self.estimator.forward if self.is_flow else self.estimator.score
         # The estimator's buffers are of the network's dtype, and so must its time be.
         return field(theta_t, condition.to(theta_t.dtype), t.to(theta_t.dtype))
@@ -49,12 +61,13 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transf
         estimator: VPScoreEstimator, SubVPScoreEstimator, VEScoreEstimator or FlowMatchingEstimator, what
             `NPSE(...).train()` and `FMPE(...).train()` return; or a posterior built from one.
         x: the observation, shape of one simulation or (1, *shape). Without it every call needs `condition=`, of shape
-            (B, *shape): one observation a sample.
+            (B, *shape): one observation a sample. Several observations of the same theta are no condition of the
+            estimator; their posterior is known up to a constant, sum_i log p(theta | x_i) - (N - 1) log p(theta).
         options: of `ScoreDensity`. The reference is by default the Gaussian that sbi standardized with.
 
     Raises:
         TypeError: if it is none of these estimators.
-        ValueError: if x does not have the shape of one simulation.
+        ValueError: if x, or a call's condition, does not have the shape of one simulation (a sample).
     """
     estimator = getattr(estimator, "vector_field_estimator", estimator)
     expect_attributes(
@@ -73,7 +86,7 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transf
             "x",
             got,
             f"one observation of shape {shape}",
-            "pass several as condition= of a call",
+            SEVERAL,
         )
         x = x.detach().reshape(1, *shape)
     options.setdefault("reference", _reference(estimator))

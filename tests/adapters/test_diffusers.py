@@ -148,7 +148,7 @@ def test_flow_matching_noise_velocity_and_time(shift):
             seen.append(timestep)
             return UNet2DOutput(sample=hidden_states)
 
-    density = from_diffusers(Recorder(), scheduler)
+    density = from_diffusers(Recorder(), scheduler, time="t")
     index = torch.arange(1, 1000, 111)  # entry 0 is pure noise
     least = float(scheduler.sigmas.min())
     sigma = scheduler.sigmas[index].double()
@@ -201,10 +201,49 @@ def test_log_prob_of_an_exact_network_on_a_table(kind, config):
     assert_exact(from_diffusers(model, scheduler, program=False))
 
 
-def test_log_prob_of_an_exact_flow():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    model = ExactModel("flow", lambda t: 1 - t / 1000, lambda t: t / 1000)
-    assert_exact(from_diffusers(model, scheduler, program=False))
+class ExactSD3(diffusers.SD3Transformer2DModel):
+    """The target's exact velocity as a subclass of a known class, without that class's layers."""
+
+    def __init__(self, share_of_noise=lambda t: t / 1000):
+        nn.Module.__init__(self)
+        self.share_of_noise = share_of_noise
+
+    def forward(self, hidden_states, timestep):
+        share = self.share_of_noise(timestep)
+        eps, x0 = exact(hidden_states, 1 - share, share)
+        return UNet2DOutput(sample=eps - x0)
+
+
+class ExactOwn(nn.Module):
+    """The target's exact velocity as a user's own network, with a time and a sign of the user's own."""
+
+    def __init__(self, share_of_noise, sign=1):
+        super().__init__()
+        self.share_of_noise, self.sign = share_of_noise, sign
+
+    def forward(self, hidden_states, timestep):
+        share = self.share_of_noise(timestep)
+        eps, x0 = exact(hidden_states, 1 - share, share)
+        return UNet2DOutput(sample=self.sign * (eps - x0))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "said"),
+    [
+        (ExactSD3(), {"shift": 3.0}, {}),
+        (ExactOwn(lambda t: t / 1000), {}, {"time": "t"}),
+        (ExactOwn(lambda t: t), {}, {"time": "t / 1000"}),
+        (ExactOwn(lambda t: t), {"num_train_timesteps": 400}, {"time": "t / T"}),
+        (ExactOwn(lambda t: 1 - t, -1), {}, {"time": "1 - t / T", "sign": -1}),
+        # A scheduler that counts from the noise steps along data - noise by itself.
+        (ExactOwn(lambda t: 1 - t / 1000, -1), {"invert_sigmas": True}, {"time": "t"}),
+        (ExactOwn(lambda t: t, 1), {"invert_sigmas": True}, {"time": "1 - t / T", "sign": -1}),
+    ],
+    ids=["known", "t", "t/1000", "t/T", "reversed", "inverted", "twice-reversed"],
+)
+def test_log_prob_of_an_exact_flow(model, config, said):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    assert_exact(from_diffusers(model, scheduler, program=False, **said))
 
 
 def test_zero_terminal_snr_leaves_out_the_last_entry():

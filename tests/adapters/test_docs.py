@@ -25,8 +25,8 @@ def objects(call):
         scheduler, flow = t.ddpm(), t.diffusers.FlowMatchEulerDiscreteScheduler()
         bar = scheduler.alphas_cumprod.double()
         table = t.ExactModel("epsilon", lambda i: bar[i].sqrt(), lambda i: (1 - bar[i]).sqrt())
-        straight = t.ExactModel("flow", lambda s: 1 - s / 1000, lambda s: s / 1000)
-        return {"unet": table, "scheduler": scheduler, "transformer": straight, "flow_scheduler": flow}
+        networks = {"unet": table, "transformer": t.ExactSD3(), "own_network": t.ExactOwn(lambda s: s)}
+        return networks | {"scheduler": scheduler, "flow_scheduler": flow}
     if function == "from_edm":
         from adapters import test_edm as t
 

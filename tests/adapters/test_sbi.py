@@ -169,6 +169,31 @@ def test_observation_can_come_with_the_call():
         from_sbi(estimator).estimate(theta)
 
 
+SEVERAL = r"is, up to a constant, the sum of from_sbi\(estimator, x_i\).log_prob\(theta\) over i minus \(N - 1\) prior"
+
+
+def test_several_observations_are_refused_with_a_remedy_that_works():
+    estimator, observations = build("vp"), torch.tensor([[0.5, 0.1], [0.2, -0.3], [0.0, 0.0], [0.1, 0.4], [0.3, 0.3]])
+    observations = observations.double()
+    theta = TARGET.sample(3, seed=1)
+    with pytest.raises(ValueError, match=rf"x must be one observation of shape \(2,\), got \(5, 2\); .*{SEVERAL}"):
+        from_sbi(estimator, observations)
+    density = from_sbi(estimator, program=False)
+    for wrong in (observations, observations[0, :1], observations[:, :1]):
+        with pytest.raises(ValueError, match=rf"one observation of shape \(2,\), or one a sample, got .*; .*{SEVERAL}"):
+            density.estimate(theta, nfe=8, condition=wrong)
+    prior = torch.distributions.MultivariateNormal(torch.zeros(D).double(), 100 * torch.eye(D).double())
+    single = [from_sbi(estimator, x_i, program=False).estimate(theta, nfe=512) for x_i in observations]
+    found = sum(s.log_prob for s in single) - (len(observations) - 1) * prior.log_prob(theta)
+    exact_sum = sum(TARGET.log_prob(theta - shifted(x_i)) for x_i in observations) - 4 * prior.log_prob(theta)
+    error = sum(s.stderr.square() for s in single).sqrt()
+    outside = sum(s.truncation + s.discretization for s in single)
+    assert bool(((found - exact_sum).abs() < 4 * error + outside).all())
+    shared = density.estimate(theta, nfe=16, condition=observations[0]).log_prob  # one for all
+    own = density.estimate(theta, nfe=16, condition=observations[:1].expand(3, -1)).log_prob
+    assert torch.allclose(shared, own, atol=1e-9)
+
+
 def test_a_posterior_of_sbi_is_read_as_its_estimator():
     estimator = build("vp").float()
     prior = torch.distributions.MultivariateNormal(torch.zeros(D), 100 * torch.eye(D))

@@ -1,0 +1,64 @@
+"""Constant and linearly dependent columns are counted, and nothing else is."""
+
+import warnings
+
+import pytest
+import torch
+from analytic import ExactNet, mixture
+
+import fastscore as fs
+from fastscore.degenerate import count_degenerate
+from fastscore.transforms import zscore
+
+G = torch.Generator().manual_seed(0)
+BASE = torch.randn(400, 3, generator=G)
+
+
+def with_columns(*extra):
+    return torch.cat([BASE, *extra], 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "counts"),
+    [
+        (BASE, (0, 0)),
+        (with_columns(torch.zeros(400, 2)), (2, 0)),
+        (with_columns(torch.full((400, 1), 1e3)), (1, 0)),
+        (with_columns(BASE[:, :1]), (0, 1)),
+        (with_columns(-2 * BASE[:, :1] + 5), (0, 1)),
+        (with_columns(BASE.sum(1, keepdim=True), torch.ones(400, 1)), (1, 1)),
+        (with_columns(BASE[:, :1], BASE[:, :1], BASE[:, 1:2]), (0, 3)),
+        # Scales apart, near-copies with noise of their own, and few samples are no degeneracy.
+        (BASE * torch.tensor([1e-4, 1.0, 1e4]), (0, 0)),
+        (with_columns(BASE[:, :1] + 1e-3 * torch.randn(400, 1, generator=G)), (0, 0)),
+        (torch.randn(30, 200, generator=G), (0, 0)),
+        (torch.randn(30, 200, generator=G)[:, [0, *range(200)]], (0, 1)),
+        (torch.ones(30, 3), (3, 0)),
+        (torch.tensor([0.0, 1.0]).repeat(30)[:, None], (0, 0)),
+        # A few columns of an image that one sample in 400 touches vary.
+        (with_columns((torch.arange(400) == 7).float()[:, None]), (0, 0)),
+        (with_columns(BASE[:, :1]).double(), (0, 1)),
+    ],
+)
+def test_what_is_counted(data, counts):
+    assert count_degenerate(data) == counts
+
+
+def test_fit_warns_with_the_counts_and_the_least_noise():
+    data = with_columns(torch.zeros(400, 2), BASE[:, :1])
+    density = fs.ScoreDensity(ExactNet(mixture(6), fs.VP()), fs.VP())
+    with pytest.warns(
+        UserWarning, match=r"of the data's 6 dimensions 2 constant and 1 linearly dependent on others.*"
+    ) as found:
+        density.fit(data, evaluations=0, progress=False)
+    # VP's least noise: sigma^2 = 1e-6 at t = 1e-5.
+    assert "least noise (standard deviation 0.001)" in str(found[0].message)
+    with pytest.warns(UserWarning, match="2 constant"):
+        fs.Transformed(density, zscore(0.0, 2.0)).fit(data, evaluations=0, progress=False)
+
+
+def test_fit_is_silent_about_data_that_fill_their_space():
+    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        density.fit(BASE, evaluations=0, progress=False)
