@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .host import as_tensor
 from .schedules import FlowMatching
 
 
@@ -49,7 +50,7 @@ class ConditionalFlow(FlowMatching):
 
     def _from_time(self, t):
         """Return s at time t, and the time at s: the same map."""
-        t = torch.as_tensor(t, device="cpu").to(torch.float64)
+        t = as_tensor(t).to(torch.float64)
         return t if self.data_at == 1 else 1 - t
 
     def _parts(self, s):
@@ -57,5 +58,5 @@ class ConditionalFlow(FlowMatching):
 
     def _share(self, log_snr):
         """Return s: the root in (0, 1] of (1 - s)^2 + sigma^2 = exp(-log_snr) s^2, in the form that cancels least."""
-        ratio, square = torch.exp(-torch.as_tensor(log_snr, device="cpu").to(torch.float64)), 1 + self.sigma**2
+        ratio, square = torch.exp(-as_tensor(log_snr).to(torch.float64)), 1 + self.sigma**2
         return square / (1 + torch.sqrt((ratio * square - self.sigma**2).clamp(min=self.sigma**4)))

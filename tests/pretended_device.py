@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastscore import program
+from fastscore import program, tracing
 from fastscore.backends import select
 from fastscore.backends import torch as torch_backend
 
@@ -181,6 +181,9 @@ class PretendedDevice:
         yield torch.cuda, "CUDAGraph", lambda: PretendedGraph(self)
         yield torch.cuda, "graph", lambda graph: graph
         yield program, "trace", self._traced(program.trace)
+        # While a trace goes on, tensors show where they really are, and would look as if the network had moved them.
+        changes = tracing.refuse_changes
+        yield tracing, "refuse_changes", lambda watch: None if self._tracing else changes(watch)
         yield select, "native", lambda: "not for a pretended device"
         for name in BODIES:
             yield torch_backend, name, self._watched_again(getattr(torch_backend, name))

@@ -87,7 +87,8 @@ SCHEDULES = {
     "DDPM.linear": lambda: fs.DDPM.linear(100), "DDPM.scaled_linear": lambda: fs.DDPM.scaled_linear(100),
     "DDPM.cosine": lambda: fs.DDPM.cosine(100), "DDPM.from_betas": lambda: fs.DDPM.from_betas(torch.full((50,), 0.05)),
     "DDPM": lambda: fs.DDPM(torch.linspace(0.99, 0.01, 20)), "VP": fs.VP, "Cosine": fs.Cosine, "VE": fs.VE,
-    "EDM": fs.EDM, "FlowMatching": fs.FlowMatching, "LiYan": fs.LiYan, "LogSNR": fs.LogSNR, "ConditionalFlow": lambda: fs.ConditionalFlow(0.1),
+    "EDM": fs.EDM, "FlowMatching": fs.FlowMatching, "LiYan": fs.LiYan, "LogSNR": fs.LogSNR,
+    "ConditionalFlow": lambda: fs.ConditionalFlow(0.1),
 }  # fmt: skip
 REFERENCES = {
     "isotropic": lambda: fs.Reference.isotropic(0.8),
@@ -273,7 +274,8 @@ def schedule(on, name):
 @row("Reference.from_tensors", "Reference.isotropic", "Reference.components", "Reference.full", "Reference.tensors",
      "Reference.flops", "Reference.log_prob", "Reference.residual", "Reference.eps", "Reference.eps_and_divergence",
      "Reference.diffused", "Reference.gaussian", "Reference.expected_residual", "Reference.expected_integral",
-     "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled", each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
+     "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled",
+     each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
 def reference(on, name):
     kept = REFERENCES[name.removeprefix("alone ")]()
     q, x, eps = kept.on(on(X).device), on(X), on(random(6, 4, D))
@@ -550,9 +552,17 @@ def from_diffusers(on):
     def net():
         return Wrapped(lambda net, x, timestep, **c: SimpleNamespace(sample=net(x, timestep, **c)))
 
-    table = SimpleNamespace(config={"prediction_type": "v_prediction"}, alphas_cumprod=table_of())
-    flow = named("FlowMatchEulerDiscreteScheduler", config=SimpleNamespace(num_train_timesteps=1000), sigma_min=0.01)
-    return [adapters.from_diffusers(on(net()), scheduler, **OPTIONS) for scheduler in (table, flow)]
+    class Config(dict):  # as diffusers has them
+        __getattr__ = dict.__getitem__
+
+    config = Config(prediction_type="v_prediction", num_train_timesteps=20)
+    table = SimpleNamespace(config=config, alphas_cumprod=table_of())
+    options = dict.fromkeys(("shift", "shift_terminal", "invert_sigmas"), None) | {"num_train_timesteps": 1000}
+    flow = named("FlowMatchEulerDiscreteScheduler", config=SimpleNamespace(**options), sigma_min=0.01)
+    return [
+        adapters.from_diffusers(on(net()), table, **OPTIONS),
+        adapters.from_diffusers(on(net()), flow, time="t", **OPTIONS),
+    ]
 
 
 def from_edm(on):
