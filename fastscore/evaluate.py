@@ -25,6 +25,7 @@ from .dataset import Array, take
 from .density import ScoreDensity
 from .estimate import Estimate, log_width
 from .memory import parse_bytes
+from .protocol import Density, check_density
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
 
@@ -34,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def evaluate_dataset(
-    density: ScoreDensity,
+    density: Density,
     data: Array,
     out: str | os.PathLike,
     *,
@@ -58,7 +59,7 @@ def evaluate_dataset(
     """Write the log-density of every sample to a file, going on where a call with the same arguments was interrupted.
 
     Arguments:
-        density: the density, on the device to use; fitted in place if `fit` is given.
+        density: `ScoreDensity` or `Transformed`, on the device to use; fitted in place if `fit` is given.
         data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
         out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, and with `bins` bits_per_dim.
         nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
@@ -76,6 +77,7 @@ def evaluate_dataset(
         The `Estimate` of these samples, as `ScoreDensity.estimate` would return it; on other ranks than 0, None.
 
     Raises:
+        TypeError: if the density is none.
         ValueError: for data or arguments that do not fit together, or an unfinished run with other ones.
         FileExistsError: if the result is there already.
         BlockingIOError: if another process works on the same out.
@@ -83,7 +85,8 @@ def evaluate_dataset(
         OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
     """
     run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
-    device = next(density.model.parameters(), density.reference.weight).device
+    core = check_density(density).core
+    device = next(core.model.parameters(), core.reference.weight).device
     options = {
         "nfe": density.nfe if nfe is None else nfe,
         "seed": seed,
@@ -105,7 +108,7 @@ def evaluate_dataset(
 
             key, missing = ranks.on_first(begin)
             if fit is not None and not ranks.first:
-                _load_fit(density, run)
+                _load_fit(core, run)
             _finish(work, missing, key, run, ranks, progress)
             ranks.gather(lambda: None)  # all blocks are written
         except (KeyboardInterrupt, OtherRankFailed) as error:
@@ -142,18 +145,18 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[str]]:
 
 def _fit(work: Work, data: Array, run: RunFolder, progress: bool) -> None:
     """Fit the density, or load what this run fitted before."""
-    if not _load_fit(work.density, run):
+    if not _load_fit(work.density.core, run):
         x = take(data, slice(None)).to(work.device)
         work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress)
-        stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density).items()}
+        stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
         run.write_arrays(run.fitted, stored)
 
 
-def _load_fit(density: ScoreDensity, run: RunFolder) -> bool:
+def _load_fit(core: ScoreDensity, run: RunFolder) -> bool:
     stored = run.read_arrays(run.fitted)
     if stored is None:
         return False
-    density.load_state_dict({name: torch.from_numpy(value) for name, value in stored.items()}, strict=False)
+    core.load_state_dict({name: torch.from_numpy(value) for name, value in stored.items()}, strict=False)
     return True
 
 

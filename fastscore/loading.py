@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .density import ScoreDensity
+from .protocol import Density
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -97,12 +98,12 @@ def load_array(spec: str) -> np.ndarray | Tensor:
 
 def load_density(
     spec: str, schedule: str | None, predicts: str | None, device: torch.device
-) -> tuple[ScoreDensity, dict[str, str]]:
+) -> tuple[Density, dict[str, str]]:
     """Return the density of MODEL on a device, and what identifies the model beside its weights.
 
     Arguments:
         spec: a .pt2 file of `torch.export.save`, or "package.module:factory".
-        schedule, predicts: as in `parse_schedule` and `ScoreDensity`; None where the factory returns a `ScoreDensity`.
+        schedule, predicts: as in `parse_schedule` and `ScoreDensity`; None where the factory returns a density.
 
     Raises:
         ValueError: if the model cannot be loaded, or if schedule and predicts are missing or not wanted.
@@ -116,10 +117,10 @@ def load_density(
         raise ValueError(f"the model must be a .pt2 file of torch.export or package.module:factory, got {spec!r}")
     with suppress(NotImplementedError):  # an exported module has no modes
         model.eval()
-    if isinstance(model, ScoreDensity):
+    if isinstance(model, Density):
         if schedule is not None or predicts is not None:
             raise ValueError(
-                f"{spec} returns a ready ScoreDensity, which brings its own; drop --schedule and --predicts"
+                f"{spec} returns a ready {type(model).__name__}, which brings its own; drop --schedule and --predicts"
             )
         return model.to(device), {"model": identity}
     if schedule is None or predicts is None:
@@ -203,7 +204,7 @@ def _call_factory(spec: str) -> nn.Module:
     except Exception as error:
         raise RuntimeError(f"{spec} was called without arguments and raised {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module or a ScoreDensity, got {type(model).__name__}")
+        raise ValueError(f"{spec} must return a torch.nn.Module or a density, got {type(model).__name__}")
     return model
 
 
