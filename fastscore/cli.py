@@ -63,7 +63,8 @@ def evaluate(
 
     MODEL is a .pt2 file of torch.export, or package.module:factory, a function without arguments that returns a
     network, a ScoreDensity or a Transformed one. DATA is a .npy, .npz, .pt or .safetensors file of shape (N, *shape);
-    FILE:key chooses one of several arrays. An interrupted run goes on where it stopped when the same command runs again.
+    FILE:key chooses one of several arrays. An interrupted run goes on where it stopped when the same command runs
+    again.
 
     Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m fastscore evaluate ...
     """
