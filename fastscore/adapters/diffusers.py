@@ -44,6 +44,9 @@ def from_diffusers(model: nn.Module, scheduler: object, **options) -> ScoreDensi
             epsilon, sample or v_prediction), or a FlowMatch...Scheduler.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the model's own input.
+
     Raises:
         TypeError: if either is something else.
         ValueError: for a prediction type or a scheduler that is neither kind.

@@ -50,6 +50,9 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transf
             (B, *shape): one observation a sample.
         options: of `ScoreDensity`. The reference is by default the Gaussian that sbi standardized with.
 
+    Returns:
+        `Transformed`: the density of parameters in their own units, before the estimator's standardization.
+
     Raises:
         TypeError: if it is none of these estimators.
         ValueError: if x does not have the shape of one simulation.
