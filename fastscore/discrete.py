@@ -149,8 +149,9 @@ def _as_the_network_saw(density: Density, k: Tensor, levels: Levels) -> tuple[Te
     # Rounding of float64, about 1e-16 of the values, against a bend of a level's width over all of them.
     if not bool(((seen - affine).abs() <= 1e-6 * step.abs() + 1e-12 * seen.abs()).all()):
         raise ValueError(
-            f"discrete_log_prob needs levels that are equidistant for the network, got {density.extra_repr()}, which "
-            "is no affine map of each element; dequantize them (Levels.dequantize) and take estimate(x).bits_per_dim()"
+            "discrete_log_prob needs levels that are equidistant for the network, got "
+            f"{' '.join(density.extra_repr().split())}, which is no affine map of each element; dequantize them "
+            "(Levels.dequantize) and take estimate(x).bits_per_dim()"
         )
     return z.to(torch.float32), step.abs()
 

@@ -20,17 +20,15 @@ from fastscore.transforms import Logit, Whitening, whiten, zscore
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE, D, COUNT = (1, 2, 2), 4, 5
-TARGET, SCHEDULE = mixture(D), fs.VP()
+TARGET, SCHEDULE = mixture(D), fs.LogSNR(-8, 6)
 MEAN, STD = torch.tensor([1.0, -20.0, 0.0, 3.0]).reshape(SHAPE), torch.tensor([0.1, 5.0, 1.0, 30.0]).reshape(SHAPE)
 Z = TARGET.sample(COUNT, seed=3).reshape(COUNT, *SHAPE)
 CLASSES = {"shift": 0.3 * torch.arange(3.0).double()[:, None].expand(3, D)}  # class 0 is the network's own
 
 
 def whitening():
-    data = torch.randn(200, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ torch.diag(
-        STD.double().flatten()
-    )
-    found = whiten(data + 3)
+    normal = torch.randn(200, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = whiten(normal @ torch.diag(STD.double().flatten()) + 3)
     return Whitening(found.mean.reshape(SHAPE), found.basis, found.std)
 
 
@@ -42,9 +40,8 @@ TRANSFORMS = {
     "whitening": [whitening()],
     "composed": [ComposeTransform([TanhTransform(), AffineTransform(2.0, 3.0)])],
     "reshaped": [ReshapeTransform(SHAPE, (D,))],
-    "twice": [zscore(MEAN, STD), Logit(-1.0, 1.0), AffineTransform(0.0, 7.0)],
+    "twice": [zscore(MEAN, STD), AffineTransform(0.0, 1 / 60), Logit(-1.0, 1.0), AffineTransform(0.0, 7.0)],
 }
-TRANSFORMS["twice"][1:1] = [zscore(0.0, STD.max())]
 
 
 def core(reference=None, gain=0.9):
@@ -95,7 +92,9 @@ CONSUMERS = {
     "captured": lambda d, x: fs.CapturedDensity(d, x + 0.01, nfe=16, seed=3)(x)[0],
     "with_reference": lambda d, x: d.with_reference(d.core.reference).estimate(x, nfe=16, seed=3).log_prob,
     "ODE": lambda d, x: fs.probability_flow_log_prob(d, x, method="midpoint", steps=4).log_prob,
-    "ODE by probes": lambda d, x: fs.probability_flow_log_prob(d, x, trace="hutchinson", probes=2, error=0.1).log_prob,
+    "ODE by probes": lambda d, x: (
+        fs.probability_flow_log_prob(d, x, trace="hutchinson", probes=2, method="midpoint", steps=2).log_prob
+    ),
     "classifier": by_classifier,
     "loss": lambda d, x: -fs.density_loss(d, x, seed=3, reduction="none"),
     "loss at adaptive nodes": lambda d, x: (
@@ -135,9 +134,8 @@ def test_every_consumer_gives_the_exact_density(kind):
     for name, consumer in CONSUMERS.items():
         own = convolved if name.startswith("ODE") else TARGET
         exact = own.log_prob(Z.flatten(1)) - determinant
-        torch.testing.assert_close(
-            consumer(density, x), exact, rtol=0, atol=2e-6, msg=lambda t, name=name: f"{name}: {t}"
-        )
+        error = (consumer(density, x) - exact).abs().max()
+        assert float(error) < 2e-6, name
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
@@ -178,10 +176,8 @@ def test_an_adapters_density_goes_everywhere(tmp_path):
 def test_bits_per_dim_are_those_of_the_users_levels():
     density, low, high = fs.Transformed(core(), zscore(127.5, 127.5)), -0.5, 255.5
     x = 127.5 + 127.5 * Z
-    users, networks = (
-        BitsPerDim(density, 256, low, high, nfe=16),
-        BitsPerDim(core(), 256, low / 127.5 - 1, 1 + 0.5 / 127.5, nfe=16),
-    )
+    users = BitsPerDim(density, 256, low, high, nfe=16)
+    networks = BitsPerDim(core(), 256, low / 127.5 - 1, high / 127.5 - 1, nfe=16)
     users.update(x)
     networks.update(Z)
     for name, value in users.compute().items():
@@ -228,9 +224,8 @@ def test_levels_of_elements_with_scales_of_their_own():
     total = 0.0
     for i, (mean, std) in enumerate(zip(MEAN.flatten().double(), STD.flatten().double())):
         ends = float((0 - mean) / std), float((15 - mean) / std)
-        own = fs.discrete_log_prob(
-            gaussian(variance[i : i + 1]), k.flatten(1)[:, i : i + 1], fs.Levels(16, *ends), nfe=16
-        )
+        alone, own_k = gaussian(variance[i : i + 1]), k.flatten(1)[:, i : i + 1]
+        own = fs.discrete_log_prob(alone, own_k, fs.Levels(16, *ends), nfe=16)
         total = total + own.log_prob
     # float32 values of size up to 150 / 0.2, of a log-probability of up to 1e5 nats at the far levels.
     torch.testing.assert_close(found.log_prob, total, rtol=1e-5, atol=1e-3)
@@ -239,9 +234,9 @@ def test_levels_of_elements_with_scales_of_their_own():
 @pytest.mark.parametrize("kind", ["logit", "whitening", "composed"])
 def test_levels_that_are_not_equidistant_are_refused(kind):
     low, high = {"logit": (1.0, 254.0), "whitening": (0.0, 1.0), "composed": (0.0, 4.0)}[kind]
-    with pytest.raises(ValueError, match="equidistant for the network.*dequantize them"):
+    with pytest.raises(ValueError, match=r"equidistant for the network.*dequantize them"):
         fs.discrete_log_prob(through(core(), TRANSFORMS[kind]), levels_of(), fs.Levels(16, low, high), nfe=16)
-    with pytest.raises(ValueError, match="inside the range of Logit|no value for some of the levels"):
+    with pytest.raises(ValueError, match=r"inside the range of Logit|no value for some of the levels"):
         fs.discrete_log_prob(fs.Transformed(core(), Logit(0, 1)), levels_of() // 16 + 1, fs.Levels(16, 0, 1), nfe=16)
 
 
@@ -256,9 +251,8 @@ def test_the_command_line_takes_a_transformed_density(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     x = forward(Z, TRANSFORMS["twice"])
     np.save("x.npy", x.numpy())
-    done = CliRunner().invoke(
-        main, ["evaluate", "own_density:make", "x.npy", "--out", "o.npz", "--nfe", "16", "--device", "cpu"]
-    )
+    words = "evaluate own_density:make x.npy --out o.npz --nfe 16 --device cpu"
+    done = CliRunner().invoke(main, words.split())
     assert done.exit_code == 0, done.output
     expected = core().estimate(Z, nfe=16).log_prob - log_det(Z, TRANSFORMS["twice"])
     torch.testing.assert_close(torch.from_numpy(np.load("o.npz")["log_prob"]), expected, rtol=0, atol=2e-6)
@@ -289,10 +283,7 @@ def test_the_callback_logs_the_metric_of_a_transformed_density():
     assert float(logged["nll"]) == pytest.approx(expected, abs=1e-5)  # Lightning keeps float32
 
 
-@pytest.mark.parametrize(
-    "make", ["metric", "discrete", "ODE", "classifier", "loss", "captured", "data set", "transformed"]
-)
-def test_what_is_no_density_is_refused_everywhere(make, tmp_path):
+def test_what_is_no_density_is_refused_everywhere(tmp_path):
     net, x = torch.nn.Linear(2, 2), torch.zeros(3, 2)
     calls = {
         "metric": lambda: NegativeLogLikelihood(net),
@@ -304,18 +295,23 @@ def test_what_is_no_density_is_refused_everywhere(make, tmp_path):
         "data set": lambda: evaluate_dataset(net, x, tmp_path / "o.npz"),
         "transformed": lambda: fs.Transformed(net, zscore(0.0, 1.0)),
     }
-    with pytest.raises(TypeError, match="density must be a ScoreDensity or a Transformed one, got Linear; wrap the"):
-        calls[make]()
+    for call in calls.values():
+        with pytest.raises(
+            TypeError, match="density must be a ScoreDensity or a Transformed one, got Linear; wrap the"
+        ):
+            call()
 
 
 def test_the_protocol_is_what_both_kinds_have():
     density = through(core(), TRANSFORMS["twice"])
-    assert isinstance(density, Density) and isinstance(density.core, fs.ScoreDensity)
-    assert density.core.core is density.core and check_density(density) is density
+    assert check_density(density) is density
+    assert isinstance(density.core, fs.ScoreDensity)
+    assert density.core.core is density.core
     for name in Density.__annotations__:
-        assert getattr(density, name) is getattr(density.core, name) or name == "log_snr_range"
+        assert getattr(density, name) == getattr(density.core, name), name
     z, nothing = density.core.to_network(Z)
-    assert z is Z and torch.equal(nothing, torch.zeros(COUNT, dtype=torch.float64))
+    assert z is Z
+    assert torch.equal(nothing, torch.zeros(COUNT, dtype=torch.float64))
     with pytest.raises(TypeError, match="abstract"):
         type("Half", (Density,), {})()
     fresh = density.with_reference(None)
