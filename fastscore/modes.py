@@ -33,7 +33,8 @@ def ordinary(call: Callable) -> Callable:
                 f"{call.__name__} does not run under the transforms of torch.func, which take derivatives of log_prob "
                 "and probability_flow_log_prob alone; call it outside of them"
             )
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             args, kwargs = tree_map(_own, (args, kwargs))
             return call(*args, **kwargs)
 

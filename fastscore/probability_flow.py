@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .density import ScoreDensity
@@ -148,7 +147,6 @@ class _Solution(torch.autograd.Function):
         return found[:3]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors  # raises where a weight has changed since
         with torch.enable_grad():
@@ -157,7 +155,16 @@ class _Solution(torch.autograd.Function):
             inputs = x, *learned(flow.density, flow.samples)
             value = (grad * ctx.again(flow)).sum()
             found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-        return None, None, *found
+        return None, None, *_once_differentiable(found)
+
+
+def _once_differentiable(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return gradients that raise where they are differentiated in their turn, instead of counting as constants."""
+    if not torch.is_grad_enabled():
+        return gradients
+    reason = "the ODE's density has first derivatives alone; use ScoreDensity.log_prob, or differences of gradients"
+    refuse = torch._C._functions.DelayedError(reason.encode(), len(gradients))
+    return refuse(*(gradient.detach().requires_grad_() for gradient in gradients))
 
 
 class _Flow:
