@@ -1,13 +1,14 @@
 """Gradients of the ODE's density: differences in float64, the score of an exact network, and bounded memory."""
 
+import gc
+
 import pytest
 import torch
 from analytic import ExactNet, Target, mixture
-from torch.autograd.graph import saved_tensors_hooks
 
 import fastscore as fs
 from fastscore.flow_field import COLUMNS
-from fastscore.memory import peak_bytes
+from fastscore.memory import _LiveBytes, peak_bytes
 from fastscore.probability_flow import probability_flow_log_prob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,12 +76,12 @@ def test_the_gradient_of_an_exact_network_is_the_score(predicts):
 
 
 def test_gradients_of_a_condition_that_comes_from_an_encoder():
-    model, x = density(), TARGET.sample(3, seed=2)
+    model, x = density(), TARGET.sample(2, seed=2)
     encoder = torch.nn.Linear(1, 2).double()
-    embedded = torch.linspace(0, 1, 3).double()[:, None]
+    embedded = torch.linspace(0, 1, 2).double()[:, None]
 
     def value():
-        return probability_flow_log_prob(model, x, shift=encoder(embedded), error=0.1).log_prob.sum()
+        return probability_flow_log_prob(model, x, shift=encoder(embedded), error=1.0).log_prob.sum()
 
     expected = [differences(value, p.detach()) for p in encoder.parameters()]
     for found, wanted in zip(torch.autograd.grad(value(), list(encoder.parameters())), expected):
@@ -142,15 +143,16 @@ def test_memory_does_not_grow_with_the_steps():
     model, x = fs.ScoreDensity(Net(), SCHEDULE), torch.randn(batch, d, generator=torch.Generator().manual_seed(0))
 
     def kept_and_peak(steps):
-        sizes = []
         leaf = x.clone().requires_grad_()
-        with saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+        with _LiveBytes() as mode:
             value = probability_flow_log_prob(model, leaf, method="midpoint", steps=steps).log_prob.sum()
-        return sum(sizes), peak_bytes(value.backward)
+            gc.collect()
+            kept = mode.live
+        return kept, peak_bytes(value.backward)
 
     (kept, peak), (kept_more, peak_more) = kept_and_peak(4), kept_and_peak(32)
-    weights = sum(p.nbytes for p in net.parameters())
-    assert kept == kept_more < weights + 8 * x.nbytes + 4096
+    assert kept == kept_more
+    assert kept < 8 * x.nbytes + 4096  # data, results and small tensors
     # Two states and the changes of log p a step, with an allowance for what small tensors autograd keeps.
     assert peak_more - peak < 28 * 8 * x.nbytes
     assert peak_more - peak < 28 * batch * width * 4 / 8  # an eighth of one layer's activations a step

@@ -1,5 +1,7 @@
 """Densities inside inference mode and under torch.func: the same numbers and gradients, or one sentence."""
 
+from functools import partial
+
 import pytest
 import torch
 from analytic import ExactNet, mixture
@@ -86,12 +88,12 @@ def test_nothing_that_was_learned_in_inference_mode_stands_in_the_way_of_trainin
 
 def test_conditions_made_in_inference_mode():
     density, shift = plain(), torch.ones(3, 2).double()
-    for call in (fs.probability_flow_log_prob, fs.ScoreDensity.log_prob):
+    for call in (partial(fs.probability_flow_log_prob, method="midpoint"), fs.ScoreDensity.log_prob):
         found = call(density, Z, shift=shift)
         with torch.inference_mode():
             own = call(density, Z, shift=shift.clone())
         pairs = zip(found, own) if isinstance(found, tuple) else [(found, own)]
-        assert all(torch.equal(a, b) for a, b in pairs)
+        assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
 
 
 def test_a_metric_of_a_test_loop():
