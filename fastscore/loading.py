@@ -204,7 +204,7 @@ def _call_factory(spec: str) -> nn.Module:
     except Exception as error:
         raise RuntimeError(f"{spec} was called without arguments and raised {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module or a density, got {type(model).__name__}")
+        raise ValueError(f"{spec} must return a torch.nn.Module or a ScoreDensity, got {type(model).__name__}")
     return model
 
 
