@@ -20,6 +20,7 @@ from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .density import ScoreDensity
 from .estimate import Estimate
 from .network import model_dtype, predict
+from .protocol import Density
 from .rules import group_of, make_rules, method_table
 from .run_folder import RunFolder
 
@@ -33,7 +34,7 @@ FIT_BLOCK = 4096
 class Work:
     """What to estimate: checked data, the data-set indices of each block, and the arguments of `estimate`."""
 
-    density: ScoreDensity
+    density: Density
     data: Array
     blocks: tuple[Tensor, ...]
     device: torch.device
@@ -43,7 +44,7 @@ class Work:
     @classmethod
     def check(
         cls,
-        density: ScoreDensity,
+        density: Density,
         data: Array,
         indices: Sequence[int] | None,
         batch: int,
@@ -61,7 +62,7 @@ class Work:
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if options["target_stderr"] is not None and not options["target_stderr"] > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {options['target_stderr']}")
-        make_rules(density.nodes.density, options["nfe"], density.schedule, options["method"])
+        make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
         conditions = DataConditions.of("cond", cond, len(data))
         work = cls(density, data, index.split(batch), device, options, conditions)
         _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]))
@@ -80,8 +81,10 @@ class Work:
 
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""
-        density = self.density
+        density = self.density.core
+        seen, log_det = self.density.to_network(self.rows(self.blocks[0][:1]))
         return {
+            "transform": digest({"z": seen, "log_det": log_det}),  # of the first sample, which tells transforms apart
             "network": digest(density.model.state_dict()),
             "schedule": f"{density.schedule!r} {digest({'log_snr': method_table(density.schedule)[1]})}",
             "predicts": density.predicts,
@@ -161,9 +164,10 @@ class Work:
         )
 
 
-def _check_network(density: ScoreDensity, x: Tensor, cond: dict[str, object]) -> None:
+def _check_network(density: Density, x: Tensor, cond: dict[str, object]) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    samples = density.check(x, None, cond)
+    density, (z, _) = density.core, density.to_network(x)
+    samples = density.check(z, None, cond)
     ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
     time = density.schedule.time(ends).to(x.device)
     try:

@@ -28,9 +28,11 @@ from .elimination import Classification, Rounds, round_sizes
 from .host import as_tensor
 from .integrand import Draws, evaluate
 from .memory import Chunks, budget_bytes
+from .modes import ordinary
 from .network import model_device
 from .nodes import FittedNodes, NodeDensity
 from .progress import progress_bar
+from .protocol import Density, check_density
 from .reference import Reference
 from .rules import FixedRules, Rules, make_rules, uniform_in_time
 from .samples import Samples
@@ -51,14 +53,15 @@ class DiffusionClassifier(nn.Module):
     """Classify data with a class-conditional network.
 
     Arguments:
-        density: the network's density; its reference is used, its nodes are not: those here are for differences.
+        density: the network's density, also `Transformed`; its reference is used, its nodes are not: those here are for
+            differences.
         classes: keyword arguments of the network that name the class, one row a class: `{"y": torch.arange(10)}`, or
             `{"text": embeddings}` of shape (C, tokens, width), also nested as conditions may be; what is the same for
             all classes goes into `fastscore.shared`.
         prior: class probabilities, positive, sum 1, shape (C,); uniform by default.
 
     Raises:
-        TypeError: if the density is no `ScoreDensity`.
+        TypeError: if the density is none.
         ValueError: for classes or a prior that do not fit.
 
     Example:
@@ -67,11 +70,9 @@ class DiffusionClassifier(nn.Module):
         >>> found.prediction, found.topk(3), found.nfe
     """
 
-    def __init__(self, density: ScoreDensity, classes: dict[str, object], prior: Tensor | None = None):
+    def __init__(self, density: Density, classes: dict[str, object], prior: Tensor | None = None):
         super().__init__()
-        if not isinstance(density, ScoreDensity):
-            raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
-        self.density = density
+        self.density = check_density(density)
         self.classes = _check_classes(classes)
         count = len(next(iter(self.classes.per_sample.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
@@ -79,6 +80,7 @@ class DiffusionClassifier(nn.Module):
         self.nodes = FittedNodes(nodes, uncalibrated())
 
     @takes_conditions
+    @ordinary
     @evaluation
     def fit(
         self,
@@ -111,12 +113,12 @@ class DiffusionClassifier(nn.Module):
         own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).to(x.device).marked()
         options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
-        samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
+        samples, _, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
         pairs = torch.stack([torch.arange(2 * len(x), device=top.device) // 2, top.flatten()], 1)
         spread = []
         for paired in (False, True):
-            draws = Draws(_pilot_rules(self.density, paired, seed), "independent", seed)
-            f, _ = self._integrand(samples, pairs, draws, self.density.reference, chunks)
+            draws = Draws(_pilot_rules(self.density.core, paired, seed), "independent", seed)
+            f, _ = self._integrand(samples, pairs, draws, self.density.core.reference, chunks)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
         edges = torch.linspace(*self.density.log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
@@ -125,6 +127,7 @@ class DiffusionClassifier(nn.Module):
         return self
 
     @takes_conditions
+    @ordinary
     @evaluation
     def classify(
         self,
@@ -162,7 +165,7 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"error must lie between 0 and 1, such as 0.05, or be None; got {error}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
-        samples, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond)
         sizes = [nfe] if error is None else round_sizes(nfe)
         rules = [self._rules(size, weighting, int(seed), r) for r, size in enumerate(sizes)]
         plan = _Plan(
@@ -176,13 +179,15 @@ class DiffusionClassifier(nn.Module):
         parts = []
         with progress_bar(progress, total=len(samples), unit="sample", desc="classify") as bar:
             for start in range(0, len(samples), at_once):
-                parts.append(self._batch(samples.select(slice(start, start + at_once)), plan))
+                part = slice(start, start + at_once)
+                parts.append(self._batch(samples.select(part), log_det[part], plan))
                 bar.update(len(parts[-1].nfe))
         return Classification.joined(parts)
 
-    def _batch(self, samples: Samples, plan: _Plan) -> Classification:
+    def _batch(self, samples: Samples, log_det: Tensor, plan: _Plan) -> Classification:
         """Take some samples through all rounds."""
-        reference = self.density.reference if plan.weighting == "density" else self.density.reference.gaussian()
+        reference = self.density.core.reference
+        reference = reference if plan.weighting == "density" else reference.gaussian()
         rounds = Rounds(self.log_prior.to(samples.device), len(samples))
         for draws in plan.rounds:
             pairs = rounds.open()
@@ -192,7 +197,7 @@ class DiffusionClassifier(nn.Module):
             rounds.add(pairs, (-0.5 * f * weight).to(samples.x.dtype), draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
-        return rounds.result(self._common(samples.x, reference, plan.weighting), samples.x.dtype)
+        return rounds.result(self._common(samples.x, log_det, reference, plan.weighting), samples.x.dtype)
 
     def _integrand(
         self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks
@@ -206,33 +211,32 @@ class DiffusionClassifier(nn.Module):
         group = samples.group[which.cpu()]
         paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,), group)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
-        for part in evaluate(self.density.network, paired, draws, reference, chunks):
+        for part in evaluate(self.density.core.network, paired, draws, reference, chunks):
             f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)
         return f, weight
 
     def _prepare(
         self, x: Tensor, nfe: int, seed: int, index: Tensor | None, memory: int | str | None, cond: dict
-    ) -> tuple[Samples, Chunks]:
-        """Check the data with the first class; half of the memory is left for the terms."""
+    ) -> tuple[Samples, Tensor, Chunks]:
+        """Check the data with the first class; return what the network sees, log|det dx/dz|, and half of the memory."""
         twice = sorted(set(cond) & set(self.classes.structure.arguments))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
-        # What is no batch, `prepare` refuses.
-        count, device = (len(x), x.device) if isinstance(x, Tensor) and x.ndim else (0, "cpu")
-        rows = replace(self.classes, per_sample={k: v.to(device) for k, v in self.classes.per_sample.items()})
-        first = rows.select(torch.zeros(count, dtype=torch.long, device=device)).marked()
-        samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first)
-        return samples, chunks._replace(rows=max(1, chunks.rows // 2))
+        z, log_det = self.density.to_network(x)
+        rows = replace(self.classes, per_sample={k: v.to(z.device) for k, v in self.classes.per_sample.items()})
+        first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
+        samples, _, chunks = self.density.core.prepare(z, nfe, seed, index, memory, cond | first)
+        return samples, log_det, chunks._replace(rows=max(1, chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
         if weighting == "uniform":
             return uniform_in_time(nfe, self.density.schedule)
         return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, "density", seed, round_)
 
-    def _common(self, x: Tensor, reference: Reference, weighting: str) -> Tensor:
+    def _common(self, x: Tensor, log_det: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
         if weighting == "density":
-            return reference.log_prob(x)
+            return reference.log_prob(x) - log_det
         rule = uniform_in_time(2 * TIME_NODES, self.density.schedule).rule
         return -0.5 * reference.expected_residual(x, rule.log_snr.exp().to(x.device), rule.weight.to(x.device))
 
@@ -247,10 +251,10 @@ class _Plan:
     chunks: Chunks
 
 
-def _pilot_rules(density: ScoreDensity, paired: bool, seed: int) -> Rules:
+def _pilot_rules(core: ScoreDensity, paired: bool, seed: int) -> Rules:
     uniform = NodeDensity.pairs if paired else NodeDensity.uniform
     draws = PILOT_BINS * PILOT_DRAWS
-    return make_rules(uniform(*density.log_snr_range), draws * (1 + paired), density.schedule, "density", seed)
+    return make_rules(uniform(*core.log_snr_range), draws * (1 + paired), core.schedule, "density", seed)
 
 
 def _check_classes(classes: dict[str, object]) -> Conditions:

@@ -75,10 +75,10 @@ def evaluate(
     """Write the log-density of every sample of DATA under MODEL to a file.
 
     MODEL is a .pt2 file of torch.export, or package.module:factory, a function without arguments that returns a
-    network or a ScoreDensity. DATA is a .npy, .npz, .pt or .safetensors file of shape (N, *shape); FILE:key chooses one
-    of several arrays. Conditions are files of these kinds too, such as --cond y=labels.npy or --cond y=data.npz:labels,
-    with one entry a sample of the data; a.b is the entry b of the network's argument a. An interrupted run goes on
-    where it stopped when the same command runs again.
+    network, a ScoreDensity or a Transformed one. DATA is a .npy, .npz, .pt or .safetensors file of shape (N, *shape);
+    FILE:key chooses one of several arrays. Conditions are files of these kinds too, such as --cond y=labels.npy or
+    --cond y=data.npz:labels, with one entry a sample of the data; a.b is the entry b of the network's argument a. An
+    interrupted run goes on where it stopped when the same command runs again.
 
     Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m fastscore evaluate ...
     """

@@ -36,6 +36,7 @@ from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
+from .modes import differentiable, ordinary, refuse_inference_weights
 from .network import model_device, warn_if_training
 from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
@@ -43,9 +44,10 @@ from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
 from .predictions import check_prediction
 from .program import Programs
 from .progress import progress_bar
+from .protocol import Density
 from .reference import Reference
 from .rules import make_rules, method_table
-from .samples import Samples, check_samples
+from .samples import Samples, check_batch, check_samples
 from .schedules import Schedule
 from .statistics import draw_sum, draw_variance, widened
 from .untouched import evaluation
@@ -76,7 +78,7 @@ class _Round:
         return self.curve_sum.curve()
 
 
-class ScoreDensity(nn.Module):
+class ScoreDensity(Density):
     r"""Log-density of data under a diffusion or score network.
 
     Arguments:
@@ -140,7 +142,18 @@ class ScoreDensity(nn.Module):
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 
+    @property
+    def core(self) -> ScoreDensity:
+        """Itself: the network's data are the user's."""
+        return self
+
+    def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x itself, and a log-determinant of zero, float64, shape (B,)."""
+        check_batch(x)
+        return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
     @takes_conditions
+    @differentiable
     def log_prob(
         self,
         x: Tensor,
@@ -155,15 +168,18 @@ class ScoreDensity(nn.Module):
         r"""Return log p(x) in nats, shape (B,), differentiable with respect to x and the network's parameters.
 
         The value and its gradient use the same noise, so the gradient is exactly that of the returned number; pass a
-        fresh `seed` every step to train with it. Memory stays that of one chunk: the backward pass recomputes.
+        fresh `seed` every step to train with it. Memory stays that of one chunk: the backward pass recomputes. Under
+        torch.func it is a function of x alone, with first derivatives; in inference mode it has none.
 
         Arguments:
             x: data, floating point, shape (B, *shape).
             nfe, seed, sample_index, memory, cond, named: as in `estimate`.
 
         Raises:
-            ValueError: as in `estimate`.
+            ValueError: as in `estimate`; for second derivatives, and for others than those in x, under torch.func.
         """
+        if torch.is_grad_enabled():
+            refuse_inference_weights(self.model)
         samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond)
         parts = list(self._sums(samples, draws, chunks))
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
@@ -171,6 +187,7 @@ class ScoreDensity(nn.Module):
         return log_prob.to(samples.x.dtype)
 
     @takes_conditions
+    @ordinary
     @evaluation
     def estimate(
         self,
@@ -257,6 +274,7 @@ class ScoreDensity(nn.Module):
             ends=found.ends,
         )
 
+    @ordinary
     @evaluation
     def compare(
         self,
@@ -295,6 +313,7 @@ class ScoreDensity(nn.Module):
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
     @takes_conditions
+    @ordinary
     @evaluation
     def fit(
         self,
@@ -358,8 +377,12 @@ class ScoreDensity(nn.Module):
         refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
         return samples
 
-    def with_reference(self, reference: Reference) -> ScoreDensity:
-        """Return a density with the same network and nodes but another reference, and independent noise."""
+    def with_reference(self, reference: Reference | None) -> ScoreDensity:
+        """Return a density with the same network and nodes but another reference, and independent noise.
+
+        Arguments:
+            reference: None for N(0, schedule.data_std^2), which a new density starts from.
+        """
         other = ScoreDensity(
             self.model,
             self.schedule,
@@ -371,7 +394,7 @@ class ScoreDensity(nn.Module):
             time_dtype=self.time_dtype,
             program=self._programs.mode,
         )
-        other.nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated(), reference.scales())
+        other.nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated(), other.reference.scales())
         other._programs = self._programs
         return other
 

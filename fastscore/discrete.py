@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .density import ScoreDensity
 from .estimate import Estimate
 from .methods import prior_kl
+from .protocol import Density, check_density
+
+PROBES = 4  # samples of levels that tell whether they are equidistant for the network
 
 
 @dataclass(frozen=True)
@@ -98,35 +100,66 @@ class Levels:
             raise ValueError(f"levels must be 0 .. {self.bins - 1}, got {int(k.min())} .. {int(k.max())}")
 
 
-def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **options) -> Estimate:
+def discrete_log_prob(density: Density, k: Tensor, levels: Levels, **options) -> Estimate:
     r"""Return a lower bound of log P(k) in nats for levels k, with its standard error.
 
     `bits_per_dim()` of the result, without bins, is the number that papers report. The bound counts what lies outside
     the schedule's range by itself (decoder and prior), so `truncation` is zero.
 
     Arguments:
-        density: of a network trained on `levels.values(k)`; a mixture reference is replaced by its Gaussian.
+        density: of a network trained on `levels.values(k)`, or on an affine map of each element of them
+            (`Transformed`); a mixture reference is replaced by its Gaussian.
         k: levels, integer, shape (B, *shape).
         options: as in `ScoreDensity.estimate`, but for `method`.
 
     Raises:
-        ValueError: if k does not fit the levels, and as `ScoreDensity.estimate` does.
+        TypeError: if the density is none.
+        ValueError: if k does not fit the levels, if the network's levels are not equidistant, and as
+            `ScoreDensity.estimate` does.
     """
-    x = levels.values(k)
-    single = density.reference.components == 1
-    plain = density if single else density.with_reference(density.reference.gaussian())
-    found = plain.estimate(x, **options)
+    z, width = _as_the_network_saw(check_density(density), k, levels)
+    core = density.core
+    single = core.reference.components == 1
+    plain = core if single else core.with_reference(core.reference.gaussian())
+    found = plain.estimate(z, **options)
     gaussian = plain.reference  # on the device of the data by now
-    flat = x.reshape(len(x), -1)
-    lo, hi = density.log_snr_range
+    flat = z.reshape(len(z), -1)
+    lo, hi = core.log_snr_range
     diffusion = (found.log_prob - gaussian.log_prob(flat)) - 0.5 * gaussian.expected_integral(flat, lo, hi)
-    log_prob = reconstruction(k, levels, hi) - prior_kl(flat, lo) + diffusion
+    log_prob = reconstruction(k, levels, hi, width) - prior_kl(flat, lo) + diffusion
     return replace(
         found, log_prob=log_prob.to(found.log_prob.dtype), ends=torch.zeros_like(found.ends), method="discrete_log_prob"
     )
 
 
-def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:
+def _as_the_network_saw(density: Density, k: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return the network's values of the levels, float32 (B, *shape), and the distance of two in each element, (d,).
+
+    Raises:
+        ValueError: if the network's levels are not equidistant, element by element, or lie outside of its data.
+    """
+    z, _ = density.to_network(levels.values(k, torch.float64))
+    probes = torch.randint(
+        levels.bins, (PROBES, *k.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    probes[0], probes[1] = 0, levels.bins - 1
+    try:
+        seen = density.to_network(levels.values(probes, torch.float64).to(k.device))[0].reshape(PROBES, -1)
+    except ValueError as problem:
+        raise ValueError(f"the network has no value for some of the levels {levels}: {problem}") from problem
+    step = (seen[1] - seen[0]) / (levels.bins - 1)
+    affine = seen[0] + step * probes.reshape(PROBES, -1).to(seen)
+    # Rounding of float64, about 1e-16 of the values, against a bend of a level's width over all of them.
+    if not bool(((seen - affine).abs() <= 1e-6 * step.abs() + 1e-12 * seen.abs()).all()):
+        raise ValueError(
+            "discrete_log_prob needs levels that are equidistant for the network, got "
+            f"{' '.join(density.extra_repr().split())}, which is no affine map of each element; dequantize them "
+            "(Levels.dequantize) and take estimate(x).bits_per_dim()"
+        )
+    return z.to(torch.float32), step.abs()
+
+
+def reconstruction(k: Tensor, levels: Levels, log_snr: float, width: Tensor | None = None) -> Tensor:
     r"""Return E log P(k | x_lambda) of the discretized Gaussian decoder, nats, float64, shape (B,).
 
     The decoder gives level k the mass of N(x_lambda / alpha, sigma^2 / alpha^2) within half a level of v_k, the outer
@@ -134,15 +167,30 @@ def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:
 
     .. math:: E \log[\Phi(h - \epsilon) - \Phi(-h - \epsilon)] \text{ inside}, \quad
         E \log \Phi(h - \epsilon) \text{ outside}
+
+    Arguments:
+        width: Delta of each element as the network sees it, shape (d,), that of `levels` by default.
     """
-    half = levels.width / 2 * math.exp(log_snr / 2)
+    flat = k.reshape(len(k), -1)
+    edge = (flat == 0) | (flat == levels.bins - 1)
+    if width is None:
+        width = torch.full(flat.shape[1:], levels.width, dtype=torch.float64, device=k.device)
+    # Rounded to 40 bits: elements of one scale differ in the last digits.
+    mantissa, exponent = torch.frexp(width.to(torch.float64))
+    kinds, kind = torch.ldexp((mantissa * 2**40).round() / 2**40, exponent).unique(return_inverse=True)
+    inner, outer = (
+        torch.stack(each).to(k.device)[kind]
+        for each in zip(*(_log_mass(one / 2 * math.exp(log_snr / 2)) for one in kinds.tolist()))
+    )
+    return torch.where(edge, outer, inner).sum(1)
+
+
+def _log_mass(half: float) -> tuple[Tensor, Tensor]:
+    """Return the two expectations of `reconstruction` at one h, float64."""
     # 12 standard deviations on both sides hold all but 1e-32 of the mass; the integrands are smooth.
     eps = torch.linspace(-12, 12, 9601, dtype=torch.float64, device="cpu")
     weight = torch.exp(-0.5 * eps**2)
     weight /= weight.sum()
     upper, lower = torch.special.log_ndtr(half - eps), torch.special.log_ndtr(-half - eps)
-    inner = float(weight @ (upper + torch.log1p(-torch.exp(torch.clamp(lower - upper, max=-1e-15)))))
-    outer = float(weight @ upper)
-    flat = k.reshape(len(k), -1)
-    edge = ((flat == 0) | (flat == levels.bins - 1)).sum(1).to(torch.float64)
-    return edge * outer + (flat.shape[1] - edge) * inner
+    inner = weight @ (upper + torch.log1p(-torch.exp(torch.clamp(lower - upper, max=-1e-15))))
+    return inner, weight @ upper

@@ -27,6 +27,7 @@ from .estimate import Estimate, log_width
 from .memory import parse_bytes
 from .network import model_device, model_dtype
 from .progress import progress_bar
+from .protocol import Density, check_density
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
 
@@ -36,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def evaluate_dataset(
-    density: ScoreDensity,
+    density: Density,
     data: Array,
     out: str | os.PathLike,
     *,
@@ -62,7 +63,7 @@ def evaluate_dataset(
     """Write the log-density of every sample to a file, going on where a call with the same arguments was interrupted.
 
     Arguments:
-        density: the density, on the device to use; fitted in place if `fit` is given.
+        density: `ScoreDensity` or `Transformed`, on the device to use; fitted in place if `fit` is given.
         data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
         out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, and with `bins` bits_per_dim.
         nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
@@ -85,6 +86,7 @@ def evaluate_dataset(
         The `Estimate` of these samples, as `ScoreDensity.estimate` would return it; on other ranks than 0, None.
 
     Raises:
+        TypeError: if the density is none.
         ValueError: for data or arguments that do not fit together, or an unfinished run with other ones.
         FileExistsError: if the result is there already.
         BlockingIOError: if another process works on the same out.
@@ -92,7 +94,8 @@ def evaluate_dataset(
         OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
     """
     run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
-    device = model_device(density.model, density.reference.weight.device)
+    core = check_density(density).core
+    device = model_device(core.model, core.reference.weight.device)
     options = {
         "nfe": density.nfe if nfe is None else nfe,
         "seed": seed,
@@ -115,7 +118,7 @@ def evaluate_dataset(
 
             key, missing = ranks.on_first(begin)
             if fit is not None and not ranks.first:
-                _load_fit(density, run)
+                _load_fit(core, run)
             _finish(work, missing, key, run, ranks, progress)
             ranks.gather(lambda: None)  # all blocks are written
         except (KeyboardInterrupt, OtherRankFailed) as error:
@@ -152,20 +155,20 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
 
 def _fit(work: Work, data: Array, conditions: DataConditions, run: RunFolder, progress: bool | None) -> None:
     """Fit the density, or load what this run fitted before."""
-    if not _load_fit(work.density, run):
+    if not _load_fit(work.density.core, run):
         # Where they are: `fit` takes those that it uses to the network's device.
         x, where = take(data, slice(None)), torch.device("cpu")
         cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
         work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, cond=cond)
-        stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density).items()}
+        stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
         run.write_arrays(run.fitted, stored)
 
 
-def _load_fit(density: ScoreDensity, run: RunFolder) -> bool:
+def _load_fit(core: ScoreDensity, run: RunFolder) -> bool:
     stored = run.read_arrays(run.fitted)
     if stored is None:
         return False
-    density.load_state_dict({name: torch.from_numpy(value) for name, value in stored.items()}, strict=False)
+    core.load_state_dict({name: torch.from_numpy(value) for name, value in stored.items()}, strict=False)
     return True
 
 

@@ -14,10 +14,13 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from . import noise
 from .density import ScoreDensity
@@ -62,6 +65,7 @@ class Field:
         scale: float,
     ):
         self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
+        self.learned = learned(density, samples)
         self.reference = density.reference.scaled(1 / scale)
         self.exact = signs is None
         self.cotangents = signs
@@ -83,42 +87,89 @@ class Field:
         return [Time(at, own, *row) for at, own, row in zip(t.tolist(), time.to(self.samples.x.device).split(1), rows)]
 
     def at(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the velocity (B, d) and the rate of log(p / q) (B, columns)."""
-        with torch.enable_grad(), uncompiled():
-            y = y.detach().requires_grad_()
-            velocity = self.velocity(time, y)
-            # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
-            at = y.detach() if self.exact else y
-            eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t)
-            gap = velocity - (eps_q - at) / (1 - time.t)
-        divergence = self._divergence(gap, y)
-        if self.exact:
-            divergence = divergence - ((divergence_q - y.shape[1]) / (1 - time.t))[:, None]
-        along = torch.linalg.vecdot(gap.detach(), eps_q.detach()) / time.t
-        return velocity.detach(), divergence - along[:, None]
+        """Return the velocity (B, d) and the rate of log(p / q) (B, columns), differentiable.
+
+        What the backward pass needs is evaluated again, so nothing but y is kept.
+        """
+        return _Rate.apply(self, time, y, *self.learned)
 
     def velocity(self, time: Time, y: Tensor) -> Tensor:
         """Return the velocity alone, (B, d)."""
         self.nfe += 1
         density, samples = self.density, self.samples
         x_t = (time.scale * y)[:, None]
-        output = predict(density.model, x_t, time.own, samples.conds[0], samples.shape, density.time_dtype)
+        with uncompiled():  # compiled code does not keep its graph for more than one backward pass
+            output = predict(density.model, x_t, time.own, samples.conds[0], samples.shape, density.time_dtype)
         return torch.add(time.c_f * output[:, 0], y, alpha=time.c_y)
 
-    def _divergence(self, velocity: Tensor, y: Tensor) -> Tensor:
-        """Return the trace, (B, 1), or each probe's estimate of it, (B, probes): many cotangents a backward pass."""
-        products, first = [], 0
+    def terms(self, time: Time, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,).
+
+        Arguments:
+            at: y, or a copy of it without its graph.
+        """
+        velocity = self.velocity(time, y)
+        eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t)
+        gap = velocity - (eps_q - at) / (1 - time.t)
+        rest = -torch.linalg.vecdot(gap, eps_q) / time.t
+        # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
+        if not self.exact:
+            return velocity, gap, rest
+        return velocity, velocity, rest - (divergence_q - y.shape[1]) / (1 - time.t)
+
+    def traces(self, field: Tensor, y: Tensor, create_graph: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield parts of the trace, each with the columns that it adds to: all, or some probes' own estimates of it."""
+        first = 0
         for v in self.cotangents.split(COLUMNS):
-            found = _vjp(velocity, y, v.expand(-1, *y.shape))
+            found, last = _vjp(field, y, v.expand(-1, *y.shape), create_graph), first + len(v)
             if self.exact:  # of row i of the Jacobian, element i
-                found = torch.diagonal(found[..., first : first + len(v)], dim1=0, dim2=2)
-                products.append(found.sum(1, keepdim=True))
+                yield slice(0, 1), torch.diagonal(found[..., first:last], dim1=0, dim2=2).sum(1, keepdim=True)
             else:
-                products.append(torch.linalg.vecdot(found, v).T)
-            first += len(v)
-        if len(products) == 1:
-            return products[0]
-        return torch.cat(products, 1).sum(1, keepdim=True) if self.exact else torch.cat(products, 1)
+                yield slice(first, last), torch.linalg.vecdot(found, v).T
+            first = last
+
+
+class _Rate(torch.autograd.Function):
+    """`Field.at`: a trace and its gradient, one part of the columns after the other."""
+
+    @staticmethod
+    def forward(ctx, field: Field, time: Time, y: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.field, ctx.time = field, time
+        ctx.save_for_backward(y, *learned)
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            velocity, traced, rest = field.terms(time, y, y.detach() if field.exact else y)
+        rate = rest.detach()[:, None].repeat(1, 1 if field.exact else len(field.cotangents))
+        for columns, part in field.traces(traced, y):
+            rate[:, columns] += part
+        return velocity.detach(), rate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_velocity: Tensor, grad_rate: Tensor) -> tuple[Tensor | None, ...]:
+        y, *_ = ctx.saved_tensors  # raises where a weight has changed since
+        field = ctx.field
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            inputs = y, *field.learned
+            velocity, traced, rest = field.terms(ctx.time, y, y)
+            found = _grad((grad_velocity * velocity).sum() + (grad_rate.sum(1) * rest).sum(), inputs)
+            for columns, part in field.traces(traced, y, create_graph=True):
+                if part.requires_grad:  # not where the field is linear
+                    more = _grad((grad_rate[:, columns] * part).sum(), inputs)
+                    found = [a + b for a, b in zip(found, more)]
+        return None, None, *found
+
+
+def learned(density: ScoreDensity, samples: Samples) -> list[Tensor]:
+    """Return the tensors beside x that a gradient may reach: the network's parameters, and conditions."""
+    (cond,) = samples.conds
+    tensors = [*density.model.parameters(), *tree_leaves((cond.per_sample, cond.shared))]
+    return [value for value in tensors if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _grad(value: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 def log_snr_of(t: Tensor, scale: float) -> Tensor:
@@ -138,9 +189,10 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
     return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
 
 
-def _vjp(velocity: Tensor, y: Tensor, cotangents: Tensor) -> Tensor:
+def _vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
     """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
+    options = {"retain_graph": True, "create_graph": create_graph}
     try:
-        return torch.autograd.grad(velocity, y, cotangents, retain_graph=True, is_grads_batched=True)[0]
+        return torch.autograd.grad(field, y, cotangents, is_grads_batched=True, **options)[0]
     except RuntimeError:  # a network with an operation that vmap cannot batch
-        return torch.stack([torch.autograd.grad(velocity, y, v, retain_graph=True)[0] for v in cotangents])
+        return torch.stack([torch.autograd.grad(field, y, v, **options)[0] for v in cotangents])

@@ -19,8 +19,9 @@ from torch import Tensor
 from . import noise
 from .calibration import calibrated, uncalibrated
 from .conditions import takes_conditions
-from .density import ScoreDensity
 from .integrand import Rows, draw_values
+from .modes import ordinary
+from .protocol import Density, check_density
 from .rules import Rule
 from .samples import Samples
 from .statistics import draw_sum, draw_variance
@@ -45,7 +46,7 @@ class _Group(NamedTuple):
 
 
 class CapturedDensity:
-    """`ScoreDensity.estimate` with method "density" for one shape of data, without gradients.
+    """`estimate` of a `ScoreDensity` or `Transformed` with method "density" for one shape of data, without gradients.
 
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
@@ -53,15 +54,17 @@ class CapturedDensity:
         nfe, seed, sample_index, memory, cond, named: as in `ScoreDensity.estimate`; conditions are fixed at capture.
 
     Raises:
+        TypeError: if the density is none.
         ValueError: as `ScoreDensity.estimate`; NaN or inf is reported without the place where it arose, which only
             `estimate` finds.
     """
 
     @takes_conditions
+    @ordinary
     @torch.no_grad()
     def __init__(
         self,
-        density: ScoreDensity,
+        density: Density,
         x: Tensor,
         *,
         nfe: int | None = None,
@@ -71,30 +74,31 @@ class CapturedDensity:
         cond: dict | None = None,
         **named,
     ):
-        if not isinstance(density, ScoreDensity):
-            raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
-        self.density = density
-        samples, self.draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
+        z, _ = check_density(density).to_network(x)
+        self.density, self.core, self.shape = density, density.core, x.shape
+        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond)
         self.samples = replace(samples, x=samples.x.clone())
         self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]
         self.keys = self._keys(seed)
-        self.programs = density.network.find_programs(self.samples)
+        self.programs = self.core.network.find_programs(self.samples)
         self.seed, self.graph, self.result = seed, None, None
         if samples.x.is_cuda:
             self._capture()
 
+    @ordinary
     @torch.no_grad()
     def __call__(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Return (log_prob, stderr) in nats, each (B,), for data of the captured shape, in the dtype of the sums."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.shape[1:] != self.samples.shape or len(x) != len(self.samples):
+        if x.shape != self.shape:
             raise ValueError(
-                f"this graph takes x of shape {(len(self.samples), *self.samples.shape)}, got {tuple(x.shape)}; "
-                "capture another for another shape"
+                f"this graph takes x of shape {tuple(self.shape)}, got {tuple(x.shape)}; capture another for another "
+                "shape"
             )
-        self.samples.x.copy_(x.reshape(len(x), -1))
+        z, log_det = self.density.to_network(x)
+        self.samples.x.copy_(z.reshape(len(z), -1))
         if seed is not None and seed != self.seed:
             self.seed = seed
             self.keys.copy_(self._keys(seed))
@@ -105,7 +109,8 @@ class CapturedDensity:
             self.result = self._estimate()
         else:
             self.graph.replay()
-        log_prob, stderr = (v.to(self.samples.x.dtype, copy=True) for v in self.result)
+        log_prob, stderr = self.result[0] - log_det, self.result[1].clone()
+        log_prob, stderr = log_prob.to(self.samples.x.dtype), stderr.to(self.samples.x.dtype)
         if not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
         return log_prob, stderr
@@ -117,14 +122,14 @@ class CapturedDensity:
         x, rules, span = self.samples.x, self.draws.rules, range(len(self.draws))
         rule = rules.of(number)
         points = self.draws.points(span, x.shape[1], x.device)
-        rows = Rows.of(self.density.network, rule, points, span, x)
+        rows = Rows.of(self.core.network, rule, points, span, x)
         members = (self.samples.group == number).nonzero().flatten().split(self.at_once)
         parts = tuple((m.to(x.device), self.samples.select(m.to(x.device))) for m in members)
         moved = {name: getattr(rule, name).to(x.device) for name in ("weight", "curve", "remainder")}
         return _Group(number, parts, rows, replace(rule, **moved))
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
-        density = self.density
+        density = self.core
         network, calibration = density.network, density.nodes.calibration
         if self.draws.noise != "sobol":
             calibration = uncalibrated()

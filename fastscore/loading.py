@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from .conditions import shared
 from .density import ScoreDensity
 from .host import as_tensor
+from .protocol import Density
 from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -134,12 +135,12 @@ def load_conditions(own: Sequence[str], all_share: Sequence[str]) -> dict[str, o
 
 def load_density(
     spec: str, schedule: str | None, predicts: str | None, device: torch.device
-) -> tuple[ScoreDensity, dict[str, str]]:
+) -> tuple[Density, dict[str, str]]:
     """Return the density of MODEL on a device, and what identifies the model beside its weights.
 
     Arguments:
         spec: a .pt2 file of `torch.export.save`, or "package.module:factory".
-        schedule, predicts: as in `parse_schedule` and `ScoreDensity`; None where the factory returns a `ScoreDensity`.
+        schedule, predicts: as in `parse_schedule` and `ScoreDensity`; None where the factory returns a density.
 
     Raises:
         ValueError: if the model cannot be loaded, or if schedule and predicts are missing or not wanted.
@@ -153,10 +154,10 @@ def load_density(
         raise ValueError(f"the model must be a .pt2 file of torch.export or package.module:factory, got {spec!r}")
     with suppress(NotImplementedError):  # an exported module has no modes
         model.eval()
-    if isinstance(model, ScoreDensity):
+    if isinstance(model, Density):
         if schedule is not None or predicts is not None:
             raise ValueError(
-                f"{spec} returns a ready ScoreDensity, which brings its own; drop --schedule and --predicts"
+                f"{spec} returns a ready {type(model).__name__}, which brings its own; drop --schedule and --predicts"
             )
         return model.to(device), {"model": identity}
     if schedule is None or predicts is None:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .conditions import takes_conditions
-from .density import ScoreDensity
 from .estimate import log_width
+from .protocol import Density, check_density
 from .ranks import of_default_group
 from .rules import GROUPS
 from .statistics import GroupSums
@@ -49,10 +49,13 @@ class NegativeLogLikelihood(Metric):
     Pass `sample_index` (from the data set) to make it independent of the order and the number of processes.
 
     Arguments:
-        density: of the network; not part of this module, so it is neither moved nor stored with it.
+        density: `ScoreDensity` or `Transformed`; not part of this module, so it is neither moved nor stored with it.
         nfe: evaluations a sample; the density's own by default.
         seed: key of the noise.
         options: of `torchmetrics.Metric`, such as `process_group`.
+
+    Raises:
+        TypeError: if the density is none.
 
     Example:
         >>> metric = NegativeLogLikelihood(density, nfe=64)
@@ -66,9 +69,9 @@ class NegativeLogLikelihood(Metric):
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, density: ScoreDensity, nfe: int | None = None, seed: int = 0, **options):
+    def __init__(self, density: Density, nfe: int | None = None, seed: int = 0, **options):
         super().__init__(**options)
-        self._density = (density,)  # in a tuple, or it would become a submodule
+        self._density = (check_density(density),)  # in a tuple, or it would become a submodule
         self.nfe, self.seed = nfe, seed
         # Of each group of samples that shares its nodes, since such samples share an error too.
         for state in ("count", "total", "squares"):
@@ -149,7 +152,8 @@ class BitsPerDim(NegativeLogLikelihood):
 
     Arguments:
         density, nfe, seed, options: as in `NegativeLogLikelihood`.
-        bins, low, high: levels of discrete data and the ends of the dequantized data, as in `Estimate.bits_per_dim`.
+        bins, low, high: levels of discrete data and the ends of the dequantized data, in the user's space, as in
+            `Estimate.bits_per_dim`.
 
     Raises:
         ValueError: for fewer than 2 bins, or high <= low.
@@ -159,7 +163,7 @@ class BitsPerDim(NegativeLogLikelihood):
 
     def __init__(
         self,
-        density: ScoreDensity,
+        density: Density,
         bins: int | None = None,
         low: float = -1.0,
         high: float = 1.0,

@@ -22,18 +22,23 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .conditions import takes_conditions
 from .density import ScoreDensity
-from .flow_field import Field, rademacher, time_of
+from .flow_field import Field, learned, rademacher, time_of
+from .modes import differentiable, refuse_inference_weights
+from .protocol import Density, check_density
 from .samples import Samples
-from .untouched import evaluation
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
+CHOOSING = (*ADAPTIVE, "scipy_solver")  # their steps follow the answer
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
 FIRST_STEPS, MAX_STEPS = 4, 2048  # of "auto"
@@ -43,7 +48,7 @@ class FlowLogProb(NamedTuple):
     """What `probability_flow_log_prob` returns, a number a sample.
 
     Attributes:
-        log_prob: nats, shape (B,).
+        log_prob: nats, shape (B,); differentiable, the others are constants.
         stderr: of the mean over probes, nats; zero for the exact trace, NaN for one probe.
         nfe: network evaluations, int64.
         discretization: estimate of the error that the grid makes, nats; NaN where `method` has none.
@@ -56,9 +61,9 @@ class FlowLogProb(NamedTuple):
 
 
 @takes_conditions
-@evaluation
+@differentiable
 def probability_flow_log_prob(
-    density: ScoreDensity,
+    density: Density,
     x: Tensor,
     *,
     trace: str = "exact",
@@ -72,7 +77,11 @@ def probability_flow_log_prob(
     cond: dict | None = None,
     **named,
 ) -> FlowLogProb:
-    """Return the log-density of the probability-flow ODE, nats.
+    """Return the log-density of the probability-flow ODE, nats, differentiable in x, conditions and parameters.
+
+    The gradient is that of the returned number on its grid: the backward pass solves again, keeps one state a step and
+    evaluates each step's trace anew. Solvers that choose their steps have none, nor are there second derivatives.
+    Under torch.func it is a function of x alone; in inference mode it has no gradient.
 
     Arguments:
         density: network, schedule (continuous) and reference; `density.fit(data)` makes the reference a close one.
@@ -88,6 +97,7 @@ def probability_flow_log_prob(
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
+        TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
         ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, or an `error` that
             2,048 steps do not reach.
@@ -98,17 +108,66 @@ def probability_flow_log_prob(
         raise ValueError(f"steps must be >= 1, and method one with a fixed grid; got steps={steps}, method={method!r}")
     if not error > 0:
         raise ValueError(f"error must be positive (nats), got {error}")
-    if density.schedule.discrete:
+    if check_density(density).schedule.discrete:
         raise ValueError(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
         )
     odeint = None if method in OWN else _torchdiffeq()
-    flow = _Flow(density, density.check(x, None, cond), trace, probes, seed)
-    if method == "auto":
-        return _doubling(flow, error)
-    log_prob, nfe = flow.midpoint(steps) if method == "midpoint" else flow.solve(odeint, method, steps, rtol, atol)
-    unknown = torch.full_like(log_prob[:, 0], math.nan)
-    return flow.result(log_prob, torch.full_like(unknown, nfe, dtype=torch.int64), unknown)
+    refuse_inference_weights(density.model)
+    z, log_det = density.to_network(x)
+    core = density.core
+    flow = _Flow(core, core.check(z, None, cond), trace, probes, seed)
+
+    def solve(flow: _Flow) -> _Solved:
+        if method == "auto":
+            return _doubling(flow, error)
+        if method == "midpoint":
+            return _once(lambda flow: flow.midpoint(steps), flow)
+        return _once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
+
+    log_prob, nfe, discretization = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
+    return flow.result(log_prob - log_det.to(log_prob)[:, None], nfe, discretization)
+
+
+class _Solved(NamedTuple):
+    """Log-densities (B, columns), evaluations, error of the grid, and how to get the first again with its graph."""
+
+    log_prob: Tensor
+    nfe: Tensor
+    discretization: Tensor
+    again: Callable[[_Flow], Tensor]
+
+
+class _Solution(torch.autograd.Function):
+    """The integral without a graph; the backward pass solves again, on the grid that was found."""
+
+    @staticmethod
+    def forward(ctx, flow: _Flow, solve: Callable[[_Flow], _Solved], x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+        found = solve(flow)
+        ctx.flow, ctx.again = flow, found.again
+        ctx.save_for_backward(x, *learned)
+        ctx.mark_non_differentiable(found.nfe, found.discretization)
+        return found[:3]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+        x, *_ = ctx.saved_tensors  # raises where a weight has changed since
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            flow = ctx.flow.on(x)
+            inputs = x, *learned(flow.density, flow.samples)
+            value = (grad * ctx.again(flow)).sum()
+            found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        return None, None, *_once_differentiable(found)
+
+
+def _once_differentiable(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return gradients that raise where they are differentiated in their turn, instead of counting as constants."""
+    if not torch.is_grad_enabled():
+        return gradients
+    reason = "the ODE's density has first derivatives alone; use ScoreDensity.log_prob, or differences of gradients"
+    refuse = torch._C._functions.DelayedError(reason.encode(), len(gradients))
+    return refuse(*(gradient.detach().requires_grad_() for gradient in gradients))
 
 
 class _Flow:
@@ -126,6 +185,10 @@ class _Flow:
         """Return the flow of some of the samples; probes are keyed by sample, so they stay the same."""
         return _Flow(self.density, self.samples.select(chosen), self.trace, self.probes, self.seed)
 
+    def on(self, x: Tensor) -> _Flow:
+        """Return the flow of the same samples with other data."""
+        return _Flow(self.density, replace(self.samples, x=x), self.trace, self.probes, self.seed)
+
     def midpoint(self, steps: int) -> tuple[Tensor, int]:
         """Integrate by the midpoint rule, which wants the rate in the middle of a step only: half of the traces.
 
@@ -135,7 +198,7 @@ class _Flow:
         table = field.table(torch.stack([grid[:-1], (grid[:-1] + grid[1:]) / 2], 1).flatten())
         y, change = self._start()
         for step, at_start, at_middle in zip(grid.diff().tolist(), table[::2], table[1::2]):
-            velocity = field.velocity(at_start, y)
+            velocity = checkpoint(field.velocity, at_start, y, use_reentrant=False)
             velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
         return self._log_prob(change), field.nfe
@@ -150,10 +213,10 @@ class _Flow:
 
     def result(self, log_prob: Tensor, nfe: Tensor, discretization: Tensor) -> FlowLogProb:
         """Return the mean over probes with its standard error."""
-        mean = log_prob.mean(1)
+        mean, log_prob = log_prob.mean(1), log_prob.detach()
         if self.trace == "exact":
-            return FlowLogProb(mean, torch.zeros_like(mean), nfe, discretization)
-        spread = log_prob.std(1) if self.probes > 1 else torch.full_like(mean, math.nan)
+            return FlowLogProb(mean, torch.zeros_like(log_prob[:, 0]), nfe, discretization)
+        spread = log_prob.std(1) if self.probes > 1 else torch.full_like(log_prob[:, 0], math.nan)
         return FlowLogProb(mean, spread / self.probes**0.5, nfe, discretization)
 
     def _field(self) -> Field:
@@ -164,16 +227,32 @@ class _Flow:
         return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64, device="cpu").square()
 
     def _start(self) -> tuple[Tensor, Tensor]:
-        x = self.samples.x.detach()
+        x = self.samples.x
         return x * float((1 - self.ends[0]) / self.scale), x.new_zeros(
             len(x), 1 if self.trace == "exact" else self.probes
         )
 
     def _log_prob(self, change: Tensor) -> Tensor:
-        return (self.clean.log_prob(self.samples.x.detach())[:, None] + change).to(self.samples.x.dtype)
+        return (self.clean.log_prob(self.samples.x)[:, None] + change).to(self.samples.x.dtype)
 
 
-def _doubling(flow: _Flow, error: float) -> FlowLogProb:
+def _once(solver: Callable[[_Flow], tuple[Tensor, int]], flow: _Flow, fixed: bool = True) -> _Solved:
+    """Solve once, with an error that nobody knows; `fixed` says that the grid does not depend on the answer."""
+    log_prob, nfe = solver(flow)
+    unknown = torch.full_like(log_prob[:, 0], math.nan)
+
+    def again(flow: _Flow) -> Tensor:
+        if not fixed:
+            raise ValueError(
+                "a solver that chooses its own steps has no gradient here, since the steps would have one too; use "
+                "method='auto', 'midpoint', or a fixed grid such as method='rk4' with steps"
+            )
+        return solver(flow)[0]
+
+    return _Solved(log_prob, torch.full_like(unknown, nfe, dtype=torch.int64), unknown, again)
+
+
+def _doubling(flow: _Flow, error: float) -> _Solved:
     """Double the steps of the samples whose answer still moves by more than `error`.
 
     The rule is of second order, so a third of the last move is what is left, and is taken off the answer. The whole
@@ -182,7 +261,7 @@ def _doubling(flow: _Flow, error: float) -> FlowLogProb:
     """
     steps, active = FIRST_STEPS, torch.arange(len(flow.samples), device=flow.samples.x.device)
     coarse, calls = flow.midpoint(steps)
-    log_prob, spent = coarse.clone(), torch.full_like(active, calls)
+    log_prob, spent, finest = coarse.clone(), torch.full_like(active, calls), torch.full_like(active, steps)
     before = torch.full_like(coarse[:, 0], math.inf)
     discretization = before.clone()
     while len(active):
@@ -194,12 +273,28 @@ def _doubling(flow: _Flow, error: float) -> FlowLogProb:
             )
         fine, calls = flow.select(active).midpoint(steps)
         move = (fine - coarse).mean(1).abs()
-        log_prob[active] = fine + (fine - coarse) / 3
+        log_prob[active], finest[active] = _extrapolated(fine, coarse), steps
         discretization[active] = torch.maximum(move, before / 4)
         spent[active] += calls
         on = ~(discretization[active] <= error)
         coarse, before, active = fine[on], move[on], active[on]
-    return flow.result(log_prob, spent, discretization)
+    return _Solved(log_prob, spent, discretization, lambda flow: _on_two_grids(flow, finest))
+
+
+def _on_two_grids(flow: _Flow, steps: Tensor) -> Tensor:
+    """Return the answer of `_doubling`, which ended at these steps of each sample, (B,)."""
+    order, found = [], []
+    for count in steps.unique().tolist():
+        chosen = (steps == count).nonzero().flatten()
+        part = flow.select(chosen)
+        order.append(chosen)
+        found.append(_extrapolated(part.midpoint(count)[0], part.midpoint(count // 2)[0]))
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def _extrapolated(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Return what steps of length zero would give, of a rule of second order."""
+    return fine + (fine - coarse) / 3
 
 
 def _torchdiffeq():

@@ -47,6 +47,15 @@ class Samples:
         return Samples(x, index, self.shape, conds, group)
 
 
+def check_batch(x: Tensor) -> None:
+    """Raise ValueError if x is not floating-point data of shape (B, *shape) with B >= 1."""
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
+
+
 def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module) -> Samples:
     """Return the data as rows in the dtype of the sums (float32, or float64 if x is), with every sample's index.
 
@@ -55,11 +64,7 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
             holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device, or as
             `Conditions.of`.
     """
-    if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
+    check_batch(x)
     device = model_device(model, x.device)
     if device != x.device:
         raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")

@@ -13,22 +13,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform
 
 from .density import ScoreDensity
 from .estimate import Comparison, Estimate
+from .modes import differentiable, ordinary
 from .network import model_device
+from .protocol import Density, check_density
+from .reference import Reference
+from .samples import check_batch
 from .transforms import moved
 
 FIT_BATCH = 4096
 
 
-class Transformed(nn.Module):
-    """A `ScoreDensity` seen through a bijection: log_prob, estimate, compare and fit on the user's data.
+def _of_core(name: str) -> property:
+    return property(lambda density: getattr(density.core, name), doc=f"`{name}` of the `core`.")
+
+
+class Transformed(Density):
+    """A density seen through a bijection: all that takes a `ScoreDensity` takes it, with the user's data.
 
     Arguments:
-        density: of z, the network's own data.
+        density: of z, the network's own data; a `ScoreDensity`, or a `Transformed` one to go through two bijections.
         transform: bijective, from z to the user's x, as in `torch.distributions.TransformedDistribution`; see
             `fastscore.transforms` for z-scores, logits and whitening. Its tensors move with `.to(device)`; it is
             no part of `state_dict()`, which holds the network and what `fit` found.
@@ -42,10 +50,9 @@ class Transformed(nn.Module):
         >>> Transformed(density, zscore(mean, std)).fit(train).log_prob(x)
     """
 
-    def __init__(self, density: ScoreDensity, transform: Transform):
+    def __init__(self, density: Density, transform: Transform):
         super().__init__()
-        if not isinstance(density, ScoreDensity):
-            raise TypeError(f"density must be a fastscore ScoreDensity, got {type(density).__name__}")
+        check_density(density)
         if not isinstance(transform, Transform):
             raise TypeError(
                 f"transform must be a torch.distributions Transform such as fastscore.transforms.zscore(mean, std), "
@@ -57,6 +64,15 @@ class Transformed(nn.Module):
             )
         self.density, self.transform = density, transform
 
+    model, schedule, predicts = _of_core("model"), _of_core("schedule"), _of_core("predicts")
+    nfe, log_snr_range = _of_core("nfe"), _of_core("log_snr_range")
+
+    @property
+    def core(self) -> ScoreDensity:
+        """The `ScoreDensity` of z."""
+        return self.density.core
+
+    @differentiable
     def log_prob(self, x: Tensor, **options) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
 
@@ -68,9 +84,10 @@ class Transformed(nn.Module):
             ValueError: if x lies outside the transform's range (named by sample), and as `ScoreDensity.log_prob`.
         """
         z, log_det = self.to_network(x)
-        found = self.density.log_prob(z, **options)
+        found = self.core.log_prob(z, **options)
         return (found.double() - log_det).to(found.dtype)
 
+    @ordinary
     @torch.no_grad()
     def estimate(self, x: Tensor, **options) -> Estimate:
         """Return log p(x) with its standard error; arguments as in `ScoreDensity.estimate`.
@@ -82,33 +99,33 @@ class Transformed(nn.Module):
             ValueError: as `log_prob`.
         """
         z, log_det = self.to_network(x)
-        found = self.density.estimate(z, **options)
+        found = self.core.estimate(z, **options)
         return replace(found, log_prob=(found.log_prob.double() - log_det).to(found.log_prob.dtype))
 
     def compare(self, x: Tensor, cond_a: dict, cond_b: dict, **options) -> Comparison:
         """Return log p(x | a) - log p(x | b): the determinant cancels. As in `ScoreDensity.compare`."""
-        return self.density.compare(self.to_network(x)[0], cond_a, cond_b, **options)
+        return self.core.compare(self.to_network(x)[0], cond_a, cond_b, **options)
 
     def fit(self, data: Tensor, **options) -> Transformed:
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
         # In batches through the device of the network, which the data may not fit.
-        device = model_device(self.density.model, data.device)
+        device = model_device(self.core.model, data.device)
         parts = [self.to_network(part.to(device))[0].to(data.device) for part in data.split(FIT_BATCH)]
-        self.density.fit(torch.cat(parts), **options)
+        self.core.fit(torch.cat(parts), **options)
         return self
 
+    def with_reference(self, reference: Reference | None) -> Transformed:
+        """Return the density through the same bijection with another reference of z, as `ScoreDensity` does."""
+        return Transformed(self.density.with_reference(reference), self.transform)
+
     def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z, in the dtype of x, and log|det dT/dz| in float64, shape (B,).
+        """Return z, in the dtype of x, and log|det dx/dz| in float64, shape (B,).
 
         Raises:
             ValueError: if x is not floating point (B, *shape), lies outside the transform's range or on its edge, or
                 if the transform changes the number of dimensions.
         """
-        if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
-            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"x must be a floating-point tensor of shape (B, *shape), got {got}; one sample is x[None]"
-            )
+        check_batch(x)
         self.transform = moved(self.transform, x.device)
         event = self.transform.codomain.event_dim
         if event >= x.ndim:
@@ -132,7 +149,8 @@ class Transformed(nn.Module):
                 f"outside or on its edge, first sample {first}; check the scaling, or dequantize"
             )
         log_det = self.transform.log_abs_det_jacobian(z, wide)
-        return z.to(x.dtype), log_det.to(torch.float64).reshape(len(x), -1).sum(1)
+        inner, inner_log_det = self.density.to_network(z.to(x.dtype))
+        return inner, inner_log_det + log_det.to(torch.float64).reshape(len(x), -1).sum(1)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

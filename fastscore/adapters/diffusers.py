@@ -72,6 +72,9 @@ def from_diffusers(
         sign: -1 where a flow network returns data - noise; by default as in the pipeline, 1 for another network.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the model's own input.
+
     Raises:
         TypeError: if either is something else.
         ValueError: for a model class that cannot be called with x_t and t alone; for a flow network whose convention is

@@ -35,6 +35,9 @@ def from_edm(net: nn.Module, sigma_min: float | None = None, sigma_max: float | 
             iDDPMPrecond, whose whole table counts.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the network's own images.
+
     Raises:
         TypeError: if net is not a torch module.
         ValueError: unless 0 < sigma_min < sigma_max.

@@ -64,6 +64,9 @@ def from_flow_matching(
         predicts: "flow" (velocity), "x0" (the library's x_1 prediction) or "eps" (its x_0 prediction).
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the network's own data.
+
     Raises:
         TypeError: if model is not a module, or scheduler not a scheduler.
         ValueError: for another prediction.

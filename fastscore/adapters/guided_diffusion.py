@@ -45,6 +45,9 @@ def from_guided_diffusion(model: nn.Module, diffusion: object, **options) -> Sco
         diffusion: what `create_gaussian_diffusion` returns; with a `timestep_map` only its entries are evaluated.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the network's own images.
+
     Raises:
         TypeError: if model is not a module, or diffusion something else.
         ValueError: for the mean type PREVIOUS_X.

@@ -27,6 +27,9 @@ def from_k_diffusion(denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: fl
             configuration; not used for a table.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the denoiser's own data.
+
     Raises:
         TypeError: if denoiser is not a torch module.
         ValueError: unless 0 < sigma_min < sigma_max, or if a table's sigmas do not rise.

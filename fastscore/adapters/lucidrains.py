@@ -45,6 +45,9 @@ def from_lucidrains(diffusion: nn.Module, **options) -> Transformed:
         diffusion: holds the network as `model`, its `objective`, its table and whether it normalizes.
         options: of `ScoreDensity`.
 
+    Returns:
+        `Transformed`: the density of images as the library's user has them, before its normalization.
+
     Raises:
         TypeError: if it is something else; the continuous-time and elucidated ones have no table.
         ValueError: for an unknown objective, a normalization that is neither none nor 2 x - 1, or noise that is not

@@ -65,6 +65,9 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transf
             estimator; their posterior is known up to a constant, sum_i log p(theta | x_i) - (N - 1) log p(theta).
         options: of `ScoreDensity`. The reference is by default the Gaussian that sbi standardized with.
 
+    Returns:
+        `Transformed`: the density of parameters in their own units, before the estimator's standardization.
+
     Raises:
         TypeError: if it is none of these estimators.
         ValueError: if x, or a call's condition, does not have the shape of one simulation (a sample).

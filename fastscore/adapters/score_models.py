@@ -32,6 +32,9 @@ def from_score_models(score_model: nn.Module, **options) -> ScoreDensity:
         score_model: with `sde` a VESDE or VPSDE whose time ends at T = 1.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the network's own data.
+
     Raises:
         TypeError: if it is not a ScoreModel, or its sde none of the two.
         ValueError: if T is not 1.

@@ -76,6 +76,9 @@ def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **opt
         continuous: whether it was trained on continuous times, `config.training.continuous`.
         options: of `ScoreDensity`.
 
+    Returns:
+        `ScoreDensity` of the network's own data.
+
     Raises:
         TypeError: if model is not a module, or sde none of the three.
     """

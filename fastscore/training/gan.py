@@ -22,14 +22,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..conditions import takes_conditions
-from ..density import ScoreDensity
+from ..protocol import Density, check_density
 from ..untouched import frozen
 from .losses import density_loss
 
 
 @takes_conditions
 def score_regularization(
-    density: ScoreDensity,
+    density: Density,
     x: Tensor,
     *,
     seed: int,
@@ -44,13 +44,13 @@ def score_regularization(
     Its gradient is an unbiased estimate of that of -log p(x); the score network's parameters get none.
 
     Arguments:
-        density: of a trained score network in eval mode.
+        density: of a trained score network in eval mode; `Transformed` where samples are not what it sees.
         x: generated samples, shape (B, *shape), with their graph.
         seed: key of the noise; give every step another one.
         draws, antithetic, reduction, cond, named: as in `density_loss`.
 
     Raises:
-        ValueError: as `density_loss`.
+        TypeError, ValueError: as `density_loss`.
     """
-    with frozen(density.model):
+    with frozen(check_density(density).model):
         return density_loss(density, x, seed=seed, draws=draws, antithetic=antithetic, reduction=reduction, cond=cond)

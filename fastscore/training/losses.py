@@ -27,6 +27,7 @@ from ..density import ScoreDensity
 from ..network import predict
 from ..nodes import NodeDensity
 from ..predictions import coefficients
+from ..protocol import Density, check_density
 from ..samples import Samples
 from .nodes import AdaptiveNodes
 
@@ -35,7 +36,7 @@ REDUCTIONS = ("mean", "none")
 
 @takes_conditions
 def density_loss(
-    density: ScoreDensity,
+    density: Density,
     x: Tensor,
     *,
     seed: int,
@@ -51,7 +52,7 @@ def density_loss(
     Log-SNRs are stratified over batch and draws. Outside the schedule's range the integrand counts as the reference's.
 
     Arguments:
-        density: network, schedule, nodes and reference to train with.
+        density: network, schedule, nodes and reference to train with; `Transformed` where x is not what it sees.
         x: data, shape (B, *shape).
         seed: key of the noise; give every step, and every process, another one: the step's number for instance.
         draws: noise levels a sample.
@@ -62,20 +63,23 @@ def density_loss(
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
+        TypeError: if the density is none.
         ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    samples = density.check(x, None, cond)
-    rows = _draw(samples, nodes.density if nodes is not None else density.nodes.density, seed, draws)
+    z, log_det = check_density(density).to_network(x)
+    core = density.core
+    samples = core.check(z, None, cond)
+    rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
-    difference, pull = _evaluate(density, samples, rows, signs)
+    difference, pull = _evaluate(core, samples, rows, signs)
     if nodes is not None:
         nodes.observe(rows.log_snr, pull)
     integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
-    loss = 0.5 * integral - density.reference.log_prob(samples.x).to(integral)
+    loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x)).to(integral)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -98,27 +102,25 @@ def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
     return _Rows(log_snr, 1 / nodes.density_at(log_snr), noise.normal(w[:, 1:], dtype=samples.x.dtype))
 
 
-def _evaluate(density: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _evaluate(core: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     r"""Return each row's integrand and its squared gradient with respect to the prediction, both (R,).
 
     The integrand is the mean over the signs of :math:`\|\epsilon-\hat\epsilon\|^2 - \|\epsilon-\epsilon_q\|^2`; the
     gradient is that of its half, :math:`c\,(\hat\epsilon - \epsilon)`, averaged over the signs.
     """
-    schedule, like = density.schedule, samples.x
+    schedule, like = core.schedule, samples.x
     copies = len(signs) * len(rows.log_snr) // len(samples)
     x = like.repeat(copies, 1)
     eps = torch.cat([sign * rows.eps for sign in signs])
     time = schedule.time(rows.log_snr).repeat(len(signs))
     alpha, sigma = schedule.alpha_sigma(time)
-    a, b, c = (v.to(like)[:, None] for v in coefficients(density.predicts, schedule, time))
+    a, b, c = (v.to(like)[:, None] for v in coefficients(core.predicts, schedule, time))
     x_t = alpha.to(like)[:, None] * x + sigma.to(like)[:, None] * eps
     # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
     (own,) = samples.conds
-    prediction = predict(
-        density.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, density.time_dtype
-    )[0]
+    prediction = predict(core.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, core.time_dtype)[0]
     residual = c * (a * eps + b * x - prediction)
-    control = eps - density.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device))[0]
+    control = eps - core.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device))[0]
     difference = (residual.square().sum(1) - control.square().sum(1)).reshape(len(signs), -1).mean(0)
     pull = (c * residual.detach()).unflatten(0, (len(signs), -1)).mean(0).square().sum(1)
     return difference, pull

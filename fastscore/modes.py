@@ -1,0 +1,149 @@
+"""Inference mode and the transforms of torch.func: what a public call makes of them before it computes.
+
+A density is made of autograd: traces of the ODE, checkpoints, custom operators. Inside `torch.inference_mode`, where
+the test and predict loops of trainers run, and under `torch.func` these do not work as they stand. A call therefore
+leaves inference mode, and hands torch.func an operation of its own, whose derivative comes with its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def ordinary(call: Callable) -> Callable:
+    """Let a call compute outside of inference mode: nothing that it keeps is a tensor that autograd refuses.
+
+    Gradients stay off where inference mode had them off; tensors made in inference mode are copied.
+
+    Raises:
+        ValueError: under a transform of torch.func.
+    """
+
+    @wraps(call)
+    def called(*args, **kwargs):
+        if torch._C._are_functorch_transforms_active():
+            raise ValueError(
+                f"{call.__name__} does not run under the transforms of torch.func, which take derivatives of log_prob "
+                "and probability_flow_log_prob alone; call it outside of them"
+            )
+        gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            args, kwargs = tree_map(_own, (args, kwargs))
+            return call(*args, **kwargs)
+
+    return called
+
+
+def differentiable(call: Callable) -> Callable:
+    """Let a call `(density, x, ...)`, one number a row of x, run in inference mode and under torch.func.
+
+    The number of a row depends on that row alone, so one backward pass gives the derivative of them all. It is taken
+    together with the value; torch.func.grad, vjp, jvp, jacrev, jacfwd and vmap build on it. The call returns the
+    numbers, or a NamedTuple that starts with them and whose other fields are constants.
+
+    Raises:
+        ValueError: for second derivatives, and for derivatives in anything else than x.
+    """
+    plain = ordinary(call)
+
+    @wraps(call)
+    def called(density, x, *args, **kwargs):
+        if not torch._C._are_functorch_transforms_active():
+            return plain(density, x, *args, **kwargs)
+        orders = [level.key() for level in get_interpreter_stack()]
+        order = sum(key in (TransformType.Grad, TransformType.Jvp) for key in orders)
+        if order > 1:
+            raise ValueError(
+                f"{call.__name__} has first derivatives under torch.func, got a derivative of order {order}; take "
+                "differences of the first ones"
+            )
+        others = [*density.parameters(), *density.buffers(), *tree_leaves((args, kwargs))]
+        if any(isinstance(value, Tensor) and is_functorch_wrapped_tensor(value) for value in others):
+            raise ValueError(
+                f"under torch.func {call.__name__} is a function of x alone, got a transformed parameter or condition; "
+                "use torch.autograd.grad or .backward() for those"
+            )
+        kind = None
+
+        def parts(rows: Tensor) -> tuple[Tensor, ...]:
+            nonlocal kind
+            found = plain(density, rows, *args, **kwargs)
+            kind = type(found)
+            return (found,) if isinstance(found, Tensor) else tuple(found)
+
+        value, _, *rest = _WithSlope.apply(x, parts, order > 0)
+        return kind(value, *rest) if rest else value
+
+    return called
+
+
+class _WithSlope(torch.autograd.Function):
+    """A number for each row of x with its gradient, both of which are known after the forward pass."""
+
+    @staticmethod
+    def forward(x: Tensor, parts: Callable, slope: bool) -> tuple[Tensor, ...]:
+        if not slope:
+            value, *rest = parts(x)
+            return value, torch.zeros_like(x), *rest
+        with torch.inference_mode(False), torch.enable_grad(), _saved_tensor_hooks():
+            leaf = x.detach().clone().requires_grad_()
+            value, *rest = parts(leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient, *rest
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, gradient, *rest = output
+        ctx.constants = 1 + len(rest)
+        ctx.mark_non_differentiable(gradient, *rest)
+        ctx.save_for_backward(gradient)
+        ctx.save_for_forward(gradient)
+
+    @staticmethod
+    def backward(ctx, cotangent, *_):
+        (gradient,) = ctx.saved_tensors
+        return cotangent.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        (gradient,) = ctx.saved_tensors
+        return (tangent * gradient).flatten(1).sum(1), *[None] * ctx.constants
+
+    @staticmethod
+    def vmap(info, in_dims, x, parts, slope):
+        calls = [_WithSlope.apply(each, parts, slope) for each in x.movedim(in_dims[0], 0)]
+        outputs = tuple(torch.stack(each) for each in zip(*calls))
+        return outputs, (0,) * len(outputs)
+
+
+@contextmanager
+def _saved_tensor_hooks() -> Iterator[None]:
+    """Allow checkpoints, which torch.func forbids as far as its own transforms go, for autograd inside."""
+    forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        if forbidden is not None:
+            torch._C._autograd._saved_tensors_hooks_disable(forbidden)
+
+
+def refuse_inference_weights(model: nn.Module) -> None:
+    """Raise ValueError if a network was made in inference mode, so that nothing can be differentiated through it."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_inference():
+            raise ValueError(
+                f"the network's {name!r} was made in inference mode and takes part in no derivative; build and load "
+                "the network outside of torch.inference_mode()"
+            )
+
+
+def _own(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -1,0 +1,33 @@
+"""What an adapter's docstring and annotation say that it returns is what it returns, and goes through one protocol."""
+
+import inspect
+import re
+
+import pytest
+from adapters.test_docs import ROWS, SHAPE, TARGET, objects
+
+from fastscore import adapters
+from fastscore.protocol import Density
+
+
+def stated(name):
+    """Return the class that the docstring names first under Returns."""
+    return re.search(r"Returns:\n\s+`(\w+)`", inspect.getdoc(getattr(adapters, name)))[1]
+
+
+@pytest.mark.parametrize("name", adapters.__all__)
+def test_docstring_and_annotation_agree(name):
+    assert inspect.signature(getattr(adapters, name)).return_annotation == stated(name)
+
+
+@pytest.mark.parametrize(
+    ("library", "call"), ROWS, ids=[f"{call.partition('(')[0]}-{i}" for i, (_, call) in enumerate(ROWS)]
+)
+def test_what_comes_back_is_what_is_stated(library, call):
+    density = eval(call, vars(adapters) | objects(call))
+    assert type(density).__name__ == stated(call.partition("(")[0])
+    assert isinstance(density, Density)
+    shape = (4,) if "sbi" in call else SHAPE
+    z, log_det = density.to_network(TARGET.sample(3, seed=5).reshape(-1, *shape))
+    assert (z.shape, log_det.shape) == ((3, *shape), (3,))
+    assert type(density.core).__name__ == "ScoreDensity"
