@@ -151,8 +151,8 @@ def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
     yield f"stderr          {float(result.stderr.double().mean()):.3g} nats, mean over samples"
     yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"
     yield f"seconds         {seconds:.1f}"
-    yield f"truncation      about {result.truncation:.2g} nats, the largest of a sample"
-    label = "<= {:.2g} nats" if result.method == "density" else "{:+.2g} nats from the integral"
+    yield f"truncation      {result.truncation:.2g} nats, an estimate, the largest of a sample"
+    label = "{:.2g} nats, an estimate" if result.method == "density" else "{:+.2g} nats from the integral"
     yield f"discretization  {label.format(result.discretization)}"
     yield f"written to      {options['out']}"
 

@@ -109,7 +109,7 @@ class CapturedDensity:
             self.result = self._estimate()
         else:
             self.graph.replay()
-        log_prob, stderr = self.result[0] - log_det, self.result[1].clone()
+        log_prob, stderr = self.result[0] - log_det.to(self.samples.device), self.result[1].clone()
         log_prob, stderr = log_prob.to(self.samples.x.dtype), stderr.to(self.samples.x.dtype)
         if not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")

@@ -26,7 +26,7 @@ LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
 
 
 # A schedule's end this near to the cut is the cut: endless ones state it as their `time_range`.
-_CUT = 1e-4
+_CUT = 0.01
 
 
 class Schedule:
@@ -80,8 +80,8 @@ class Schedule:
     def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
         r"""Return the range (lowest, highest) of the log-SNR for data of some scales.
 
-        A schedule that ends somewhere, as a network trained on sigma from 0.002 to 80 does, has its own range. One that
-        goes on for ever is cut where the noise hides the data, and where it no longer changes them:
+        A schedule has its own ends, as a network trained on sigma from 0.002 to 80 does. One that goes on for ever, or
+        further than the data need, is cut where the noise hides them, and where it no longer changes them:
 
         .. math:: [-14 - 2 \log s_{max},\; 16 - 2 \log s_{min}]
 
@@ -89,11 +89,9 @@ class Schedule:
             smallest, largest: standard deviations of the data in their narrowest and their widest dimension.
         """
         clean, noisy = (float(self.log_snr(_float64(t))) for t in self.time_range)
-        if abs(noisy - LOG_SNR_FLOOR) < _CUT:
-            noisy = LOG_SNR_FLOOR - 2 * math.log(largest)
-        if abs(clean - LOG_SNR_CEIL) < _CUT:
-            clean = LOG_SNR_CEIL - 2 * math.log(smallest)
-        return noisy, clean
+        lowest, highest = LOG_SNR_FLOOR - 2 * math.log(largest), LOG_SNR_CEIL - 2 * math.log(smallest)
+        noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < _CUT else max(noisy, lowest)
+        return noisy, highest if abs(clean - LOG_SNR_CEIL) < _CUT else min(clean, highest)
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))

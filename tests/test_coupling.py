@@ -57,7 +57,7 @@ def gaussian(mean, cov):
 
 
 def share(density, x, **cond):
-    return coupled_share(density.network, density._samples(x, None, cond), density.reference)
+    return coupled_share(density.network, density.check(x, None, cond), density.reference)
 
 
 NARROW = torch.eye(2) * torch.tensor([0.25, 2.25])

@@ -8,7 +8,7 @@ from mixtures import MIXTURES, ExactEps
 
 import fastscore as fs
 
-FITS, SEEDS = 5, 10
+FITS, SEEDS = 3, 10
 NFES = (16, 64, 256)
 KINDS = {"typical": 32, "between": 16, "tail": 16, "outlier": 16}
 # A continuous schedule and a table by turns.
@@ -70,16 +70,16 @@ def test_intervals_cover_and_means_are_right(name, fitted, noise, one_thread):
     covered, means = cover(name, fitted, noise)
     for nfe in NFES:
         shares = {kind: float(torch.cat(parts).double().mean()) for kind, parts in covered[nfe].items()}
-        # 800 to 1,600 intervals at 80 to 160 points: a point's 10 intervals are not independent where its integrand
+        # 480 to 960 intervals at 48 to 96 points: a point's 10 intervals are not independent where its integrand
         # has rare large values, so the share has a standard error of up to 2 %; a pilot's calibration has 1.5 % more.
         assert all(share >= 0.87 for share in shares.values()), (nfe, shares)
         assert sum(shares.values()) / len(shares) >= 0.92, (nfe, shares)
         error, stated, beyond = torch.tensor(means[nfe], dtype=torch.float64).T
-        # Three standard errors of the mean over 50 estimates, by what they state themselves.
+        # Three standard errors of the mean over 30 estimates, by what they state themselves.
         of_mean = float(stated.square().mean().sqrt()) / len(error) ** 0.5
         assert abs(float(error.mean())) < 3 * of_mean + float(beyond.mean()), (nfe, float(error.mean()), of_mean)
-        # 50 intervals of 95 %: at least 41 cover with a probability of 99.9 %.
-        assert float((error.abs() < 1.96 * stated + beyond).double().mean()) >= 0.82, nfe
+        # 30 intervals of 95 %: at least 24 cover with a probability of 99.9 %.
+        assert float((error.abs() < 1.96 * stated + beyond).double().mean()) >= 0.8, nfe
 
 
 @pytest.mark.parametrize("name", MIXTURES)

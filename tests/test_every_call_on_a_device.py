@@ -222,7 +222,8 @@ def fit_to_data_on_the_host(on):
 
 
 @row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
-     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding")  # fmt: skip
+     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding",
+     "ScoreDensity.core", "ScoreDensity.to_network")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
     samples, draws, _ = made.prepare(on(X), NFE, 0, None, None, {})
@@ -372,6 +373,14 @@ TRANSFORMS = {
         ).inv
     ),
 }
+
+
+@row("Transformed.core", "Transformed.log_snr_range", "Transformed.model", "Transformed.nfe", "Transformed.predicts",
+     "Transformed.schedule", "Transformed.with_reference")  # fmt: skip
+def parts_of_transformed(on):
+    made = fs.Transformed(of(on), transforms.zscore(0.3, 2.0)).with_reference(fs.Reference.isotropic(0.7))
+    parts = made.core.predicts, made.predicts, made.nfe, made.log_snr_range, repr(made.schedule)
+    return summary(made.estimate(on(X), nfe=NFE)), parts, type(made.model).__name__
 
 
 @row("Transformed", "Transformed.log_prob", "Transformed.estimate", "Transformed.compare", "Transformed.fit",
@@ -558,7 +567,7 @@ def from_diffusers(on):
     config = Config(prediction_type="v_prediction", num_train_timesteps=20)
     table = SimpleNamespace(config=config, alphas_cumprod=table_of())
     options = dict.fromkeys(("shift", "shift_terminal", "invert_sigmas"), None) | {"num_train_timesteps": 1000}
-    flow = named("FlowMatchEulerDiscreteScheduler", config=SimpleNamespace(**options), sigma_min=0.01)
+    flow = named("FlowMatchEulerDiscreteScheduler", config=Config(options), sigma_min=0.01)
     return [
         adapters.from_diffusers(on(net()), table, **OPTIONS),
         adapters.from_diffusers(on(net()), flow, time="t", **OPTIONS),
