@@ -200,7 +200,8 @@ class DiffusionClassifier(nn.Module):
         conditions = replace(given, per_sample=given.per_sample | own)
         # The index of the sample keys the noise: all its classes see the same.
         group = samples.group[which.cpu()]
-        paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,), group)
+        x, mask = samples.entries(which)
+        paired = Samples(x, samples.index[which], samples.shape, (conditions,), group, mask)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
         for part in evaluate(self.density.network, paired, draws, reference, chunks):
             f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)

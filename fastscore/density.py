@@ -30,6 +30,7 @@ from .conditions import Conditions, takes_conditions
 from .curve import Curve, CurveSum, ends, table_error
 from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
+from .masks import broadcast_mask, mask_rows
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .network import warn_if_training
@@ -144,6 +145,7 @@ class ScoreDensity(nn.Module):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         cond: dict | None = None,
         **named,
@@ -155,15 +157,15 @@ class ScoreDensity(nn.Module):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe, seed, sample_index, memory, cond, named: as in `estimate`.
+            nfe, seed, sample_index, mask, memory, cond, named: as in `estimate`.
 
         Raises:
             ValueError: as in `estimate`.
         """
-        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
         parts = list(self._sums(samples, draws, chunks))
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
-        log_prob = self.reference.log_prob(samples.x) + torch.cat([total for _, total in parts])[order]
+        log_prob = self.reference.log_prob(samples.x, samples.mask) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
 
     @takes_conditions
@@ -175,6 +177,7 @@ class ScoreDensity(nn.Module):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         method: str = "density",
         target_stderr: float | None = None,
         max_nfe: int = 16384,
@@ -191,6 +194,9 @@ class ScoreDensity(nn.Module):
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
+            mask: True (or 1) for the entries that count, in any shape that broadcasts to x. The others are given: the
+                density is conditional on them, the network sees x_t = x there, and its answers there are not used. A
+                keyword of the network that is itself called mask goes as `cond={"mask": ...}`.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
@@ -208,9 +214,10 @@ class ScoreDensity(nn.Module):
 
         Raises:
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
-                returns the wrong shape, NaN or inf (named by sample and log-SNR).
+                returns the wrong shape, NaN or inf (named by sample and log-SNR); if a mask does not fit x, leaves
+                nothing of a sample, or meets a reference with full covariances.
         """
-        samples = self.check(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
         if target_stderr is not None and (self.nfe if nfe is None else nfe) > max_nfe:
@@ -245,7 +252,7 @@ class ScoreDensity(nn.Module):
             nfe=spent,
             log_snr_curve=found.curve,
             discretization=offset,
-            dims=samples.x.shape[1],
+            dims=samples.dims,
             method=method,
             noise=first.noise,
             group=samples.group,
@@ -262,6 +269,7 @@ class ScoreDensity(nn.Module):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
     ) -> Comparison:
         r"""Return log p(x | a) - log p(x | b) with the standard error of the difference.
@@ -273,12 +281,12 @@ class ScoreDensity(nn.Module):
             x: data, shape (B, *shape).
             cond_a, cond_b: keyword arguments of the network.
             nfe: evaluations a sample under each condition.
-            seed, sample_index, memory: as in `estimate`.
+            seed, sample_index, mask, memory: as in `estimate`.
 
         Raises:
             ValueError: as `estimate`.
         """
-        samples = self.check(x, sample_index, cond_a, cond_b)
+        samples = self.check(x, sample_index, cond_a, cond_b, mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
         draws = Draws(make_rules(nodes, nfe, self.schedule, "density", int(seed)), "independent", int(seed))
@@ -295,6 +303,7 @@ class ScoreDensity(nn.Module):
         self,
         data: Tensor,
         *,
+        mask: Tensor | None = None,
         reference: str = "auto",
         evaluations: int = 400_000,
         seed: int = 0,
@@ -311,7 +320,8 @@ class ScoreDensity(nn.Module):
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
                 are looked at; on another device than the network, they alone go there.
-            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
+            mask: as in `estimate`, of the data.
+            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture"; with a mask the first two alone.
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
                 fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
                 independent.
@@ -321,9 +331,9 @@ class ScoreDensity(nn.Module):
             cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:
-            ValueError: for fewer than 20 samples, or an unknown kind.
+            ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
-        samples = self._chosen(data, seed, cond)
+        samples = self._chosen(data, seed, cond, mask)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -341,14 +351,20 @@ class ScoreDensity(nn.Module):
         self._row_costs.clear()
         return self
 
-    def _chosen(self, data: Tensor, seed: int, cond: dict) -> Samples:
+    def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
         if not isinstance(data, Tensor) or data.ndim < 2:
             return self.check(data, None, cond)  # raises
         chosen = choose(len(data), seed)
         here = next((p.device for p in self.model.parameters()), data.device)
-        samples = self.check(data[chosen.to(data.device)].to(here), chosen)
-        return replace(samples, conds=(Conditions.of(cond, len(data), self.model).select(chosen).to(here),))
+        x = data[chosen.to(data.device)].to(here)
+        samples = replace(
+            self.check(x, chosen), conds=(Conditions.of(cond, len(data), self.model).select(chosen).to(here),)
+        )
+        if mask is None:
+            return samples
+        counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)
+        return replace(samples, mask=mask_rows(counted, x))
 
     def with_reference(self, reference: Reference) -> ScoreDensity:
         """Return a density with the same network and nodes but another reference, and independent noise."""
@@ -379,7 +395,8 @@ class ScoreDensity(nn.Module):
         reference = control_variate(method, self.reference)
         found = _Round.empty(len(samples), len(draws), samples.x.device)
         for chosen, f, rule in evaluate(self.network, samples, draws, reference, chunks):
-            value = base(method, reference, samples.x[chosen], self.schedule) + draw_sum(f, rule)
+            x, mask = samples.entries(chosen)
+            value = base(method, reference, x, self.schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
             variance, nu = draw_variance(f, rule)
             calibration = self.nodes.calibration if draws.noise == "sobol" else uncalibrated()
@@ -387,8 +404,7 @@ class ScoreDensity(nn.Module):
             found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":
-                x = samples.x[chosen]
-                integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, density=True)
+                integral = base("density", reference, x, self.schedule, mask) + draw_sum(f, rule, density=True)
                 found.offset += float((value - integral).sum()) / len(samples)
             advance(len(f))
         return found
@@ -396,7 +412,7 @@ class ScoreDensity(nn.Module):
     def with_rounding(self, variance: Tensor, log_prob: Tensor, samples: Samples) -> Tensor:
         """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
         lo, hi = self.log_snr_range
-        size = log_prob.abs() + 0.25 * (hi - lo) * samples.x.shape[1]
+        size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
         return variance + (torch.finfo(samples.x.dtype).eps * size).square()
 
     @staticmethod
@@ -418,10 +434,17 @@ class ScoreDensity(nn.Module):
         return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
 
     def prepare(
-        self, x: Tensor, nfe: int | None, seed: int, sample_index: Tensor | None, memory: int | str | None, cond: dict
+        self,
+        x: Tensor,
+        nfe: int | None,
+        seed: int,
+        sample_index: Tensor | None,
+        memory: int | str | None,
+        cond: dict,
+        mask: Tensor | None = None,
     ) -> tuple[Samples, Draws, Chunks]:
         """Check the data and plan an estimate with method "density": arguments as in `estimate`."""
-        samples = self.check(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond, mask=mask)
         draws = self._draws(nfe, seed, samples)
         return samples, draws, self._chunks(samples, memory, len(draws))
 
@@ -447,6 +470,7 @@ class ScoreDensity(nn.Module):
             samples.x.dtype,
             torch.is_grad_enabled(),
             len(samples.conds),
+            samples.mask is not None,
             reference.flops(samples.x.shape[1]),
             tuple(program is not None for program in self.network.find_programs(samples)),
         )
@@ -462,19 +486,24 @@ class ScoreDensity(nn.Module):
             self._probed.add((samples.shape, samples.x.dtype))
             probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
-    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.
 
         Raises:
             ValueError: as `estimate` for bad data.
         """
-        samples = check_samples(x, sample_index, conds, self.model)
+        samples = check_samples(x, sample_index, conds, self.model, mask)
         self.reference = self.reference.on(samples.device)
         select(samples.x.device, samples.x.dtype, self.backend)
         own = self.reference.mean.shape[1]
         if own not in (1, samples.x.shape[1]):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
+            )
+        if self.reference.full and samples.mask is not None and not bool(samples.mask.all()):
+            raise ValueError(
+                "a mask needs a reference without full covariances, of which marginals are not known at every noise "
+                f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"
             )
         return samples
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from . import noise
 from .density import ScoreDensity
 from .estimate import Estimate
+from .masks import inside, mask_rows
 from .methods import prior_kl
 
 
@@ -98,7 +99,9 @@ class Levels:
             raise ValueError(f"levels must be 0 .. {self.bins - 1}, got {int(k.min())} .. {int(k.max())}")
 
 
-def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **options) -> Estimate:
+def discrete_log_prob(
+    density: ScoreDensity, k: Tensor, levels: Levels, *, mask: Tensor | None = None, **options
+) -> Estimate:
     r"""Return a lower bound of log P(k) in nats for levels k, with its standard error.
 
     `bits_per_dim()` of the result, without bins, is the number that papers report. The bound counts what lies outside
@@ -107,6 +110,7 @@ def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **option
     Arguments:
         density: of a network trained on `levels.values(k)`; a mixture reference is replaced by its Gaussian.
         k: levels, integer, shape (B, *shape).
+        mask: which entries count, as in `ScoreDensity.estimate`; the others are given, at their levels.
         options: as in `ScoreDensity.estimate`, but for `method`.
 
     Raises:
@@ -115,17 +119,18 @@ def discrete_log_prob(density: ScoreDensity, k: Tensor, levels: Levels, **option
     x = levels.values(k)
     gaussian = density.reference.gaussian()
     plain = density if gaussian is density.reference else density.with_reference(gaussian)
-    found = plain.estimate(x, **options)
-    flat = x.reshape(len(x), -1)
+    found = plain.estimate(x, mask=mask, **options)
+    flat, counted = x.reshape(len(x), -1), None if mask is None else mask_rows(mask, x)
     lo, hi = density.log_snr_range
-    diffusion = (found.log_prob - gaussian.log_prob(flat)) - 0.5 * gaussian.expected_integral(flat, lo, hi)
-    log_prob = reconstruction(k, levels, hi) - prior_kl(flat, lo) + diffusion
+    expected = gaussian.expected_integral(flat, lo, hi, counted)
+    diffusion = (found.log_prob - gaussian.log_prob(flat, counted)) - 0.5 * expected
+    log_prob = reconstruction(k, levels, hi, counted) - prior_kl(flat, lo, counted) + diffusion
     return replace(
         found, log_prob=log_prob.to(found.log_prob.dtype), ends=torch.zeros_like(found.ends), method="discrete_log_prob"
     )
 
 
-def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:
+def reconstruction(k: Tensor, levels: Levels, log_snr: float, mask: Tensor | None = None) -> Tensor:
     r"""Return E log P(k | x_lambda) of the discretized Gaussian decoder, nats, float64, shape (B,).
 
     The decoder gives level k the mass of N(x_lambda / alpha, sigma^2 / alpha^2) within half a level of v_k, the outer
@@ -143,5 +148,6 @@ def reconstruction(k: Tensor, levels: Levels, log_snr: float) -> Tensor:
     inner = float(weight @ (upper + torch.log1p(-torch.exp(torch.clamp(lower - upper, max=-1e-15)))))
     outer = float(weight @ upper)
     flat = k.reshape(len(k), -1)
-    edge = ((flat == 0) | (flat == levels.bins - 1)).sum(1).to(torch.float64)
-    return edge * outer + (flat.shape[1] - edge) * inner
+    edge = inside((flat == 0) | (flat == levels.bins - 1), mask).sum(1).to(torch.float64)
+    count = flat.shape[1] if mask is None else mask.sum(1)
+    return edge * outer + (count - edge) * inner

@@ -50,7 +50,8 @@ class CapturedDensity:
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
         x: data of the shape to come, (B, *shape).
-        nfe, seed, sample_index, memory, cond, named: as in `ScoreDensity.estimate`; conditions are fixed at capture.
+        nfe, seed, sample_index, mask, memory, cond, named: as in `ScoreDensity.estimate`; mask and conditions are fixed
+            at capture.
 
     Raises:
         ValueError: as `ScoreDensity.estimate`; NaN or inf is reported without the place where it arose, which only
@@ -67,6 +68,7 @@ class CapturedDensity:
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         cond: dict | None = None,
         **named,
@@ -74,7 +76,7 @@ class CapturedDensity:
         if not isinstance(density, ScoreDensity):
             raise TypeError(f"density must be a ScoreDensity, got {type(density).__name__}; wrap the network in one")
         self.density = density
-        samples, self.draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, self.draws, chunks = density.prepare(x, nfe, seed, sample_index, memory, cond, mask)
         self.samples = replace(samples, x=samples.x.clone())
         self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]
@@ -128,11 +130,12 @@ class CapturedDensity:
         network, calibration = density.network, density.nodes.calibration
         if self.draws.noise != "sobol":
             calibration = uncalibrated()
-        log_prob, variance = density.reference.log_prob(self.samples.x), torch.empty_like(self.samples.x[:, 0]).double()
+        x, mask = self.samples.x, self.samples.mask
+        log_prob, variance = density.reference.log_prob(x, mask), torch.empty_like(x[:, 0]).double()
         for group in self.groups:
             rows = group.rows.with_programs(network, self.programs, self.samples)
             for members, part in group.parts:
-                part = replace(part, x=self.samples.x[members])
+                part = replace(part, x=x[members])
                 f = draw_values(network, part, self.keys[members], rows, density.reference)
                 log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
                 spread, nu = draw_variance(f, group.rule)

@@ -23,8 +23,9 @@ from torch import Tensor
 from . import calibration, noise
 from .calibration import Replicates
 from .integrand import Draws, Network, Rows, evaluate, row_terms
+from .masks import inside
 from .memory import Chunks
-from .mixture import fit_mixture
+from .mixture import fit_diagonal, fit_mixture
 from .nodes import NodeDensity
 from .reference import Reference
 from .rules import FixedRules, Rule, make_rules
@@ -102,8 +103,11 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     """
     if kind not in KINDS:
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
-    held, train = samples.select(slice(0, held_out(len(samples)))), samples.x[held_out(len(samples)) :]
-    found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+    held, (train, mask) = samples.select(slice(0, count := held_out(len(samples)))), samples.entries(slice(count, None))
+    if mask is None:
+        found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+    else:
+        found = masked_candidates(train, mask, kind, network.schedule.data_std)
     # The range follows the data's own scale, where the schedule leaves it open.
     network = replace(network, log_snr_range=network.schedule.range_for(*found[0].scales()))
     per_sample = 2 * BINS * DRAWS_PER_BIN
@@ -137,6 +141,19 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
     if not found:
         raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
     return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+
+
+def masked_candidates(train: Tensor, mask: Tensor, kind: str, data_std: float) -> list[Reference]:
+    """Return the references that deserve a pilot where every sample has entries of its own.
+
+    Raises:
+        ValueError: for a kind whose parameters masked data do not give.
+    """
+    if kind not in ("auto", "isotropic", "diagonal"):
+        raise ValueError(f"with a mask reference must be 'auto', 'isotropic' or 'diagonal', got {kind!r}")
+    size = float((inside(train, mask).square().sum() / mask.sum()).sqrt())
+    plain = [Reference.isotropic(size).on(train.device)] if kind == "isotropic" else [fit_diagonal(train, mask)]
+    return plain + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
 
 
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
@@ -198,15 +215,18 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
 
 def odd_points(samples: Samples, seed: int) -> Samples:
     """Return samples that are not like the data: a third between two of them, a third further out than they are, and
-    a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
+    a third with noise of their own size added. Each keeps the conditions, the index and the mask of the sample that it
+    was, and all entries that its mask leaves out; what another one lacks counts as the mean."""
     generator = torch.Generator().manual_seed(seed)
-    x = samples.x
-    other = x[torch.randperm(len(x), generator=generator).to(x.device)]
-    center = x.mean(0)
-    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator).to(x)
-    made = torch.stack([(x + other) / 2, center + 1.7 * (x - center), noised])
+    x, mask = samples.x, samples.mask if samples.mask is not None else torch.ones_like(samples.x, dtype=torch.bool)
+    count = mask.sum(0).clamp(min=1)
+    center = inside(x, mask).sum(0) / count
+    off = inside(x - center, mask)
+    other = off[torch.randperm(len(x), generator=generator).to(x.device)]
+    noised = off + (off.square().sum(0) / count).sqrt() * torch.randn(x.shape, generator=generator).to(x)
+    made = center + torch.stack([(off + other) / 2, 1.7 * off, noised])
     kind = torch.arange(len(x), device=x.device) % 3
-    return replace(samples, x=made[kind, torch.arange(len(x), device=x.device)])
+    return replace(samples, x=torch.where(mask, made[kind, torch.arange(len(x), device=x.device)], x))
 
 
 def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:

@@ -18,6 +18,7 @@ RANKS = {
     "conditions": 0,
     "dataset": 0,
     "instructions": 0,
+    "masks": -1,
     "memory": 0,
     "progress": 0,
     "ranks": 0,
