@@ -79,6 +79,7 @@ RANKS = {
     "training.weights": 3,
     "training.losses": 9,
     "transformed": 9,
+    "zero_mean": 9,
     "adapters.flow_matching": 9,
     "adapters.score_models": 9,
     "adapters.diffusers": 9,
