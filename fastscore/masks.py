@@ -69,7 +69,7 @@ def mask_rows(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def summed(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sum of a value (d,), or with a mask (B, d) the sum over the entries that count of each sample, (B,)."""
+    """Return the sum of a value (d,), or with a mask (B, d) the sum over what counts of each sample, (B,)."""
     return value.sum(-1) if mask is None else mask.to(value) @ value
 
 

@@ -113,7 +113,7 @@ class ZeroMeanDensity(nn.Module):
             return (helmert(x.shape[1], x.device).mT @ x.to(torch.float64)).to(x.dtype), {"cond": merged(cond, {})}
         atoms = _atoms(mask, x)
         _check_centred(x, atoms)
-        order = (~atoms).to(torch.uint8).argsort(1, stable=True)  # the atoms first, as they come
+        order = (~atoms).to(torch.uint8).argsort(dim=1, stable=True)  # the atoms first, as they come
         ordered = inside(x, atoms[..., None]).to(torch.float64).gather(1, _along(order, x))
         counted = (torch.arange(1, x.shape[1], device=x.device) < atoms.sum(1, keepdim=True))[..., None]
         z = inside(helmert(x.shape[1], x.device).mT @ ordered, counted).to(x.dtype)
