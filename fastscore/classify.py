@@ -26,6 +26,7 @@ from .conditions import Conditions, takes_conditions
 from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
 from .integrand import Draws, evaluate
+from .masks import broadcast_mask
 from .memory import Chunks, budget_bytes
 from .nodes import FittedNodes, NodeDensity
 from .progress import progress_bar
@@ -82,6 +83,7 @@ class DiffusionClassifier(nn.Module):
         self,
         data: Tensor,
         *,
+        mask: Tensor | None = None,
         evaluations: int = 50_000,
         seed: int = 0,
         memory: int | str | None = None,
@@ -94,7 +96,7 @@ class DiffusionClassifier(nn.Module):
         Arguments:
             data: training data, shape (N, *shape); labels are not needed.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
-            seed, memory, cond, named: as in `classify`.
+            mask, seed, memory, cond, named: as in `classify`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
 
         Raises:
@@ -104,10 +106,11 @@ class DiffusionClassifier(nn.Module):
         if evaluations < each:
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
+        mask = None if mask is None else broadcast_mask(mask, data)[: len(x)]
         own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).marked()
-        options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
+        options = {"mask": mask, "seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
-        samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
+        samples, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own, mask)
         pairs = torch.stack([torch.arange(len(x)).repeat_interleave(2).to(top.device), top.flatten()], 1)
         spread = []
         for paired in (False, True):
@@ -131,6 +134,7 @@ class DiffusionClassifier(nn.Module):
         weighting: str = "density",
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         progress: bool | None = None,
         cond: dict | None = None,
@@ -146,7 +150,7 @@ class DiffusionClassifier(nn.Module):
                 classes to the end.
             weighting: "density" for the integral over log-SNR, "uniform" for the mean of ||eps - eps_hat||^2 over the
                 schedule's own time, no likelihood but the weighting of Li et al. (2023).
-            seed, sample_index, memory: as in `ScoreDensity.estimate`.
+            seed, sample_index, mask, memory: as in `ScoreDensity.estimate`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond, named: further keyword arguments of the network, the same for all classes, as in
                 `ScoreDensity.estimate`.
@@ -158,7 +162,7 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"error must lie between 0 and 1, such as 0.05, or be None; got {error}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
-        samples, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond, mask)
         sizes = [nfe] if error is None else round_sizes(nfe)
         rules = [self._rules(size, weighting, int(seed), r) for r, size in enumerate(sizes)]
         plan = _Plan(
@@ -188,7 +192,7 @@ class DiffusionClassifier(nn.Module):
             rounds.add(pairs, (-0.5 * f * weight).to(samples.x.dtype), draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
-        return rounds.result(self._common(samples.x, reference, plan.weighting), samples.x.dtype)
+        return rounds.result(self._common(samples, reference, plan.weighting), samples.x.dtype)
 
     def _integrand(
         self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks
@@ -208,7 +212,14 @@ class DiffusionClassifier(nn.Module):
         return f, weight
 
     def _prepare(
-        self, x: Tensor, nfe: int, seed: int, index: Tensor | None, memory: int | str | None, cond: dict
+        self,
+        x: Tensor,
+        nfe: int,
+        seed: int,
+        index: Tensor | None,
+        memory: int | str | None,
+        cond: dict,
+        mask: Tensor | None,
     ) -> tuple[Samples, Chunks]:
         """Check the data with the first class; half of the memory is left for the terms."""
         twice = sorted(set(cond) & set(self.classes.structure.arguments))
@@ -218,7 +229,7 @@ class DiffusionClassifier(nn.Module):
         count, device = (len(x), x.device) if isinstance(x, Tensor) and x.ndim else (0, "cpu")
         rows = replace(self.classes, per_sample={k: v.to(device) for k, v in self.classes.per_sample.items()})
         first = rows.select(torch.zeros(count, dtype=torch.long, device=device)).marked()
-        samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first)
+        samples, _, chunks = self.density.prepare(x, nfe, seed, index, memory, cond | first, mask)
         return samples, chunks._replace(rows=max(1, chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
@@ -226,12 +237,13 @@ class DiffusionClassifier(nn.Module):
             return uniform_in_time(nfe, self.density.schedule)
         return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, "density", seed, round_)
 
-    def _common(self, x: Tensor, reference: Reference, weighting: str) -> Tensor:
+    def _common(self, samples: Samples, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
         if weighting == "density":
-            return reference.log_prob(x)
+            return reference.log_prob(samples.x, samples.mask)
         rule = uniform_in_time(2 * TIME_NODES, self.density.schedule).rule
-        return -0.5 * reference.expected_residual(x, rule.log_snr.exp().to(x.device), rule.weight.to(x.device))
+        snr, weight = (v.to(samples.device) for v in (rule.log_snr.exp(), rule.weight))
+        return -0.5 * reference.expected_residual(samples.x, snr, weight, samples.mask)
 
 
 @dataclass(frozen=True)

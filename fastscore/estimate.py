@@ -75,7 +75,7 @@ class Estimate:
 
     def bits_per_dim_stderr(self) -> Tensor:
         """Return the standard error of `bits_per_dim`, shape (B,)."""
-        return self.stderr / (self.dims * math.log(2))
+        return self.stderr / self.dims / math.log(2)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""

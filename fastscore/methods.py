@@ -33,7 +33,7 @@ def base(method: str, reference: Reference, x: Tensor, schedule: Schedule, mask:
     """Return the term outside the sum, nats, float64, shape (B,); `reference` as `control_variate` gives it."""
     if method == "density":
         return reference.log_prob(x, mask)
-    d = x.shape[1] if mask is None else mask.sum(1)
+    d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
     _, log_snr = method_table(schedule)
     weight = method_weights(log_snr, method).to(x.device)
     control = reference.expected_residual(x, log_snr.exp().to(x.device), weight, mask)
@@ -47,5 +47,5 @@ def prior_kl(x: Tensor, log_snr: float, mask: Tensor | None = None) -> Tensor:
     """Return KL(N(alpha x, sigma^2) || N(0, 1)) at the noisiest step, nats, float64, shape (B,)."""
     alpha2, sigma2 = 1 / (1 + math.exp(-log_snr)), 1 / (1 + math.exp(log_snr))
     x2 = inside(x.to(torch.float64), mask).square().sum(1)
-    d = x.shape[1] if mask is None else mask.sum(1)
+    d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
     return 0.5 * (alpha2 * x2 + d * (sigma2 - 1 - math.log(sigma2)))
