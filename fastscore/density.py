@@ -82,7 +82,8 @@ class ScoreDensity(nn.Module):
         schedule: the forward process it was trained on (`fastscore.schedules`).
         predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.predictions`).
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
-        noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars and d <= 21,200.
+        noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
+            without a mask, since they were measured on whole samples.
         nfe: network evaluations a sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
@@ -323,8 +324,8 @@ class ScoreDensity(nn.Module):
             mask: as in `estimate`, of the data.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture"; with a mask the first two alone.
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
-                fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
-                independent.
+                fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
+                stays independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
@@ -399,8 +400,7 @@ class ScoreDensity(nn.Module):
             value = base(method, reference, x, self.schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
             variance, nu = draw_variance(f, rule)
-            calibration = self.nodes.calibration if draws.noise == "sobol" else uncalibrated()
-            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, calibration)
+            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, self.calibration(samples, draws))
             found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":
@@ -453,11 +453,18 @@ class ScoreDensity(nn.Module):
         if control_variate(method, self.reference) is not self.reference:
             nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
         rules = make_rules(nodes, nfe, self.schedule, method, int(seed), round_)
-        return Draws(rules, self._noise_kind(samples.x.shape[1]), int(seed), round_)
+        return Draws(rules, self._noise_kind(samples), int(seed), round_)
 
-    def _noise_kind(self, d: int) -> str:
+    def calibration(self, samples: Samples, draws: Draws) -> Tensor:
+        """Return the calibration of the error bars of some draws: what `fit` measured on whole samples, or none."""
+        measured = draws.noise == "sobol" and samples.mask is None
+        return self.nodes.calibration if measured else uncalibrated()
+
+    def _noise_kind(self, samples: Samples) -> str:
+        d = samples.x.shape[1]
         if self.noise == "auto":
-            return "sobol" if d <= SOBOL_MAX_DIM and self.nodes.calibration.numel() else "independent"
+            known = self.nodes.calibration.numel() and samples.mask is None
+            return "sobol" if d <= SOBOL_MAX_DIM and known else "independent"
         if self.noise == "sobol" and d > SOBOL_MAX_DIM:
             raise ValueError(f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {d}; use noise='independent'")
         return self.noise
@@ -477,7 +484,7 @@ class ScoreDensity(nn.Module):
         if key not in self._row_costs:
             self._row_costs[key] = cost_of_row(self.network, samples, reference)
             self._probe(samples)
-        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
+        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
     def _probe(self, samples: Samples) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .calibration import calibrated, uncalibrated
+from .calibration import calibrated
 from .conditions import takes_conditions
 from .density import ScoreDensity
 from .integrand import Rows, draw_values
@@ -127,9 +127,7 @@ class CapturedDensity:
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         density = self.density
-        network, calibration = density.network, density.nodes.calibration
-        if self.draws.noise != "sobol":
-            calibration = uncalibrated()
+        network, calibration = density.network, density.calibration(self.samples, self.draws)
         x, mask = self.samples.x, self.samples.mask
         log_prob, variance = density.reference.log_prob(x, mask), torch.empty_like(x[:, 0]).double()
         for group in self.groups:

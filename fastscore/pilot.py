@@ -116,6 +116,8 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         nodes = NodeDensity.uniform(*network.log_snr_range)
         return Fitted(found[0], nodes, calibration.uncalibrated())
     fitted = pilot(network, held.select(slice(0, count)), found, plan)
+    if mask is not None:  # masks differ, and so does what low-discrepancy noise gains
+        return fitted
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
     count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
     if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
@@ -215,18 +217,15 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
 
 def odd_points(samples: Samples, seed: int) -> Samples:
     """Return samples that are not like the data: a third between two of them, a third further out than they are, and
-    a third with noise of their own size added. Each keeps the conditions, the index and the mask of the sample that it
-    was, and all entries that its mask leaves out; what another one lacks counts as the mean."""
+    a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
     generator = torch.Generator().manual_seed(seed)
-    x, mask = samples.x, samples.mask if samples.mask is not None else torch.ones_like(samples.x, dtype=torch.bool)
-    count = mask.sum(0).clamp(min=1)
-    center = inside(x, mask).sum(0) / count
-    off = inside(x - center, mask)
-    other = off[torch.randperm(len(x), generator=generator).to(x.device)]
-    noised = off + (off.square().sum(0) / count).sqrt() * torch.randn(x.shape, generator=generator).to(x)
-    made = center + torch.stack([(off + other) / 2, 1.7 * off, noised])
+    x = samples.x
+    other = x[torch.randperm(len(x), generator=generator).to(x.device)]
+    center = x.mean(0)
+    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator).to(x)
+    made = torch.stack([(x + other) / 2, center + 1.7 * (x - center), noised])
     kind = torch.arange(len(x), device=x.device) % 3
-    return replace(samples, x=torch.where(mask, made[kind, torch.arange(len(x), device=x.device)], x))
+    return replace(samples, x=made[kind, torch.arange(len(x), device=x.device)])
 
 
 def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
