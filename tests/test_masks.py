@@ -1,6 +1,8 @@
 """Masks: the density of some entries given the others, each sample with entries of its own."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import fastscore as fs
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEDULE = fs.LogSNR(-12, 12)
+PAGE = Path(__file__).parent.parent / "docs" / "masks.md"
 
 
 def _draw(*shape, seed=0):
@@ -121,6 +124,14 @@ def test_the_network_sees_the_others_as_they_are():
         [torch.distributions.MultivariateNormal(*conditional(cov, p, k)).log_prob(p[~k]) for p, k in zip(x, given)]
     )
     assert_covers(found.log_prob, truth, found.stderr)
+    losses = torch.stack(
+        [fs.density_loss(exact, x, mask=~given, seed=s, reduction="none", given=given) for s in range(100)]
+    )
+    assert_covers(losses.mean(0), -truth, losses.std(0) / 10)
+    # A generator's loss is the same number.
+    y = x.clone().requires_grad_()
+    term = fs.score_regularization(exact, y, mask=~given, seed=3, antithetic=False, given=given)
+    assert float(term.detach()) == float(losses[3].mean())
 
 
 def test_padded_sequences_are_what_each_is_by_itself():
@@ -404,3 +415,22 @@ def test_full_covariances_are_refused_unless_everything_counts():
 def test_the_ode_refuses_a_mask():
     with pytest.raises(ValueError, match="the ODE moves all entries of x and takes no mask"):
         fs.probability_flow_log_prob(density(), X, mask=MASK, cond=seen(MASK))
+
+
+def test_the_page_s_blocks_run():
+    class Padded(nn.Module):
+        def forward(self, x, t, lengths=None, mask=None, node_mask=None):
+            assert lengths is None or len(lengths) == len(x)
+            return x
+
+    atoms = torch.arange(4) < torch.tensor([[3], [4]])
+    positions = torch.randn(2, 4, 3) * atoms[..., None]
+    positions -= positions.sum(1, keepdim=True) / atoms.sum(1)[:, None, None] * atoms[..., None]
+    names = {"imputer": Padded(), "sequences": Padded(), "egnn": Padded(), "step": 1, "atoms": atoms}
+    names |= {"x": torch.randn(3, 4), "missing": torch.eye(3, 4) > 0, "padded": torch.randn(3, 5, 2)}
+    names |= {"positions": positions}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["result"].dims.tolist() == [10, 4, 8]
+    assert names["found"].dims.tolist() == [6, 9]
+    assert bool(torch.isfinite(names["loss"]))
