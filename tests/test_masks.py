@@ -289,6 +289,18 @@ def test_the_loss_is_the_density_on_average():
         assert_covers(losses.mean(0), -marginal(MIXTURE, X, MASK), error)
 
 
+def test_the_loss_shows_the_others_as_they_are():
+    class Recording(nn.Module):
+        def forward(self, x, t, there):
+            self.others = x[~there]
+            return torch.zeros_like(x)
+
+    net, x = Recording(), torch.where(MASK, X, 5.0)
+    fs.density_loss(fs.ScoreDensity(net, SCHEDULE), x, mask=MASK, seed=0, draws=3, antithetic=True, there=MASK)
+    assert len(net.others) == 6 * int((~MASK).sum())
+    assert bool((net.others == 5).all())
+
+
 def test_a_difference_of_conditions():
     a, b = (masked_and(shift) for shift in (0.0, 0.4))
     found = density().compare(X, a, b, mask=MASK, nfe=512)
