@@ -106,8 +106,8 @@ class NegativeLogLikelihood(Metric):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
-        value, stderr = self._in_unit(replace(found, log_prob=found.log_prob.to(self.total)))
-        sums = GroupSums.of(value, found.group)
+        value, stderr = self._in_unit(replace(found, log_prob=found.log_prob.double()))
+        sums = GroupSums.of(value.to(self.total), found.group)
         self.count += sums.count
         self.total += sums.total
         self.squares += sums.squares
@@ -156,6 +156,8 @@ class NegativeLogLikelihood(Metric):
 
 class BitsPerDim(NegativeLogLikelihood):
     """Mean bits per dimension with its standard errors, over all samples of all processes.
+
+    With masks a sample's bits are divided by its own number of entries, and the mean is over samples.
 
     Arguments:
         density, nfe, seed, options: as in `NegativeLogLikelihood`.
