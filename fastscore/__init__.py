@@ -19,6 +19,7 @@ from .training.losses import density_loss
 from .training.nodes import AdaptiveNodes
 from .training.weights import density_weights, elbo_weights
 from .transformed import Transformed
+from .zero_mean import ZeroMeanDensity
 
 __version__ = version("fastscore")
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Schedule",
     "ScoreDensity",
     "Transformed",
+    "ZeroMeanDensity",
     "density_loss",
     "density_weights",
     "discrete_log_prob",

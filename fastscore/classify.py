@@ -27,6 +27,7 @@ from .density import ScoreDensity
 from .elimination import Classification, Rounds, round_sizes
 from .host import as_tensor
 from .integrand import Draws, evaluate
+from .masks import broadcast_mask
 from .memory import Chunks, budget_bytes
 from .modes import ordinary
 from .network import model_device
@@ -86,6 +87,7 @@ class DiffusionClassifier(nn.Module):
         self,
         data: Tensor,
         *,
+        mask: Tensor | None = None,
         evaluations: int = 50_000,
         seed: int = 0,
         memory: int | str | None = None,
@@ -99,7 +101,7 @@ class DiffusionClassifier(nn.Module):
             data: training data, shape (N, *shape); labels are not needed. They may lie on the CPU while the network is
                 on a GPU, as in `ScoreDensity.fit`.
             evaluations: bound of the network evaluations to spend; the first samples that it allows are used.
-            seed, memory, cond, named: as in `classify`.
+            mask, seed, memory, cond, named: as in `classify`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
 
         Raises:
@@ -110,10 +112,11 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
         x = x.to(model_device(self.density.model, x.device))
+        mask = None if mask is None else broadcast_mask(mask, data)[: len(x)].to(x.device)
         own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).to(x.device).marked()
-        options = {"seed": seed, "memory": memory, "progress": progress, "cond": own}
+        options = {"mask": mask, "seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
-        samples, _, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own)
+        samples, _, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own, mask)
         pairs = torch.stack([torch.arange(2 * len(x), device=top.device) // 2, top.flatten()], 1)
         spread = []
         for paired in (False, True):
@@ -138,6 +141,7 @@ class DiffusionClassifier(nn.Module):
         weighting: str = "density",
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         progress: bool | None = None,
         cond: dict | None = None,
@@ -153,7 +157,7 @@ class DiffusionClassifier(nn.Module):
                 classes to the end.
             weighting: "density" for the integral over log-SNR, "uniform" for the mean of ||eps - eps_hat||^2 over the
                 schedule's own time, no likelihood but the weighting of Li et al. (2023).
-            seed, sample_index, memory: as in `ScoreDensity.estimate`.
+            seed, sample_index, mask, memory: as in `ScoreDensity.estimate`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond, named: further keyword arguments of the network, the same for all classes, as in
                 `ScoreDensity.estimate`.
@@ -165,7 +169,7 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"error must lie between 0 and 1, such as 0.05, or be None; got {error}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
-        samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond, mask)
         sizes = [nfe] if error is None else round_sizes(nfe)
         rules = [self._rules(size, weighting, int(seed), r) for r, size in enumerate(sizes)]
         plan = _Plan(
@@ -197,7 +201,7 @@ class DiffusionClassifier(nn.Module):
             rounds.add(pairs, (-0.5 * f * weight).to(samples.x.dtype), draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
-        return rounds.result(self._common(samples.x, log_det, reference, plan.weighting), samples.x.dtype)
+        return rounds.result(self._common(samples, log_det, reference, plan.weighting), samples.x.dtype)
 
     def _integrand(
         self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks
@@ -209,23 +213,31 @@ class DiffusionClassifier(nn.Module):
         conditions = replace(given, per_sample=given.per_sample | own)
         # The index of the sample keys the noise: all its classes see the same.
         group = samples.group[which.cpu()]
-        paired = Samples(samples.x[which], samples.index[which], samples.shape, (conditions,), group)
+        x, mask = samples.entries(which)
+        paired = Samples(x, samples.index[which], samples.shape, (conditions,), group, mask)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
         for part in evaluate(self.density.core.network, paired, draws, reference, chunks):
             f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)
         return f, weight
 
     def _prepare(
-        self, x: Tensor, nfe: int, seed: int, index: Tensor | None, memory: int | str | None, cond: dict
+        self,
+        x: Tensor,
+        nfe: int,
+        seed: int,
+        index: Tensor | None,
+        memory: int | str | None,
+        cond: dict,
+        mask: Tensor | None,
     ) -> tuple[Samples, Tensor, Chunks]:
         """Check the data with the first class; return what the network sees, log|det dx/dz|, and half of the memory."""
         twice = sorted(set(cond) & set(self.classes.structure.arguments))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
-        z, log_det = self.density.to_network(x)
+        z, log_det = self.density.to_network(x, mask)
         rows = replace(self.classes, per_sample={k: v.to(z.device) for k, v in self.classes.per_sample.items()})
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
-        samples, _, chunks = self.density.core.prepare(z, nfe, seed, index, memory, cond | first)
+        samples, _, chunks = self.density.core.prepare(z, nfe, seed, index, memory, cond | first, mask)
         return samples, log_det, chunks._replace(rows=max(1, chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
@@ -233,12 +245,13 @@ class DiffusionClassifier(nn.Module):
             return uniform_in_time(nfe, self.density.schedule)
         return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, "density", seed, round_)
 
-    def _common(self, x: Tensor, log_det: Tensor, reference: Reference, weighting: str) -> Tensor:
+    def _common(self, samples: Samples, log_det: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
         if weighting == "density":
-            return reference.log_prob(x) - log_det
+            return reference.log_prob(samples.x, samples.mask) - log_det
         rule = uniform_in_time(2 * TIME_NODES, self.density.schedule).rule
-        return -0.5 * reference.expected_residual(x, rule.log_snr.exp().to(x.device), rule.weight.to(x.device))
+        snr, weight = (v.to(samples.device) for v in (rule.log_snr.exp(), rule.weight))
+        return -0.5 * reference.expected_residual(samples.x, snr, weight, samples.mask)
 
 
 @dataclass(frozen=True)

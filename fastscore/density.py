@@ -34,6 +34,7 @@ from .curve import Curve, CurveSum, ends, table_error
 from .degenerate import warn_if_degenerate
 from .estimate import Comparison, Estimate
 from .integrand import Draws, Network, cost_of_row, evaluate
+from .masks import broadcast_mask, mask_rows
 from .memory import Chunks, plan_chunks
 from .methods import base, control_variate
 from .modes import differentiable, ordinary, refuse_inference_weights
@@ -87,7 +88,8 @@ class ScoreDensity(Density):
         schedule: the forward process it was trained on (`fastscore.schedules`).
         predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.predictions`).
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
-        noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars and d <= 21,200.
+        noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
+            without a mask, since they were measured on whole samples.
         nfe: network evaluations a sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
@@ -147,7 +149,7 @@ class ScoreDensity(Density):
         """Itself: the network's data are the user's."""
         return self
 
-    def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def to_network(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x itself, and a log-determinant of zero, float64, shape (B,)."""
         check_batch(x)
         return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -161,6 +163,7 @@ class ScoreDensity(Density):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         cond: dict | None = None,
         **named,
@@ -173,17 +176,17 @@ class ScoreDensity(Density):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe, seed, sample_index, memory, cond, named: as in `estimate`.
+            nfe, seed, sample_index, mask, memory, cond, named: as in `estimate`.
 
         Raises:
             ValueError: as in `estimate`; for second derivatives, and for others than those in x, under torch.func.
         """
         if torch.is_grad_enabled():
             refuse_inference_weights(self.model)
-        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond)
+        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
         parts = list(self._sums(samples, draws, chunks))
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
-        log_prob = self.reference.log_prob(samples.x) + torch.cat([total for _, total in parts])[order]
+        log_prob = self.reference.log_prob(samples.x, samples.mask) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
 
     @takes_conditions
@@ -196,6 +199,7 @@ class ScoreDensity(Density):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         method: str = "density",
         target_stderr: float | None = None,
         max_nfe: int = 16384,
@@ -212,6 +216,9 @@ class ScoreDensity(Density):
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
+            mask: True (or 1) for the entries that count, in any shape that broadcasts to x. The others are given: the
+                density is conditional on them, the network sees x_t = x there, and its answers there are not used. A
+                keyword of the network that is itself called mask goes as `cond={"mask": ...}`.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
@@ -229,9 +236,10 @@ class ScoreDensity(Density):
 
         Raises:
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
-                returns the wrong shape, NaN or inf (named by sample and log-SNR).
+                returns the wrong shape, NaN or inf (named by sample and log-SNR); if a mask does not fit x, leaves
+                nothing of a sample, or meets a reference with full covariances.
         """
-        samples = self.check(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
         if target_stderr is not None and (self.nfe if nfe is None else nfe) > max_nfe:
@@ -267,7 +275,7 @@ class ScoreDensity(Density):
             nfe=spent,
             log_snr_curve=found.curve,
             discretization=offset,
-            dims=samples.x.shape[1],
+            dims=samples.dims,
             method=method,
             noise=first.noise,
             group=samples.group,
@@ -285,6 +293,7 @@ class ScoreDensity(Density):
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
     ) -> Comparison:
         r"""Return log p(x | a) - log p(x | b) with the standard error of the difference.
@@ -296,12 +305,12 @@ class ScoreDensity(Density):
             x: data, shape (B, *shape).
             cond_a, cond_b: keyword arguments of the network.
             nfe: evaluations a sample under each condition.
-            seed, sample_index, memory: as in `estimate`.
+            seed, sample_index, mask, memory: as in `estimate`.
 
         Raises:
             ValueError: as `estimate`.
         """
-        samples = self.check(x, sample_index, cond_a, cond_b)
+        samples = self.check(x, sample_index, cond_a, cond_b, mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
         draws = Draws(make_rules(nodes, nfe, self.schedule, "density", int(seed)), "independent", int(seed))
@@ -319,6 +328,7 @@ class ScoreDensity(Density):
         self,
         data: Tensor,
         *,
+        mask: Tensor | None = None,
         reference: str = "auto",
         evaluations: int = 400_000,
         seed: int = 0,
@@ -335,20 +345,22 @@ class ScoreDensity(Density):
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
                 are looked at; on another device than the network, they alone go there.
-            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture".
+            mask: as in `estimate`, of the data.
+            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture"; with a mask the first two alone.
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
-                fitted, below about 90,000, or with fewer than 80 samples, the noise is not calibrated and stays
-                independent.
+                fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
+                stays independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
             cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:
-            ValueError: for fewer than 20 samples, or an unknown kind.
+            ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
-        samples = self._chosen(data, seed, cond)
-        warn_if_degenerate(samples.x, self.schedule)
+        samples = self._chosen(data, seed, cond, mask)
+        if mask is None:
+            warn_if_degenerate(samples.x, self.schedule)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -366,16 +378,20 @@ class ScoreDensity(Density):
         self._row_costs.clear()
         return self
 
-    def _chosen(self, data: Tensor, seed: int, cond: dict) -> Samples:
+    def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
         if not isinstance(data, Tensor) or data.ndim < 2:
             return self.check(data, None, cond)  # raises
         chosen = choose(len(data), seed)
         here = model_device(self.model, data.device)
+        x = data[chosen.to(data.device)].to(here)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here)
-        samples = replace(self.check(data[chosen.to(data.device)].to(here), chosen), conds=(given,))
+        samples = replace(self.check(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
-        return samples
+        if mask is None:
+            return samples
+        counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)
+        return replace(samples, mask=mask_rows(counted, x))
 
     def with_reference(self, reference: Reference | None) -> ScoreDensity:
         """Return a density with the same network and nodes but another reference, and independent noise.
@@ -410,16 +426,15 @@ class ScoreDensity(Density):
         reference = control_variate(method, self.reference)
         found = _Round.empty(len(samples), len(draws), samples.x.device)
         for chosen, f, rule in evaluate(self.network, samples, draws, reference, chunks):
-            value = base(method, reference, samples.x[chosen], self.schedule) + draw_sum(f, rule)
+            x, mask = samples.entries(chosen)
+            value = base(method, reference, x, self.schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
             variance, nu = draw_variance(f, rule)
-            calibration = self.nodes.calibration if draws.noise == "sobol" else uncalibrated()
-            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, calibration)
+            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, self.calibration(samples, draws))
             found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":
-                x = samples.x[chosen]
-                integral = base("density", reference, x, self.schedule) + draw_sum(f, rule, density=True)
+                integral = base("density", reference, x, self.schedule, mask) + draw_sum(f, rule, density=True)
                 found.offset += float((value - integral).sum()) / len(samples)
             advance(len(f))
         return found
@@ -427,7 +442,7 @@ class ScoreDensity(Density):
     def with_rounding(self, variance: Tensor, log_prob: Tensor, samples: Samples) -> Tensor:
         """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
         lo, hi = self.log_snr_range
-        size = log_prob.abs() + 0.25 * (hi - lo) * samples.x.shape[1]
+        size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
         return variance + (torch.finfo(samples.x.dtype).eps * size).square()
 
     @staticmethod
@@ -449,10 +464,17 @@ class ScoreDensity(Density):
         return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
 
     def prepare(
-        self, x: Tensor, nfe: int | None, seed: int, sample_index: Tensor | None, memory: int | str | None, cond: dict
+        self,
+        x: Tensor,
+        nfe: int | None,
+        seed: int,
+        sample_index: Tensor | None,
+        memory: int | str | None,
+        cond: dict,
+        mask: Tensor | None = None,
     ) -> tuple[Samples, Draws, Chunks]:
         """Check the data and plan an estimate with method "density": arguments as in `estimate`."""
-        samples = self.check(x, sample_index, cond)
+        samples = self.check(x, sample_index, cond, mask=mask)
         draws = self._draws(nfe, seed, samples)
         return samples, draws, self._chunks(samples, memory, len(draws))
 
@@ -461,11 +483,18 @@ class ScoreDensity(Density):
         if control_variate(method, self.reference) is not self.reference:
             nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
         rules = make_rules(nodes, nfe, self.schedule, method, int(seed), round_)
-        return Draws(rules, self._noise_kind(samples.x.shape[1]), int(seed), round_)
+        return Draws(rules, self._noise_kind(samples), int(seed), round_)
 
-    def _noise_kind(self, d: int) -> str:
+    def calibration(self, samples: Samples, draws: Draws) -> Tensor:
+        """Return the calibration of the error bars of some draws: what `fit` measured on whole samples, or none."""
+        measured = draws.noise == "sobol" and samples.mask is None
+        return self.nodes.calibration if measured else uncalibrated()
+
+    def _noise_kind(self, samples: Samples) -> str:
+        d = samples.x.shape[1]
         if self.noise == "auto":
-            return "sobol" if d <= SOBOL_MAX_DIM and self.nodes.calibration.numel() else "independent"
+            known = self.nodes.calibration.numel() and samples.mask is None
+            return "sobol" if d <= SOBOL_MAX_DIM and known else "independent"
         if self.noise == "sobol" and d > SOBOL_MAX_DIM:
             raise ValueError(f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {d}; use noise='independent'")
         return self.noise
@@ -478,13 +507,14 @@ class ScoreDensity(Density):
             samples.x.dtype,
             torch.is_grad_enabled(),
             len(samples.conds),
+            samples.mask is not None,
             reference.flops(samples.x.shape[1]),
             tuple(program is not None for program in self.network.find_programs(samples)),
         )
         if key not in self._row_costs:
             self._row_costs[key] = cost_of_row(self.network, samples, reference)
             self._probe(samples)
-        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples.x.shape[1]) == "sobol" else 0
+        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
     def _middle(self) -> Tensor:
@@ -498,13 +528,13 @@ class ScoreDensity(Density):
             self._probed.add((samples.shape, samples.x.dtype))
             probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
-    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict) -> Samples:
+    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.
 
         Raises:
             ValueError: as `estimate` for bad data.
         """
-        samples = check_samples(x, sample_index, conds, self.model)
+        samples = check_samples(x, sample_index, conds, self.model, mask)
         self.reference = self.reference.on(samples.device)
         if isinstance(self.model, Constants):
             self.model.follow(samples.device)
@@ -515,6 +545,11 @@ class ScoreDensity(Density):
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
         refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
+        if self.reference.full and samples.mask is not None and not bool(samples.mask.all()):
+            raise ValueError(
+                "a mask needs a reference without full covariances, of which marginals are not known at every noise "
+                f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"
+            )
         return samples
 
     def extra_repr(self) -> str:

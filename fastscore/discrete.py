@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import noise
 from .estimate import Estimate
+from .masks import inside, mask_rows
 from .methods import prior_kl
 from .protocol import Density, check_density
 
@@ -100,7 +101,9 @@ class Levels:
             raise ValueError(f"levels must be 0 .. {self.bins - 1}, got {int(k.min())} .. {int(k.max())}")
 
 
-def discrete_log_prob(density: Density, k: Tensor, levels: Levels, **options) -> Estimate:
+def discrete_log_prob(
+    density: Density, k: Tensor, levels: Levels, *, mask: Tensor | None = None, **options
+) -> Estimate:
     r"""Return a lower bound of log P(k) in nats for levels k, with its standard error.
 
     `bits_per_dim()` of the result, without bins, is the number that papers report. The bound counts what lies outside
@@ -110,6 +113,7 @@ def discrete_log_prob(density: Density, k: Tensor, levels: Levels, **options) ->
         density: of a network trained on `levels.values(k)`, or on an affine map of each element of them
             (`Transformed`); a mixture reference is replaced by its Gaussian.
         k: levels, integer, shape (B, *shape).
+        mask: which entries count, as in `ScoreDensity.estimate`; the others are given, at their levels.
         options: as in `ScoreDensity.estimate`, but for `method`.
 
     Raises:
@@ -121,12 +125,13 @@ def discrete_log_prob(density: Density, k: Tensor, levels: Levels, **options) ->
     core = density.core
     single = core.reference.components == 1
     plain = core if single else core.with_reference(core.reference.gaussian())
-    found = plain.estimate(z, **options)
+    found = plain.estimate(z, mask=mask, **options)
     gaussian = plain.reference  # on the device of the data by now
-    flat = z.reshape(len(z), -1)
+    flat, counted = z.reshape(len(z), -1), None if mask is None else mask_rows(mask, z)
     lo, hi = core.log_snr_range
-    diffusion = (found.log_prob - gaussian.log_prob(flat)) - 0.5 * gaussian.expected_integral(flat, lo, hi)
-    log_prob = reconstruction(k, levels, hi, width) - prior_kl(flat, lo) + diffusion
+    expected = gaussian.expected_integral(flat, lo, hi, counted)
+    diffusion = (found.log_prob - gaussian.log_prob(flat, counted)) - 0.5 * expected
+    log_prob = reconstruction(k, levels, hi, width, counted) - prior_kl(flat, lo, counted) + diffusion
     return replace(
         found, log_prob=log_prob.to(found.log_prob.dtype), ends=torch.zeros_like(found.ends), method="discrete_log_prob"
     )
@@ -159,7 +164,9 @@ def _as_the_network_saw(density: Density, k: Tensor, levels: Levels) -> tuple[Te
     return z.to(torch.float32), step.abs()
 
 
-def reconstruction(k: Tensor, levels: Levels, log_snr: float, width: Tensor | None = None) -> Tensor:
+def reconstruction(
+    k: Tensor, levels: Levels, log_snr: float, width: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     r"""Return E log P(k | x_lambda) of the discretized Gaussian decoder, nats, float64, shape (B,).
 
     The decoder gives level k the mass of N(x_lambda / alpha, sigma^2 / alpha^2) within half a level of v_k, the outer
@@ -170,6 +177,7 @@ def reconstruction(k: Tensor, levels: Levels, log_snr: float, width: Tensor | No
 
     Arguments:
         width: Delta of each element as the network sees it, shape (d,), that of `levels` by default.
+        mask: which elements count, bool, shape (B, d); all by default.
     """
     flat = k.reshape(len(k), -1)
     edge = (flat == 0) | (flat == levels.bins - 1)
@@ -182,7 +190,7 @@ def reconstruction(k: Tensor, levels: Levels, log_snr: float, width: Tensor | No
         torch.stack(each).to(k.device)[kind]
         for each in zip(*(_log_mass(one / 2 * math.exp(log_snr / 2)) for one in kinds.tolist()))
     )
-    return torch.where(edge, outer, inner).sum(1)
+    return inside(torch.where(edge, outer, inner), mask).sum(1)
 
 
 def _log_mass(half: float) -> tuple[Tensor, Tensor]:

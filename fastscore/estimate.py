@@ -33,7 +33,7 @@ class Estimate:
         discretization: for method "density" an estimate of the trapezoid rule's error over a table, in nats, averaged
             over the batch; zero on a continuous schedule, where nodes have no bias and their error is in `stderr`. For
             "discrete" and "elbo" their difference to the integral on the same evaluations.
-        dims: dimensions d of a sample.
+        dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
         group: which samples share their nodes, int64 in 0 .. 15, shape (B,); see `fastscore.rules`.
@@ -45,7 +45,7 @@ class Estimate:
     nfe: Tensor
     log_snr_curve: Curve
     discretization: float
-    dims: int
+    dims: int | Tensor
     method: str
     noise: str
     group: Tensor
@@ -69,13 +69,13 @@ class Estimate:
         Discrete data with `bins` levels, dequantized by x = low + Delta (level + u), u uniform in [0, 1), has the
         log-probability log p(x) + d log Delta (in expectation over u, a lower bound): for 8-bit data in [-1, 1)
         Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
-        rate, which may be negative and depends on the units of x.
+        rate, which may be negative and depends on the units of x. With a mask d is each sample's own.
         """
         return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
 
     def bits_per_dim_stderr(self) -> Tensor:
         """Return the standard error of `bits_per_dim`, shape (B,)."""
-        return self.stderr / (self.dims * math.log(2))
+        return self.stderr / self.dims / math.log(2)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
@@ -96,9 +96,11 @@ class Estimate:
 
     def __repr__(self):
         mean, error = self.mean()
+        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
+        dims = f"{most}" if least == most else f"{least} to {most}"
         nfe = float(self.nfe.double().mean())
         return (
-            f"Estimate({len(self.log_prob)} samples, {self.dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
+            f"Estimate({len(self.log_prob)} samples, {dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
             f"stderr {float(self.stderr.mean()):.2g} a sample, {nfe:.0f} evaluations a sample, "
             f"truncation about {self.truncation:.2g})"
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .calibration import calibrated, uncalibrated
+from .calibration import calibrated
 from .conditions import takes_conditions
 from .integrand import Rows, draw_values
 from .modes import ordinary
@@ -51,7 +51,8 @@ class CapturedDensity:
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
         x: data of the shape to come, (B, *shape).
-        nfe, seed, sample_index, memory, cond, named: as in `ScoreDensity.estimate`; conditions are fixed at capture.
+        nfe, seed, sample_index, mask, memory, cond, named: as in `ScoreDensity.estimate`; mask and conditions are fixed
+            at capture.
 
     Raises:
         TypeError: if the density is none.
@@ -70,13 +71,14 @@ class CapturedDensity:
         nfe: int | None = None,
         seed: int = 0,
         sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
         memory: int | str | None = None,
         cond: dict | None = None,
         **named,
     ):
-        z, _ = check_density(density).to_network(x)
-        self.density, self.core, self.shape = density, density.core, x.shape
-        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond)
+        z, _ = check_density(density).to_network(x, mask)
+        self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
+        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
         self.samples = replace(samples, x=samples.x.clone())
         self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]
@@ -97,7 +99,7 @@ class CapturedDensity:
                 f"this graph takes x of shape {tuple(self.shape)}, got {tuple(x.shape)}; capture another for another "
                 "shape"
             )
-        z, log_det = self.density.to_network(x)
+        z, log_det = self.density.to_network(x, self.mask)
         self.samples.x.copy_(z.reshape(len(z), -1))
         if seed is not None and seed != self.seed:
             self.seed = seed
@@ -130,14 +132,13 @@ class CapturedDensity:
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         density = self.core
-        network, calibration = density.network, density.nodes.calibration
-        if self.draws.noise != "sobol":
-            calibration = uncalibrated()
-        log_prob, variance = density.reference.log_prob(self.samples.x), torch.empty_like(self.samples.x[:, 0]).double()
+        network, calibration = density.network, density.calibration(self.samples, self.draws)
+        x, mask = self.samples.x, self.samples.mask
+        log_prob, variance = density.reference.log_prob(x, mask), torch.empty_like(x[:, 0]).double()
         for group in self.groups:
             rows = group.rows.with_programs(network, self.programs, self.samples)
             for members, part in group.parts:
-                part = replace(part, x=self.samples.x[members])
+                part = replace(part, x=x[members])
                 f = draw_values(network, part, self.keys[members], rows, density.reference)
                 log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
                 spread, nu = draw_variance(f, group.rule)

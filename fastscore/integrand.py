@@ -2,7 +2,8 @@ r"""The integrand of the density formula, minus its reference, at the draws of a
 
 .. math:: f_{bs} = \|\epsilon - \hat\epsilon(x_\lambda)\|^2 - \|\epsilon - \epsilon_q(x_\lambda)\|^2
 
-with the same noised rows for both terms; a paired draw averages f over eps and -eps. Rows are evaluated in chunks
+with the same noised rows for both terms; a paired draw averages f over eps and -eps. With a mask, both norms are over
+the entries that count, and x_t = x elsewhere. Rows are evaluated in chunks
 that fit the memory budget, and what leaves a chunk is one number a draw: nothing of size B x S x d is ever stored.
 """
 
@@ -23,6 +24,7 @@ from .backends.select import implementation, runnable
 from .backends.task import Task
 from .conditions import Conditions
 from .instructions import encode
+from .masks import inside
 from .network import cast_time, model_dtype, predict
 from .predictions import coefficients
 from .program import Programs, RowProgram, Timed
@@ -143,20 +145,25 @@ def row_terms(
     network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
-    x, noise_words = samples.x, (keys, rows.points, rows.sign)
-    by_kernel = tuple(not torch.is_grad_enabled() and _has_kernel(q, rows, x) for q in references)
-    keep_eps = rows.backend == "torch" or not all(by_kernel)
+    x, mask, noise_words = samples.x, samples.mask, (keys, rows.points, rows.sign)
+    plain = mask is not None or rows.backend == "torch"  # a kernel would make the noise again, everywhere
+    by_kernel = tuple(not plain and not torch.is_grad_enabled() and _has_kernel(q, rows, x) for q in references)
+    keep_eps = plain or not all(by_kernel)
     # Where nothing but the network reads x_t, it is written in the network's dtype at once.
     dtype = None if keep_eps or any(rows.timed) else model_dtype(network.model, x.dtype)
     x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, dtype, rows.backend)
-    errors = []
+    entries = None if mask is None else mask[:, None]
+    if mask is not None:
+        x_t, eps = torch.where(entries, x_t, x[:, None]), inside(eps, entries)
+    counted, errors = inside(x, mask), []
     for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
-        prediction = _predict(network, samples.shape, x_t, rows, cond, timed)
-        errors.append(ops.residual(prediction, x, eps, *noise_words, *rows.coefficients, rows.backend))
+        prediction = inside(_predict(network, samples.shape, x_t, rows, cond, timed), entries)
+        backend = "torch" if plain else rows.backend
+        errors.append(ops.residual(prediction, counted, eps, *noise_words, *rows.coefficients, backend))
     controls = [
         ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
         if kernel
-        else q.residual(x, x_t, eps, rows.alpha, rows.sigma)
+        else q.residual(x, x_t, eps, rows.alpha, rows.sigma, mask)
         for q, kernel in zip(references, by_kernel)
     ]
     return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
@@ -184,8 +191,6 @@ def _even(count: int, most: int) -> int:
 
 
 def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
-    if rows.backend == "torch":
-        return False
     reason = implementation(rows.backend).why_not_control(reference.components, reference.full, x.shape[1], x.device)
     return reason is None
 
@@ -301,6 +306,8 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
     """Return who evaluates these rows, and whether in one pass."""
     if len(samples.conds) > 1:
         return Choice(rows.backend, False, "two conditions are compared")
+    if samples.mask is not None:
+        return Choice(rows.backend, False, "a mask is given")
     (timed,) = rows.timed or (None,)
     if timed is None:
         return Choice(rows.backend, False, "the network is no row program")

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from .masks import inside
 from .reference import Reference
 from .rules import method_table, method_weights
 from .schedules import Schedule
@@ -28,22 +29,23 @@ def control_variate(method: str, reference: Reference) -> Reference:
     return reference if method == "density" else reference.gaussian()
 
 
-def base(method: str, reference: Reference, x: Tensor, schedule: Schedule) -> Tensor:
+def base(method: str, reference: Reference, x: Tensor, schedule: Schedule, mask: Tensor | None = None) -> Tensor:
     """Return the term outside the sum, nats, float64, shape (B,); `reference` as `control_variate` gives it."""
     if method == "density":
-        return reference.log_prob(x)
-    d = x.shape[1]
+        return reference.log_prob(x, mask)
+    d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
     _, log_snr = method_table(schedule)
     weight = method_weights(log_snr, method).to(x.device)
-    summed = reference.expected_residual(x, log_snr.exp().to(x.device), weight)
+    control = reference.expected_residual(x, log_snr.exp().to(x.device), weight, mask)
     log_first = math.log(1 / (1 + math.exp(float(log_snr[-1]))))
     if method == "discrete":
-        return -(1 + math.log(2 * math.pi) + log_first) * d / 2 - 0.5 * summed
-    return -(math.log(2 * math.pi) + log_first) * d / 2 - prior_kl(x, float(log_snr[0])) - 0.5 * summed
+        return -(1 + math.log(2 * math.pi) + log_first) * d / 2 - 0.5 * control
+    return -(math.log(2 * math.pi) + log_first) * d / 2 - prior_kl(x, float(log_snr[0]), mask) - 0.5 * control
 
 
-def prior_kl(x: Tensor, log_snr: float) -> Tensor:
+def prior_kl(x: Tensor, log_snr: float, mask: Tensor | None = None) -> Tensor:
     """Return KL(N(alpha x, sigma^2) || N(0, 1)) at the noisiest step, nats, float64, shape (B,)."""
     alpha2, sigma2 = 1 / (1 + math.exp(-log_snr)), 1 / (1 + math.exp(log_snr))
-    x2 = x.to(torch.float64).square().sum(1)
-    return 0.5 * (alpha2 * x2 + x.shape[1] * (sigma2 - 1 - math.log(sigma2)))
+    x2 = inside(x.to(torch.float64), mask).square().sum(1)
+    d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
+    return 0.5 * (alpha2 * x2 + d * (sigma2 - 1 - math.log(sigma2)))

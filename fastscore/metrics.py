@@ -20,13 +20,13 @@ References:
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .conditions import takes_conditions
-from .estimate import log_width
+from .estimate import Estimate, log_width
 from .protocol import Density, check_density
 from .ranks import of_default_group
 from .rules import GROUPS
@@ -80,11 +80,20 @@ class NegativeLogLikelihood(Metric):
         self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
 
     @takes_conditions
-    def update(self, x: Tensor, *, sample_index: Tensor | None = None, cond: dict | None = None, **named) -> None:
+    def update(
+        self,
+        x: Tensor,
+        *,
+        sample_index: Tensor | None = None,
+        mask: Tensor | None = None,
+        cond: dict | None = None,
+        **named,
+    ) -> None:
         """Take in a batch, shape (B, *shape), evaluated in eval mode.
 
         Arguments:
             sample_index: int64, shape (B,), of the data set; by default the order of arrival, unique over processes.
+            mask: which entries count, as in `ScoreDensity.estimate`; samples may then have dimensions of their own.
             cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
         Raises:
@@ -95,17 +104,19 @@ class NegativeLogLikelihood(Metric):
             sample_index = self._arrivals(x)
         with evaluating(density.model):
             options = {"nfe": self.nfe, "seed": self.seed, "sample_index": sample_index, "progress": False}
-            found = density.estimate(x, **options, cond=cond)
-        if int(self.dims) not in (0, found.dims):
+            found = density.estimate(x, **options, mask=mask, cond=cond)
+        if mask is None and int(self.dims) not in (0, found.dims):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
-        sums = GroupSums.of(-found.log_prob.to(self.total), found.group)
+        value, stderr = self._in_unit(replace(found, log_prob=found.log_prob.double()))
+        sums = GroupSums.of(value.to(self.total), found.group)
         self.count += sums.count
         self.total += sums.total
         self.squares += sums.squares
-        self.variance += found.stderr.to(self.total).square().sum()
-        self.dims = torch.full_like(self.dims, found.dims)
+        self.variance += stderr.to(self.total).square().sum()
+        if mask is None:
+            self.dims = torch.full_like(self.dims, found.dims)
 
     def forward(self, x: Tensor, **options) -> dict[str, Tensor]:
         """Take in a batch and return the values of that batch on this process alone."""
@@ -130,17 +141,16 @@ class NegativeLogLikelihood(Metric):
         if not bool(count.any()):
             raise ValueError(f"{type(self).__name__} has seen no sample; call update(x) first")
         sums, samples = GroupSums(count, total, squares), count.sum()
-        scale, offset = self._unit()
         common = sums.common_variance()
         return {
-            self.name: scale * sums.mean() + offset,
-            f"{self.name}_stderr": scale * (sums.spread() / samples + common).sqrt(),
-            f"{self.name}_estimate_stderr": scale * (variance / samples.square() + common).sqrt(),
+            self.name: sums.mean(),
+            f"{self.name}_stderr": (sums.spread() / samples + common).sqrt(),
+            f"{self.name}_estimate_stderr": (variance / samples.square() + common).sqrt(),
         }
 
-    def _unit(self) -> tuple[float, float]:
-        """Return factor and offset that turn nats per sample into the metric's unit."""
-        return 1.0, 0.0
+    def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
+        """Return every sample's value in the metric's unit, and its standard error."""
+        return -found.log_prob, found.stderr
 
     def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
@@ -149,6 +159,8 @@ class NegativeLogLikelihood(Metric):
 
 class BitsPerDim(NegativeLogLikelihood):
     """Mean bits per dimension with its standard errors, over all samples of all processes.
+
+    With masks a sample's bits are divided by its own number of entries, and the mean is over samples.
 
     Arguments:
         density, nfe, seed, options: as in `NegativeLogLikelihood`.
@@ -172,7 +184,8 @@ class BitsPerDim(NegativeLogLikelihood):
         **options,
     ):
         super().__init__(density, nfe, seed, **options)
-        self.log_width = log_width(bins, low, high)
+        log_width(bins, low, high)  # raises
+        self.levels = bins, low, high
 
-    def _unit(self) -> tuple[float, float]:
-        return 1 / (int(self.dims) * math.log(2)), -self.log_width / math.log(2)
+    def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
+        return found.bits_per_dim(*self.levels), found.bits_per_dim_stderr()

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from .masks import inside
 from .reference import Reference
 
 ITERATIONS = 60
@@ -51,6 +52,28 @@ def fit_mixture(data: Tensor, components: int = 1, full: bool = False, seed: int
             break
         previous = score
     return reference
+
+
+def fit_diagonal(data: Tensor, mask: Tensor) -> Reference:
+    r"""Fit one diagonal Gaussian to data of which every sample has entries of its own.
+
+    Every dimension has a further observation from the mean m and variance v of all entries together, so that one seen
+    seldom, or never, is taken to be like the others: with n, S_1 and S_2 the count and the sums of x and x^2 there,
+
+    .. math:: m_i = \frac{S_{1} + m}{n + 1}, \qquad v_i = \frac{S_{2} + m^2 + v}{n + 1} - m_i^2
+
+    Arguments:
+        data: training data, shape (N, d).
+        mask: which entries are there, bool, shape (N, d).
+    """
+    x, count = inside(data.detach().to(torch.float64), mask), mask.sum(0)
+    center = x.sum() / count.sum()
+    y = inside(x - center, mask)  # sums of squares about the common mean keep their digits
+    pooled = y.square().sum() / count.sum()
+    mean = y.sum(0) / (count + 1)
+    variance = (y.square().sum(0) + pooled) / (count + 1) - mean.square()
+    floor = 1e-6 * pooled + 1e-12
+    return Reference(x.new_ones(1).to(x), (center + mean)[None], variance.clamp(min=floor)[None])
 
 
 def _kmeans(x: Tensor, components: int, seed: int, steps: int = 10) -> Tensor:

@@ -23,8 +23,9 @@ from torch import Tensor
 from . import calibration, noise
 from .calibration import Replicates
 from .integrand import Draws, Network, Rows, evaluate, row_terms
+from .masks import inside
 from .memory import Chunks
-from .mixture import fit_mixture
+from .mixture import fit_diagonal, fit_mixture
 from .nodes import NodeDensity
 from .reference import Reference
 from .rules import FixedRules, Rule, make_rules
@@ -102,8 +103,11 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     """
     if kind not in KINDS:
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
-    held, train = samples.select(slice(0, held_out(len(samples)))), samples.x[held_out(len(samples)) :]
-    found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+    held, (train, mask) = samples.select(slice(0, count := held_out(len(samples)))), samples.entries(slice(count, None))
+    if mask is None:
+        found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+    else:
+        found = masked_candidates(train, mask, kind, network.schedule.data_std)
     # The range follows the data's own scale, where the schedule leaves it open.
     network = replace(network, log_snr_range=network.schedule.range_for(*found[0].scales()))
     per_sample = 2 * BINS * DRAWS_PER_BIN
@@ -112,6 +116,8 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         nodes = NodeDensity.uniform(*network.log_snr_range)
         return Fitted(found[0], nodes, calibration.uncalibrated())
     fitted = pilot(network, held.select(slice(0, count)), found, plan)
+    if mask is not None:  # masks differ, and so does what low-discrepancy noise gains
+        return fitted
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
     count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
     if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
@@ -137,6 +143,19 @@ def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed
     if not found:
         raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
     return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+
+
+def masked_candidates(train: Tensor, mask: Tensor, kind: str, data_std: float) -> list[Reference]:
+    """Return the references that deserve a pilot where every sample has entries of its own.
+
+    Raises:
+        ValueError: for a kind whose parameters masked data do not give.
+    """
+    if kind not in ("auto", "isotropic", "diagonal"):
+        raise ValueError(f"with a mask reference must be 'auto', 'isotropic' or 'diagonal', got {kind!r}")
+    size = float((inside(train, mask).square().sum() / mask.sum()).sqrt())
+    plain = [Reference.isotropic(size).on(train.device)] if kind == "isotropic" else [fit_diagonal(train, mask)]
+    return plain + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
 
 
 def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:

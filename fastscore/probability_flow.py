@@ -74,6 +74,7 @@ def probability_flow_log_prob(
     steps: int = 1,
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    mask: Tensor | None = None,
     cond: dict | None = None,
     **named,
 ) -> FlowLogProb:
@@ -94,6 +95,7 @@ def probability_flow_log_prob(
         error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...); others choose their own.
         rtol, atol: of torchdiffeq's adaptive solvers.
+        mask: refused; `ScoreDensity.estimate` takes one.
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
@@ -106,6 +108,11 @@ def probability_flow_log_prob(
         raise ValueError(f"trace must be one of {', '.join(TRACES)} with probes >= 1; got {trace!r}, probes={probes}")
     if steps < 1 or (steps > 1 and method in (*ADAPTIVE, "auto")):
         raise ValueError(f"steps must be >= 1, and method one with a fixed grid; got steps={steps}, method={method!r}")
+    if mask is not None:
+        raise ValueError(
+            "the ODE moves all entries of x and takes no mask; use density.estimate(x, mask=mask), and "
+            "cond={'mask': ...} for a keyword of the network that is called mask"
+        )
     if not error > 0:
         raise ValueError(f"error must be positive (nats), got {error}")
     if check_density(density).schedule.discrete:

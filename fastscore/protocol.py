@@ -46,8 +46,10 @@ class Density(nn.Module, ABC):
         """The `ScoreDensity` of z, with the network, its schedule, the reference and the nodes."""
 
     @abstractmethod
-    def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def to_network(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return z, in the dtype of x, and log|det dx/dz|, float64, shape (B,); both differentiable in x.
+
+        With a mask the determinant is that of the entries that count.
 
         Raises:
             ValueError: if x is no batch of floating-point data, or no data of this density.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .buffers import FittedBuffers
+from .masks import inside, summed
 
 SCALE_RATIO = 1e-3  # of the narrowest to the widest dimension, at least
 
@@ -33,6 +34,9 @@ class Reference(FittedBuffers):
     Component k is N(m_k, U_k diag(v_k) U_k^T); without `basis`, U is the identity. A last dimension of 1 in `mean`
     and `variance` stands for any d, so the default N(0, std^2 I) needs no data. Parameters stay float64 whatever
     `.to(dtype)` asks for: they are small, and log q(x) is as exact as they are.
+
+    Methods that take a mask, bool, answer for the marginal of the entries where it is True. Full covariances have none
+    in closed form for every time at once: a mask has to be True everywhere then.
 
     Arguments:
         weight: mixture weights, shape (K,).
@@ -100,34 +104,43 @@ class Reference(FittedBuffers):
             return (2 if self.components == 1 else 4 * self.components) * d * d
         return 0 if self.components == 1 else 8 * self.components * d
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log q(x) in nats, shape (B,), for x of shape (B, d); computed in float64, differentiable."""
+    def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return log q(x) in nats, shape (B,), for x and mask of shape (B, d); computed in float64, differentiable."""
         x = x.to(torch.float64)
         d = x.shape[1]
         logs = []
         for k in range(self.components):
-            y = x - self.mean[k]
+            y = inside(x - self.mean[k], mask)
             y = y @ self.basis[k] if self.full else y
             variance = self.variance[k].expand(d)
-            norm = 0.5 * (d * math.log(2 * math.pi) + variance.log().sum())
+            norm = 0.5 * summed(math.log(2 * math.pi) + variance.log(), mask)
             logs.append(self.weight[k].log() - norm - 0.5 * (y**2 / variance).sum(1))
         return torch.logsumexp(torch.stack(logs), 0)
 
-    def residual(self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def residual(
+        self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         r"""Return :math:`\|\epsilon - \epsilon_q(x_t)\|^2`, shape (B, R), in the dtype of x_t.
 
         Arguments:
             x: data, shape (B, d).
-            x_t, eps: its noised rows and their noise, shape (B, R, d).
+            x_t, eps: its noised rows and their noise, shape (B, R, d); the noise is zero outside of the mask.
             alpha, sigma: of each row, float64, shape (R,).
+            mask: of the samples, shape (B, d).
         """
         if self.components == 1:
-            return self._gaussian_residual(x, eps, alpha, sigma)
-        return torch.linalg.vector_norm(eps - self.eps(x_t, alpha, sigma), dim=-1).square()
+            return self._gaussian_residual(x, eps, alpha, sigma, mask)
+        rows = None if mask is None else mask[:, None]
+        return torch.linalg.vector_norm(eps - self.eps(x_t, alpha, sigma, rows), dim=-1).square()
 
-    def eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t; arguments as `residual`."""
-        return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma)
+    def eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
+        r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t, zero outside of the mask.
+
+        Arguments:
+            x_t, alpha, sigma: as in `residual`.
+            mask: broadcasts to x_t, in its last dimension d.
+        """
+        return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma, mask)
 
     def eps_and_divergence(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\epsilon_q(x_t)`, shape (B, d), and its divergence, shape (B,), at one time.
@@ -161,9 +174,9 @@ class Reference(FittedBuffers):
         """Return the mixture convolved with N(0, variance I)."""
         return Reference.from_tensors([self.weight, self.mean, self.variance + variance, self.basis])
 
-    def _gaussian_residual(self, x, eps, alpha, sigma):
+    def _gaussian_residual(self, x, eps, alpha, sigma, mask):
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
-        y = x - self.mean[0].to(x.dtype)
+        y = inside(x - self.mean[0].to(x.dtype), mask)
         if self.full:  # the norm is the same in the eigenbasis
             basis = self.basis[0].to(x.dtype)
             y, eps = y @ basis, eps @ basis
@@ -178,21 +191,25 @@ class Reference(FittedBuffers):
         cross = torch.bmm(eps, y[:, :, None])[..., 0]
         return (keep * eps_norm).square() - 2 * keep * pull * cross + pull**2 * y.square().sum(1, keepdim=True)
 
-    def _diagonal_eps(self, x_t, alpha, sigma):
-        """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d is stored."""
+    def _diagonal_eps(self, x_t, alpha, sigma, mask):
+        """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d x B is stored."""
         alpha, sigma = alpha[:, None, None], sigma[:, None, None]
         own_mean, variance = (v.expand(-1, x_t.shape[-1]) for v in (self.mean, self.variance))
         center = self.weight @ own_mean  # expanding squares about it keeps float32 accurate
         mean = (own_mean - center) * alpha  # (R, K, d)
         total = alpha**2 * variance + sigma**2
         gain = 1 / total
-        bias = self.weight.log() - 0.5 * (total.log().sum(-1) + (gain * mean**2).sum(-1))  # (R, K)
+        spread = total.log() + gain * mean**2
+        seen = None if mask is None else mask.transpose(0, 1)
+        # (R, 1, K), or with a mask (R, B, K)
+        spread = spread.sum(-1)[:, None] if seen is None else seen.to(spread) @ spread.mT
+        bias = self.weight.log() - 0.5 * spread
         gain, gain_mean, bias = (v.to(x_t.dtype) for v in (gain, gain * mean, bias))
-        y = (x_t - (alpha[:, 0] * center).to(x_t.dtype)).transpose(0, 1)  # (R, B, d)
-        logits = bias[:, None] - 0.5 * (y * y) @ gain.mT + y @ gain_mean.mT
+        y = inside((x_t - (alpha[:, 0] * center).to(x_t.dtype)).transpose(0, 1), seen)  # (R, B, d)
+        logits = bias - 0.5 * (y * y) @ gain.mT + y @ gain_mean.mT
         posterior = logits.softmax(-1)  # (R, B, K)
         eps_q = sigma.to(x_t.dtype) * (y * (posterior @ gain) - posterior @ gain_mean)
-        return eps_q.transpose(0, 1)
+        return inside(eps_q, seen).transpose(0, 1)
 
     def _full_eps(self, x_t, alpha, sigma):
         """Posterior mean of the noise, one component after the other with a running softmax."""
@@ -224,37 +241,37 @@ class Reference(FittedBuffers):
             return Reference(self.weight.new_ones(1), mean[None], variance[None], basis[None])
         return Reference(self.weight.new_ones(1), mean[None], (self.weight @ self.variance + (spread**2).sum(0))[None])
 
-    def expected_residual(self, x: Tensor, snr: Tensor, weight: Tensor) -> Tensor:
+    def expected_residual(self, x: Tensor, snr: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Return :math:`\sum_t w_t E\|\epsilon - \epsilon_q\|^2` at signal-to-noise ratios s_t; one Gaussian only.
 
         Arguments:
-            x: data, shape (B, d).
+            x, mask: data and which entries count, shape (B, d).
             snr, weight: float64, shape (T,).
 
         Returns:
             float64, shape (B,).
         """
-        y2, c = self._centred(x)
+        y2, c = self._centred(x, mask)
         sc1 = 1 + snr[:, None] * c
-        constant = weight @ ((snr[:, None] * c / sc1) ** 2).sum(1)
+        constant = summed(weight @ (snr[:, None] * c / sc1) ** 2, mask)
         return constant + y2 @ (weight @ (snr[:, None] / sc1**2))
 
-    def expected_integral(self, x: Tensor, lo: float, hi: float) -> Tensor:
+    def expected_integral(self, x: Tensor, lo: float, hi: float, mask: Tensor | None = None) -> Tensor:
         r"""Return :math:`\int_{lo}^{hi} E\|\epsilon - \epsilon_q\|^2 d\lambda`, float64, (B,); one Gaussian only."""
-        y2, c = self._centred(x)
+        y2, c = self._centred(x, mask)
 
         def primitive(log_snr):
             sc1 = 1 + math.exp(log_snr) * c
-            return (sc1.log() + 1 / sc1).sum() - y2 @ (1 / (c * sc1))
+            return summed(sc1.log() + 1 / sc1, mask) - y2 @ (1 / (c * sc1))
 
         return primitive(hi) - primitive(lo)
 
-    def _centred(self, x):
+    def _centred(self, x, mask):
         if self.components != 1:
             raise ValueError(
                 f"closed-form residuals need one Gaussian, got {self.components} components; use .gaussian()"
             )
-        y = x.to(torch.float64) - self.mean[0]
+        y = inside(x.to(torch.float64) - self.mean[0], mask)
         y = y @ self.basis[0] if self.full else y
         return y**2, self.variance[0].expand(x.shape[1])
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .conditions import Conditions
 from .host import as_tensor
+from .masks import mask_rows
 from .network import model_device
 from .rules import group_of
 
@@ -18,7 +19,8 @@ class Samples:
     """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
 
     `group` says on the CPU which samples share their nodes (`rules.group_of`), without a question to the device.
-    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise.
+    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise. `mask` says which
+    entries count, (B, d); all of them without one.
     """
 
     x: Tensor
@@ -26,25 +28,37 @@ class Samples:
     shape: tuple[int, ...]
     conds: tuple[Conditions, ...]
     group: Tensor
+    mask: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.x.device
 
+    @property
+    def dims(self) -> int | Tensor:
+        """How many entries of a sample count: d, or with a mask each sample's own number, int64, (B,)."""
+        return self.x.shape[1] if self.mask is None else self.mask.sum(1)
+
     def __len__(self) -> int:
         return len(self.x)
+
+    def entries(self, samples: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x and the mask of some samples."""
+        return self.x[samples], None if self.mask is None else self.mask[samples]
 
     def select(self, samples: slice | Tensor) -> Samples:
         conds = tuple(cond.select(samples) for cond in self.conds)
         chosen = samples if isinstance(samples, slice) else samples.cpu()
-        return Samples(self.x[samples], self.index[samples], self.shape, conds, self.group[chosen])
+        x, mask = self.entries(samples)
+        return Samples(x, self.index[samples], self.shape, conds, self.group[chosen], mask)
 
     def joined(self, other: Samples) -> Samples:
         """Return these samples and some others of the same shape and conditions."""
         conds = tuple(a.joined(b) for a, b in zip(self.conds, other.conds))
         pairs = ((self.x, other.x), (self.index, other.index), (self.group, other.group))
         x, index, group = (torch.cat(pair) for pair in pairs)
-        return Samples(x, index, self.shape, conds, group)
+        mask = None if self.mask is None else torch.cat([self.mask, other.mask])
+        return Samples(x, index, self.shape, conds, group, mask)
 
 
 def check_batch(x: Tensor) -> None:
@@ -56,13 +70,15 @@ def check_batch(x: Tensor) -> None:
         raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
 
 
-def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module) -> Samples:
+def check_samples(
+    x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module, mask: Tensor | None = None
+) -> Samples:
     """Return the data as rows in the dtype of the sums (float32, or float64 if x is), with every sample's index.
 
     Raises:
         ValueError: if x is not (B, *shape) with B >= 1, not floating point, on another device than the network, or
-            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device, or as
-            `Conditions.of`.
+            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device; or as
+            `Conditions.of` and `mask_rows`.
     """
     check_batch(x)
     device = model_device(model, x.device)
@@ -80,7 +96,8 @@ def check_samples(x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...
             if value.device != x.device:
                 raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
     index = _check_index(sample_index, len(x))
-    return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu())
+    counted = None if mask is None else mask_rows(mask, x)
+    return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu(), counted)
 
 
 def _check_index(index: Tensor | None, count: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from . import masks
 from .density import ScoreDensity
 from .estimate import Comparison, Estimate
 from .modes import differentiable, ordinary
@@ -73,23 +74,23 @@ class Transformed(Density):
         return self.density.core
 
     @differentiable
-    def log_prob(self, x: Tensor, **options) -> Tensor:
+    def log_prob(self, x: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
 
         Arguments:
             x: data in the user's space, floating point, shape (B, *shape).
-            options: as in `ScoreDensity.log_prob`.
+            options: as in `ScoreDensity.log_prob`; a mask needs an elementwise transform.
 
         Raises:
             ValueError: if x lies outside the transform's range (named by sample), and as `ScoreDensity.log_prob`.
         """
-        z, log_det = self.to_network(x)
-        found = self.core.log_prob(z, **options)
+        z, log_det = self.to_network(x, mask)
+        found = self.core.log_prob(z, mask=mask, **options)
         return (found.double() - log_det).to(found.dtype)
 
     @ordinary
     @torch.no_grad()
-    def estimate(self, x: Tensor, **options) -> Estimate:
+    def estimate(self, x: Tensor, *, mask: Tensor | None = None, **options) -> Estimate:
         """Return log p(x) with its standard error; arguments as in `ScoreDensity.estimate`.
 
         `bits_per_dim(bins, low, high)` of the result takes low and high in the user's space. The curve over log-SNR
@@ -98,34 +99,43 @@ class Transformed(Density):
         Raises:
             ValueError: as `log_prob`.
         """
-        z, log_det = self.to_network(x)
-        found = self.core.estimate(z, **options)
+        z, log_det = self.to_network(x, mask)
+        found = self.core.estimate(z, mask=mask, **options)
         return replace(found, log_prob=(found.log_prob.double() - log_det).to(found.log_prob.dtype))
 
-    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, **options) -> Comparison:
+    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, *, mask: Tensor | None = None, **options) -> Comparison:
         """Return log p(x | a) - log p(x | b): the determinant cancels. As in `ScoreDensity.compare`."""
-        return self.core.compare(self.to_network(x)[0], cond_a, cond_b, **options)
+        return self.core.compare(self.to_network(x, mask)[0], cond_a, cond_b, mask=mask, **options)
 
-    def fit(self, data: Tensor, **options) -> Transformed:
+    def fit(self, data: Tensor, *, mask: Tensor | None = None, **options) -> Transformed:
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
         # In batches through the device of the network, which the data may not fit.
         device = model_device(self.core.model, data.device)
-        parts = [self.to_network(part.to(device))[0].to(data.device) for part in data.split(FIT_BATCH)]
-        self.core.fit(torch.cat(parts), **options)
+        counted = (
+            [None] * len(data.split(FIT_BATCH)) if mask is None else masks.broadcast_mask(mask, data).split(FIT_BATCH)
+        )
+        pairs = zip(data.split(FIT_BATCH), counted)
+        parts = [self.to_network(part.to(device), some)[0].to(data.device) for part, some in pairs]
+        self.core.fit(torch.cat(parts), mask=mask, **options)
         return self
 
     def with_reference(self, reference: Reference | None) -> Transformed:
         """Return the density through the same bijection with another reference of z, as `ScoreDensity` does."""
         return Transformed(self.density.with_reference(reference), self.transform)
 
-    def to_network(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z, in the dtype of x, and log|det dx/dz| in float64, shape (B,).
+    def to_network(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return z, in the dtype of x, and log|det dx/dz| of the entries that count, in float64, shape (B,).
 
         Raises:
-            ValueError: if x is not floating point (B, *shape), lies outside the transform's range or on its edge, or
-                if the transform changes the number of dimensions.
+            ValueError: if x is not floating point (B, *shape), lies outside the transform's range or on its edge; if
+                the transform changes the number of dimensions; for a mask and a transform that is not elementwise.
         """
         check_batch(x)
+        if mask is not None and max(self.transform.domain.event_dim, self.transform.codomain.event_dim) > 0:
+            raise ValueError(
+                f"a mask needs a transform that acts on every entry by itself, such as zscore or Logit, got "
+                f"{self.transform}; leave the mask out, or give the density without the transform"
+            )
         self.transform = moved(self.transform, x.device)
         event = self.transform.codomain.event_dim
         if event >= x.ndim:
@@ -148,9 +158,11 @@ class Transformed(Density):
                 f"x must lie inside the range of {self.transform}, got {int((~inside).sum())} of {len(x)} samples "
                 f"outside or on its edge, first sample {first}; check the scaling, or dequantize"
             )
-        log_det = self.transform.log_abs_det_jacobian(z, wide)
-        inner, inner_log_det = self.density.to_network(z.to(x.dtype))
-        return inner, inner_log_det + log_det.to(torch.float64).reshape(len(x), -1).sum(1)
+        log_det = self.transform.log_abs_det_jacobian(z, wide).to(torch.float64).reshape(len(x), -1)
+        if mask is not None:
+            log_det = masks.inside(log_det, masks.mask_rows(mask, x))
+        inner, inner_log_det = self.density.to_network(z.to(x.dtype), mask)
+        return inner, inner_log_det + log_det.sum(1)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

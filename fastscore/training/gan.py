@@ -33,6 +33,7 @@ def score_regularization(
     x: Tensor,
     *,
     seed: int,
+    mask: Tensor | None = None,
     draws: int = 1,
     antithetic: bool = True,
     reduction: str = "mean",
@@ -47,10 +48,11 @@ def score_regularization(
         density: of a trained score network in eval mode; `Transformed` where samples are not what it sees.
         x: generated samples, shape (B, *shape), with their graph.
         seed: key of the noise; give every step another one.
-        draws, antithetic, reduction, cond, named: as in `density_loss`.
+        mask, draws, antithetic, reduction, cond, named: as in `density_loss`.
 
     Raises:
         TypeError, ValueError: as `density_loss`.
     """
+    options = {"mask": mask, "draws": draws, "antithetic": antithetic, "reduction": reduction}
     with frozen(check_density(density).model):
-        return density_loss(density, x, seed=seed, draws=draws, antithetic=antithetic, reduction=reduction, cond=cond)
+        return density_loss(density, x, seed=seed, cond=cond, **options)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import noise
 from ..conditions import takes_conditions
 from ..density import ScoreDensity
+from ..masks import inside
 from ..network import predict
 from ..nodes import NodeDensity
 from ..predictions import coefficients
@@ -40,6 +41,7 @@ def density_loss(
     x: Tensor,
     *,
     seed: int,
+    mask: Tensor | None = None,
     draws: int = 1,
     antithetic: bool = False,
     nodes: AdaptiveNodes | None = None,
@@ -55,6 +57,7 @@ def density_loss(
         density: network, schedule, nodes and reference to train with; `Transformed` where x is not what it sees.
         x: data, shape (B, *shape).
         seed: key of the noise; give every step, and every process, another one: the step's number for instance.
+        mask: which entries count, as in `ScoreDensity.estimate`; the loss is -log p of these given the others.
         draws: noise levels a sample.
         antithetic: evaluate eps and -eps at every draw: two evaluations, of which the mean has less than half the
             variance, most of all where the data are clean.
@@ -70,16 +73,16 @@ def density_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
-    z, log_det = check_density(density).to_network(x)
+    z, log_det = check_density(density).to_network(x, mask)
     core = density.core
-    samples = core.check(z, None, cond)
+    samples = core.check(z, None, cond, mask=mask)
     rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
     difference, pull = _evaluate(core, samples, rows, signs)
     if nodes is not None:
         nodes.observe(rows.log_snr, pull)
     integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
-    loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x)).to(integral)
+    loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -111,16 +114,19 @@ def _evaluate(core: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[in
     schedule, like = core.schedule, samples.x
     copies = len(signs) * len(rows.log_snr) // len(samples)
     x = like.repeat(copies, 1)
-    eps = torch.cat([sign * rows.eps for sign in signs])
+    mask = None if samples.mask is None else samples.mask.repeat(copies, 1)
+    eps = inside(torch.cat([sign * rows.eps for sign in signs]), mask)
     time = schedule.time(rows.log_snr).repeat(len(signs))
     alpha, sigma = schedule.alpha_sigma(time)
     a, b, c = (v.to(like)[:, None] for v in coefficients(core.predicts, schedule, time))
     x_t = alpha.to(like)[:, None] * x + sigma.to(like)[:, None] * eps
+    x_t = x_t if mask is None else torch.where(mask, x_t, x)
     # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
     (own,) = samples.conds
     prediction = predict(core.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, core.time_dtype)[0]
-    residual = c * (a * eps + b * x - prediction)
-    control = eps - core.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device))[0]
+    residual = inside(c * (a * eps + b * x - prediction), mask)
+    seen = None if mask is None else mask[None]
+    control = eps - core.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device), seen)[0]
     difference = (residual.square().sum(1) - control.square().sum(1)).reshape(len(signs), -1).mean(0)
     pull = (c * residual.detach()).unflatten(0, (len(signs), -1)).mean(0).square().sum(1)
     return difference, pull
