@@ -111,11 +111,11 @@ class Transformed(Density):
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
         # In batches through the device of the network, which the data may not fit.
         device = model_device(self.core.model, data.device)
-        counted = (
-            [None] * len(data.split(FIT_BATCH)) if mask is None else masks.broadcast_mask(mask, data).split(FIT_BATCH)
-        )
-        pairs = zip(data.split(FIT_BATCH), counted)
-        parts = [self.to_network(part.to(device), some)[0].to(data.device) for part, some in pairs]
+        counted, parts = None if mask is None else masks.broadcast_mask(mask, data), []
+        for start in range(0, len(data), FIT_BATCH):
+            chosen = slice(start, start + FIT_BATCH)
+            some = None if counted is None else counted[chosen].to(device)
+            parts.append(self.to_network(data[chosen].to(device), some)[0].to(data.device))
         self.core.fit(torch.cat(parts), mask=mask, **options)
         return self
 

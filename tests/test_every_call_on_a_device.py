@@ -222,7 +222,7 @@ def fit_to_data_on_the_host(on):
 
 
 @row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
-     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding",
+     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
      "ScoreDensity.core", "ScoreDensity.to_network")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
@@ -373,6 +373,32 @@ TRANSFORMS = {
         ).inv
     ),
 }
+
+
+class Centred(nn.Module):
+    def forward(self, x_t, t):
+        return torch.tanh(x_t - x_t.mean(1, keepdim=True)) * t[:, None, None]
+
+
+@row("ZeroMeanDensity", "ZeroMeanDensity.compare", "ZeroMeanDensity.coordinates", "ZeroMeanDensity.estimate",
+     "ZeroMeanDensity.fit", "ZeroMeanDensity.log_prob")  # fmt: skip
+def centred_points(on):
+    made, x = fs.ZeroMeanDensity(Centred(), fs.VP(), program=False), random(30, 4, 2)
+    x = on(x - x.mean(1, keepdim=True))
+    made.fit(x, evaluations=3000, progress=False)
+    found = made.estimate(x[:4], nfe=NFE)
+    return [
+        summary(found), made.log_prob(x[:4], nfe=NFE), made.compare(x[:4], {}, {}, nfe=NFE),
+        made.coordinates(x[:4])[0],
+    ]  # fmt: skip
+
+
+@row("ScoreDensity.estimate", each=["a mask"])
+def under_a_mask(on, name):
+    made, mask = of(on), torch.ones(len(X), D, dtype=torch.bool)
+    mask[:3, 0] = False
+    through = fs.Transformed(made, transforms.zscore(0.3, 2.0)).fit(mixture_data(60), evaluations=3000, progress=False)
+    return summary(made.estimate(on(X), nfe=NFE, mask=on(mask))), through.log_prob(on(X), nfe=NFE, mask=on(mask))
 
 
 @row("Transformed.core", "Transformed.log_snr_range", "Transformed.model", "Transformed.nfe", "Transformed.predicts",
