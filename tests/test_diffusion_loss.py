@@ -34,10 +34,13 @@ def recorded(net):
 
 def plain_log_prob(net, x, x_t, t, z):
     """The formula written out, for x (D,), its noised rows (S, D) at timesteps t (S,), and its condition (K,)."""
-    entry, which, count = t.unique(return_inverse=True, return_counts=True)
-    log_snr = SCHEDULE.table[entry]  # falls with the timestep
-    ends = SCHEDULE.table[:1], (log_snr[1:] + log_snr[:-1]) / 2, SCHEDULE.table[-1:]
-    weight = (-torch.cat(ends).diff() / count)[which]
+    table = SCHEDULE.table  # falls with the timestep
+    cell = -torch.cat([table[:1], (table[1:] + table[:-1]) / 2, table[-1:]]).diff()
+    # Entries are drawn in proportion to their cells: those that are drawn in any case share theirs among their draws,
+    # the others stand for an equal part of the range.
+    hits = torch.zeros_like(cell).index_add_(0, t, torch.ones(len(t), dtype=torch.float64))
+    expected = len(t) * cell / cell.sum()
+    weight = (cell / torch.where(expected >= 1, hits, expected))[t]
     alpha, sigma = torch.sigmoid(SCHEDULE.table[t]).sqrt()[:, None], torch.sigmoid(-SCHEDULE.table[t]).sqrt()[:, None]
     eps = (x_t - alpha * x) / sigma
     eps_hat = net(x_t, t, c=z.expand(len(t), K))[:, :D]
