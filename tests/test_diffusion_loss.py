@@ -32,15 +32,28 @@ def recorded(net):
     return calls
 
 
-def plain_log_prob(net, x, x_t, t, z):
-    """The formula written out, for x (D,), its noised rows (S, D) at timesteps t (S,), and its condition (K,)."""
+def cells(t):
+    """Return the weights of timesteps where each stands for all nearer to it than to another."""
+    entry, which, count = t.unique(return_inverse=True, return_counts=True)
+    log_snr = SCHEDULE.table[entry]
+    ends = SCHEDULE.table[:1], (log_snr[1:] + log_snr[:-1]) / 2, SCHEDULE.table[-1:]
+    return (-torch.cat(ends).diff() / count)[which]
+
+
+def inclusions(t):
+    """Return the weights of timesteps that were drawn systematically, in proportion to their cells."""
     table = SCHEDULE.table  # falls with the timestep
     cell = -torch.cat([table[:1], (table[1:] + table[:-1]) / 2, table[-1:]]).diff()
     # Entries are drawn in proportion to their cells: those that are drawn in any case share theirs among their draws,
     # the others stand for an equal part of the range.
     hits = torch.zeros_like(cell).index_add_(0, t, torch.ones(len(t), dtype=torch.float64))
     expected = len(t) * cell / cell.sum()
-    weight = (cell / torch.where(expected >= 1, hits, expected))[t]
+    return (cell / torch.where(expected >= 1, hits, expected))[t]
+
+
+def plain_log_prob(net, x, x_t, t, z, weights):
+    """The formula written out, for x (D,), its noised rows (S, D) at timesteps t (S,), and its condition (K,)."""
+    weight = weights(t)
     alpha, sigma = torch.sigmoid(SCHEDULE.table[t]).sqrt()[:, None], torch.sigmoid(-SCHEDULE.table[t]).sqrt()[:, None]
     eps = (x_t - alpha * x) / sigma
     eps_hat = net(x_t, t, c=z.expand(len(t), K))[:, :D]
@@ -62,7 +75,9 @@ def test_log_prob_of_every_token_is_the_plain_formula():
         for i in range(8):
             own = slice(200 * i, 200 * (i + 1))
             assert torch.equal(rows[2][own], z.reshape(8, K)[i].expand(200, K))
-            expected.append(plain_log_prob(net, x.reshape(8, D)[i], rows[0][own], rows[1][own], z.reshape(8, K)[i]))
+            expected.append(
+                plain_log_prob(net, x.reshape(8, D)[i], rows[0][own], rows[1][own], z.reshape(8, K)[i], inclusions)
+            )
     difference = (found.flatten() - torch.stack(expected)).abs() / found.flatten().abs()
     print(f"largest relative difference of 8 tokens: {float(difference.max()):.1e}")
     # float64, and eps read off x_t with an error of 1e-16 over the smallest sigma of 0.006.
@@ -80,7 +95,7 @@ def test_log_prob_agrees_with_the_plain_formula_on_other_noise():
             for i in range(6):
                 eps = torch.randn(1000, D, dtype=torch.float64, generator=generator)
                 x_t = bar.sqrt() * x[i] + (1 - bar).sqrt() * eps
-                plain[repeat, i] = plain_log_prob(net, x[i], x_t, t, z[i])
+                plain[repeat, i] = plain_log_prob(net, x[i], x_t, t, z[i], cells)
     found = fs.DiffusionLoss(net, program=False).estimate(x, z, nfe=4000)
     error = (found.stderr**2 + plain.var(0) / 16).sqrt()
     # 4 standard errors, and half of one more because 16 repetitions know theirs to 18 %.
