@@ -43,7 +43,7 @@ from .nodes import FittedNodes, NodeDensity
 from .noise import POINT_BYTES, SOBOL_MAX_DIM
 from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
 from .predictions import check_prediction
-from .program import Programs
+from .program import ONE_AT_A_TIME, Programs
 from .progress import progress_bar
 from .protocol import Density
 from .reference import Reference
@@ -526,7 +526,8 @@ class ScoreDensity(Density):
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
         if (samples.shape, samples.x.dtype) not in self._probed:
             self._probed.add((samples.shape, samples.x.dtype))
-            probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
+            with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
+                probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
     def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.

@@ -36,6 +36,7 @@ from .flow_field import Field, learned, rademacher, time_of
 from .modes import differentiable, refuse_inference_weights
 from .protocol import Density, check_density
 from .samples import Samples
+from .untouched import undisturbed
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 CHOOSING = (*ADAPTIVE, "scipy_solver")  # their steps follow the answer
@@ -132,7 +133,8 @@ def probability_flow_log_prob(
             return _once(lambda flow: flow.midpoint(steps), flow)
         return _once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
 
-    log_prob, nfe, discretization = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
+    with undisturbed(core.model):
+        log_prob, nfe, discretization = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     return flow.result(log_prob - log_det.to(log_prob)[:, None], nfe, discretization)
 
 

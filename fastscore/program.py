@@ -39,7 +39,7 @@ __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowP
 MODES = (True, False, "auto")
 # torch.export keeps state of the whole process: two traces at once break each other and all that follow, and so does a
 # comparison of one's symbolic sizes, which matching makes, while the other runs.
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.Lock()
 MIN_SPARED = 0.1
 MOST_TRACES = 8  # of a network whose settings change, until it runs itself
 
@@ -92,7 +92,7 @@ class RowProgram:
             refuse_layers(model, x_t, time[:1], cond)
             watch = watch_code(model)
             try:
-                with _ONE_AT_A_TIME:
+                with ONE_AT_A_TIME:
                     traced = trace(model, x_t, time[:1], cond, watch)
                     program = cls(model, traced, match(traced), dtype, watch)
             finally:

@@ -46,9 +46,9 @@ def test_a_trace_is_alone_until_its_symbolic_sizes_are_compared(monkeypatch):
     free, match = [], program.match
 
     def try_lock():
-        free.append(program._ONE_AT_A_TIME.acquire(blocking=False))
+        free.append(program.ONE_AT_A_TIME.acquire(blocking=False))
         if free[-1]:
-            program._ONE_AT_A_TIME.release()
+            program.ONE_AT_A_TIME.release()
 
     def watched(traced):
         other = threading.Thread(target=try_lock)
