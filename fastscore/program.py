@@ -37,9 +37,10 @@ from .watch import Watch
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
 MODES = (True, False, "auto")
-# torch.export keeps state of the whole process: two traces at once break each other and all that follow, and so does a
-# comparison of one's symbolic sizes, which matching makes, while the other runs.
-ONE_AT_A_TIME = threading.Lock()
+# torch.export keeps state of the whole process: hooks of all modules, stand-ins for the network's own parameters, and
+# symbolic sizes, which matching compares. Two traces at once break each other and all that follow, and who looks at a
+# network or at the hooks meanwhile sees what is no part of them.
+ONE_AT_A_TIME = threading.RLock()
 MIN_SPARED = 0.1
 MOST_TRACES = 8  # of a network whose settings change, until it runs itself
 
@@ -88,17 +89,16 @@ class RowProgram:
         """Return the program under conditions that may be nested, as `trace`; it knows them by their paths."""
         x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
         devices = [time.device] if time.is_cuda else []
-        with uncompiled(), torch.random.fork_rng(devices), restored(model):
+        with ONE_AT_A_TIME, uncompiled(), torch.random.fork_rng(devices), restored(model):
             refuse_layers(model, x_t, time[:1], cond)
             watch = watch_code(model)
             try:
-                with ONE_AT_A_TIME:
-                    traced = trace(model, x_t, time[:1], cond, watch)
-                    program = cls(model, traced, match(traced), dtype, watch)
+                traced = trace(model, x_t, time[:1], cond, watch)
+                program = cls(model, traced, match(traced), dtype, watch)
             finally:
                 watch.put_back()  # no cache may keep the tensors of a trace
             check(program, shape, time, cond)
-        watch_global_hooks(watch)
+            watch_global_hooks(watch)
         return program
 
     @cached_property
@@ -202,6 +202,10 @@ class _Found:
     reason: str = ""
     traces: int = 0
 
+    def changed(self) -> tuple[str, object] | None:
+        """Return where the network reads something else than when it was traced, and what; None if nowhere."""
+        return self.program and self.program.watch.changed()
+
 
 class Programs:
     """The programs of one network by structure of data and conditions, traced at first use.
@@ -261,9 +265,13 @@ class Programs:
         where = (time.dtype, time.device, torch.is_grad_enabled(), torch.get_default_dtype())
         key = (id(model), shape, dtype, where, training, _structure(cond))
         found = self._found.get(key)
-        stale = found and found.program and found.program.watch.changed()
-        if found is None or stale:
-            self._found[key] = found = self._trace(model, shape, time, cond, dtype, found, stale)
+        if found is not None and not found.changed():
+            return found
+        with ONE_AT_A_TIME:  # another thread may have traced it meanwhile, or its trace looked like a change
+            found = self._found.get(key)
+            stale = found and found.changed()
+            if found is None or stale:
+                self._found[key] = found = self._trace(model, shape, time, cond, dtype, found, stale)
         return found
 
     @staticmethod
