@@ -171,9 +171,9 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
         samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond, mask)
         sizes = [nfe] if error is None else round_sizes(nfe)
-        rules = [self._rules(size, weighting, int(seed), r) for r, size in enumerate(sizes)]
+        rules = [self._rules(size, weighting, seed, r) for r, size in enumerate(sizes)]
         plan = _Plan(
-            rounds=[Draws(each, "independent", int(seed), r) for r, each in enumerate(rules)],
+            rounds=[Draws(each, "independent", seed, r) for r, each in enumerate(rules)],
             level=None if error is None else error / (len(rules) * (len(self.log_prior) - 1)),
             weighting=weighting,
             chunks=chunks,

@@ -21,7 +21,6 @@ References:
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 
 import torch
@@ -33,6 +32,7 @@ from .predictions import coefficients
 from .reference import Reference
 from .samples import Samples
 from .schedules import FlowMatching
+from .warn import warn
 
 SIGNAL = 0.02  # signal-to-noise ratio, in units of the data's total variance, at which predictions are compared
 SHARES = 0.4, 2.0  # of the data's variance that predictions of a coupled flow have
@@ -59,13 +59,11 @@ def warn_if_coupled(network: Network, samples: Samples, reference: Reference) ->
     _CHECKED.add(network.model)
     share = coupled_share(network, samples, reference)
     if share:
-        warnings.warn(
+        warn(
             f"this flow looks trained with coupled noise (optimal transport, reflow): where almost no signal is left, "
             f"its predictions of the data still follow the noise, by {share:.0%} of the data's variance instead of "
             "none; the density formula needs independent noise and is wrong here by many nats; use "
-            "fastscore.probability_flow_log_prob",
-            UserWarning,
-            stacklevel=4,
+            "fastscore.probability_flow_log_prob"
         )
 
 

@@ -8,12 +8,12 @@ noise sigma, and more with a schedule that starts at less.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
 from .schedules import Schedule
+from .warn import warn
 
 RELATIVE = (
     1e-6  # range of a column, of its largest value, and spread of a direction, at which float32 data are constant
@@ -33,12 +33,10 @@ def warn_if_degenerate(x: Tensor, schedule: Schedule) -> None:
     d = x.shape[1]
     parts = [f"{constant} constant"] * bool(constant) + [f"{dependent} linearly dependent on others"] * bool(dependent)
     least = math.exp(-schedule.log_snr_range[1] / 2)
-    warnings.warn(
+    warn(
         f"of the data's {d} dimensions {' and '.join(parts)}: in them the density is infinite, and log_prob "
         f"tells about the schedule's least noise (standard deviation {least:.2g}) instead of the data; "
-        "drop these dimensions, or add noise (dequantize) before training",
-        UserWarning,
-        stacklevel=4,
+        "drop these dimensions, or add noise (dequantize) before training"
     )
 
 

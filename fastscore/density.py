@@ -33,6 +33,7 @@ from .coupling import warn_if_coupled
 from .curve import Curve, CurveSum, ends, table_error
 from .degenerate import warn_if_degenerate
 from .estimate import Comparison, Estimate
+from .host import whole
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .masks import broadcast_mask, mask_rows
 from .memory import Chunks, plan_chunks
@@ -47,7 +48,7 @@ from .program import ONE_AT_A_TIME, Programs
 from .progress import progress_bar
 from .protocol import Density
 from .reference import Reference
-from .rules import make_rules, method_table
+from .rules import MAX_DRAWS, make_rules, method_table
 from .samples import Samples, check_batch, check_samples
 from .schedules import Schedule
 from .statistics import draw_sum, draw_variance, widened
@@ -242,12 +243,12 @@ class ScoreDensity(Density):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None and not target_stderr > 0:
             raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
-        if target_stderr is not None and (self.nfe if nfe is None else nfe) > max_nfe:
-            raise ValueError(
-                f"max_nfe={max_nfe} is below the {self.nfe if nfe is None else nfe} evaluations to start from; "
-                "give a smaller nfe"
-            )
         first = self._draws(nfe, seed, samples, method)
+        if target_stderr is not None and not first.rules.nfe <= whole("max_nfe", max_nfe) <= MAX_DRAWS:
+            raise ValueError(
+                f"max_nfe must be between the {first.rules.nfe} evaluations to start from and {MAX_DRAWS}, got "
+                f"{max_nfe}; give a smaller nfe, or average over seeds"
+            )
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         warn_if_coupled(self.network, samples, self.reference)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
@@ -313,7 +314,7 @@ class ScoreDensity(Density):
         samples = self.check(x, sample_index, cond_a, cond_b, mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
-        draws = Draws(make_rules(nodes, nfe, self.schedule, "density", int(seed)), "independent", int(seed))
+        draws = Draws(make_rules(nodes, nfe, self.schedule, seed=seed), "independent", whole("seed", seed))
         chunks = self._chunks(samples, memory, len(draws))
         difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
         for part in evaluate(self.network, samples, draws, self.reference, chunks):
@@ -380,9 +381,8 @@ class ScoreDensity(Density):
 
     def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
-        if not isinstance(data, Tensor) or data.ndim < 2:
-            return self.check(data, None, cond)  # raises
-        chosen = choose(len(data), seed)
+        check_batch(data)
+        chosen = choose(len(data), whole("seed", seed))
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here)
@@ -482,8 +482,8 @@ class ScoreDensity(Density):
         nodes, nfe = self.nodes.density, self.nfe if nfe is None else nfe
         if control_variate(method, self.reference) is not self.reference:
             nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
-        rules = make_rules(nodes, nfe, self.schedule, method, int(seed), round_)
-        return Draws(rules, self._noise_kind(samples), int(seed), round_)
+        rules = make_rules(nodes, nfe, self.schedule, method, seed, round_)
+        return Draws(rules, self._noise_kind(samples), whole("seed", seed), round_)
 
     def calibration(self, samples: Samples, draws: Draws) -> Tensor:
         """Return the calibration of the error bars of some draws: what `fit` measured on whole samples, or none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -9,3 +11,15 @@ from torch import Tensor
 def as_tensor(value: object) -> Tensor:
     """Return a tensor as it is, wherever it is; numbers and arrays as a tensor on the CPU."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def whole(name: str, value: object) -> int:
+    """Return an integer of any kind (Python's, numpy's, a tensor of one element) as Python's.
+
+    Raises:
+        ValueError: for anything else, a float with an integer's value included.
+    """
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None

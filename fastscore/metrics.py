@@ -30,6 +30,7 @@ from .estimate import Estimate, log_width
 from .protocol import Density, check_density
 from .ranks import of_default_group
 from .rules import GROUPS
+from .samples import check_batch
 from .statistics import GroupSums
 from .untouched import evaluating
 
@@ -100,6 +101,7 @@ class NegativeLogLikelihood(Metric):
             ValueError: if the samples have other dimensions than those before; and as `ScoreDensity.estimate`.
         """
         (density,) = self._density
+        check_batch(x)
         if sample_index is None:
             sample_index = self._arrivals(x)
         with evaluating(density.model):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
+from .warn import warn
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
@@ -26,18 +27,16 @@ def model_device(model: nn.Module, default: torch.device | None = None) -> torch
     return next((p.device for p in model.parameters()), default)
 
 
-def warn_if_training(model: nn.Module, stacklevel: int = 5) -> None:
+def warn_if_training(model: nn.Module) -> None:
     """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
     if model in _WARNED:
         return
     for name, layer in model.named_modules():
         if isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0:
             _WARNED.add(model)
-            warnings.warn(
+            warn(
                 f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
-                "random; call model.eval() first",
-                UserWarning,
-                stacklevel=6,
+                "random; call model.eval() first"
             )
             return
 
@@ -90,14 +89,25 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    more = output.ndim == passed.ndim and output.shape[1] > passed.shape[1]
-    prediction = output[:, : passed.shape[1]] if more else output
+    called = f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},) and returned "
+    if not output.is_floating_point() or output.layout != torch.strided or output.device != passed.device:
+        raise ValueError(
+            f"{called}{_kind(output)}; it must return floating-point numbers in a dense tensor on the device of x_t"
+        )
+    twice = output.ndim == passed.ndim and output.shape[1] == 2 * passed.shape[1]
+    prediction = output[:, : passed.shape[1]] if twice else output
     if prediction.shape != passed.shape:
         raise ValueError(
-            f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},) and returned "
-            f"{tuple(output.shape)}; it must return the shape of x_t (more channels in dimension 1 are allowed)"
+            f"{called}{tuple(output.shape)}; it must return the shape of x_t, or twice the channels in dimension 1 "
+            "where it has learned variances; a module around it can cut or turn what else it returns"
         )
     return prediction
+
+
+def _kind(output: Tensor) -> str:
+    """Return what sort of tensor it is, as far as it is an unusual one."""
+    layout = "" if output.layout == torch.strided else f" in layout {output.layout}"
+    return f"{output.dtype}{layout} on {output.device}"
 
 
 def _tensor_of(output: object) -> Tensor:
@@ -107,7 +117,10 @@ def _tensor_of(output: object) -> Tensor:
         return output[0]
     if isinstance(getattr(output, "sample", None), Tensor):
         return output.sample
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        kind = f"{kind} with the entries {', '.join(map(repr, output))}"
     raise ValueError(
-        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; "
-        f"got {type(output).__name__}"
+        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {kind}; "
+        "put a module around it that returns the tensor"
     )

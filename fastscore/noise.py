@@ -28,6 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .host import whole
+
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
 POINT_BYTES = 4  # of an element of a draw's point
 STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE, STREAM_NODES = range(7)
@@ -71,7 +73,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
     Element i is word i % 4 of counter (i // 4, index mod 2^32, draw, stream + 16 (index // 2^32)) under the key
     (seed mod 2^32, seed // 2^32). Several streams, a tensor (n,), give shape (len(index), n, d).
     """
-    group = torch.arange((d + 3) // 4, device=index.device)
+    seed, group = whole("seed", seed), torch.arange((d + 3) // 4, device=index.device)
     low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
     streams = stream.reshape(-1, 1) if isinstance(stream, Tensor) else stream
     quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
@@ -81,6 +83,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> 
 
 def unit(seed: int, draw: int, stream: int) -> float:
     """Return one number in [0, 1) for a seed, without any tensor."""
+    seed = whole("seed", seed)
     return philox((0, 0, draw, stream), (seed, seed >> 32))[0] * 2.0**-32
 
 

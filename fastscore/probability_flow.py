@@ -153,6 +153,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flow: _Flow, solve: Callable[[_Flow], _Solved], x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         found = solve(flow)
+        _check_finite(found.log_prob, flow.samples)
         ctx.flow, ctx.again = flow, found.again
         ctx.save_for_backward(x, *learned)
         ctx.mark_non_differentiable(found.nfe, found.discretization)
@@ -245,6 +246,16 @@ class _Flow:
         return (self.clean.log_prob(self.samples.x)[:, None] + change).to(self.samples.x.dtype)
 
 
+def _check_finite(log_prob: Tensor, samples: Samples) -> None:
+    bad = (~torch.isfinite(log_prob)).any(1).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"the ODE gives NaN or inf for {len(bad)} of {len(log_prob)} samples, sample "
+            f"{int(samples.index[bad[0]])} the first: the network returned them, or the path left the range of "
+            f"{log_prob.dtype}; check its weights and the scale of the data, use more steps, or float64 data"
+        )
+
+
 def _once(solver: Callable[[_Flow], tuple[Tensor, int]], flow: _Flow, fixed: bool = True) -> _Solved:
     """Solve once, with an error that nobody knows; `fixed` says that the grid does not depend on the answer."""
     log_prob, nfe = solver(flow)
@@ -276,6 +287,7 @@ def _doubling(flow: _Flow, error: float) -> _Solved:
     while len(active):
         steps *= 2
         if steps > MAX_STEPS:
+            _check_finite(coarse, flow.samples.select(active))
             raise ValueError(
                 f"error={error} nats is not reached with {MAX_STEPS} steps by {len(active)} of {len(spent)} samples, "
                 f"sample {int(active[0])} the first; give a larger one, float64 data, or method='dopri5'"

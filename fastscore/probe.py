@@ -8,8 +8,6 @@ what differs, where something does.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from .network import predict
 from .samples import Samples
 from .schedules import Schedule
 from .untouched import uncompiled, undisturbed
+from .warn import warn
 
 # Copies of four rows: a label dropped in 10 % of the rows is seen with probability 1 - 0.9^24 = 92 % in one call and
 # 99 % in two, and one call of 24 rows costs less than a tenth of an estimate's 256 evaluations.
@@ -41,7 +40,7 @@ def warn_of_coupling(
     with uncompiled(), undisturbed(model):
         found = _what_differs(model, samples, schedule, span, time_dtype)
     if found is not None:
-        warnings.warn(f"the network {found}", NetworkWarning, stacklevel=8)
+        warn(f"the network {found}", NetworkWarning)
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .host import whole
 from .nodes import NodeDensity
 from .schedules import Schedule
 
@@ -208,11 +209,12 @@ def make_rules(
     """Place at most `nfe` evaluations a sample; `seed` and `round_` decide the shifts.
 
     Raises:
-        ValueError: for an unknown method, when nfe leaves fewer than 4 draws, too few for an error bar, or is so large
-            that the nodes themselves do not fit into memory.
+        ValueError: for an unknown method, or when nfe is no integer, leaves fewer than 4 draws, too few for an error
+            bar, or is so large that the nodes themselves do not fit into memory.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    nfe = whole("nfe", nfe)
     if nfe > MAX_DRAWS:
         raise ValueError(f"nfe must be at most {MAX_DRAWS} evaluations a sample, got {nfe}; average over seeds instead")
     shift = common_shift(seed, round_)

@@ -63,11 +63,19 @@ class Samples:
 
 def check_batch(x: Tensor) -> None:
     """Raise ValueError if x is not floating-point data of shape (B, *shape) with B >= 1."""
+    if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(
+            f"x must be a dense tensor, got a {kind} one; densify it with x.to_dense(), and samples of different "
+            "sizes with torch.nn.utils.rnn.pad_sequence and mask="
+        )
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.discrete)")
+    if x.is_meta:
+        raise ValueError("x is on the meta device, where tensors have no values; create it on the network's device")
 
 
 def check_samples(

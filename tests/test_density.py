@@ -288,7 +288,7 @@ NAN_AT[2, 3] = float("nan")
         ({"x": torch.zeros(0, 6)}, ValueError, r"got \(0, 6\)"),
         ({"x": [[1.0]]}, ValueError, "got list"),
         ({"x": torch.zeros(4, 6, dtype=torch.uint8)}, ValueError, "floating point, got torch.uint8; dequantize"),
-        ({"x": torch.zeros(4, 6, device="meta")}, ValueError, "x is on meta and the network on cpu"),
+        ({"x": torch.zeros(4, 6, device="meta")}, ValueError, "x is on the meta device, where tensors have no values"),
         ({"x": NAN_AT}, ValueError, "NaN or inf in 1 of 4 samples, first in sample 2"),
         ({"predicts": "noise"}, ValueError, "denoiser, eps, flow, score, v, x0; got 'noise'"),
         ({"noise": "white"}, ValueError, "auto, sobol, independent; got 'white'"),
@@ -302,7 +302,7 @@ NAN_AT[2, 3] = float("nan")
         ({"backend": "gpu"}, ValueError, "'auto' or one of cuda, triton, torch; got 'gpu'"),
         ({"reference": 3}, TypeError, "must be a fastscore Reference, got int"),
         ({"time_dtype": "float32"}, TypeError, "torch.dtype such as torch.float32, got 'float32'"),
-        ({"target_stderr": 0.1, "max_nfe": 8}, ValueError, "max_nfe=8 is below the .* evaluations to start from"),
+        ({"target_stderr": 0.1, "max_nfe": 8}, ValueError, "max_nfe must be between the .* evaluations .*, got 8"),
         (
             {"x": torch.zeros(4, 5)},
             ValueError,

@@ -29,6 +29,7 @@ RANKS = {
     "schedules": 0,
     "training": 0,
     "untouched": 0,
+    "warn": -1,
     "watch": 0,
     "code_reader": 1,
     "transforms": 0,

@@ -5,7 +5,6 @@ Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests 
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import torch
@@ -18,6 +17,7 @@ from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import launch, packing
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
+from ..warn import warn
 from . import interpreting
 from . import torch as torch_backend
 from .task import Task, plain
@@ -89,7 +89,7 @@ def density_mlp(
             *arguments, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
         )
     except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
-        warnings.warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning, 2)
+        warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning)
         return torch_backend.density_mlp(*arguments, code, weights, tables, reference)
 
 

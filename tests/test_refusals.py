@@ -1,0 +1,139 @@
+"""What cannot be right is refused in one sentence, by every call: data, answers of networks, numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastscore as fs
+from fastscore.metrics import NegativeLogLikelihood
+from fastscore.transforms import zscore
+
+
+class Net(nn.Module):
+    """A network that answers what a function says."""
+
+    def __init__(self, answer=lambda x, t: torch.tanh(x)):
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.ones(1))
+
+    def forward(self, x, t):
+        return self.answer(x, t)
+
+
+def density(answer=lambda x, t: torch.tanh(x)):
+    return fs.ScoreDensity(Net(answer), fs.VP())
+
+
+CALLS = {
+    "estimate": lambda d, x: d.estimate(x, nfe=16),
+    "log_prob": lambda d, x: d.log_prob(x, nfe=16),
+    "compare": lambda d, x: d.compare(x, {}, {}, nfe=16),
+    "fit": lambda d, x: d.fit(x),
+    "ode": lambda d, x: fs.probability_flow_log_prob(d, x),
+    "loss": lambda d, x: fs.density_loss(d, x, seed=0),
+    "captured": lambda d, x: fs.CapturedDensity(d, x, nfe=16)(x),
+    "transformed": lambda d, x: fs.Transformed(d, zscore(torch.zeros(3), torch.ones(3))).estimate(x, nfe=16),
+    "metric": lambda d, x: NegativeLogLikelihood(d, nfe=16).update(x),
+}
+X = torch.linspace(-1, 1, 90).reshape(30, 3)
+DATA = {
+    "sparse": (X.to_sparse(), "dense tensor, got a sparse_coo one"),
+    "rows compressed": (X.to_sparse_csr(), "dense tensor, got a sparse_csr one"),
+    "nested": (torch.nested.nested_tensor([X, X]), "dense tensor, got a nested one.*pad_sequence and mask="),
+    "complex": (X.to(torch.complex64), "floating point, got torch.complex64"),
+    "whole numbers": (X.long(), "floating point, got torch.int64; dequantize"),
+    "truth values": (X > 0, "floating point, got torch.bool"),
+    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "floating point, got torch.qint8"),
+    "no values": (X.to("meta"), "meta device, where tensors have no values"),
+    "a list": (X.tolist(), "a tensor of shape.*got list"),
+    "an array": (X.numpy(), "a tensor of shape.*got ndarray"),
+    "one number": (torch.tensor(1.0), r"got \(\)"),
+    "nothing": (X[:0], r"got \(0, 3\)"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", DATA)
+def test_data_of_a_wrong_kind(call, kind):
+    x, message = DATA[kind]
+    with pytest.raises(ValueError, match=message):
+        CALLS[call](density(), x)
+
+
+@dataclass
+class Output:
+    prediction: torch.Tensor
+
+
+# All are called with x_t (rows, 4, 3) and t (rows,).
+ANSWERS = {
+    "integers": (lambda x, t: x.int(), "returned torch.int32 on cpu; it must return floating-point numbers"),
+    "truth values": (lambda x, t: x > 0, "returned torch.bool"),
+    "complex": (lambda x, t: x.to(torch.complex64), "returned torch.complex64"),
+    "sparse": (lambda x, t: x.to_sparse(), "in layout torch.sparse_coo"),
+    "no values": (lambda x, t: x.to("meta"), "on meta; it must return .* on the device of x_t"),
+    "nothing": (lambda x, t: None, "got NoneType; put a module around it"),
+    "a dict": (lambda x, t: {"eps": x, "v": x}, "got dict with the entries 'eps', 'v'; put a module around it"),
+    "a dataclass": (lambda x, t: Output(x), "got Output; put a module around it"),
+    "an array": (lambda x, t: x.detach().numpy(), "got ndarray"),
+    "a number": (lambda x, t: x.sum(), r"returned \(\); it must return the shape of x_t"),
+    "its time token": (lambda x, t: torch.cat([t[:, None, None].expand(-1, 1, 3), x], 1), r"returned \(\d+, 5, 3\)"),
+    "variances last": (lambda x, t: torch.cat([x, x], 2), r"returned \(\d+, 4, 6\).*twice the channels in dimension 1"),
+    "three times the channels": (lambda x, t: torch.cat([x, x, x], 1), r"returned \(\d+, 12, 3\)"),
+    "other rows": (lambda x, t: x[:1], r"returned \(1, 4, 3\)"),
+    "NaN": (lambda x, t: x * torch.nan, "NaN or inf"),
+}
+
+
+@pytest.mark.parametrize("call", ["estimate", "log_prob", "compare", "ode", "captured"])
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_of_a_wrong_kind(call, kind):
+    answer, message = ANSWERS[kind]
+    with pytest.raises(ValueError, match=message):
+        CALLS[call](density(answer), torch.linspace(-1, 1, 24).reshape(2, 4, 3))
+
+
+def test_learned_variances_are_cut_off():
+    x = torch.linspace(-1, 1, 24).reshape(2, 4, 3)
+    both = density(lambda x, t: torch.cat([torch.tanh(x), x], 1))
+    assert torch.equal(both.estimate(x, nfe=16).log_prob, density().estimate(x, nfe=16).log_prob)
+
+
+@pytest.mark.parametrize("value", [1.5, 16.0, "16", None, torch.tensor(1.5), 1j], ids=str)
+def test_counts_and_seeds_are_integers(value):
+    x, d = X[:2], density()
+    if value is not None:  # no nfe stands for the default
+        with pytest.raises(ValueError, match="nfe must be an integer, got"):
+            d.estimate(x, nfe=value)
+    for call in (
+        lambda: d.estimate(x, seed=value),
+        lambda: d.compare(x, {}, {}, seed=value),
+        lambda: d.fit(X, seed=value),
+        lambda: fs.probability_flow_log_prob(d, x, seed=value, trace="hutchinson"),
+        lambda: fs.density_loss(d, x, seed=value),
+    ):
+        with pytest.raises(ValueError, match="seed must be an integer, got"):
+            call()
+
+
+@pytest.mark.parametrize("sixteen", [np.int64(16), torch.tensor(16), np.uint8(16)], ids=lambda v: type(v).__name__)
+def test_integers_of_every_kind_are_integers(sixteen):
+    expected = density().estimate(X, nfe=16, seed=16).log_prob
+    assert torch.equal(density().estimate(X, nfe=sixteen, seed=sixteen).log_prob, expected)
+
+
+@pytest.mark.parametrize("nfe", [10**8, 10**9, 10**20])
+def test_more_evaluations_than_fit_into_memory(nfe):
+    with pytest.raises(ValueError, match="nfe must be at most 16777216 evaluations a sample"):
+        density().estimate(X, nfe=nfe)
+    with pytest.raises(ValueError, match="max_nfe must be between the 256 evaluations to start from and 16777216"):
+        density().estimate(X, target_stderr=0.1, max_nfe=nfe)
+
+
+def test_warnings_name_the_callers_line():
+    with pytest.warns(UserWarning, match="1 constant") as caught:
+        density().fit(torch.cat([X, torch.zeros(30, 1)], 1))
+    assert [warning.filename for warning in caught] == [__file__]
