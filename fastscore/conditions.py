@@ -198,9 +198,15 @@ def takes_conditions(call: Callable) -> Callable:
     own = {name for name, p in parameters.items() if p.kind is not kinds.VAR_KEYWORD}
     options = {name for name, p in parameters.items() if p.kind is kinds.KEYWORD_ONLY}
     options -= {"cond", "sample_index", "mask"}
+    places = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
 
     @wraps(call)
     def with_conditions(*args, **kwargs):
+        if len(args) > len(places):
+            raise TypeError(
+                f"{call.__name__} takes {', '.join(places).removeprefix('self, ')} by position, got "
+                f"{len(args) - len(places)} more; options and conditions of the network go by name"
+            )
         for name in options & kwargs.keys():
             value = kwargs[name]
             if isinstance(value, Marked | Mapping) or (isinstance(value, Tensor | np.ndarray) and value.ndim):

@@ -13,7 +13,7 @@ from .warn import warn
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
-_REFUSALS = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 _NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -63,18 +63,35 @@ def predict(
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
+    times = time.repeat(batch)
     try:
-        output = model(passed, time.repeat(batch), **cond.repeated(rows))
+        output = model(passed, times, **cond.repeated(rows))
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        given = f" and conditions {cond}; fs.per_sample or fs.shared says what is taken wrongly" if str(cond) else ""
-        raise ValueError(
-            f"the network does not take data of shape {shape} a sample{given}: {type(error).__name__}: {reason}"
-        ) from error
+        raise ValueError(_refusal(error, passed, times, cond)) from error
     prediction = read_output(output, passed)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
+
+
+def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -> str:
+    """Return what a network did not take, its own reason, and what may help."""
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    remedies = []
+    if str(cond):
+        remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
+    if "required" in reason:
+        remedies.append("conditions go to the call by name")
+    if time.dtype != passed.dtype and ("dtype" in reason or "scalar type" in reason):
+        remedies.append(f"time_dtype=torch.{str(passed.dtype).removeprefix('torch.')} if it joins time and data")
+    if isinstance(error, ValueError | RuntimeError) and any(word in reason for word in ("element", "expand")):
+        remedies.append("it has to take one time a row")
+    given = f" and conditions {cond}" if str(cond) else ""
+    called = f"called with x_t {tuple(passed.shape)} {passed.dtype} and t {tuple(time.shape)} {time.dtype}"
+    return (
+        f"the network does not take data of shape {tuple(passed.shape[1:])} a sample{given}: "
+        f"{type(error).__name__}: {reason} ({'; '.join([called, *remedies])})"
+    )
 
 
 def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
@@ -89,19 +106,24 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    called = f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},) and returned "
     if not output.is_floating_point() or output.layout != torch.strided or output.device != passed.device:
         raise ValueError(
-            f"{called}{_kind(output)}; it must return floating-point numbers in a dense tensor on the device of x_t"
+            f"{_called(passed)} and returned {_kind(output)}; it must return floating-point numbers in a dense tensor "
+            "on the device of x_t"
         )
     twice = output.ndim == passed.ndim and output.shape[1] == 2 * passed.shape[1]
     prediction = output[:, : passed.shape[1]] if twice else output
     if prediction.shape != passed.shape:
         raise ValueError(
-            f"{called}{tuple(output.shape)}; it must return the shape of x_t, or twice the channels in dimension 1 "
-            "where it has learned variances; a module around it can cut or turn what else it returns"
+            f"{_called(passed)} and returned {tuple(output.shape)}; it must return the shape of x_t, or twice the "
+            "channels in dimension 1 where it has learned variances; a module around it can cut or turn what else it "
+            "returns"
         )
     return prediction
+
+
+def _called(passed: Tensor) -> str:
+    return f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},)"
 
 
 def _kind(output: Tensor) -> str:

@@ -219,12 +219,15 @@ SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
         (MEAN.tolist(), LIST),
         (["text"] * 12, LIST),
         ([torch.zeros(3)] * 12, LIST),
-        (MEAN[:5], r"does not take data of shape \(4,\) .* added \(5,\) shared by all; fs.per_sample or.*RuntimeError"),
-        (torch.zeros(()), r"conditions added \(\) shared by all; .*: IndexError: too many indices"),
+        (
+            MEAN[:5],
+            r"does not take data of shape \(4,\) .* added \(5,\) shared by all: RuntimeError.*; fs.per_sample or",
+        ),
+        (torch.zeros(()), r"conditions added \(\) shared by all: IndexError: too many indices"),
         (fs.per_sample(MEAN[:5]), rf"'added' is marked per_sample and {SIZE} \(5,\)"),
         (fs.per_sample({"mean": torch.zeros(())}), rf"\"added\['mean'\]\" is marked per_sample and {SIZE} \(\)"),
         (object(), "'added' must be a tensor, a number or text, got a object; pass its tensors in a dict"),
-        ({"other": MEAN}, r"added\['other'\] \(\) a sample; .* KeyError: 'mean'"),
+        ({"other": MEAN}, r"added\['other'\] \(\) a sample: KeyError: 'mean'"),
     ],
 )
 def test_what_cannot_be_is_refused_at_every_call(value, message):

@@ -96,6 +96,43 @@ def test_answers_of_a_wrong_kind(call, kind):
         CALLS[call](density(answer), torch.linspace(-1, 1, 24).reshape(2, 4, 3))
 
 
+# Networks of x_t (rows, 3) and t (rows,), and what else they are called with.
+REFUSALS = {
+    "joins float32 time with its bfloat16 data": (
+        lambda x, t: torch.cat([x, t[:, None]], 1) @ torch.ones(4, 3, dtype=torch.bfloat16),
+        {},
+        r"RuntimeError: .*dtype.* and t \(\d+,\) torch.float32; time_dtype=torch.bfloat16 if it joins time and data",
+    ),
+    "one time for all": (lambda x, t: x * t.expand(len(x), 1), {}, r"and t \(\d+,\) .*; it has to take one time a row"),
+    "a number as time": (lambda x, t: x * float(t), {}, r"does not take.*ValueError.*; it has to take one time a row"),
+    "an item as time": (lambda x, t: x * t.item(), {}, r"does not take.*; it has to take one time a row"),
+    "a check of its own": (lambda x, t: {}["y"], {}, "does not take.*KeyError: 'y'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_networks_that_cannot_be_called_so(kind):
+    answer, cond, message = REFUSALS[kind]
+    made = density(answer)
+    if "bfloat16" in kind:
+        made.bfloat16()
+    for call in (lambda: made.estimate(X, nfe=16, **cond), lambda: fs.probability_flow_log_prob(made, X, **cond)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_conditions_go_by_name():
+    class Conditional(nn.Module):
+        def forward(self, x, t, state):
+            return x + state
+
+    made = fs.ScoreDensity(Conditional(), fs.VP())
+    with pytest.raises(ValueError, match=r"missing 1 required.*'state'.*; conditions go to the call by name"):
+        made.estimate(X, nfe=16)
+    with pytest.raises(TypeError, match="estimate takes x by position, got 1 more; options and conditions"):
+        made.estimate(X, X, nfe=16)
+
+
 def test_learned_variances_are_cut_off():
     x = torch.linspace(-1, 1, 24).reshape(2, 4, 3)
     both = density(lambda x, t: torch.cat([torch.tanh(x), x], 1))
