@@ -203,7 +203,8 @@ class PretendedDevice:
                     found = real(model, x_t, *args)
             finally:
                 self._tracing = False
-            self.mark([value for kind, value in found.leaves.values() if kind == "constant"])
+            constants = [value for kind, value in found.leaves.values() if kind == "constant"]
+            self.mark([value for value in constants if value.ndim > 0])  # a number may well lie on the host
             for node in found.graph.nodes:
                 node.args, node.kwargs = tree_map(lambda v: CUDA if v == CPU else v, (node.args, node.kwargs))
                 for value in tree_leaves(node.meta.get("val")):

@@ -155,6 +155,25 @@ class WithoutParameters(nn.Module):
         return torch.tanh(x_t) * t[:, None]
 
 
+class Scaled(Net):
+    """A network with numbers that stay on the host, as PyTorch allows, whatever the shape of the data."""
+
+    def __init__(self, d=D):
+        super().__init__(d)
+        self.factor = torch.tensor(0.5)  # an attribute, no buffer
+
+    def forward(self, x_t, t, factor):
+        return super().forward(x_t * self.factor, t) * factor
+
+
+@row("ScoreDensity.estimate", "CapturedDensity", each=["numbers on the host", "images, numbers on the host"])
+def estimate_with_numbers_on_the_host(on, name):
+    x = X if name == "numbers on the host" else random(3, 2, 2, 2)
+    made, given = fs.ScoreDensity(on(Scaled(x[0].numel())), fs.VP(), program=True), {"factor": torch.tensor(1.5)}
+    captured = fs.CapturedDensity(made, on(x), nfe=NFE, **given)
+    return summary(made.estimate(on(x), nfe=NFE, **given)), made.log_prob(on(x), nfe=NFE, **given), captured(on(x))
+
+
 @row(
     "ScoreDensity.estimate",
     "per_sample",
@@ -219,6 +238,32 @@ def fit_to_data_on_the_host(on):
     data, labels = mixture_data(100), torch.arange(100) % 4
     made = of(on).fit(data, evaluations=30_000, progress=False, label=labels)
     return made.state_dict(), summary(made.estimate(on(X), nfe=NFE, label=on(LABELS)))
+
+
+class Shifted(Net):
+    """A network with a condition that all samples share, and labels, nested."""
+
+    def forward(self, x_t, t, given):
+        return super().forward(x_t, t, given.get("label")) + given["shift"]
+
+
+SHIFT = random(1, D)
+FITS = {
+    "ScoreDensity": lambda of_shifted: of_shifted,
+    "Transformed": lambda of_shifted: fs.Transformed(of_shifted, TRANSFORMS["zscore"]()),
+    "DiffusionClassifier": lambda of_shifted: fs.DiffusionClassifier(
+        of_shifted, {"given": {"label": torch.arange(4), "shift": fs.shared(SHIFT)}}
+    ),
+}
+
+
+@row("ScoreDensity.fit", "Transformed.fit", "DiffusionClassifier.fit", each=[f"shared, {name}" for name in FITS])
+def fit_to_the_hosts_data_under_what_all_share(on, name):
+    made = FITS[name.removeprefix("shared, ")](fs.ScoreDensity(on(Shifted()), fs.VP(), program=False))
+    if name == "shared, DiffusionClassifier":
+        return summary(made.fit(mixture_data(40), evaluations=20_000, progress=False).classify(on(X), nfe=64))
+    made.fit(mixture_data(100), evaluations=3000, progress=False, given={"shift": fs.shared(SHIFT)})
+    return summary(made.estimate(on(X), nfe=NFE, given={"shift": fs.shared(on(SHIFT))}))
 
 
 @row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
