@@ -388,7 +388,9 @@ class PretendedGraph:
         self.device.graph = None
 
     def record(self, func, args, kwargs, found) -> None:
-        self.steps.append((func, args, kwargs, found))
+        with _disable_current_modes():  # aliases, whose shapes no later `squeeze_` changes
+            step = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs, found))
+        self.steps.append((func, *step))
 
     def replay(self) -> None:
         with _disable_current_modes():

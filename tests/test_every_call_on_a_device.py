@@ -520,20 +520,25 @@ def ode(on, name):
     return tuple(fs.probability_flow_log_prob(made, on(X), **options, label=on(LABELS)))
 
 
-@row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks"])
+@row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks",
+                              "captured, masked"])  # fmt: skip
 def captured(on, name):
     made = of(on, fs.DDPM.linear(100), program=name != "captured network")
+    given = {"label": on(LABELS)}
+    if "masked" in name:
+        made = made.with_reference(REFERENCES["mixture"]())
+        given["mask"] = on(torch.arange(6 * D).reshape(6, D) % 4 > 0)
     if "fitted" in name:
         made.fit(on(mixture_data(100)), evaluations=120_000, progress=False)
     memory = "60KB" if "chunks" in name else None
-    graph = fs.CapturedDensity(made, on(X), nfe=NFE, memory=memory, label=on(LABELS))
+    graph = fs.CapturedDensity(made, on(X), nfe=NFE, memory=memory, **given)
     assert (graph.graph is not None) == on(X).is_cuda
     found = [graph(on(X)), graph(on(X + 0.1)), graph(on(X), seed=3), graph(X)]
     with torch.no_grad():
         for p in made.model.parameters():
             p.mul_(1.1)
     found.append(graph(on(X)))  # of the new weights
-    direct = made.estimate(on(X), nfe=NFE, seed=3, label=on(LABELS))
+    direct = made.estimate(on(X), nfe=NFE, seed=3, **given)
     assert torch.allclose(found[-1][0], direct.log_prob, rtol=1e-5, atol=1e-4)
     return found
 
@@ -579,6 +584,18 @@ def data_set(on, name, folder):
     options = {"nfe": NFE, "batch": 4, "fit": fitted, "restart": True}
     found = evaluate_dataset(of(on), data, folder / "found.npz", **options)
     return summary(found), take(X, torch.arange(2))
+
+
+@row("evaluate_dataset")
+def data_set_under_conditions(on, folder):
+    labels, shift = torch.arange(40) % 4, fs.shared(SHIFT)
+    given = {"cond": {"given": {"label": LABELS.numpy(), "shift": shift}}}
+    given["fit_cond"] = {"given": {"label": labels, "shift": shift}}
+    made = fs.ScoreDensity(on(Shifted()), fs.VP(), program=False)
+    found = evaluate_dataset(
+        made, X, folder / "found.npz", fit=mixture_data(40), nfe=NFE, batch=4, restart=True, **given
+    )
+    return summary(found)
 
 
 @row("evaluate", each=["a factory", "an exported program"])
@@ -776,7 +793,14 @@ def test_a_call_on_the_device_gives_what_it_gives_on_the_host(name, tmp_path):
 
 
 # Their results are files or numbers of the host by what they are.
-ON_THE_HOST = {"command_line", "data_set", "metric", "words", "training_with_nodes_on_the_host"}
+ON_THE_HOST = {
+    "command_line",
+    "data_set",
+    "data_set_under_conditions",
+    "metric",
+    "words",
+    "training_with_nodes_on_the_host",
+}
 
 
 def public_names():
