@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 import torch
 from gpu_cases import SCHEDULE, D, head
-from measuring import DEVICE, REHEARSING, Row, below, first_line, once, peak_megabytes, wall
+from measuring import DEVICE, REHEARSING, Row, below, once, peak_megabytes, wall
 from networks import ConvNet
-from steps import report
+from steps import report, said
 from torch import Tensor
 
 import fastscore as fs
@@ -36,8 +36,8 @@ def public_calls() -> None:
             print(f"{name}: apart by {difference:.1e} of their size")
         except Exception as error:
             failed.append(name)
-            print(f"{name}: {type(error).__name__}: {first_line(error)}")
-            report(failure=name, why=f"{type(error).__name__}: {first_line(error)}")
+            print(f"{name}: {said(error)}")
+            report(failure=name, why=said(error))
     if failed:
         sys.exit(f"{len(failed)} of {len(PUBLIC)} failed: {', '.join(failed)}")
 

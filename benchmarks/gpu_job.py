@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -87,6 +88,7 @@ def main(what: str, page: str, make_steps: Callable[[], list[Step]]) -> int:
     slower = REHEARSED if options.rehearse else 1.0
     chosen = [Step("machine", describe, 60, least=0, needed=True), *_choose(make_steps(), options.only, parser)]
     chosen = [replace(step, seconds=slower * step.seconds) for step in chosen]
+    seconds = slower * SECONDS if options.seconds is None else options.seconds
     found = Found(folder)
     logs.mkdir(parents=True, exist_ok=True)
     tracebacks = logs / f"{what}-tracebacks.txt"
@@ -95,11 +97,13 @@ def main(what: str, page: str, make_steps: Callable[[], list[Step]]) -> int:
     with open(logs / f"{what}.log", "w") as log:
 
         def show(text: str) -> None:
-            for stream in (sys.stdout, log):
-                stream.write(text)
-                stream.flush()
+            log.write(text)
+            log.flush()
+            with contextlib.suppress(OSError):  # whoever read it is gone
+                sys.stdout.write(text)
+                sys.stdout.flush()
 
-        outcomes = steps.run(chosen, options.seconds or slower * SECONDS, found.hear, show)
+        outcomes = steps.run(chosen, seconds, found.hear, show)
         found.settle(outcomes)
         show(_summary(outcomes, found, logs))
     if found.environment:
@@ -121,7 +125,9 @@ def _prepare(rehearse: bool) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if rehearse:
         os.environ |= {"FASTSCORE_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the job still gets its summary
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever ends the job, or hangs up, still gets its summary
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     os.chdir(ROOT)
 
 
@@ -129,7 +135,7 @@ def _choose(every: list[Step], only: str | None, parser: argparse.ArgumentParser
     if only is None:
         return every
     beginnings = [name.strip() for name in only.split(",")]
-    unknown = [name for name in beginnings if not any(step.name.startswith(name) for step in every)]
+    unknown = [name for name in beginnings if not (name and any(step.name.startswith(name) for step in every))]
     if unknown:
         parser.error(f"no step begins with {unknown[0]!r}; there are: {', '.join(step.name for step in every)}")
     return [replace(step, needed=False) for step in every if step.name.startswith(tuple(beginnings))]

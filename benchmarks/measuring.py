@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from markdown import cell
-from steps import report
+from steps import report, said
 
 REHEARSING = os.environ.get("FASTSCORE_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSING else "cuda"
@@ -36,7 +36,7 @@ class Row(dict):
             self[column] = run()
         except Exception as error:  # whatever a kernel, a compiler or a peer raises
             self[column] = None
-            self.failed[column] = f"{type(error).__name__}: {first_line(error)}"
+            self.failed[column] = said(error)
         print(f"  {column}: {self.failed.get(column) or cell(self[column])}")
         report(table=self.table, row=self, failed=self.failed)
 
@@ -51,10 +51,6 @@ class Row(dict):
         if self.get(above) and self.get(below):
             self[column] = self[above] / self[below]
             report(table=self.table, row=self, failed=self.failed)
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
 def below(value: float, limit: float, what: str) -> float:

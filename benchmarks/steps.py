@@ -25,6 +25,8 @@ POLL = 0.05  # seconds between two looks at a step
 GRACE = 3.0  # seconds that an interrupted step has to say where it was, and a killed one to be gone
 INTERRUPTED = "interrupted"
 LAST_LINE = 300  # characters of the last line that an outcome quotes
+MOST_OUTPUT = 16 << 20  # bytes that a step may print, or report: one that floods its output is stopped
+TOLD = 70  # exit code of a part that has reported itself why it failed
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ def report(**data: object) -> None:
             file.write(json.dumps(data) + "\n")
 
 
+def said(error: BaseException) -> str:
+    """Return an exception's name with the first line of its message: CUDA's and Triton's go on for many."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:LAST_LINE]
+    return f"{type(error).__name__}: {line}"
+
+
 def program(*command: str, **environment: str) -> Callable[[], None]:
     """Return a step's function that becomes another program, with further environment variables."""
     return lambda: os.execvpe(command[0], command, os.environ | environment)
@@ -82,15 +90,25 @@ def parallel(parts: dict[str, Callable[[], object]], at_once: int) -> None:
     while waiting or running:
         if waiting and len(running) < at_once:
             name, run = waiting.pop(0)
-            running[_fork(run)] = name
+            running[_fork(lambda part=name, run=run: _run_part(part, run))] = name
             continue
         pid, status = os.wait()
-        name, how = running.pop(pid, None), _cause(os.waitstatus_to_exitcode(status))
-        if name and how:
-            failed.append(f"{name}: {how}")
-            report(failure=name, why=how)
+        name, code = running.pop(pid, None), os.waitstatus_to_exitcode(status)
+        if name and code:
+            failed.append(name)
+            if code != TOLD:
+                report(failure=name, why=_cause(code))
     if failed:
-        sys.exit(f"{len(failed)} of {len(parts)} failed: " + "; ".join(failed))
+        sys.exit(f"{len(failed)} of {len(parts)} failed: " + ", ".join(failed))
+
+
+def _run_part(name: str, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except Exception as error:
+        report(failure=name, why=said(error))
+        traceback.print_exc()
+        sys.exit(TOLD)
 
 
 def run(
@@ -144,7 +162,9 @@ class _Running:
                 state, why = ("passed" if code == 0 else "failed"), _cause(code)
                 last = self._last_line() if code != 0 or self.step.sums_up else ""
                 if code is None:
-                    state, why = "stopped", f"not done after {self.limit:.3g} s"
+                    flooded = self.output.full or self.reports.full
+                    late = f"not done after {self.limit:.3g} s"
+                    state, why = "stopped", f"more than {MOST_OUTPUT >> 20} MB of output" if flooded else late
                     self._interrupt()
             except KeyboardInterrupt:
                 state, why, last = "stopped", INTERRUPTED, ""
@@ -153,7 +173,7 @@ class _Running:
         return Outcome(self.step.name, state, time.monotonic() - start, ": ".join(part for part in (why, last) if part))
 
     def _wait(self, seconds: float) -> int | None:
-        """Return the exit code, negative for a signal, or None if it is not there in time."""
+        """Return the exit code, negative for a signal, or None if it is not there in time, or prints too much."""
         end = time.monotonic() + seconds
         while True:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
@@ -161,14 +181,19 @@ class _Running:
             if ended:
                 self.pid = 0
                 return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
+            if time.monotonic() > end or self.output.full or self.reports.full:
                 return None
             time.sleep(POLL)
 
     def _follow(self) -> None:
         """Pass on what is new."""
         for entry in self.reports.lines():
-            self.heard(self.step, json.loads(entry))
+            try:
+                told = json.loads(entry)
+            except ValueError:  # of a process that was killed while it wrote
+                self.shown(f"unreadable report: {entry[:LAST_LINE]}\n")
+            else:
+                self.heard(self.step, told)
         text = self.output.text()
         if text:
             self.shown(text)
@@ -194,27 +219,32 @@ class _Running:
 
 
 class _Tail:
-    """A file that grows, read as far as it goes."""
+    """A file that grows, read as far as it goes; of one that grows without end the first `MOST_OUTPUT` bytes."""
 
     def __init__(self, path: Path):
         self.path, self.read = path, 0
         path.touch()
 
+    @property
+    def full(self) -> bool:
+        return self.path.stat().st_size > MOST_OUTPUT
+
     def text(self) -> str:
         """Return what is new."""
-        with open(self.path, "rb") as file:
-            file.seek(self.read)
-            found = file.read()
+        found = self._rest()
         self.read += len(found)
         return found.decode(errors="replace")
 
     def lines(self) -> list[str]:
         """Return the whole lines among what is new; an unfinished one is for the next time."""
-        with open(self.path, "rb") as file:
-            file.seek(self.read)
-            found = file.read().rpartition(b"\n")[0]
+        found = self._rest().rpartition(b"\n")[0]
         self.read += len(found) + bool(found)
         return found.decode(errors="replace").splitlines()
+
+    def _rest(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.read)
+            return file.read(MOST_OUTPUT - self.read)  # to the end alone would have no end while a step keeps writing
 
 
 def _fork(run: Callable[[], object], before: Callable[[], None] = lambda: None) -> int:
@@ -233,8 +263,10 @@ def _fork(run: Callable[[], object], before: Callable[[], None] = lambda: None) 
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if len(str(error).strip().splitlines()) > 1:
+            print(said(error), file=sys.stderr)  # the last line is the one that an outcome quotes
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -259,4 +291,7 @@ def _cause(code: int | None) -> str:
     """Return why a process with this exit code failed, or nothing for 0."""
     if not code:
         return ""
-    return f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+    if code > 0:
+        return f"exit code {code}"
+    named = -code in {known.value for known in signal.Signals}  # those of real time have no name
+    return f"ended by {signal.Signals(-code).name if named else f'signal {-code}'}"

@@ -113,7 +113,8 @@ class DiffusionClassifier(nn.Module):
         x = data[: evaluations // each]
         x = x.to(model_device(self.density.model, x.device))
         mask = None if mask is None else broadcast_mask(mask, data)[: len(x)].to(x.device)
-        own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x))).to(x.device).marked()
+        own = Conditions.of(cond, len(data), self.density.model).select(slice(len(x)))
+        own = own.to(x.device, data.device).marked()
         options = {"mask": mask, "seed": seed, "memory": memory, "progress": progress, "cond": own}
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, _, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own, mask)
@@ -235,7 +236,7 @@ class DiffusionClassifier(nn.Module):
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
         z, log_det = self.density.to_network(x, mask)
-        rows = replace(self.classes, per_sample={k: v.to(z.device) for k, v in self.classes.per_sample.items()})
+        rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
         samples, _, chunks = self.density.core.prepare(z, nfe, seed, index, memory, cond | first, mask)
         return samples, log_det, chunks._replace(rows=max(1, chunks.rows // 2))

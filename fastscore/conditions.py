@@ -98,9 +98,14 @@ class Conditions:
         """Return the conditions of some samples."""
         return replace(self, per_sample={k: v[samples] for k, v in self.per_sample.items()})
 
-    def to(self, device: torch.device) -> Conditions:
-        """Return the conditions with those of the samples on a device."""
-        return replace(self, per_sample={k: v.to(device) for k, v in self.per_sample.items()})
+    def to(self, device: torch.device, source: torch.device) -> Conditions:
+        """Return the conditions on a device: those of the samples, and what is shared and lies on `source` with them.
+
+        What is shared and lies elsewhere, the network wants there.
+        """
+        own = {k: v.to(device) for k, v in self.per_sample.items()}
+        rest = {k: v.to(device) if _lies_on(v, source) else v for k, v in self.shared.items()}
+        return replace(self, per_sample=own, shared=rest)
 
     def joined(self, other: Conditions) -> Conditions:
         """Return the conditions of these samples and of some others, which share the same."""
@@ -218,6 +223,10 @@ def takes_conditions(call: Callable) -> Callable:
         return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
 
     return with_conditions
+
+
+def _lies_on(value: object, device: torch.device) -> bool:
+    return isinstance(value, Tensor) and value.device == device
 
 
 def _described(value: object) -> str:

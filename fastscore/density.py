@@ -385,7 +385,7 @@ class ScoreDensity(Density):
         chosen = choose(len(data), whole("seed", seed))
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
-        given = Conditions.of(cond, len(data), self.model).select(chosen).to(here)
+        given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self.check(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
         if mask is None:

@@ -183,6 +183,9 @@ class Timed:
         if isinstance(table, int | float):
             return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
         value = self.program.hoisted.value(values, table).to(self.program.dtype)
+        if value.ndim == 0 and value.device != self.device:
+            # The network's number may lie on the host: a factor brings it here without a copy, in a graph too.
+            value = value * torch.ones((), dtype=value.dtype, device=self.device)
         draws, batch = values.rows[TIME] if level & TIME else 1, values.rows[SAMPLE] if level & SAMPLE else 1
         if value.ndim > 1:
             value = value.reshape(batch, draws, value.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 
 from tqdm.auto import tqdm
@@ -14,9 +15,15 @@ def progress_bar(progress: bool | None, iterable: Iterable | None = None, **opti
     Arguments:
         progress: True shows it, False does not. None shows it where stderr is a terminal, and clears it at its end: a
             log file gets no bars, and a loop of short calls does not fill the screen. The environment variable
-            TQDM_DISABLE, set to anything, hides every bar, as it does for tqdm's own.
+            TQDM_DISABLE, set to anything, hides every bar, as it does for tqdm's own, and so does a stderr that is
+            closed.
         iterable, options: of `tqdm.tqdm`, such as total, unit and desc.
     """
-    shown = False if os.environ.get("TQDM_DISABLE") else progress
-    disable = None if shown is None else not shown  # None is tqdm's "where the stream is no terminal"
-    return tqdm(iterable, disable=disable, leave=progress is not None, **options)
+    hidden = bool(os.environ.get("TQDM_DISABLE")) or sys.stderr is None or getattr(sys.stderr, "closed", False)
+    shown = not hidden and (_is_terminal(sys.stderr) if progress is None else progress)
+    return tqdm(iterable, disable=not shown, leave=progress is not None, **options)
+
+
+def _is_terminal(stream: object) -> bool:
+    """Return whether a stream is a terminal; what stands in for one, such as a logger's, may not know."""
+    return hasattr(stream, "isatty") and stream.isatty()

@@ -111,5 +111,7 @@ def _columns(table: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _flat(table: Tensor, inner: tuple[int, ...]) -> Tensor:
+    if table.ndim == 0:
+        return table
     rows = table.shape[0] if table.ndim == len(inner) + 1 else 1
     return table.expand(rows, *inner).reshape(rows, -1)

@@ -203,7 +203,8 @@ class PretendedDevice:
                     found = real(model, x_t, *args)
             finally:
                 self._tracing = False
-            self.mark([value for kind, value in found.leaves.values() if kind == "constant"])
+            constants = [value for kind, value in found.leaves.values() if kind == "constant"]
+            self.mark([value for value in constants if value.ndim > 0])  # a number may well lie on the host
             for node in found.graph.nodes:
                 node.args, node.kwargs = tree_map(lambda v: CUDA if v == CPU else v, (node.args, node.kwargs))
                 for value in tree_leaves(node.meta.get("val")):
@@ -387,7 +388,9 @@ class PretendedGraph:
         self.device.graph = None
 
     def record(self, func, args, kwargs, found) -> None:
-        self.steps.append((func, args, kwargs, found))
+        with _disable_current_modes():  # aliases, whose shapes no later `squeeze_` changes
+            step = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs, found))
+        self.steps.append((func, *step))
 
     def replay(self) -> None:
         with _disable_current_modes():

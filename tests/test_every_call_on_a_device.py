@@ -155,6 +155,25 @@ class WithoutParameters(nn.Module):
         return torch.tanh(x_t) * t[:, None]
 
 
+class Scaled(Net):
+    """A network with numbers that stay on the host, as PyTorch allows, whatever the shape of the data."""
+
+    def __init__(self, d=D):
+        super().__init__(d)
+        self.factor = torch.tensor(0.5)  # an attribute, no buffer
+
+    def forward(self, x_t, t, factor):
+        return super().forward(x_t * self.factor, t) * factor
+
+
+@row("ScoreDensity.estimate", "CapturedDensity", each=["numbers on the host", "images, numbers on the host"])
+def estimate_with_numbers_on_the_host(on, name):
+    x = X if name == "numbers on the host" else random(3, 2, 2, 2)
+    made, given = fs.ScoreDensity(on(Scaled(x[0].numel())), fs.VP(), program=True), {"factor": torch.tensor(1.5)}
+    captured = fs.CapturedDensity(made, on(x), nfe=NFE, **given)
+    return summary(made.estimate(on(x), nfe=NFE, **given)), made.log_prob(on(x), nfe=NFE, **given), captured(on(x))
+
+
 @row(
     "ScoreDensity.estimate",
     "per_sample",
@@ -219,6 +238,32 @@ def fit_to_data_on_the_host(on):
     data, labels = mixture_data(100), torch.arange(100) % 4
     made = of(on).fit(data, evaluations=30_000, progress=False, label=labels)
     return made.state_dict(), summary(made.estimate(on(X), nfe=NFE, label=on(LABELS)))
+
+
+class Shifted(Net):
+    """A network with a condition that all samples share, and labels, nested."""
+
+    def forward(self, x_t, t, given):
+        return super().forward(x_t, t, given.get("label")) + given["shift"]
+
+
+SHIFT = random(1, D)
+FITS = {
+    "ScoreDensity": lambda of_shifted: of_shifted,
+    "Transformed": lambda of_shifted: fs.Transformed(of_shifted, TRANSFORMS["zscore"]()),
+    "DiffusionClassifier": lambda of_shifted: fs.DiffusionClassifier(
+        of_shifted, {"given": {"label": torch.arange(4), "shift": fs.shared(SHIFT)}}
+    ),
+}
+
+
+@row("ScoreDensity.fit", "Transformed.fit", "DiffusionClassifier.fit", each=[f"shared, {name}" for name in FITS])
+def fit_to_the_hosts_data_under_what_all_share(on, name):
+    made = FITS[name.removeprefix("shared, ")](fs.ScoreDensity(on(Shifted()), fs.VP(), program=False))
+    if name == "shared, DiffusionClassifier":
+        return summary(made.fit(mixture_data(40), evaluations=20_000, progress=False).classify(on(X), nfe=64))
+    made.fit(mixture_data(100), evaluations=3000, progress=False, given={"shift": fs.shared(SHIFT)})
+    return summary(made.estimate(on(X), nfe=NFE, given={"shift": fs.shared(on(SHIFT))}))
 
 
 @row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
@@ -475,20 +520,25 @@ def ode(on, name):
     return tuple(fs.probability_flow_log_prob(made, on(X), **options, label=on(LABELS)))
 
 
-@row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks"])
+@row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks",
+                              "captured, masked"])  # fmt: skip
 def captured(on, name):
     made = of(on, fs.DDPM.linear(100), program=name != "captured network")
+    given = {"label": on(LABELS)}
+    if "masked" in name:
+        made = made.with_reference(REFERENCES["mixture"]())
+        given["mask"] = on(torch.arange(6 * D).reshape(6, D) % 4 > 0)
     if "fitted" in name:
         made.fit(on(mixture_data(100)), evaluations=120_000, progress=False)
     memory = "60KB" if "chunks" in name else None
-    graph = fs.CapturedDensity(made, on(X), nfe=NFE, memory=memory, label=on(LABELS))
+    graph = fs.CapturedDensity(made, on(X), nfe=NFE, memory=memory, **given)
     assert (graph.graph is not None) == on(X).is_cuda
     found = [graph(on(X)), graph(on(X + 0.1)), graph(on(X), seed=3), graph(X)]
     with torch.no_grad():
         for p in made.model.parameters():
             p.mul_(1.1)
     found.append(graph(on(X)))  # of the new weights
-    direct = made.estimate(on(X), nfe=NFE, seed=3, label=on(LABELS))
+    direct = made.estimate(on(X), nfe=NFE, seed=3, **given)
     assert torch.allclose(found[-1][0], direct.log_prob, rtol=1e-5, atol=1e-4)
     return found
 
@@ -534,6 +584,18 @@ def data_set(on, name, folder):
     options = {"nfe": NFE, "batch": 4, "fit": fitted, "restart": True}
     found = evaluate_dataset(of(on), data, folder / "found.npz", **options)
     return summary(found), take(X, torch.arange(2))
+
+
+@row("evaluate_dataset")
+def data_set_under_conditions(on, folder):
+    labels, shift = torch.arange(40) % 4, fs.shared(SHIFT)
+    given = {"cond": {"given": {"label": LABELS.numpy(), "shift": shift}}}
+    given["fit_cond"] = {"given": {"label": labels, "shift": shift}}
+    made = fs.ScoreDensity(on(Shifted()), fs.VP(), program=False)
+    found = evaluate_dataset(
+        made, X, folder / "found.npz", fit=mixture_data(40), nfe=NFE, batch=4, restart=True, **given
+    )
+    return summary(found)
 
 
 @row("evaluate", each=["a factory", "an exported program"])
@@ -731,7 +793,14 @@ def test_a_call_on_the_device_gives_what_it_gives_on_the_host(name, tmp_path):
 
 
 # Their results are files or numbers of the host by what they are.
-ON_THE_HOST = {"command_line", "data_set", "metric", "words", "training_with_nodes_on_the_host"}
+ON_THE_HOST = {
+    "command_line",
+    "data_set",
+    "data_set_under_conditions",
+    "metric",
+    "words",
+    "training_with_nodes_on_the_host",
+}
 
 
 def public_names():

@@ -160,6 +160,26 @@ def test_without_a_gpu_it_says_so(name, tmp_path, untouched):
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.parametrize("end", ["hang up", "nobody reads"])
+def test_a_job_whose_terminal_is_gone_still_sums_up(tmp_path, end):
+    text = f"""
+import os, signal, sys, time
+sys.path[:0] = [{str(ROOT / "benchmarks")!r}]
+import gpu_job
+from steps import Step
+hang = Step("hang", lambda: [os.kill(os.getppid(), signal.SIGHUP), time.sleep(600)], 20)
+talk = Step("talk", lambda: [print("x" * 10**6), time.sleep(0.5), print("x")], 20)
+sys.exit(gpu_job.main("gpu-check", "A test.", lambda: [{"hang" if end == "hang up" else "talk"}]))
+"""
+    command = [sys.executable, "-c", text, "--rehearse", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment())
+    process.stdout.close()
+    process.wait(timeout=100)
+    state = {"hang up": "stopped  hang", "nobody reads": "passed   talk"}[end]
+    assert state in (tmp_path / "gpu-check.log").read_text().partition("== summary\n")[2]
+    assert (tmp_path / "gpu-check.json").exists()
+
+
 def test_options(tmp_path):
     out = ("--rehearse", "--out", str(tmp_path))
     done = job("bench", *out, "--only", "ceilings,memory 2", "--seconds", "100")
@@ -168,6 +188,9 @@ def test_options(tmp_path):
     assert list(found) == ["machine", "ceilings", "memory 256MB", "memory 2048MB"]
     short = job("bench", *out, "--only", "ceilings,compiling", "--seconds", "12")
     assert outcomes(short, "3 steps: 2 passed, 1 skipped; ")["compiling"][1].endswith("it takes 15 or more")
+    none = job("bench", *out, "--only", "ceilings", "--seconds", "0")
+    assert outcomes(none, "2 steps: 2 skipped; ")["ceilings"][1].endswith("it takes 5 or more")
+    assert job("check", *out, "--only", "graph,").returncode == 2  # an empty name would be every step's beginning
     wrong = job("check", *out, "--only", "graf")
     assert wrong.returncode == 2
     assert re.search(r"no step begins with 'graf'; there are: info, .*graph", wrong.stderr)

@@ -69,6 +69,34 @@ def test_bars_are_for_terminals_unless_asked_for(call, monkeypatch, tmp_path):
         assert written(monkeypatch, call, True, **options) == ""
 
 
+class Logger:
+    """What programs put in the place of stderr to write it to their log."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_stderr_that_is_closed_or_no_file_gets_no_bar(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    closed, logger = Stream(True), Logger()
+    closed.close()
+    for stream in (None, closed, logger):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(progress_bar(None, range(3))) == [0, 1, 2]
+    assert logger.text == ""
+    assert list(progress_bar(True, range(3))) == [0, 1, 2]
+    assert "100%" in logger.text
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(progress_bar(True, range(3))) == [0, 1, 2]
+
+
 def test_every_default_is_the_rule():
     functions = [evaluate_dataset, *(getattr(fs, name) for name in fs.__all__)]
     functions += [method for one in functions if isinstance(one, type) for method in vars(one).values()]

@@ -29,6 +29,9 @@ def leave_children():
         with open("children", "a") as file:
             print(pid, file=file)
 
+def illegal():
+    raise RuntimeError("CUDA error: an illegal memory access\\nCompile with TORCH_USE_CUDA_DSA")
+
 def hang():
     leave_children()
     report(number=7)
@@ -99,6 +102,48 @@ def test_a_step_that_fails_crashes_or_hangs_costs_itself_alone(tmp_path):
     assert 1 <= outcomes["hangs"]["seconds"] < 10
 
 
+def test_a_step_that_floods_its_output_costs_itself_alone(tmp_path):
+    outcomes, heard, shown = run(
+        tmp_path,
+        """
+        Step("prints", program("yes", "no end"), 50),
+        Step("reports", lambda: [report(number=1, text="x" * 10**6) for _ in iter(int, 1)], 50),
+        Step("passes", lambda: report(number=8), 20),
+        """,
+        seconds=100,
+    )
+    for name in ("prints", "reports"):
+        assert outcomes[name]["state"] == "stopped"
+        assert outcomes[name]["why"].startswith("more than 16 MB of output")
+        assert outcomes[name]["seconds"] < 30
+    assert len(shown) < 18 << 20
+    assert heard[-1] == ["passes", {"number": 8}]
+
+
+def test_whatever_a_step_leaves_behind_the_next_one_runs(tmp_path):
+    outcomes, heard, shown = run(
+        tmp_path,
+        """
+        Step("real time", lambda: os.kill(os.getpid(), 40), 20),
+        Step("half a report", lambda: open(os.environ[steps.REPORTS], "a").write('{"nu\\n'), 20),
+        Step("passes", lambda: report(number=8), 20),
+        """,
+    )
+    assert outcomes["real time"]["why"] == "ended by signal 40"
+    assert outcomes["half a report"]["state"] == outcomes["passes"]["state"] == "passed"
+    assert "unreadable report: {" in shown
+    assert heard == [["passes", {"number": 8}]]
+
+
+def test_of_a_long_message_the_first_line_counts(tmp_path):
+    outcomes, heard, _ = run(
+        tmp_path, 'Step("alone", illegal, 20), Step("parts", lambda: parallel({"a": illegal}, at_once=1), 20)'
+    )
+    first = "RuntimeError: CUDA error: an illegal memory access"
+    assert outcomes["alone"]["why"] == f"exit code 1: {first}"
+    assert heard == [["parts", {"failure": "a", "why": first}]]
+
+
 @pytest.mark.parametrize("sigint", [signal.SIG_DFL, signal.SIG_IGN], ids=["foreground", "background"])
 def test_a_step_that_hangs_says_where(tmp_path, sigint):
     # A shell's background job ignores Ctrl-C, which is how a step is asked to end.
@@ -148,10 +193,10 @@ def test_parts_in_parallel_are_reported_each(tmp_path):
         """,
     )
     assert outcomes["parts"]["state"] == "failed"
-    assert outcomes["parts"]["why"].startswith("exit code 1: 2 of 3 failed: ")
+    assert outcomes["parts"]["why"] in {f"exit code 1: 2 of 3 failed: {both}" for both in ("bad, worse", "worse, bad")}
     told = [report for _, report in heard]
     assert {"good": 1} in told
-    assert {"failure": "bad", "why": "exit code 1"} in told
+    assert {"failure": "bad", "why": "ZeroDivisionError: division by zero"} in told
     assert {"failure": "worse", "why": "ended by SIGKILL"} in told
     assert outcomes["all good"]["state"] == "passed"
 

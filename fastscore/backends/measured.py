@@ -1,6 +1,6 @@
 """What a GPU measured of the backends, and which of them `backend="auto"` therefore takes for a network.
 
-The choice reads this table and `fastscore info` prints it; benchmarks/results/h200-*.json hold the whole run. Networks
+The choice reads this table and `fastscore info` prints it; benchmarks/results/h200_*.json hold the whole run. Networks
 between its rows go by the nearest one. Of other architectures nothing is known, and Triton's kernels run there.
 """
 
