@@ -37,10 +37,14 @@ class Found:
         elif "failure" in told:
             self.failures.setdefault(step.name, []).append(f"{told['failure']}: {told['why']}")
         else:
-            self.tables.setdefault(told["table"], {})[step.name] = told["row"]
+            table = told["table"]
+            if table not in self.tables:
+                self.tables[table], self.failed[table] = record.read_steps(self.folder, table, self.environment)
+            self.tables[table][step.name] = told["row"]
+            self.failed[table].pop(step.name, None)
             if told["failed"]:
-                self.failed.setdefault(told["table"], {})[step.name] = told["failed"]
-            self.write(told["table"])
+                self.failed[table][step.name] = told["failed"]
+            self.write(table)
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Keep of the rows that a step did not finish why it did not."""
@@ -52,7 +56,8 @@ class Found:
 
     def write(self, table: str) -> None:
         rows, failed = self.tables[table], self.failed.get(table)
-        record.write(self.folder, table, self.environment, list(rows.values()), **{"failed": failed} if failed else {})
+        more = {"steps": list(rows)} | ({"failed": failed} if failed else {})
+        record.write(self.folder, table, self.environment, list(rows.values()), **more)
 
 
 def describe() -> None:

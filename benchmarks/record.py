@@ -37,6 +37,18 @@ def file_name(table: str, device: str) -> str:
     return table if device == "CPU" else f"{device.lower().replace(' ', '-')}-{table}"
 
 
+def read_steps(folder: Path, table: str, environment: dict) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return rows and failures by step that an earlier run wrote on the same machine with the same versions.
+
+    A run of some steps so adds to the table of all; on anything else a table begins anew.
+    """
+    path = folder / f"{file_name(table, environment['device'])}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if any(found.get(key) != value for key, value in environment.items() if key != "date"):
+        return {}, {}
+    return dict(zip(found.get("steps", ()), found["rows"])), found.get("failed", {})
+
+
 def write(folder: Path, table: str, environment: dict, rows: list[dict], **more: object) -> Path:
     """Write a table as JSON, whole or not at all; return its path."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -218,3 +218,27 @@ def test_a_job_that_is_ended_still_sums_up_and_leaves_nothing(tmp_path):
     outcomes = json.loads(result.partition("RESULT")[2])["outcomes"]
     assert [(o["state"], o["why"]) for o in outcomes] == [("stopped", "interrupted"), ("skipped", "interrupted")]
     assert ended(tmp_path)
+
+
+def test_a_run_of_some_steps_adds_to_the_table_of_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_job
+    from steps import Step
+
+    machine = {"date": "2026-01-01", "device": "NVIDIA H200", "versions": {"torch": "2.11"}}
+
+    def run(machine, **numbers):
+        found = gpu_job.Found(tmp_path)
+        found.hear(Step("machine", print, 1), {"environment": machine})
+        for step, number in numbers.items():
+            failed = {} if number else {"ms": "out of memory"}
+            found.hear(Step(step, print, 1), {"table": "kernels", "row": {"ms": number}, "failed": failed})
+        return json.loads((tmp_path / "nvidia-h200-kernels.json").read_text())
+
+    run(machine, first=1.0, second=None, third=3.0)
+    again = run(machine | {"date": "2026-01-02"}, second=2.5)
+    assert again["steps"] == ["first", "second", "third"]
+    assert again["rows"] == [{"ms": 1.0}, {"ms": 2.5}, {"ms": 3.0}]
+    assert "failed" not in again
+    other = run(machine | {"versions": {"torch": "2.13"}}, first=0.5)
+    assert other["steps"] == ["first"]  # numbers of two versions do not stand in one table
