@@ -9,3 +9,10 @@ from torch import Tensor
 def as_tensor(value: object) -> Tensor:
     """Return a tensor as it is, wherever it is; numbers and arrays as a tensor on the CPU."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def layout_of(tensor: Tensor) -> str | None:
+    """Return what a tensor is that is not dense ("sparse_coo", "nested", ...), None for an ordinary one."""
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")

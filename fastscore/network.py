@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
+from .host import layout_of
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
@@ -55,11 +56,11 @@ def predict(
     The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype of its parameters and t
     (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
     repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
-    `.sample`. Channels beyond those of the data (a learned variance, say) are cut off.
+    `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
 
     Raises:
         ValueError: if the network cannot be called so, with its reason and how every condition was taken; if what comes
-            back does not have the rows and the shape of what was passed.
+            back does not have the rows and the shape of what was passed, or no graph where x_t has one.
     """
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
@@ -75,7 +76,20 @@ def predict(
             f"the network does not take data of shape {shape} a sample{given}: {type(error).__name__}: {reason}"
         ) from error
     prediction = read_output(output, passed)
+    if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
+        _refuse_cut_graph(model, passed, time.repeat(batch), cond.repeated(rows), prediction)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
+
+
+@torch.no_grad()
+def _refuse_cut_graph(model: nn.Module, passed: Tensor, time: Tensor, given: dict, prediction: Tensor) -> None:
+    """Raise ValueError where a prediction depends on x_t and autograd does not know: its derivative would be zero."""
+    if not torch.equal(read_output(model(0.5 * passed + 0.1, time, **given), passed), prediction):
+        raise ValueError(
+            "the network's answer depends on x_t and has no graph, so that its derivatives would count as zero: its "
+            "forward runs under no_grad or inference_mode, detaches, or leaves torch; take that out, or use estimate, "
+            "which needs no derivative"
+        )
 
 
 def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
@@ -90,12 +104,20 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    more = output.ndim == passed.ndim and output.shape[1] > passed.shape[1]
-    prediction = output[:, : passed.shape[1]] if more else output
+    layout = layout_of(output)
+    if not output.is_floating_point() or layout is not None or output.device != passed.device:
+        raise ValueError(
+            f"the network must return floating-point numbers in a dense tensor on {passed.device}, got {output.dtype} "
+            f"on {output.device}{f' ({layout})' if layout else ''}; convert them in its forward"
+        )
+    # Twice the channels and no other number: a token kept before the data, say, would shift what is read.
+    twice = output.ndim == passed.ndim and output.shape[1] == 2 * passed.shape[1]
+    prediction = output[:, : passed.shape[1]] if twice else output
     if prediction.shape != passed.shape:
         raise ValueError(
             f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},) and returned "
-            f"{tuple(output.shape)}; it must return the shape of x_t (more channels in dimension 1 are allowed)"
+            f"{tuple(output.shape)}; it must return the shape of x_t, or in dimension 1 twice as much, of which the "
+            "second half is cut off as a learned variance; cut off other tokens or channels in its forward"
         )
     return prediction
 

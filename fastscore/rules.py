@@ -40,7 +40,9 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -213,6 +215,8 @@ def make_rules(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if not isinstance(nfe, Real) or math.isnan(nfe):
+        raise ValueError(f"nfe must be a number of evaluations, such as 256; got {nfe!r}")
     if nfe > MAX_DRAWS:
         raise ValueError(f"nfe must be at most {MAX_DRAWS} evaluations a sample, got {nfe}; average over seeds instead")
     shift = common_shift(seed, round_)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
-from .host import as_tensor
+from .host import as_tensor, layout_of
 from .masks import mask_rows
 from .network import model_device
 from .rules import group_of
@@ -62,7 +62,9 @@ class Samples:
 
 
 def check_batch(x: Tensor) -> None:
-    """Raise ValueError if x is not floating-point data of shape (B, *shape) with B >= 1."""
+    """Raise ValueError if x is not dense floating-point data of shape (B, *shape) with B >= 1."""
+    if isinstance(x, Tensor) and (kind := layout_of(x)) is not None:
+        raise ValueError(f"x must be a dense tensor, got a {kind} one; give x.to_dense(), or pad it and pass a mask")
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")

@@ -1,6 +1,7 @@
 """ScoreDensity: reproducible, differentiable, memory-bounded, and clear about bad input."""
 
 import io
+import math
 import warnings
 
 import pytest
@@ -288,6 +289,11 @@ NAN_AT[2, 3] = float("nan")
         ({"x": torch.zeros(0, 6)}, ValueError, r"got \(0, 6\)"),
         ({"x": [[1.0]]}, ValueError, "got list"),
         ({"x": torch.zeros(4, 6, dtype=torch.uint8)}, ValueError, "floating point, got torch.uint8; dequantize"),
+        ({"x": torch.zeros(4, 6).to_sparse()}, ValueError, "x must be a dense tensor, got a sparse_coo one"),
+        ({"x": torch.zeros(4, 6).to_sparse_csr()}, ValueError, "x must be a dense tensor, got a sparse_csr one"),
+        ({"x": torch.zeros(4, 6).to_mkldnn()}, ValueError, "x must be a dense tensor, got a mkldnn one"),
+        ({"mask": torch.ones(4, 6).to_sparse()}, ValueError, "mask must be a dense tensor, got a sparse_coo one"),
+        ({"label": torch.ones(4, 6).to_sparse()}, ValueError, "'label' is a sparse_coo tensor.*fs.shared"),
         ({"x": torch.zeros(4, 6, device="meta")}, ValueError, "x is on meta and the network on cpu"),
         ({"x": NAN_AT}, ValueError, "NaN or inf in 1 of 4 samples, first in sample 2"),
         ({"predicts": "noise"}, ValueError, "denoiser, eps, flow, score, v, x0; got 'noise'"),
@@ -295,6 +301,9 @@ NAN_AT[2, 3] = float("nan")
         ({"schedule": "linear"}, TypeError, "Schedule such as DDPM.linear.*got str"),
         ({"model": lambda x, t: x}, TypeError, "must be a torch.nn.Module, got function"),
         ({"nfe": 3}, ValueError, "nfe=3 leaves fewer than 4 draws"),
+        ({"nfe": "64"}, ValueError, "nfe must be a number of evaluations, such as 256; got '64'"),
+        ({"nfe": math.nan}, ValueError, "nfe must be a number of evaluations, such as 256; got nan"),
+        ({"nfe": torch.tensor(64)}, ValueError, "nfe must be a number of evaluations"),
         ({"method": "vlb"}, ValueError, "density, discrete, elbo; got 'vlb'"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr must be positive"),
         ({"memory": 10}, ValueError, "does not hold one row"),
@@ -323,6 +332,16 @@ NAN_AT[2, 3] = float("nan")
             r"called with x_t \(4, 6\) and t \(4,\) and returned \(4, 5\)",
         ),
         ({"model": Broken(lambda x, t: {"eps": x})}, ValueError, "must return a tensor.*got dict"),
+        # A token before the data would shift what is read: only twice as much is a learned variance.
+        (
+            {"model": Broken(lambda x, t: torch.cat([x[:, :1], x], 1)), "x": torch.zeros(4, 5, 3)},
+            ValueError,
+            r"returned \(4, 6, 3\); it must return the shape of x_t, or in dimension 1 twice as much",
+        ),
+        ({"model": Broken(lambda x, t: x.long())}, ValueError, "must return floating-point numbers.*got torch.int64"),
+        ({"model": Broken(lambda x, t: x > 0)}, ValueError, "must return floating-point numbers.*got torch.bool"),
+        ({"model": Broken(lambda x, t: x + 0j)}, ValueError, "must return floating-point numbers.*got torch.complex64"),
+        ({"model": Broken(lambda x, t: x.to_sparse())}, ValueError, r"in a dense tensor on cpu.*\(sparse_coo\)"),
         (
             {
                 "model": Broken(lambda x, t: torch.where(t[:, None] > 7, torch.nan, x)),
