@@ -1,7 +1,8 @@
 """Conditions that have as many entries as there are samples by chance: what the sizes cannot tell, a call can.
 
 A network that wants one entry a row does not take a condition of another length. One that takes it whole with any
-number of rows, and answers otherwise than for a sample's own entry, may well mean a graph or a table that all share.
+number of rows, and answers otherwise than for each sample's own entry, or not at all for that, may well mean a graph or
+a table that all share. Several samples are asked at several times: one of them may point at an entry of its own.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from .network import predict
 from .samples import Samples
 from .untouched import uncompiled, undisturbed
 
+SAMPLES = 4  # that are asked, at every time
+
 # By network: paths and shapes of an entry that were looked at.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 def refuse_coincidences(
-    model: nn.Module, samples: Samples, time: Callable[[], Tensor], time_dtype: torch.dtype | None
+    model: nn.Module, samples: Samples, times: Callable[[], Tensor], time_dtype: torch.dtype | None
 ) -> None:
-    """Call the network once for every condition that nobody marked, at its first sight.
+    """Call the network for every condition that nobody marked, until one call has told what it is.
 
     Arguments:
-        time: gives one of the schedule's, shape (1,).
+        times: gives some of the schedule's, shape (n,).
 
     Raises:
         ValueError: for a condition that the network takes in both ways, with different answers.
@@ -37,29 +40,41 @@ def refuse_coincidences(
         for path in cond.guessed:
             key = path, tuple(cond.per_sample[path].shape[1:])
             if len(samples) > 1 and key not in seen:
-                if _means_both(model, samples, cond, path, time(), time_dtype):
+                both = _means_both(model, samples, cond, path, times(), time_dtype)
+                if both:
                     raise ValueError(
                         f"condition {path!r} has as many entries as there are samples, {len(samples)}, and the network "
-                        "also takes all of them with another number of rows, with another answer; say fs.shared(...) "
+                        "takes all of them with another number of rows, but not to the same answer; say fs.shared(...) "
                         "around it if all samples share it, or fs.per_sample(...) if each has its own"
                     )
-                seen.add(key)
+                if both is not None:
+                    seen.add(key)
 
 
 @torch.no_grad()
-def _means_both(model, samples: Samples, cond: Conditions, path: str, time: Tensor, time_dtype) -> bool:
-    rows = 3 if len(samples) != 3 else 2
-    own = {name: value[:1].repeat_interleave(rows, 0) for name, value in cond.per_sample.items()}
-    x_t, times = samples.x[:1].expand(rows, -1)[None], time.to(samples.x.device).expand(rows)
+def _means_both(model, samples: Samples, cond: Conditions, path: str, times: Tensor, time_dtype) -> bool | None:
+    """Return whether the network takes a condition in both ways; None where it answers the same, for now."""
+    asked = torch.arange(min(len(samples), SAMPLES), device=samples.device).repeat_interleave(len(times))
+    if len(asked) == len(samples):
+        asked = torch.cat([asked, asked[:1]])
+    own = {name: value[asked] for name, value in cond.per_sample.items()}
+    times = times.to(samples.device).repeat(-(-len(asked) // len(times)))[: len(asked)]
 
-    def answer(leaves: dict[str, object]) -> Tensor:
+    def answer(leaves: dict[str, object], rows: int = len(asked)) -> Tensor:
         given = Conditions({}, cond.shared | leaves, cond.structure)
-        return predict(model, x_t, times, given, samples.shape, time_dtype)
+        return predict(model, samples.x[asked[:rows]][None], times[:rows], given, samples.shape, time_dtype)
 
     with uncompiled(), undisturbed(model):
         try:
+            # With fewer rows than entries too: a loop over the entries may leave more rows as they are.
+            fewer = min(len(asked), len(samples)) - 1
+            answer({name: value[:fewer] for name, value in own.items()} | {path: cond.per_sample[path]}, fewer)
             whole = answer(own | {path: cond.per_sample[path]})
         except Exception:  # whatever the network raises: it wants one entry a row
             return False
-        random = not torch.equal(whole, answer(own | {path: cond.per_sample[path]}))
-        return not random and not torch.allclose(whole, answer(own), rtol=1e-4, atol=1e-6)
+        if not torch.equal(whole, answer(own | {path: cond.per_sample[path]})):
+            return None  # random
+        try:
+            return True if not torch.allclose(whole, answer(own), rtol=1e-4, atol=1e-6) else None
+        except ValueError:
+            return True

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .host import layout_of
 from .structure import Leaf, Marked, Structure, flatten, is_plain
 
 # By network and path: whether the first call that could tell took it per sample, its first size, and the samples.
@@ -40,9 +41,17 @@ def per_sample(value: object) -> Marked:
     Arguments:
         value: a tensor, or a dict, list or dataclass of tensors.
 
+    Raises:
+        ValueError: for numbers or texts, alone or in a list, which have no samples; give them as a tensor.
+
     Example:
         >>> density.estimate(x, added={"mean": fs.per_sample(mean), "table": fs.shared(table)})
     """
+    entries = value if isinstance(value, list | tuple) else [value]
+    if value is not None and all(map(is_plain, entries)):
+        raise ValueError(
+            f"per_sample takes tensors, got {_described(value)} with numbers or texts alone; give torch.as_tensor(...)"
+        )
     return Marked(value, True)
 
 
@@ -152,6 +161,11 @@ def _is_per_sample(path: str, leaf: Leaf, batch: int) -> bool:
         if isinstance(value, np.ndarray):
             remedy = "give torch.as_tensor(...) of it, on the device of x"
         raise ValueError(f"condition {path!r} must be a tensor, a number or text, got {_described(value)}; {remedy}")
+    if (kind := layout_of(value)) is not None:
+        raise ValueError(
+            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; give it dense, or "
+            "fs.shared(...) around it if all samples use all of it"
+        )
     own = value.ndim > 0 and value.shape[0] == batch
     if leaf.per_sample and not own:
         raise ValueError(

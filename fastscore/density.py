@@ -31,7 +31,7 @@ from .coincidence import refuse_coincidences
 from .conditions import Conditions, takes_conditions
 from .coupling import warn_if_coupled
 from .curve import Curve, CurveSum, ends, table_error
-from .degenerate import warn_if_degenerate
+from .degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimate import Comparison, Estimate
 from .host import whole
 from .integrand import Draws, Network, cost_of_row, evaluate
@@ -85,7 +85,7 @@ class ScoreDensity(Density):
 
     Arguments:
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
-            in the schedule's own time. More output channels than the data's (learned variances) are cut off.
+            in the schedule's own time. Twice the data's channels are allowed, of which learned variances are cut off.
         schedule: the forward process it was trained on (`fastscore.schedules`).
         predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.predictions`).
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
@@ -341,7 +341,8 @@ class ScoreDensity(Density):
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
         Estimates stay unbiased without and with it; they need fewer evaluations afterwards. What was fitted is part of
-        `state_dict()`. Constant and linearly dependent columns are warned of: there the density is infinite.
+        `state_dict()`. Constant and linearly dependent columns are warned of: there the density is infinite;
+        and data beyond the schedule's noise, of which the network says nothing.
 
         Arguments:
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
@@ -360,8 +361,8 @@ class ScoreDensity(Density):
             ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
         samples = self._chosen(data, seed, cond, mask)
-        if mask is None:
-            warn_if_degenerate(samples.x, self.schedule)
+        everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
+        degenerate = warn_if_degenerate(samples.x[:, everywhere], self.schedule)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -377,6 +378,8 @@ class ScoreDensity(Density):
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
         self._row_costs.clear()
+        if not degenerate:
+            warn_if_out_of_range(fitted.reference.scales(), self.log_snr_range)
         return self
 
     def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
@@ -387,7 +390,7 @@ class ScoreDensity(Density):
         x = data[chosen.to(data.device)].to(here)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self.check(x, chosen), conds=(given,))
-        refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
+        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
         if mask is None:
             return samples
         counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)
@@ -517,10 +520,10 @@ class ScoreDensity(Density):
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 
-    def _middle(self) -> Tensor:
-        """Return a time in the middle of the range, shape (1,)."""
+    def _some_times(self) -> Tensor:
+        """Return times at a quarter, half and three quarters of the range, shape (3,)."""
         lo, hi = self.log_snr_range
-        return self.schedule.time(torch.tensor([(lo + hi) / 2], dtype=torch.float64, device="cpu"))
+        return self.schedule.time(torch.linspace(lo, hi, 5, dtype=torch.float64, device="cpu")[1:-1])
 
     def _probe(self, samples: Samples) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
@@ -545,7 +548,7 @@ class ScoreDensity(Density):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
-        refuse_coincidences(self.model, samples, self._middle, self.time_dtype)
+        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
         if self.reference.full and samples.mask is not None and not bool(samples.mask.all()):
             raise ValueError(
                 "a mask needs a reference without full covariances, of which marginals are not known at every noise "

@@ -23,3 +23,10 @@ def whole(name: str, value: object) -> int:
         return operator.index(value)
     except (TypeError, RuntimeError):
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def layout_of(tensor: Tensor) -> str | None:
+    """Return what a tensor is that is not dense ("sparse_coo", "nested", ...), None for an ordinary one."""
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")

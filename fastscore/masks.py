@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .host import layout_of
+
 
 def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return a mask in the shape of x, bool: a view of it where possible.
@@ -30,6 +32,8 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must be a tensor of True and False (or 1 and 0), got {type(mask).__name__}; "
             "give torch.as_tensor(...) of it, on the device of x"
         )
+    if (kind := layout_of(mask)) is not None:
+        raise ValueError(f"mask must be a dense tensor, got a {kind} one; give mask.to_dense()")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and x on {x.device}; move one of them with .to()")
     if mask.dtype != torch.bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
+from .host import layout_of
 from .warn import warn
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -54,11 +55,11 @@ def predict(
     The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype of its parameters and t
     (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
     repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
-    `.sample`. Channels beyond those of the data (a learned variance, say) are cut off.
+    `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
 
     Raises:
         ValueError: if the network cannot be called so, with its reason and how every condition was taken; if what comes
-            back does not have the rows and the shape of what was passed.
+            back does not have the rows and the shape of what was passed, or no graph where x_t has one.
     """
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
@@ -71,6 +72,8 @@ def predict(
     except _REFUSALS as error:
         raise ValueError(_refusal(error, passed, times, cond)) from error
     prediction = read_output(output, passed)
+    if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
+        _refuse_cut_graph(model, passed, time.repeat(batch), cond.repeated(rows), prediction)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
 
 
@@ -94,6 +97,17 @@ def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -
     )
 
 
+@torch.no_grad()
+def _refuse_cut_graph(model: nn.Module, passed: Tensor, time: Tensor, given: dict, prediction: Tensor) -> None:
+    """Raise ValueError where a prediction depends on x_t and autograd does not know: its derivative would be zero."""
+    if not torch.equal(read_output(model(0.5 * passed + 0.1, time, **given), passed), prediction):
+        raise ValueError(
+            "the network's answer depends on x_t and has no graph, so that its derivatives would count as zero: its "
+            "forward runs under no_grad or inference_mode, detaches, or leaves torch; take that out, or use estimate, "
+            "which needs no derivative"
+        )
+
+
 def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
     """Return times as the network gets them: in `time_dtype`, or int64 for a table and the dtype of x_t else."""
     return time.to(time_dtype or (dtype if time.is_floating_point() else time.dtype))
@@ -106,11 +120,12 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    if not output.is_floating_point() or output.layout != torch.strided or output.device != passed.device:
+    if not output.is_floating_point() or layout_of(output) is not None or output.device != passed.device:
         raise ValueError(
             f"{_called(passed)} and returned {_kind(output)}; it must return floating-point numbers in a dense tensor "
             "on the device of x_t"
         )
+    # Twice the channels and no other number: a token kept before the data, say, would shift what is read.
     twice = output.ndim == passed.ndim and output.shape[1] == 2 * passed.shape[1]
     prediction = output[:, : passed.shape[1]] if twice else output
     if prediction.shape != passed.shape:
@@ -128,8 +143,8 @@ def _called(passed: Tensor) -> str:
 
 def _kind(output: Tensor) -> str:
     """Return what sort of tensor it is, as far as it is an unusual one."""
-    layout = "" if output.layout == torch.strided else f" in layout {output.layout}"
-    return f"{output.dtype}{layout} on {output.device}"
+    layout = layout_of(output)
+    return f"{output.dtype}{f' in layout {layout}' if layout else ''} on {output.device}"
 
 
 def _tensor_of(output: object) -> Tensor:

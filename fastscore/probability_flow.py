@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from .conditions import takes_conditions
 from .density import ScoreDensity
 from .flow_field import Field, learned, rademacher, time_of
+from .host import whole
 from .modes import differentiable, refuse_inference_weights
 from .protocol import Density, check_density
 from .samples import Samples
@@ -43,6 +44,7 @@ CHOOSING = (*ADAPTIVE, "scipy_solver")  # their steps follow the answer
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
 FIRST_STEPS, MAX_STEPS = 4, 2048  # of "auto"
+MOST = 1 << 17  # steps, or probes: what is known of every one beforehand takes a gigabyte at most
 
 
 class FlowLogProb(NamedTuple):
@@ -102,9 +104,12 @@ def probability_flow_log_prob(
     Raises:
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
-        ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, or an `error` that
-            2,048 steps do not reach.
+        ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, an `error` that 2,048
+            steps do not reach, a network whose answer has no graph, and where the result is NaN or inf.
     """
+    for name, count in (("probes", probes), ("steps", steps)):
+        if whole(name, count) > MOST:
+            raise ValueError(f"{name} must be at most {MOST}, got {count}")
     if trace not in TRACES or probes < 1:
         raise ValueError(f"trace must be one of {', '.join(TRACES)} with probes >= 1; got {trace!r}, probes={probes}")
     if steps < 1 or (steps > 1 and method in (*ADAPTIVE, "auto")):
@@ -161,23 +166,25 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
-        x, *_ = ctx.saved_tensors  # raises where a weight has changed since
+        inputs = ctx.saved_tensors  # raises where a weight has changed since
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = inputs[0].detach().requires_grad_()
             flow = ctx.flow.on(x)
-            inputs = x, *learned(flow.density, flow.samples)
+            here = x, *learned(flow.density, flow.samples)
             value = (grad * ctx.again(flow)).sum()
-            found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-        return None, None, *_once_differentiable(found)
+            found = torch.autograd.grad(value, here, allow_unused=True, materialize_grads=True)
+        return None, None, *_once_differentiable(found, (grad, *inputs))
 
 
-def _once_differentiable(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _once_differentiable(gradients: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return gradients that raise where they are differentiated in their turn, instead of counting as constants."""
     if not torch.is_grad_enabled():
         return gradients
+    tie = 0 * sum(source.sum() for source in sources)  # what they depend on leads to the error
     reason = "the ODE's density has first derivatives alone; use ScoreDensity.log_prob, or differences of gradients"
     refuse = torch._C._functions.DelayedError(reason.encode(), len(gradients))
-    return refuse(*(gradient.detach().requires_grad_() for gradient in gradients))
+    refused = refuse(*(gradient.detach() + tie.to(gradient) for gradient in gradients))
+    return refused if isinstance(refused, tuple) else (refused,)
 
 
 class _Flow:
@@ -290,7 +297,8 @@ def _doubling(flow: _Flow, error: float) -> _Solved:
             _check_finite(coarse, flow.samples.select(active))
             raise ValueError(
                 f"error={error} nats is not reached with {MAX_STEPS} steps by {len(active)} of {len(spent)} samples, "
-                f"sample {int(active[0])} the first; give a larger one, float64 data, or method='dopri5'"
+                f"sample {int(active[0])} the first; fit the density to data, or give a larger error, float64 data, or "
+                "method='dopri5'"
             )
         fine, calls = flow.select(active).midpoint(steps)
         move = (fine - coarse).mean(1).abs()

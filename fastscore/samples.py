@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditions import Conditions
-from .host import as_tensor
+from .host import as_tensor, layout_of
 from .masks import mask_rows
 from .network import model_device
 from .rules import group_of
@@ -62,9 +62,8 @@ class Samples:
 
 
 def check_batch(x: Tensor) -> None:
-    """Raise ValueError if x is not floating-point data of shape (B, *shape) with B >= 1."""
-    if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+    """Raise ValueError if x is not dense floating-point data of shape (B, *shape) with B >= 1."""
+    if isinstance(x, Tensor) and (kind := layout_of(x)) is not None:
         raise ValueError(
             f"x must be a dense tensor, got a {kind} one; densify it with x.to_dense(), and samples of different "
             "sizes with torch.nn.utils.rnn.pad_sequence and mask="

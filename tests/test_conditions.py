@@ -187,7 +187,7 @@ def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
     first = fs.ScoreDensity(Graph(), SCHEDULE)
     for call in (first.estimate, first.log_prob, lambda x, **c: fs.probability_flow_log_prob(first, x, **c)):
         with pytest.raises(
-            ValueError, match="'edges' has as many entries as there are samples, 2, and the network also"
+            ValueError, match="'edges' has as many entries as there are samples, 2, and the network takes"
         ):
             call(x[:2], edges=EDGES)
 
@@ -434,3 +434,38 @@ def test_marks_inside_and_outside():
     again = Conditions.of(told.select(slice(0, 1)).marked(), 1)
     assert set(again.per_sample) == {"a['y']", "b"}
     assert again.guessed == ()
+
+
+class Lookup(nn.Module):
+    """Every row takes its own entry of a table that all rows share."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, table, y):
+        return self.gain * (x - table[y])
+
+
+@pytest.mark.parametrize("y", [[0, 0, 1, 1, 2], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2]])
+def test_a_table_as_long_as_the_batch_is_refused_whatever_the_samples_point_at(y):
+    x, table = data(5), torch.arange(5.0)[:, None].expand(5, D)
+    with pytest.raises(ValueError, match="'table' has as many entries as there are samples, 5"):
+        fs.ScoreDensity(Lookup(), SCHEDULE, nfe=16).estimate(x, table=table, y=torch.tensor(y))
+
+
+def test_a_network_that_says_nothing_yet_is_asked_again():
+    net, x, y = Lookup(), data(5), torch.tensor([0, 0, 1, 1, 0])
+    nn.init.zeros_(net.gain)  # as last layers start
+    density, table = fs.ScoreDensity(net, SCHEDULE, nfe=16), torch.arange(5.0)[:, None].expand(5, D)
+    density.estimate(x, table=table, y=y)
+    nn.init.ones_(net.gain)
+    with pytest.raises(ValueError, match="'table' has as many entries"):
+        density.estimate(x, table=table, y=y)
+
+
+def test_numbers_are_not_marked_as_samples():
+    for value in ([1.0, 2.0], (3,), 1.5, "text"):
+        with pytest.raises(ValueError, match=r"per_sample takes tensors.*torch.as_tensor"):
+            fs.per_sample(value)
+    assert fs.per_sample({"mean": MEAN, "size": 3}).per_sample

@@ -33,6 +33,10 @@ def with_columns(*extra):
         (with_columns(BASE[:, :1] + 1e-3 * torch.randn(400, 1, generator=G)), (0, 0)),
         (torch.randn(30, 200, generator=G), (0, 0)),
         (torch.randn(30, 200, generator=G)[:, [0, *range(200)]], (0, 1)),
+        (
+            torch.randn(30, 200, generator=G).repeat(1, 2) * torch.tensor([1.0, -2.0]).repeat_interleave(200) + 5,
+            (0, 200),
+        ),
         (torch.ones(30, 3), (3, 0)),
         (torch.tensor([0.0, 1.0]).repeat(30)[:, None], (0, 0)),
         # A few columns of an image that one sample in 400 touches vary.
@@ -55,6 +59,33 @@ def test_fit_warns_with_the_counts_and_the_least_noise():
     assert "least noise (standard deviation 0.001)" in str(found[0].message)
     with pytest.warns(UserWarning, match="2 constant"):
         fs.Transformed(density, zscore(0.0, 2.0)).fit(data, evaluations=0, progress=False)
+
+
+def test_fit_counts_the_columns_that_a_mask_leaves_in_all_samples():
+    data = with_columns(torch.zeros(400, 2))
+    density = fs.ScoreDensity(ExactNet(mixture(5), fs.VP()), fs.VP())
+    with pytest.warns(UserWarning, match="of the data's 4 dimensions 1 constant"):
+        density.fit(data, mask=torch.tensor([True] * 4 + [False]), evaluations=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "std", "said"),
+    [
+        (fs.VP(), 1e-5, "below the least noise of the schedule, 0.001: there log_prob is the fitted reference's"),
+        (fs.EDM(), 1e3, "above the most noise of the schedule, 80"),
+        (fs.VE(0.01, 1.0), 0.5, None),
+        (fs.Cosine(), 1e-5, None),  # which has no ends of its own
+        (fs.EDM(), 0.01, None),
+    ],
+)
+def test_fit_says_where_data_lie_beyond_the_noise(schedule, std, said):
+    # There the number is the reference's, off by its own sampling error of about sqrt(d / N) nats: 0.02 in the mean at
+    # N = 400 and d = 3, with a stderr of 1e-8 and a truncation of 1e-4 to 1e-6.
+    density = fs.ScoreDensity(ExactNet(mixture(3), schedule), schedule)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        density.fit(std * BASE, evaluations=0, progress=False)
+    assert [said in str(w.message) for w in found] == ([] if said is None else [True])
 
 
 def test_fit_is_silent_about_data_that_fill_their_space():

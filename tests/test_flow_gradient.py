@@ -177,3 +177,47 @@ def test_a_weight_that_changed_before_the_backward_pass_is_noticed():
         model.model.gain += 0.1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+class Weightless(torch.nn.Module):
+    """An exact network of N(0, 1/4), without parameters; `cut` takes its answer out of the graph."""
+
+    def __init__(self, cut=None):
+        super().__init__()
+        self.cut = cut
+
+    def forward(self, x, t):
+        alpha, sigma = (v[:, None].to(x) for v in SCHEDULE.alpha_sigma(t))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut != "no_grad"):
+            answer = sigma * x / (0.25 * alpha**2 + sigma**2)
+        if self.cut == "numpy":
+            return torch.from_numpy(answer.detach().numpy())
+        return answer.detach() if self.cut == "detach" else answer
+
+
+@pytest.mark.parametrize("cut", ["no_grad", "detach", "numpy"])
+def test_a_network_out_of_the_graph_is_refused_where_its_derivative_counts(cut):
+    found, x = fs.ScoreDensity(Weightless(cut), SCHEDULE), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="depends on x_t and has no graph"):
+        probability_flow_log_prob(found, x)
+    with pytest.raises(ValueError, match="depends on x_t and has no graph"):
+        found.log_prob(x.clone().requires_grad_())
+    assert torch.isfinite(found.log_prob(x)).all()
+    assert torch.isfinite(found.estimate(x.clone().requires_grad_()).log_prob).all()
+
+
+def test_a_constant_network_has_no_derivative_and_needs_none():
+    class Zero(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.zeros_like(x)
+
+    found = probability_flow_log_prob(fs.ScoreDensity(Zero(), SCHEDULE), torch.zeros(1, 2), method="midpoint", steps=64)
+    assert torch.isfinite(found.log_prob).all()
+
+
+def test_second_derivatives_are_refused_without_parameters_and_by_their_name():
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = probability_flow_log_prob(fs.ScoreDensity(Weightless(), SCHEDULE), x, method="midpoint", steps=8).log_prob
+    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="the ODE's density has first derivatives alone"):
+        torch.autograd.grad(gradient.sum(), x)

@@ -17,7 +17,7 @@ RANKS = {
     "buffers": 0,
     "conditions": 0,
     "dataset": 0,
-    "host": -1,
+    "host": -2,
     "instructions": 0,
     "masks": -1,
     "memory": 0,

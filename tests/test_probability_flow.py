@@ -333,3 +333,16 @@ def test_how_many_traces_run_at_once_changes_nothing(monkeypatch, options, at_on
     # Sums in another order; d = 3 and 5 probes, so that the last pass is narrower.
     torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(found.stderr, expected.stderr, rtol=1e-9, atol=1e-11)
+
+
+def test_numbers_that_are_none_and_counts_that_fit_nowhere_are_refused():
+    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="the ODE gives NaN or inf for 3 of 3 samples, sample 0 the first"):
+        probability_flow_log_prob(density, 1e30 * x, method="midpoint")
+    for options, message in (
+        ({"method": "midpoint", "steps": 10**9}, "steps must be at most 131072, got 1000000000"),
+        ({"method": "midpoint", "steps": 2.5}, "steps must be an integer, got 2.5"),
+        ({"trace": "hutchinson", "probes": 10**9}, "probes must be at most 131072"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probability_flow_log_prob(density, x, **options)

@@ -26,11 +26,19 @@ class Net(nn.Module):
         self.rows.append(len(x))
         if self.wrong == "first time":
             t = t[:1].expand(len(t))
+        if self.wrong == "largest time":
+            t = t.max().expand(len(t))
+        if self.wrong == "smallest time":
+            t = t.min().expand(len(t))
         if self.wrong == "label dropout" and y is not None:
             y = torch.where(torch.rand(len(y)) < 0.1, 10, y)
+        if self.wrong == "centred batch":
+            x = x - x.mean(0)
         h = self.first(torch.cat([x, t[:, None]], 1))
         if y is not None:
             h = h + 3 * self.label(y)
+        if self.wrong == "all labels dropped at once" and torch.rand(()) < 0.1:
+            h = self.first(torch.cat([x, t[:, None]], 1))
         if self.wrong == "batch norm":
             h = self.norm(h)
         if self.wrong == "attention over the batch":
@@ -44,6 +52,8 @@ class Net(nn.Module):
     ("wrong", "said"),
     [
         ("first time", r"the time of the first row alone \(t\[0\]\)"),
+        ("largest time", "lets the rows of a batch see each other"),
+        ("smallest time", "lets the rows of a batch see each other"),
         ("label dropout", "the same row in one batch: it draws random numbers, as dropout and label dropout"),
         ("batch norm", "lets the rows of a batch see each other.*call model.eval"),
         ("attention over the batch", "lets the rows of a batch see each other"),
@@ -68,6 +78,28 @@ def test_each_kind_of_coupling_gets_its_sentence_once(wrong, said, call):
         with pytest.raises(NetworkWarning, match=said):
             run()
         run()  # once
+
+
+@pytest.mark.parametrize("wrong", ["centred batch", "largest time", "attention over the batch"])
+def test_rows_that_see_each_other_are_seen_with_a_single_sample(wrong):
+    torch.manual_seed(0)
+    with pytest.warns(NetworkWarning, match="lets the rows of a batch see each other"):
+        fs.ScoreDensity(Net(wrong), SCHEDULE, program=False).estimate(torch.randn(1, 3), nfe=8)
+
+
+def test_labels_that_are_dropped_for_a_whole_call_are_called_random():
+    said = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            net = Net("all labels dropped at once")
+            fs.ScoreDensity(net, SCHEDULE, program=False).estimate(torch.randn(4, 3), nfe=8, y=torch.arange(4))
+        said += [str(w.message) for w in found if issubclass(w.category, NetworkWarning)]
+    # One of three calls is dropped in 27 % of the trials; in 8 % of these all three are again as they were.
+    assert len(said) >= 8
+    random = ["the same batch is evaluated again: it draws random numbers" in text for text in said]
+    assert sum(random) >= 0.75 * len(said)
 
 
 def test_a_label_that_is_dropped_in_a_tenth_of_the_rows_is_seen_nearly_always():

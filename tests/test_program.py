@@ -225,6 +225,21 @@ def test_a_network_that_differs_from_its_program_is_an_error():
     fs.ScoreDensity(Moody(), SCHEDULE, program=False).estimate(torch.randn(8, 4), nfe=16)
 
 
+def test_answers_that_are_roundings_have_no_program_and_no_error():
+    class Remainder(nn.Module):
+        """v of a standard normal: zero but for roundings, which a program makes in another order."""
+
+        def forward(self, x, t):
+            alpha, sigma = (v[:, None] for v in fs.Cosine().alpha_sigma(t))
+            eps = sigma * x.double() / (alpha**2 + sigma**2)
+            return (alpha * eps - sigma * ((x.double() - sigma * eps) / alpha)).to(x.dtype)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = fs.ScoreDensity(Remainder(), fs.Cosine(), "v").estimate(x, nfe=16)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    assert torch.allclose(found.log_prob, expected, atol=1e-10)  # the reference is exact, and the network too
+
+
 def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
     monkeypatch.setitem(fs.backends.program._ACT_IN_PLACE, "selu", torch.relu_)
     with pytest.raises(ProgramMismatch, match=r"first in layer 'net\.1'"):

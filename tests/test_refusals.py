@@ -73,7 +73,7 @@ ANSWERS = {
     "integers": (lambda x, t: x.int(), "returned torch.int32 on cpu; it must return floating-point numbers"),
     "truth values": (lambda x, t: x > 0, "returned torch.bool"),
     "complex": (lambda x, t: x.to(torch.complex64), "returned torch.complex64"),
-    "sparse": (lambda x, t: x.to_sparse(), "in layout torch.sparse_coo"),
+    "sparse": (lambda x, t: x.to_sparse(), "in layout sparse_coo"),
     "no values": (lambda x, t: x.to("meta"), "on meta; it must return .* on the device of x_t"),
     "nothing": (lambda x, t: None, "got NoneType; put a module around it"),
     "a dict": (lambda x, t: {"eps": x, "v": x}, "got dict with the entries 'eps', 'v'; put a module around it"),
