@@ -182,7 +182,10 @@ class Timed:
         level = _level(table)
         if isinstance(table, int | float):
             return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
-        value = self.program.hoisted.value(values, table).to(self.program.dtype)
+        value = self.program.hoisted.value(values, table)
+        if not isinstance(value, Tensor):  # a number that the network read of a tensor
+            return torch.full((1, 1, width), value, dtype=self.program.dtype, device=self.device)
+        value = value.to(self.program.dtype)
         draws, batch = values.rows[TIME] if level & TIME else 1, values.rows[SAMPLE] if level & SAMPLE else 1
         if value.ndim > 1:
             value = value.reshape(batch, draws, value.shape[-1])
