@@ -187,7 +187,7 @@ def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
     first = fs.ScoreDensity(Graph(), SCHEDULE)
     for call in (first.estimate, first.log_prob, lambda x, **c: fs.probability_flow_log_prob(first, x, **c)):
         with pytest.raises(
-            ValueError, match="'edges' has as many entries as there are samples, 2, and the network also"
+            ValueError, match="'edges' has as many entries as there are samples, 2, and the network takes all"
         ):
             call(x[:2], edges=EDGES)
 
