@@ -42,6 +42,9 @@ DYNAMIC = frozenset({"getattr", "vars", "__dict__", "attrgetter", "eval", "exec"
 # What gives another answer at every call.
 OUTSIDE = (open, input, time.time, time.perf_counter, time.monotonic, time.process_time)
 OUTSIDE += (datetime.datetime, datetime.date)
+# Through these, code reads names that stand in texts, or files.
+HIDDEN = (eval, exec, globals)
+FILES = frozenset({"load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes"})
 _LIFECYCLE = frozenset({"__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__reduce_ex__"})
 _LIFECYCLE |= frozenset({"__init_subclass__", "__class_getitem__", "__set_name__", "__getstate__", "__setstate__"})
 _FIXED_CALLS = (types.MethodWrapperType, types.WrapperDescriptorType, np.ufunc)
@@ -171,6 +174,8 @@ class _Reader:
             if base is not kind and id(base) in self.seen:
                 continue
             self.seen[id(base)] = base
+            if _root(type(base).__module__) not in FIXED:
+                self._class(place, type(base))
             if _root(base.__module__) not in FIXED:
                 self.names.append(_Names(f"class {base.__qualname__}", vars(base)))
                 own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in _LIFECYCLE]
@@ -213,6 +218,10 @@ class _Reader:
         for name in read - known.keys():
             if any(getattr(builtins, name, None) is outside for outside in OUTSIDE):
                 raise NoProgram(f"{place} calls {name}, which gives another answer at every call")
+            if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
+                raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
+        for name in FILES.intersection(code.co_names):
+            raise NoProgram(f"{place} calls {name}, which reads a file that may change")
         self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
         self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
         package = known.get("__package__") or ""

@@ -18,7 +18,7 @@ from .network import predict
 from .samples import Samples
 from .untouched import uncompiled, undisturbed
 
-SAMPLES = 4  # that are asked, at every time
+ROWS = 12  # at most, that a condition is tried with
 
 # By network: paths and shapes of an entry that were looked at.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
@@ -54,21 +54,20 @@ def refuse_coincidences(
 @torch.no_grad()
 def _means_both(model, samples: Samples, cond: Conditions, path: str, times: Tensor, time_dtype) -> bool | None:
     """Return whether the network takes a condition in both ways; None where it answers the same, for now."""
-    asked = torch.arange(min(len(samples), SAMPLES), device=samples.device).repeat_interleave(len(times))
-    if len(asked) == len(samples):
-        asked = torch.cat([asked, asked[:1]])
+    # Fewer rows than entries where possible, since a loop over the entries takes more; and no sample in its own place.
+    rows = min(ROWS, len(samples) - 1) if len(samples) > 2 else 3
+    asked = (torch.arange(rows, device=samples.device) + 1) % min(rows, len(samples))
     own = {name: value[asked] for name, value in cond.per_sample.items()}
-    times = times.to(samples.device).repeat(-(-len(asked) // len(times)))[: len(asked)]
+    times = times.to(samples.device).repeat(-(-rows // len(times)))[:rows]
 
-    def answer(leaves: dict[str, object], rows: int = len(asked)) -> Tensor:
+    def answer(leaves: dict[str, object], rows: int = rows) -> Tensor:
         given = Conditions({}, cond.shared | leaves, cond.structure)
         return predict(model, samples.x[asked[:rows]][None], times[:rows], given, samples.shape, time_dtype)
 
     with uncompiled(), undisturbed(model):
         try:
-            # With fewer rows than entries too: a loop over the entries may leave more rows as they are.
-            fewer = min(len(asked), len(samples)) - 1
-            answer({name: value[:fewer] for name, value in own.items()} | {path: cond.per_sample[path]}, fewer)
+            if rows > len(samples):  # of two samples: one row is fewer, but too few to compare
+                answer({name: value[:1] for name, value in own.items()} | {path: cond.per_sample[path]}, 1)
             whole = answer(own | {path: cond.per_sample[path]})
         except Exception:  # whatever the network raises: it wants one entry a row
             return False

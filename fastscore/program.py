@@ -182,7 +182,10 @@ class Timed:
         level = _level(table)
         if isinstance(table, int | float):
             return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
-        value = self.program.hoisted.value(values, table).to(self.program.dtype)
+        value = self.program.hoisted.value(values, table)
+        if not isinstance(value, Tensor):  # a number that the network read of a tensor
+            return torch.full((1, 1, width), value, dtype=self.program.dtype, device=self.device)
+        value = value.to(self.program.dtype)
         if value.ndim == 0 and value.device != self.device:
             # The network's number may lie on the host: a factor brings it here without a copy, in a graph too.
             value = value * torch.ones((), dtype=value.dtype, device=self.device)

@@ -6,6 +6,7 @@ can take its place. Asking costs some microseconds a layer, since every evaluati
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import is_
 from typing import NamedTuple
@@ -13,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .host import layout_of
 from .structure import is_plain
 
+FEW_BYTES = 1 << 12  # of a tensor whose values are compared, in a few microseconds
 _MISSING = object()
 
 
@@ -96,8 +99,13 @@ class Watch:
         self._copies.append((now, list(now)))
 
     def tensor(self, place: str, now: Tensor) -> None:
-        """Watch a tensor's values, by its version and where they lie."""
-        if not now.is_inference():
+        """Watch a tensor's values: themselves where they are few and on the CPU, else their version and where they lie.
+
+        What writes through `.data` or `.numpy()` leaves the version as it was.
+        """
+        if now.device.type == "cpu" and layout_of(now) is None and now.nbytes <= FEW_BYTES and now.is_contiguous():
+            self.reading(place, "values", lambda: (now.shape, _bytes_of(now)))
+        elif not now.is_inference():
             self.reading(place, "values", lambda: (now._version, now.data_ptr()))
 
     def array(self, place: str, now: np.ndarray) -> None:
@@ -135,6 +143,10 @@ class Watch:
         for function, misses in self._caches:
             if function.cache_info().misses != misses:
                 function.cache_clear()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # no operator, which a trace would take note of
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:

@@ -8,6 +8,7 @@ import fractions
 import functools
 import itertools
 import os
+import pathlib
 import sys
 import time
 import types
@@ -42,6 +43,14 @@ class Slotted:
 
     def __init__(self):
         self.scale = 1.0
+
+
+class Meta(type):
+    level = 1.0
+
+
+class OfMeta(metaclass=Meta):
+    pass
 
 
 class Static:
@@ -188,6 +197,13 @@ CASES = {
     "helper replaced": (lambda n, h: helper(h), lambda m, n: m.setitem(globals(), "helper", lambda h: 2 * h)),
     "nested global dict": (lambda n, h: h * SETTINGS["inner"]["scale"], entry(lambda n: SETTINGS["inner"], "scale")),
     "global tensor": (lambda n, h: h * TENSOR, lambda m, n: m.setitem(globals(), "TENSOR", torch.tensor(2.0))),
+    # Neither raises the tensor's version.
+    "number of a global tensor, by .data": (
+        lambda n, h: h * float(TENSOR),
+        lambda m, n: TENSOR.data.fill_(2.0),
+    ),
+    "number of a tensor, by numpy": (lambda n, h: h * float(n.free), lambda m, n: n.free.numpy().fill(2.0)),
+    "class of a class": (lambda n, h: h * OfMeta.level, setter(lambda n: Meta, "level")),
     "other module": (lambda n, h: h * MODULE.scale, setter(lambda n: MODULE, "scale")),
     "module imported inside": (lambda n, h: importing(h), setter(lambda n: MODULE, "scale")),
     "module imported by its name": (
@@ -268,6 +284,7 @@ def unchanged():
     """Put back what no monkeypatch does."""
     yield
     with_default.__defaults__[0][0] = 1.0
+    TENSOR.fill_(1.0)
     PUT(1.0)
 
 
@@ -301,6 +318,13 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
         (lambda n, h: h * float(n.large[0]), "'large' of layer 'forward' is an array of 800,000 bytes"),
         (lambda n, h: h * (time.time() > 0), "gives another answer at every call"),
         (lambda n, h: h * len(open(__file__).read()), "calls open, which gives another answer"),  # noqa: SIM115
+        (lambda n, h: h * eval("SCALE"), "calls eval, so that what it reads cannot be followed"),
+        (lambda n, h: h * globals()["SCALE"], "calls globals, so that what it reads cannot be followed"),
+        (
+            lambda n, h: h * len(pathlib.Path(__file__).read_text()),
+            "calls read_text, which reads a file that may change",
+        ),
+        (lambda n, h: h * np.load("scale.npy"), "calls load, which reads a file that may change"),
         (lambda n, h: n.list.append(1) or h, "'list' of layer 'forward' changes its attribute 'entries'"),
         (lambda n, h: SETTINGS.update(calls=1) or h, "global 'SETTINGS' changes its attribute 'calls'"),
         (lambda n, h: setattr(n.cfg, "last", h) or h, "'cfg' of layer 'forward' changes its attribute 'last'"),
@@ -313,6 +337,15 @@ def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, rea
     with pytest.raises(NoProgram, match=reason):
         fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)
     assert (SETTINGS, net.list, set(vars(net.cfg))) == (settings, entries, names)
+
+
+def test_a_number_that_is_read_of_a_weight_is_read_again():
+    net = Net(lambda n, h: h * n.b.bias.tolist()[0]).eval()
+    density = fs.ScoreDensity(net, SCHEDULE)
+    for value in (1.0, 2.0):
+        net.b.bias.data.fill_(value)
+        found, right = estimates(net, density)
+        assert torch.allclose(found, right, rtol=1e-4)
 
 
 def test_a_cache_keeps_nothing_of_a_trace():
