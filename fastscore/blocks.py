@@ -25,7 +25,7 @@ from .rules import group_of, make_rules, method_table
 from .run_folder import RunFolder
 
 Block = dict[str, np.ndarray]
-PER_SAMPLE = ("log_prob", "stderr", "nfe", "ends")
+PER_SAMPLE = ("log_prob", "stderr", "variance", "nfe", "ends")
 ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
 FIT_BLOCK = 4096
 

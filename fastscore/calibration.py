@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import widened
+from .statistics import Spread, widened
 
 NORMAL_95 = 1.96
 TYPICAL_COVER, ODD_COVER = 0.955, 0.955
@@ -76,25 +76,25 @@ def calibrate(found: list[Replicates], typical: int) -> Tensor:
     return torch.stack([at, level, rho, tau, *(end.expand_as(at) for end in ends)])
 
 
-def calibrated(variance: Tensor, nu: Tensor, nfe: int, calibration: Tensor) -> Tensor:
-    """Return variances such that 1.96 standard errors cover 95 %, shape of `variance`.
+def calibrated(spread: Spread, nfe: int, calibration: Tensor) -> Tensor:
+    """Return variances such that 1.96 standard errors cover 95 %, and those that means add up: shape (2, B).
 
     Arguments:
-        variance, nu: of each sample, by successive differences.
+        spread: of each sample's draws.
         nfe: evaluations a sample. Ratios stay as they are beyond the measured ones.
         calibration: as `calibrate` returns it; without columns the noise is independent.
     """
-    plain = widened(variance, nu)
     if not calibration.shape[1]:
-        return plain
+        return torch.stack([spread.widened(), spread.variance])
     at, *columns = calibration.to(torch.float64).cpu()
     u = torch.tensor(math.log2(nfe), dtype=torch.float64, device="cpu").clamp(at[0], at[-1])
     k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
     part = float((u - at[k]) / (at[k + 1] - at[k]))
     level, ordinary, odd, lo, hi = (float(torch.lerp(c[k], c[k + 1], part)) for c in columns)
     level -= math.log(2) * (math.log2(nfe) - float(u))  # beyond the ends v falls like 1 / nfe
-    w = _oddness(_log(variance) - level, lo, hi)
-    return plain * ((1 - w) * ordinary + w * odd).exp()
+    w = _oddness(_log(spread.variance) - level, lo, hi)
+    both = torch.stack([widened(spread.variance, spread.nu), spread.variance])
+    return both * ((1 - w) * ordinary + w * odd).exp()
 
 
 def _ratios(found: Replicates, w: Tensor, typical: int) -> tuple[float, float]:

@@ -51,7 +51,7 @@ from .reference import Reference
 from .rules import MAX_DRAWS, make_rules, method_table
 from .samples import Samples, check_batch, check_samples
 from .schedules import Schedule
-from .statistics import draw_sum, draw_variance, widened
+from .statistics import Spread, draw_sum, draw_variance, widened
 from .untouched import evaluation
 
 NOISES = ("auto", "sobol", "independent")
@@ -59,7 +59,10 @@ NOISES = ("auto", "sobol", "independent")
 
 @dataclass
 class _Round:
-    """What one set of draws says of some samples: value, variance, evaluations, ends, curve, offset to the integral."""
+    """What one set of draws says of some samples: value, variances, evaluations, ends, curve, offset to the integral.
+
+    Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means.
+    """
 
     value: Tensor
     variance: Tensor
@@ -70,10 +73,10 @@ class _Round:
 
     @classmethod
     def empty(cls, samples: int, draws: int, device: torch.device) -> _Round:
-        value, variance = torch.empty(2, samples, dtype=torch.float64, device=device)
+        value, variance = torch.empty(3, samples, dtype=torch.float64, device=device).split([1, 2])
         at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
         nfe = torch.empty(samples, dtype=torch.int64, device=device)
-        return cls(value, variance, nfe, at_ends, CurveSum(draws))
+        return cls(value[0], variance, nfe, at_ends, CurveSum(draws))
 
     @property
     def curve(self) -> Curve:
@@ -254,7 +257,7 @@ class ScoreDensity(Density):
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             found = self._round(samples, first, method, chunks, bar.update)
             total, variance, spent = found.value, found.variance, found.nfe
-            active = self._above(target_stderr, variance, spent, max_nfe)
+            active = self._above(target_stderr, variance[0], spent, max_nfe)
             round_ = 0
             while len(active):
                 # Every round doubles what was spent; rounds are averaged with their evaluations as weights.
@@ -264,15 +267,17 @@ class ScoreDensity(Density):
                 extra = self._round(samples.select(active), draws, method, chunks, bar.update)
                 share = extra.nfe / (spent[active] + extra.nfe)
                 total[active] += share * (extra.value - total[active])
-                variance[active] = (1 - share) ** 2 * variance[active] + share**2 * extra.variance
+                variance[:, active] = (1 - share) ** 2 * variance[:, active] + share**2 * extra.variance
                 spent[active] += extra.nfe
-                active = active[self._above(target_stderr, variance[active], spent[active], max_nfe)]
+                active = active[self._above(target_stderr, variance[0, active], spent[active], max_nfe)]
         offset = found.offset
         if method == "density" and self.schedule.discrete:
             offset = table_error(found.curve, method_table(self.schedule)[1])
+        variance = self.with_rounding(variance, total, samples)
         return Estimate(
             log_prob=total.to(samples.x.dtype),
-            stderr=self.with_rounding(variance, total, samples).sqrt().to(samples.x.dtype),
+            stderr=variance[0].sqrt().to(samples.x.dtype),
+            variance=variance[1],
             nfe=spent,
             log_snr_curve=found.curve,
             discretization=offset,
@@ -432,8 +437,8 @@ class ScoreDensity(Density):
             x, mask = samples.entries(chosen)
             value = base(method, reference, x, self.schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
-            variance, nu = draw_variance(f, rule)
-            found.variance[chosen] = calibrated(variance, nu, draws.rules.nfe, self.calibration(samples, draws))
+            spread = Spread.of(f, rule, x.shape[1] if mask is None else mask.sum(1))
+            found.variance[:, chosen] = calibrated(spread, draws.rules.nfe, self.calibration(samples, draws))
             found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":

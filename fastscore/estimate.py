@@ -28,6 +28,8 @@ class Estimate:
     Attributes:
         log_prob: log-density of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,); +- 1.96 of it covers the exact integral 95 % of the time.
+        variance: of log_prob by its draws, nats squared, float64, shape (B,): what means over samples add up. `stderr`
+            is wider where draws are few, since a single sample's interval needs more than the right variance.
         nfe: network evaluations spent on each sample, int64, shape (B,).
         log_snr_curve: where in log-SNR the integral comes from (`Curve`), averaged over the batch.
         discretization: for method "density" an estimate of the trapezoid rule's error over a table, in nats, averaged
@@ -42,6 +44,7 @@ class Estimate:
 
     log_prob: Tensor
     stderr: Tensor
+    variance: Tensor
     nfe: Tensor
     log_snr_curve: Curve
     discretization: float

@@ -24,7 +24,7 @@ from .modes import ordinary
 from .protocol import Density, check_density
 from .rules import Rule
 from .samples import Samples
-from .statistics import draw_sum, draw_variance
+from .statistics import Spread, draw_sum
 
 
 class _Group(NamedTuple):
@@ -141,8 +141,8 @@ class CapturedDensity:
                 part = replace(part, x=x[members])
                 f = draw_values(network, part, self.keys[members], rows, density.reference)
                 log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
-                spread, nu = draw_variance(f, group.rule)
-                variance[members] = calibrated(spread, nu, self.draws.rules.nfe, calibration)
+                spread = Spread.of(f, group.rule, part.dims)
+                variance[members] = calibrated(spread, self.draws.rules.nfe, calibration)[0]
         return log_prob, density.with_rounding(variance, log_prob, self.samples).sqrt()
 
     def _capture(self) -> None:

@@ -1,10 +1,10 @@
 r"""Log-density as metrics of torchmetrics: over batches, epochs and processes.
 
-With estimates L_i of N samples and their standard errors s_i,
+With estimates L_i of N samples and their variances v_i,
 
 .. math:: \mathrm{mean} = \tfrac1N \sum_i L_i, \qquad
     \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N} + c^2, \qquad
-    \mathrm{estimate\_stderr}^2 = \frac{\sum_i s_i^2}{N^2} + c^2
+    \mathrm{estimate\_stderr}^2 = \frac{\sum_i v_i}{N^2} + c^2
 
 with c^2 the variance that samples with the same nodes have in common (`fastscore.statistics.GroupSums`).
 
@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -111,12 +112,12 @@ class NegativeLogLikelihood(Metric):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
-        value, stderr = self._in_unit(replace(found, log_prob=found.log_prob.double()))
+        value, variance = self._in_unit(replace(found, log_prob=found.log_prob.double()))
         sums = GroupSums.of(value.to(self.total), found.group)
         self.count += sums.count
         self.total += sums.total
         self.squares += sums.squares
-        self.variance += stderr.to(self.total).square().sum()
+        self.variance += variance.to(self.total).sum()
         if mask is None:
             self.dims = torch.full_like(self.dims, found.dims)
 
@@ -151,8 +152,8 @@ class NegativeLogLikelihood(Metric):
         }
 
     def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
-        """Return every sample's value in the metric's unit, and its standard error."""
-        return -found.log_prob, found.stderr
+        """Return every sample's value in the metric's unit, and its variance."""
+        return -found.log_prob, found.variance
 
     def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
@@ -190,4 +191,4 @@ class BitsPerDim(NegativeLogLikelihood):
         self.levels = bins, low, high
 
     def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
-        return found.bits_per_dim(*self.levels), found.bits_per_dim_stderr()
+        return found.bits_per_dim(*self.levels), found.variance / (found.dims * math.log(2)) ** 2

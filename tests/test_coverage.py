@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from mixtures import MIXTURES, ExactEps
+from mixtures import MIXTURES, ExactEps, Mixture
 
 import fastscore as fs
 
@@ -58,7 +58,7 @@ def cover(name, fitted, noise):
                 for kind, part in zip(KINDS, inside.split(list(KINDS.values()))):
                     covered[nfe][kind].append(part)
                 typical = slice(0, KINDS["typical"])
-                of_mean = float(stderr[typical].square().sum().sqrt()) / KINDS["typical"]
+                of_mean = float(found.variance[typical].sum().sqrt()) / KINDS["typical"]
                 beyond = float(found.truncation_per_sample[typical].mean())
                 means[nfe].append((float(error[typical].mean()), of_mean, beyond))
     return covered, means
@@ -72,8 +72,8 @@ def test_intervals_cover_and_means_are_right(name, fitted, noise, one_thread):
         shares = {kind: float(torch.cat(parts).double().mean()) for kind, parts in covered[nfe].items()}
         # 480 to 960 intervals at 48 to 96 points: a point's 10 intervals are not independent where its integrand
         # has rare large values, so the share has a standard error of up to 2 %; a pilot's calibration has 1.5 % more.
-        assert all(share >= 0.87 for share in shares.values()), (nfe, shares)
-        assert sum(shares.values()) / len(shares) >= 0.92, (nfe, shares)
+        assert all(share >= 0.88 for share in shares.values()), (nfe, shares)
+        assert sum(shares.values()) / len(shares) >= 0.925, (nfe, shares)
         error, stated, beyond = torch.tensor(means[nfe], dtype=torch.float64).T
         # Three standard errors of the mean over 30 estimates, by what they state themselves.
         of_mean = float(stated.square().mean().sqrt()) / len(error) ** 0.5
@@ -105,3 +105,18 @@ def test_the_stated_error_of_a_data_sets_mean_covers(one_thread):
                 inside.append(abs(mean - entropy) < 1.96 * error)
     # 160 intervals of 95 %: a standard error of 1.7 %.
     assert 0.90 <= sum(inside) / len(inside) <= 0.99
+
+
+@pytest.mark.parametrize("d", [1, 3, 8])
+def test_intervals_cover_where_terms_are_skewed(d, one_thread):
+    # One Gaussian, not fitted: every term is nearly a multiple of a squared norm in d dimensions.
+    mixture, schedule = Mixture(torch.full((1, d), 0.3), torch.tensor([[0.7]])), fs.VP()
+    density, generator = fs.ScoreDensity(ExactEps(mixture, schedule), schedule), torch.Generator().manual_seed(d)
+    for nfe in (16, 64, 256):
+        x = mixture.sample(3000, generator)
+        index = torch.randperm(1_000_000, generator=generator)[: len(x)]
+        found = density.estimate(x, nfe=nfe, sample_index=index)
+        error, stderr = found.log_prob.double() - mixture.log_prob(x), found.stderr.double()
+        covered = float((error.abs() < 1.96 * stderr).double().mean())
+        # A standard error of 0.4 %, and 0.5 % for the nodes that samples share; one dimension and 16 draws are too few.
+        assert (0.91 if (d, nfe) == (1, 16) else 0.925) <= covered <= 0.975, nfe

@@ -15,6 +15,7 @@ def estimate(log_prob, stderr=0.5, dims=10):
     return Estimate(
         log_prob,
         torch.full_like(log_prob, stderr),
+        torch.full_like(log_prob, stderr).square(),
         torch.full((len(log_prob),), 64),
         curve,
         0.0,
