@@ -19,6 +19,7 @@ from .curve import Curve, CurveSum, table_error
 from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .density import ScoreDensity
 from .estimate import Estimate
+from .host import positive
 from .network import model_dtype, predict
 from .protocol import Density
 from .rules import group_of, make_rules, method_table
@@ -60,8 +61,8 @@ class Work:
         index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
-        if options["target_stderr"] is not None and not options["target_stderr"] > 0:
-            raise ValueError(f"target_stderr must be positive (nats), got {options['target_stderr']}")
+        if options["target_stderr"] is not None:
+            positive("target_stderr", options["target_stderr"], "nats")
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
         conditions = DataConditions.of("cond", cond, len(data))
         work = cls(density, data, index.split(batch), device, options, conditions)

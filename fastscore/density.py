@@ -33,7 +33,7 @@ from .coupling import warn_if_coupled
 from .curve import Curve, CurveSum, ends, table_error
 from .degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimate import Comparison, Estimate
-from .host import whole
+from .host import positive, whole
 from .integrand import Draws, Network, cost_of_row, evaluate
 from .masks import broadcast_mask, mask_rows
 from .memory import Chunks, plan_chunks
@@ -244,8 +244,8 @@ class ScoreDensity(Density):
                 nothing of a sample, or meets a reference with full covariances.
         """
         samples = self.check(x, sample_index, cond, mask=mask)
-        if target_stderr is not None and not target_stderr > 0:
-            raise ValueError(f"target_stderr must be positive (nats), got {target_stderr}")
+        if target_stderr is not None:
+            target_stderr = positive("target_stderr", target_stderr, "nats")
         first = self._draws(nfe, seed, samples, method)
         if target_stderr is not None and not first.rules.nfe <= whole("max_nfe", max_nfe) <= MAX_DRAWS:
             raise ValueError(
@@ -365,6 +365,7 @@ class ScoreDensity(Density):
         Raises:
             ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
+        evaluations = whole("evaluations", evaluations)
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
         degenerate = warn_if_degenerate(samples.x[:, everywhere], self.schedule)

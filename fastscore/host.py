@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -30,3 +31,14 @@ def layout_of(tensor: Tensor) -> str | None:
     if tensor.is_nested:
         return "nested"
     return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")
+
+
+def positive(name: str, value: object, unit: str) -> float:
+    """Return a positive number as a float; raise ValueError for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = 0.0
+    if isinstance(value, str) or not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive ({unit}), got {value!r}")
+    return number

@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .host import positive
+
 # On a CPU a chunk that stays near the caches is faster than a large one; the tables of benchmarks/ show it.
 CPU_WORKING_SET = 36 << 20
 # The network's own activations want to be nearer still, while the chunk's other passes want few, long operations.
@@ -112,13 +114,11 @@ def parse_bytes(memory: int | str) -> int:
         ValueError: for anything else.
     """
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?)B?\s*", memory.upper())
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMG]?)B?\s*", memory.upper())
         if match is None:
             raise ValueError(f"memory must be a number of bytes or a text like '512MB', got {memory!r}")
         return int(float(match[1]) * _UNITS[match[2]])
-    if memory <= 0:
-        raise ValueError(f"memory must be positive, got {memory}")
-    return int(memory)
+    return int(positive("memory", memory, "bytes"))
 
 
 @cache

@@ -85,7 +85,7 @@ def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -
         remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
     if "required" in reason:
         remedies.append("conditions go to the call by name")
-    if time.dtype != passed.dtype and ("dtype" in reason or "scalar type" in reason):
+    if time.dtype != passed.dtype and any(word in reason for word in ("dtype", "scalar type", "Input type")):
         remedies.append(f"time_dtype=torch.{str(passed.dtype).removeprefix('torch.')} if it joins time and data")
     if isinstance(error, ValueError | RuntimeError) and any(word in reason for word in ("element", "expand")):
         remedies.append("it has to take one time a row")

@@ -156,6 +156,15 @@ def test_counts_and_seeds_are_integers(value):
             call()
 
 
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "much", [1.0]], ids=str)
+def test_budgets_are_positive_numbers(value):
+    for name in ("target_stderr", "memory"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            density().estimate(X, nfe=16, **{name: value})
+    with pytest.raises(ValueError, match="evaluations must be an integer"):
+        density().fit(X, evaluations="many")
+
+
 @pytest.mark.parametrize("sixteen", [np.int64(16), torch.tensor(16), np.uint8(16)], ids=lambda v: type(v).__name__)
 def test_integers_of_every_kind_are_integers(sixteen):
     expected = density().estimate(X, nfe=16, seed=16).log_prob
