@@ -99,7 +99,7 @@ def test_overhead(benchmark, table, name):
 
 PEAK = """
 import sys, torch, fastscore as fs
-from fastscore.memory import peak_bytes
+from fastscore.support.memory import peak_bytes
 sys.path.insert(0, {folder!r})
 from networks import unet
 

@@ -19,7 +19,7 @@ import torch
 from networks import mlp
 
 import fastscore as fs
-from fastscore.memory import peak_bytes
+from fastscore.support.memory import peak_bytes
 
 SAMPLES, NFE, D, WIDTH = 64, 128, 64, 256
 SIZES = {

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastscore as fs
 from fastscore.demo.problems import Problem, digits
 from fastscore.demo.training import LEARNING_RATE
-from fastscore.predictions import coefficients
+from fastscore.process.predictions import coefficients
 
 Loss = Callable[[fs.ScoreDensity, Tensor, int], Tensor]
 

@@ -13,7 +13,7 @@ from steps import report, said
 from torch import Tensor
 
 import fastscore as fs
-from fastscore.backends.select import BACKENDS
+from fastscore.ops.select import BACKENDS
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 NFE, FEW = (8, 8) if REHEARSING else (256, 64)

@@ -15,13 +15,13 @@ from networks import mlp
 from torch import Tensor, nn
 
 import fastscore as fs
-from fastscore import noise, ops
-from fastscore.backends import cuda, select
-from fastscore.backends import torch as truth
-from fastscore.backends import triton as through_triton
-from fastscore.backends.task import Task, plain
-from fastscore.instructions import decode, encode
-from fastscore.program import RowProgram
+from fastscore.ops import cuda, noise, select
+from fastscore.ops import definitions as ops
+from fastscore.ops import torch as truth
+from fastscore.ops import triton as through_triton
+from fastscore.ops.instructions import decode, encode
+from fastscore.ops.task import Task, plain
+from fastscore.program.row_program import RowProgram
 
 SAMPLES, DRAWS, D = (5, 3, 13) if REHEARSING else (4096, 256, 64)
 CHUNK = 64  # samples at once of eager and compiled PyTorch: 16,384 rows

@@ -17,7 +17,7 @@ from measuring import DEVICE, REHEARSING, Row, below, graphed, milliseconds
 from steps import parallel
 from triton.runtime.errors import OutOfResources
 
-from fastscore.backends import cuda, select
+from fastscore.ops import cuda, select
 
 KERNELS = {"cuda": "compiled kernel", "triton": "Triton"}
 

@@ -1,5 +1,5 @@
 // fastscore._C: what Python sees of the kernels. Addresses, sizes and streams come as integers, so that nothing here
-// knows of torch; fastscore/backends checks the tensors they come from.
+// knows of torch; fastscore/ops checks the tensors they come from.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -70,5 +70,5 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("pointers"), py::arg("sizes"),
       py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"), py::arg("cluster") = 0,
-      py::arg("splits") = 0, "Launch the fused kernel; fastscore/backends/cuda.py makes the arguments.");
+      py::arg("splits") = 0, "Launch the fused kernel; fastscore/ops/cuda.py makes the arguments.");
 }

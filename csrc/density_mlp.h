@@ -3,7 +3,7 @@
 //   f[b, r] = c_r^2 ||a_r eps + b_r x - F(alpha_r x + sigma_r eps)||^2 - ||keep eps - pull x + offset||^2
 //
 // for every sample b and row r (a draw, or one sign of an antithetic pair), where F is a program of the row machine
-// (fastscore/instructions.py) and the second term the control variate of a Gaussian along the axes.
+// (fastscore/ops/instructions.py) and the second term the control variate of a Gaussian along the axes.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@ enum OpCode : int32_t { kLinear, kAffine, kAct, kNorm, kSave, kAdd };
 enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kMish, kElu, kSelu, kTanh, kSigmoid, kSoftplus };
 
 // kLinear | kAffine scale shift | kAct argument | kNorm argument = width, value = eps | kSave argument | kAdd argument
-// scale: what the names of fastscore/instructions.py mean, `argument` being the activation, the width or the slot.
+// scale: what the names of fastscore/ops/instructions.py mean, `argument` being the activation, the width or the slot.
 struct Instruction {
   OpCode code;
   int32_t argument;
@@ -38,7 +38,7 @@ constexpr int kMaxInstructions = 160;
 
 struct DensityMlp {
   const float* x;             // (B, D), zero beyond d
-  const uint32_t* keys;       // (B, 2, D): Q and M of fastscore/noise.py
+  const uint32_t* keys;       // (B, 2, D): Q and M of fastscore/ops/noise.py
   const uint32_t* points;     // (R, D): P
   const float* rows;          // (R, 8): sign, alpha, sigma, a, b, c, 0, 0
   const uint8_t* weights;     // tiles, in the order in which one row's evaluation reads them

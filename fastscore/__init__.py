@@ -2,24 +2,24 @@
 
 from importlib.metadata import version
 
-from .classify import Classification, DiffusionClassifier
-from .conditional_flow import ConditionalFlow
-from .conditions import per_sample, shared
+from .classify.classifier import Classification, DiffusionClassifier
+from .densities.discrete import Levels, discrete_log_prob
+from .densities.probability_flow import FlowLogProb, probability_flow_log_prob
+from .densities.transformed import Transformed
+from .densities.zero_mean import ZeroMeanDensity
 from .density import ScoreDensity
-from .discrete import Levels, discrete_log_prob
-from .estimate import Comparison, Curve, Estimate
-from .explain import explain
-from .graph import CapturedDensity
-from .probability_flow import FlowLogProb, probability_flow_log_prob
-from .reference import Reference
-from .schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .estimator.captured import CapturedDensity
+from .estimator.estimate import Comparison, Curve, Estimate
+from .process.conditional_flow import ConditionalFlow
+from .process.conditions import per_sample, shared
+from .process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .program.explain import explain
+from .reference.gaussians import Reference
 from .training.diffusion_loss import DiffusionLoss
 from .training.gan import score_regularization
 from .training.losses import density_loss
 from .training.nodes import AdaptiveNodes
 from .training.weights import density_weights, elbo_weights
-from .transformed import Transformed
-from .zero_mean import ZeroMeanDensity
 
 __version__ = version("fastscore")
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m fastscore` is the command `fastscore`."""
 
-from .cli import main
+from .cli.commands import main
 
 main(prog_name="fastscore")

@@ -23,36 +23,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from . import probe
-from .backends.select import check_name, select
-from .buffers import Constants
-from .calibration import calibrated, uncalibrated
-from .coincidence import refuse_coincidences
-from .conditions import Conditions, takes_conditions
-from .coupling import warn_if_coupled
-from .curve import Curve, CurveSum, ends, table_error
-from .degenerate import warn_if_degenerate, warn_if_out_of_range
-from .estimate import Comparison, Estimate
-from .host import positive, whole
-from .integrand import Draws, Network, cost_of_row, evaluate
-from .masks import broadcast_mask, mask_rows
-from .memory import Chunks, plan_chunks
-from .methods import base, control_variate
-from .modes import differentiable, ordinary, refuse_inference_weights
-from .network import model_device, warn_if_training
-from .nodes import FittedNodes, NodeDensity
-from .noise import POINT_BYTES, SOBOL_MAX_DIM
-from .pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
-from .predictions import check_prediction
-from .program import ONE_AT_A_TIME, Programs
-from .progress import progress_bar
-from .protocol import Density
-from .reference import Reference
-from .rules import MAX_DRAWS, make_rules, method_table
-from .samples import Samples, check_batch, check_samples
-from .schedules import Schedule
-from .statistics import Spread, draw_sum, draw_variance, widened
-from .untouched import evaluation
+from .estimator import probe
+from .estimator.calibration import calibrated, uncalibrated
+from .estimator.coincidence import refuse_coincidences
+from .estimator.coupling import warn_if_coupled
+from .estimator.curve import Curve, CurveSum, ends, table_error
+from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
+from .estimator.estimate import Comparison, Estimate
+from .estimator.integrand import Draws, Network, cost_of_row, evaluate
+from .estimator.methods import base, control_variate
+from .estimator.nodes import FittedNodes, NodeDensity
+from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
+from .estimator.protocol import Density
+from .estimator.rules import MAX_DRAWS, make_rules, method_table
+from .estimator.samples import Samples, check_batch, check_samples
+from .estimator.statistics import Spread, draw_sum, draw_variance, widened
+from .ops.noise import POINT_BYTES, SOBOL_MAX_DIM
+from .ops.select import check_name, select
+from .process.conditions import Conditions, takes_conditions
+from .process.masks import broadcast_mask, mask_rows
+from .process.network import model_device, warn_if_training
+from .process.predictions import check_prediction
+from .process.schedules import Schedule
+from .program.row_program import ONE_AT_A_TIME, Programs
+from .reference.gaussians import Reference
+from .support.buffers import Constants
+from .support.host import positive, whole
+from .support.memory import Chunks, plan_chunks
+from .support.modes import differentiable, ordinary, refuse_inference_weights
+from .support.progress import progress_bar
+from .support.untouched import evaluation
 
 NOISES = ("auto", "sobol", "independent")
 
@@ -89,8 +89,8 @@ class ScoreDensity(Density):
     Arguments:
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
             in the schedule's own time. Twice the data's channels are allowed, of which learned variances are cut off.
-        schedule: the forward process it was trained on (`fastscore.schedules`).
-        predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.predictions`).
+        schedule: the forward process it was trained on (`fastscore.process.schedules`).
+        predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.process.predictions`).
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
         noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
             without a mask, since they were measured on whole samples.
@@ -229,7 +229,7 @@ class ScoreDensity(Density):
                 is below; at most `max_nfe` a sample.
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
-            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).
             named: keyword arguments of the network, also nested in dicts, lists and dataclasses. A tensor goes with its
                 samples if its first size is B, and is shared by them else; `fastscore.per_sample` and
                 `fastscore.shared` around it say so instead (see `docs/conditions.md`).
@@ -359,7 +359,7 @@ class ScoreDensity(Density):
                 stays independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`.
-            progress: show a progress bar; by default where stderr is a terminal (`fastscore.progress`).
+            progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).
             cond, named: keyword arguments of the network for the data, as in `estimate`.
 
         Raises:

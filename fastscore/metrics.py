@@ -6,7 +6,7 @@ With estimates L_i of N samples and their variances v_i,
     \mathrm{stderr}^2 = \frac{\mathrm{Var}(L_i)}{N} + c^2, \qquad
     \mathrm{estimate\_stderr}^2 = \frac{\sum_i v_i}{N^2} + c^2
 
-with c^2 the variance that samples with the same nodes have in common (`fastscore.statistics.GroupSums`).
+with c^2 the variance that samples with the same nodes have in common (`fastscore.estimator.statistics.GroupSums`).
 
 The spread of the L_i contains both how samples differ and the noise of their estimates, so the first is the whole error
 of the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on
@@ -26,14 +26,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .conditions import takes_conditions
-from .estimate import Estimate, log_width
-from .protocol import Density, check_density
-from .ranks import of_default_group
-from .rules import GROUPS
-from .samples import check_batch
-from .statistics import GroupSums
-from .untouched import evaluating
+from .estimator.estimate import Estimate, log_width
+from .estimator.protocol import Density, check_density
+from .estimator.rules import GROUPS
+from .estimator.samples import check_batch
+from .estimator.statistics import GroupSums
+from .process.conditions import takes_conditions
+from .runs.ranks import of_default_group
+from .support.untouched import evaluating
 
 try:
     from torchmetrics import Metric

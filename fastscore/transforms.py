@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from .host import as_tensor
+from .support.host import as_tensor
 
 
 def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:

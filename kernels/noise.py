@@ -1,4 +1,4 @@
-r"""The noise of `fastscore.noise` inside a kernel: two integer operations and one polynomial an element.
+r"""The noise of `fastscore.ops.noise` inside a kernel: two integer operations and one polynomial an element.
 
 .. math:: w = (P \oplus Q) M \bmod 2^{32}, \qquad u = 2^{-31} w + 2^{-32}, \qquad
     \epsilon = \sqrt2\,\mathrm{erf}^{-1}(u)

@@ -23,7 +23,7 @@ def one_thread():
 def in_chunks(monkeypatch):
     """Return a function that makes every later estimate evaluate at most so many rows at once, whatever its budget."""
 
-    from fastscore.memory import Chunks  # after the variable above is set
+    from fastscore.support.memory import Chunks  # after the variable above is set
 
     def cut(rows, keep_tables=True):
         chunks = Chunks(rows, rows, keep_tables)

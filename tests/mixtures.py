@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastscore.schedules import Schedule
+from fastscore.process.schedules import Schedule
 
 
 class Mixture:

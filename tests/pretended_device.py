@@ -27,9 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastscore import program, tracing
-from fastscore.backends import select
-from fastscore.backends import torch as torch_backend
+from fastscore.ops import select
+from fastscore.ops import torch as torch_backend
+from fastscore.program import row_program as program
+from fastscore.program import tracing
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 CAPABILITY = (7, 5)  # one for which fastscore has no kernels

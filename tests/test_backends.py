@@ -6,12 +6,12 @@ from analytic import ExactNet, ill_conditioned, mixture
 from torch import nn
 
 import fastscore as fs
-from fastscore import integrand
-from fastscore.backends import interpreting
-from fastscore.backends.select import BACKENDS, implementation
-from fastscore.backends.task import Task
-from fastscore.backends.triton import why_not_fused
-from fastscore.instructions import Linear
+from fastscore.estimator import integrand
+from fastscore.ops.instructions import Linear
+from fastscore.ops.interpreting import interpreting
+from fastscore.ops.select import BACKENDS, implementation
+from fastscore.ops.task import Task
+from fastscore.ops.triton import why_not_fused
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 # Under the interpreter Triton's kernels run on a CPU too; the CUDA backend says why it cannot.

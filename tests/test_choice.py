@@ -11,12 +11,12 @@ from real_networks import MARHead
 from torch import nn
 
 import fastscore as fs
-from fastscore import integrand
-from fastscore.backends import choice, cuda, measured
-from fastscore.backends import triton as through_triton
-from fastscore.backends.choice import choose
-from fastscore.backends.task import Task
-from fastscore.instructions import Affine
+from fastscore.estimator import integrand
+from fastscore.ops import choice, cuda, measured
+from fastscore.ops import triton as through_triton
+from fastscore.ops.choice import choose
+from fastscore.ops.instructions import Affine
+from fastscore.ops.task import Task
 
 pytest.importorskip("triton")
 import random_networks

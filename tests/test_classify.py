@@ -11,9 +11,9 @@ from scipy.stats import t as student
 from torch import nn
 
 import fastscore as fs
-from fastscore.elimination import Rounds, round_sizes
-from fastscore.rules import uniform_in_time
-from fastscore.statistics import student_quantile
+from fastscore.classify.elimination import Rounds, round_sizes
+from fastscore.estimator.rules import uniform_in_time
+from fastscore.estimator.statistics import student_quantile
 
 SCHEDULE = fs.LogSNR(-10, 12)
 OUTSIDE = 2e-3  # nats that lie outside this range for classes as far apart as these
@@ -190,7 +190,7 @@ def test_same_answer_however_the_work_is_cut(dtype, tolerance):
 
 
 def test_memory_does_not_grow_with_the_samples():
-    from fastscore.memory import peak_bytes
+    from fastscore.support.memory import peak_bytes
 
     one, x = classifier(), points(64)
     one.classify(x[:1], nfe=512)

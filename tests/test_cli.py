@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch.export import Dim
 
 import fastscore as fs
-from fastscore import cli
-from fastscore.backends.select import BACKENDS, native
+from fastscore.cli import commands as cli
+from fastscore.ops.select import BACKENDS, native
 
 # A network that is slow as long as a file says so: a pause changes no number.
 ZOO = """

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from torch import nn
 
 import fastscore as fs
-from fastscore.cli import main
-from fastscore.condition_data import DataConditions
-from fastscore.conditions import Conditions
-from fastscore.evaluate import evaluate_dataset
-from fastscore.loading import load_conditions
+from fastscore.cli.commands import main
+from fastscore.cli.loading import load_conditions
 from fastscore.metrics import NegativeLogLikelihood
+from fastscore.process.conditions import Conditions
+from fastscore.runs.condition_data import DataConditions
+from fastscore.runs.evaluate import evaluate_dataset
 
 SCHEDULE = fs.LogSNR(-10, 10)
 D = 4

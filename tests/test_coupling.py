@@ -11,7 +11,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.adapters.clocks import OffsetFlow
-from fastscore.coupling import coupled_share
+from fastscore.estimator.coupling import coupled_share
 
 MESSAGE = "looks trained with coupled noise.*use fastscore.probability_flow_log_prob"
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastscore.backends import cuda
-from fastscore.backends.weight_image import image
+from fastscore.ops import cuda
+from fastscore.ops.weight_image import image
 
 
 def network(width=64, d=8, dtype=torch.bfloat16, slots=1):

@@ -9,7 +9,7 @@ from emulator.comparison import Case, Problem
 from emulator.test_density_mlp import CASES
 
 import fastscore as fs
-from fastscore.backends import cuda, select
+from fastscore.ops import cuda, select
 
 REASON = select._cuda_why_not(torch.device("cuda:0"), torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"compiled kernels: {REASON}")

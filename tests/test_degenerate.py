@@ -7,7 +7,7 @@ import torch
 from analytic import ExactNet, mixture
 
 import fastscore as fs
-from fastscore.degenerate import count_degenerate
+from fastscore.estimator.degenerate import count_degenerate
 from fastscore.transforms import zscore
 
 G = torch.Generator().manual_seed(0)

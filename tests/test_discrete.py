@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import Normal
 
 import fastscore as fs
-from fastscore.discrete import Levels, discrete_log_prob, reconstruction
+from fastscore.densities.discrete import Levels, discrete_log_prob, reconstruction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

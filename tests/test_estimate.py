@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastscore.curve import Curve
-from fastscore.estimate import Estimate
+from fastscore.estimator.curve import Curve
+from fastscore.estimator.estimate import Estimate
 
 
 def estimate(log_prob, stderr=0.5, dims=10):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore.evaluate import Interrupted, evaluate_dataset
-from fastscore.run_folder import RunFolder
+from fastscore.runs.evaluate import Interrupted, evaluate_dataset
+from fastscore.runs.run_folder import RunFolder
 
 N, BATCH = 50, 8
 OPTIONS = {"nfe": 32, "seed": 3, "batch": BATCH}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from test_classify import PRIOR, TARGETS, ClassNet, exact, points
 
 import fastscore as fs
-from fastscore.cli import main
+from fastscore.cli.commands import main
 
 TEXT = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
 NETS = "import torch\n\nclass build(torch.nn.Module):\n    def forward(self, x_t, t):\n        return x_t\n"

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastscore as fs
-from fastscore import adapters, cli, density, metrics, pilot, predictions, probability_flow, rules, transforms
-from fastscore.dataset import take
-from fastscore.evaluate import evaluate_dataset
+from fastscore import adapters, density, metrics, transforms
+from fastscore.cli import commands as cli
+from fastscore.densities import probability_flow
+from fastscore.estimator import pilot, rules
+from fastscore.process import predictions
+from fastscore.runs.dataset import take
+from fastscore.runs.evaluate import evaluate_dataset
 from fastscore.training import losses
 
 MODULES = ("fastscore", "fastscore.adapters", "fastscore.metrics", "fastscore.transforms", "fastscore.lightning")

@@ -34,7 +34,7 @@ def without_device(path):
     return found
 
 
-# Functions of our own by the same name, which name the device themselves (`fastscore.host.as_tensor`).
+# Functions of our own by the same name, which name the device themselves (`fastscore.support.host.as_tensor`).
 OURS = {"as_tensor", "normal"}
 
 

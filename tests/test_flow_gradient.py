@@ -7,9 +7,9 @@ import torch
 from analytic import ExactNet, Target, mixture
 
 import fastscore as fs
-from fastscore.flow_field import COLUMNS
-from fastscore.memory import _LiveBytes, peak_bytes
-from fastscore.probability_flow import probability_flow_log_prob
+from fastscore.densities.flow_field import COLUMNS
+from fastscore.densities.probability_flow import probability_flow_log_prob
+from fastscore.support.memory import _LiveBytes, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim
 
 import fastscore as fs
-from fastscore.loading import SCHEDULES, load_array, load_density, parse_schedule
+from fastscore.cli.loading import SCHEDULES, load_array, load_density, parse_schedule
 
 CPU = torch.device("cpu")
 

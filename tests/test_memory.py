@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore.memory import Chunks, Footprint, RowCost, chunk_rows, footprint, parse_bytes, peak_bytes, plan_chunks
+from fastscore.support.memory import (
+    Chunks,
+    Footprint,
+    RowCost,
+    chunk_rows,
+    footprint,
+    parse_bytes,
+    peak_bytes,
+    plan_chunks,
+)
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from analytic import ExactNet, ill_conditioned, mixture
 from torch.distributions import Normal, kl_divergence
 
 import fastscore as fs
-from fastscore.methods import base
+from fastscore.estimator.methods import base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

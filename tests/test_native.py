@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastscore
-from fastscore.backends import select
+from fastscore.ops import select
 
 MODULE = select.native()
 

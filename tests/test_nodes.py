@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastscore.nodes import NodeDensity
+from fastscore.estimator.nodes import NodeDensity
 
 
 def bumpy(lo, hi):

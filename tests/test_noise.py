@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastscore import noise
+from fastscore.ops import noise
 
 # Random123 1.09, tests/kat_vectors: philox4x32 10 rounds, (counter), (key), (result).
 KNOWN_ANSWERS = [

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastscore import noise, ops
-from fastscore.backends.select import BACKENDS, select
+from fastscore.ops import definitions as ops
+from fastscore.ops import noise
+from fastscore.ops.select import BACKENDS, select
 
 SIZES = [(1, 1, 1), (3, 5, 63), (2, 4, 100), (7, 9, 13), (1, 3, 1000)]
 
@@ -79,6 +80,6 @@ def test_backend_choice_and_message_share_one_predicate(monkeypatch):
 
 
 def test_an_older_triton_is_told_from_a_missing_gpu(monkeypatch):
-    monkeypatch.setattr("fastscore.backends.select.version", lambda package: "3.4.0")
+    monkeypatch.setattr("fastscore.ops.select.version", lambda package: "3.4.0")
     with pytest.raises(ValueError, match=r"triton: its kernels need Triton 3\.6, found 3\.4\.0"):
         select(torch.device("cpu"), torch.float32, "triton")

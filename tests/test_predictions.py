@@ -4,7 +4,7 @@ import pytest
 import torch
 from analytic import PREDICTIONS, SCHEDULES
 
-from fastscore.predictions import check_prediction, coefficients, eps_from
+from fastscore.process.predictions import check_prediction, coefficients, eps_from
 
 
 def targets(schedule, t, x, eps):

@@ -6,10 +6,11 @@ from pretended_device import CPU, CUDA, PretendedDevice
 from torch import nn
 
 import fastscore as fs
-from fastscore import integrand, noise, pilot
-from fastscore.backends.select import select
-from fastscore.buffers import FittedBuffers
-from fastscore.reference import Reference
+from fastscore.estimator import integrand, pilot
+from fastscore.ops import noise
+from fastscore.ops.select import select
+from fastscore.reference.gaussians import Reference
+from fastscore.support.buffers import FittedBuffers
 
 
 @pytest.fixture

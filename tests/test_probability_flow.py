@@ -8,8 +8,8 @@ from analytic import PREDICTIONS, SCHEDULES, ExactNet, Target, mixture
 from torch import nn
 
 import fastscore as fs
-from fastscore import flow_field, probability_flow
-from fastscore.probability_flow import probability_flow_log_prob
+from fastscore.densities import flow_field, probability_flow
+from fastscore.densities.probability_flow import probability_flow_log_prob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

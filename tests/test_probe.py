@@ -8,7 +8,7 @@ from test_program import NETWORKS
 from torch import nn
 
 import fastscore as fs
-from fastscore.probe import COPIES, NetworkWarning
+from fastscore.estimator.probe import COPIES, NetworkWarning
 
 SCHEDULE = fs.VP()
 

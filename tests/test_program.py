@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastscore as fs
-from fastscore.conditions import Conditions
-from fastscore.instructions import Add, Affine, Linear, Norm, Save
-from fastscore.integrand import cost_of_row
-from fastscore.network import predict
-from fastscore.program import NoProgram, Programs, RowProgram, run
-from fastscore.verification import ProgramMismatch
+from fastscore.estimator.integrand import cost_of_row
+from fastscore.ops.instructions import Add, Affine, Linear, Norm, Save
+from fastscore.process.conditions import Conditions
+from fastscore.process.network import predict
+from fastscore.program.row_program import NoProgram, Programs, RowProgram, run
+from fastscore.program.verification import ProgramMismatch
 
 SCHEDULE = fs.FlowMatching(data_at=0)
 

@@ -10,8 +10,8 @@ from test_evaluate import Net
 from torch.distributions.transforms import AffineTransform
 
 import fastscore as fs
-from fastscore.evaluate import evaluate_dataset
-from fastscore.progress import progress_bar
+from fastscore.runs.evaluate import evaluate_dataset
+from fastscore.support.progress import progress_bar
 
 
 class Stream(io.StringIO):

@@ -11,10 +11,10 @@ from torch.distributions import AffineTransform, ComposeTransform, TanhTransform
 from torch.distributions.transforms import ReshapeTransform
 
 import fastscore as fs
-from fastscore.blocks import Work
-from fastscore.evaluate import evaluate_dataset
+from fastscore.estimator.protocol import Density, check_density
 from fastscore.metrics import BitsPerDim, NegativeLogLikelihood
-from fastscore.protocol import Density, check_density
+from fastscore.runs.blocks import Work
+from fastscore.runs.evaluate import evaluate_dataset
 from fastscore.transforms import Logit, Whitening, whiten, zscore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,7 +243,7 @@ def test_levels_that_are_not_equidistant_are_refused(kind):
 def test_the_command_line_takes_a_transformed_density(tmp_path, monkeypatch):
     import numpy as np
 
-    from fastscore.cli import main
+    from fastscore.cli.commands import main
 
     code = "import torch, test_protocol as t\ndef make():\n    return t.through(t.core(), t.TRANSFORMS['twice'])\n"
     (tmp_path / "own_density.py").write_text(code)

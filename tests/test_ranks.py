@@ -17,10 +17,10 @@ from processes import free_port
 from torch import nn
 
 import fastscore as fs
-from fastscore import cli
-from fastscore.evaluate import evaluate_dataset
-from fastscore.ranks import OtherRankFailed, Ranks
-from fastscore.run_folder import RunFolder
+from fastscore.cli import commands as cli
+from fastscore.runs.evaluate import evaluate_dataset
+from fastscore.runs.ranks import OtherRankFailed, Ranks
+from fastscore.runs.run_folder import RunFolder
 
 N, BATCH = 90, 8
 OPTIONS = {"nfe": 32, "seed": 3, "batch": BATCH}
@@ -250,7 +250,7 @@ def test_ranks_without_the_others_are_told_so(monkeypatch):
 
 MEET = """
 import os, sys, torch
-from fastscore.ranks import OtherRankFailed, Ranks
+from fastscore.runs.ranks import OtherRankFailed, Ranks
 with Ranks.of_environment() as ranks:
     assert ranks.gather(lambda: ranks.rank ** 2) == [0, 1]
     assert ranks.on_first(lambda: "first" if ranks.first else 1 / 0) == "first"
@@ -289,7 +289,7 @@ def test_a_process_that_is_gone_is_an_error_at_the_next_meeting_and_no_hang():
 
 
 LEAVE = """
-from fastscore.ranks import Ranks
+from fastscore.runs.ranks import Ranks
 from processes import gloo_threads
 with Ranks.of_environment() as ranks:
     import torch._dynamo  # as the first estimate does; it takes hold of the default group if it can

@@ -7,7 +7,7 @@ import torch
 from analytic import Target
 
 from fastscore import Reference
-from fastscore.mixture import fit_mixture
+from fastscore.reference.fitting import fit_mixture
 
 D = 5
 

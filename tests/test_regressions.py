@@ -12,7 +12,7 @@ from analytic import ExactNet, mixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastscore as fs
-from fastscore.memory import peak_bytes
+from fastscore.support.memory import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,8 @@ import torch
 from analytic import SCHEDULES
 
 import fastscore as fs
-from fastscore.nodes import NodeDensity
-from fastscore.rules import GROUPS, METHODS, Rules, group_of, make_rules, method_table, method_weights
+from fastscore.estimator.nodes import NodeDensity
+from fastscore.estimator.rules import GROUPS, METHODS, Rules, group_of, make_rules, method_table, method_weights
 
 SHIFTS, SEEDS = 64, 200
 

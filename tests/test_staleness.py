@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastscore as fs
-from fastscore.program import NoProgram, RowProgram
+from fastscore.program.row_program import NoProgram, RowProgram
 
 SCHEDULE = fs.LogSNR(-6, 6)
 SCALE = 1.0

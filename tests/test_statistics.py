@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fastscore as fs
-from fastscore.curve import Curve, CurveSum, ends, table_error, truncation
-from fastscore.nodes import NodeDensity
-from fastscore.rules import GROUPS, Rules, make_rules, method_table, method_weights
-from fastscore.statistics import GroupSums, draw_sum, draw_variance, widened
+from fastscore.estimator.curve import Curve, CurveSum, ends, table_error, truncation
+from fastscore.estimator.nodes import NodeDensity
+from fastscore.estimator.rules import GROUPS, Rules, make_rules, method_table, method_weights
+from fastscore.estimator.statistics import GroupSums, draw_sum, draw_variance, widened
 
 RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), "density", 0.5).of(0)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore import program
-from fastscore.program import Programs
+from fastscore.program import row_program as program
+from fastscore.program.row_program import Programs
 
 
 class InTime(nn.Module):

@@ -17,7 +17,7 @@ from torch.distributions import (
 from torch.distributions.transforms import AbsTransform, ReshapeTransform, StickBreakingTransform
 
 import fastscore as fs
-from fastscore.transformed import Transformed
+from fastscore.densities.transformed import Transformed
 from fastscore.transforms import Logit, Whitening, whiten, zscore
 
 D = 4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore.zero_mean import helmert
+from fastscore.densities.zero_mean import helmert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

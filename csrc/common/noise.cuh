@@ -1,4 +1,4 @@
-// The noise of fastscore/noise.py: two integer operations and one polynomial an element.
+// The noise of fastscore/ops/noise.py: two integer operations and one polynomial an element.
 //
 //   w = (P xor Q) M mod 2^32,   u = 2^-31 w + 2^-32,   eps = sqrt(2) erfinv(u)
 //

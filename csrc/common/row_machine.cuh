@@ -1,4 +1,4 @@
-// The row machine of fastscore/instructions.py, run by the threads that own a tile: h lives in registers from the first
+// The row machine of fastscore/ops/instructions.py, run by the threads that own a tile: h lives in registers from the first
 // linear map to the last, and one switch a instruction, taken alike by all threads, replaces a kernel a network.
 //
 // An Engine is a kernel's way of multiplying. It has

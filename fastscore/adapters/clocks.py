@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..host import as_tensor
-from ..schedules import DDPM, VP, FlowMatching
+from ..process.schedules import DDPM, VP, FlowMatching
+from ..support.host import as_tensor
 
 
 class SubVP(VP):

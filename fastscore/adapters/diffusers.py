@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..schedules import FlowMatching, Schedule
+from ..process.schedules import FlowMatching, Schedule
 from .checks import expect, expect_attributes, expect_key, expect_module
 from .clocks import table
 from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, bare, known_class

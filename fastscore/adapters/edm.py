@@ -15,7 +15,7 @@ import math
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..schedules import EDM
+from ..process.schedules import EDM
 from .checks import expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser

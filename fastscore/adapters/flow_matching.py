@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..density import ScoreDensity
-from ..host import as_tensor
-from ..schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
+from ..support.host import as_tensor
 from .checks import expect, expect_attributes, expect_module
 
 PREDICTIONS = ("flow", "x0", "eps")

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..buffers import Constants
 from ..density import ScoreDensity
-from ..host import as_tensor
+from ..support.buffers import Constants
+from ..support.host import as_tensor
 from .checks import expect_attributes, expect_key, expect_module
 from .clocks import table
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..density import ScoreDensity
-from ..schedules import EDM
+from ..process.schedules import EDM
 from .checks import expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..densities.transformed import Transformed
 from ..density import ScoreDensity
-from ..transformed import Transformed
 from ..transforms import zscore
 from .checks import expect, expect_attributes, expect_key
 from .clocks import noise_table

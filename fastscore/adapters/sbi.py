@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..buffers import Constants
+from ..densities.transformed import Transformed
 from ..density import ScoreDensity
-from ..host import as_tensor
-from ..reference import Reference
-from ..schedules import VE, VP, Schedule
-from ..transformed import Transformed
+from ..process.schedules import VE, VP, Schedule
+from ..reference.gaussians import Reference
+from ..support.buffers import Constants
+from ..support.host import as_tensor
 from ..transforms import zscore
 from .checks import expect, expect_attributes
 from .clocks import OffsetFlow, SubVP

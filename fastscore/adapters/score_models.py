@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..schedules import VE, VP
+from ..process.schedules import VE, VP
 from .checks import expect, expect_attributes, expect_module
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..buffers import Constants
 from ..density import ScoreDensity
-from ..host import as_tensor
-from ..schedules import VE, VP
+from ..process.schedules import VE, VP
+from ..support.buffers import Constants
+from ..support.host import as_tensor
 from .checks import expect_attributes, expect_module
 from .clocks import SubVP, noise_table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..buffers import Constants
+from ..support.buffers import Constants
 
 
 class TableDenoiser(Constants):

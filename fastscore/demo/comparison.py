@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..densities.probability_flow import probability_flow_log_prob
 from ..density import ScoreDensity
-from ..network import predict
-from ..predictions import eps_from
-from ..probability_flow import probability_flow_log_prob
+from ..process.conditions import Conditions
+from ..process.network import predict
+from ..process.predictions import eps_from
 from .problems import Problem
 
 PROBES = 8

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..density import ScoreDensity
-from ..estimate import Curve
-from ..reference import Reference
+from ..estimator.estimate import Curve
+from ..reference.gaussians import Reference
 from .problems import Problem
 
 GRID = 110

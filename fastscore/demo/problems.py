@@ -10,8 +10,8 @@ import torch
 from sklearn.datasets import load_digits, make_moons
 from torch import Tensor, nn
 
-from ..discrete import Levels
-from ..schedules import LogSNR, Schedule
+from ..densities.discrete import Levels
+from ..process.schedules import LogSNR, Schedule
 from .training import ScoreMLP
 
 MOON_NOISE = 0.1

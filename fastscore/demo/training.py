@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..progress import progress_bar
+from ..support.progress import progress_bar
 from ..training.losses import density_loss
 
 LEARNING_RATE = 2e-3

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..conditions import per_sample
 from ..density import ScoreDensity
-from ..estimate import Estimate
-from ..schedules import DDPM, Schedule
+from ..estimator.estimate import Estimate
+from ..process.conditions import per_sample
+from ..process.schedules import DDPM, Schedule
 from .losses import density_loss
 from .nodes import AdaptiveNodes
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..conditions import takes_conditions
-from ..protocol import Density, check_density
-from ..untouched import frozen
+from ..estimator.protocol import Density, check_density
+from ..process.conditions import takes_conditions
+from ..support.untouched import frozen
 from .losses import density_loss
 
 

@@ -21,15 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import noise
-from ..conditions import takes_conditions
 from ..density import ScoreDensity
-from ..masks import inside
-from ..network import predict
-from ..nodes import NodeDensity
-from ..predictions import coefficients
-from ..protocol import Density, check_density
-from ..samples import Samples
+from ..estimator.nodes import NodeDensity
+from ..estimator.protocol import Density, check_density
+from ..estimator.samples import Samples
+from ..ops import noise
+from ..process.conditions import takes_conditions
+from ..process.masks import inside
+from ..process.network import predict
+from ..process.predictions import coefficients
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..buffers import FittedBuffers
-from ..nodes import NodeDensity
-from ..schedules import Schedule
+from ..estimator.nodes import NodeDensity
+from ..process.schedules import Schedule
+from ..support.buffers import FittedBuffers
 
 BINS = 24
 FLOOR = 0.1  # of the draws are spread evenly: no log-SNR goes unseen, and no weight exceeds ten times the uniform one

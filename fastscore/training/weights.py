@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..host import as_tensor
-from ..predictions import coefficients
-from ..rules import METHODS, method_weights
-from ..schedules import Schedule
+from ..estimator.rules import METHODS, method_weights
+from ..process.predictions import coefficients
+from ..process.schedules import Schedule
+from ..support.host import as_tensor
 
 
 def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: str = "discrete") -> Tensor:
@@ -35,7 +35,7 @@ def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: 
     Arguments:
         schedule: a table of timesteps, such as `DDPM.linear(1000)`.
         t: timesteps, integers 0 .. T-1 (the paper's t, less one), any shape.
-        predicts: what the network predicts, a key of `fastscore.predictions.PREDICTIONS`.
+        predicts: what the network predicts, a key of `fastscore.process.predictions.PREDICTIONS`.
         rule: "discrete", the paper's coefficients; or "density", the trapezoid rule in log-SNR that `density_loss` and
             `ScoreDensity.estimate` use, whose error is of second order.
 

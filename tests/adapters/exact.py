@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from analytic import mixture
 
-from fastscore.mixture import fit_mixture
-from fastscore.reference import Reference
+from fastscore.reference.fitting import fit_mixture
+from fastscore.reference.gaussians import Reference
 
 SHAPE = (1, 2, 2)
 TARGET = mixture(4)

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.adapters import from_diffusers
-from fastscore.predictions import coefficients, eps_from
+from fastscore.process.predictions import coefficients, eps_from
 
 diffusers = pytest.importorskip("diffusers")
 UNet2DOutput = pytest.importorskip("diffusers.models.unets.unet_2d").UNet2DOutput

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastscore.adapters import from_diffusers
 from fastscore.adapters.diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, known_class
-from fastscore.schedules import DDPM, FlowMatching
+from fastscore.process.schedules import DDPM, FlowMatching
 
 diffusers = pytest.importorskip("diffusers")
 PACKAGES = [importlib.import_module(f"diffusers.models.{part}") for part in ("transformers", "unets")]

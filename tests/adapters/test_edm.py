@@ -9,7 +9,7 @@ from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
 
 from fastscore.adapters import from_edm
-from fastscore.predictions import eps_from
+from fastscore.process.predictions import eps_from
 
 RANGES = {"edm": (0, math.inf), "vp": (0.004, 152.0), "ve": (0.02, 100), "iddpm": (0.01, 150.0)}
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from fastscore.adapters import from_flow_matching
-from fastscore.predictions import coefficients
+from fastscore.process.predictions import coefficients
 
 path = pytest.importorskip("flow_matching.path")
 schedulers = pytest.importorskip("flow_matching.path.scheduler")

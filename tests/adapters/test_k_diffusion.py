@@ -10,7 +10,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.adapters import from_k_diffusion
-from fastscore.predictions import coefficients, eps_from
+from fastscore.process.predictions import coefficients, eps_from
 
 external, layers, sampling = load("k_diffusion", "external", "layers", "sampling")
 BAR = fs.DDPM.linear(1000).table.sigmoid()

@@ -9,7 +9,7 @@ from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
 
 from fastscore.adapters import from_lucidrains
-from fastscore.predictions import coefficients, eps_from
+from fastscore.process.predictions import coefficients, eps_from
 
 library, guidance = load("denoising_diffusion_pytorch", "denoising_diffusion_pytorch", "classifier_free_guidance")
 OBJECTIVES = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}

@@ -7,7 +7,7 @@ import pytest
 from adapters.test_docs import ROWS, SHAPE, TARGET, objects
 
 from fastscore import adapters
-from fastscore.protocol import Density
+from fastscore.estimator.protocol import Density
 
 
 def stated(name):

@@ -7,8 +7,8 @@ from analytic import Target
 from torch import nn
 
 from fastscore.adapters import from_sbi
-from fastscore.mixture import fit_mixture
-from fastscore.predictions import eps_from
+from fastscore.process.predictions import eps_from
+from fastscore.reference.fitting import fit_mixture
 
 estimators = pytest.importorskip("sbi.neural_nets.estimators.score_estimator")
 flow = pytest.importorskip("sbi.neural_nets.estimators.flowmatching_estimator")

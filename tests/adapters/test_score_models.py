@@ -6,7 +6,7 @@ from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
 
 from fastscore.adapters import from_score_models
-from fastscore.predictions import eps_from
+from fastscore.process.predictions import eps_from
 
 score_models = pytest.importorskip("score_models")
 SDES = {"ve": {"sigma_min": 0.01, "sigma_max": 20.0}, "vp": {"beta_min": 0.1, "beta_max": 20.0}}

@@ -9,7 +9,7 @@ from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
 
 from fastscore.adapters import from_score_sde
-from fastscore.predictions import eps_from
+from fastscore.process.predictions import eps_from
 
 
 class VPSDE:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastscore import Reference, noise
-from fastscore.backends import cuda
-from fastscore.backends import torch as truth
+from fastscore import Reference
+from fastscore.ops import cuda, noise
+from fastscore.ops import torch as truth
 
 from . import build as builder
 

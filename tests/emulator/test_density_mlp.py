@@ -7,7 +7,7 @@ import pytest
 from emulator import build as builder
 from emulator.comparison import AMPERE, HOPPER, Case, Problem, compare, emulate, load
 
-from fastscore.backends.cuda import Config
+from fastscore.ops.cuda import Config
 
 pytestmark = pytest.mark.slow
 DIMENSIONS, DEPTHS = (1, 2, 13, 50, 64, 100, 128), (1, 2, 3, 4, 5, 6)

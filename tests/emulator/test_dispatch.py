@@ -8,12 +8,12 @@ import torch
 from emulator import build as builder
 from emulator.comparison import HOPPER, Module, load
 
-from fastscore import Reference, noise
-from fastscore.backends import cuda
-from fastscore.backends import torch as truth
-from fastscore.backends.task import Task
-from fastscore.instructions import decode, encode
-from fastscore.program import RowProgram
+from fastscore import Reference
+from fastscore.ops import cuda, noise
+from fastscore.ops import torch as truth
+from fastscore.ops.instructions import decode, encode
+from fastscore.ops.task import Task
+from fastscore.program.row_program import RowProgram
 
 pytestmark = pytest.mark.slow
 BATCH, ROWS, D, WIDTH = 5, 3, 13, 50

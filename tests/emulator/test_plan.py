@@ -9,7 +9,7 @@ import pytest
 from emulator import build as builder
 from emulator.comparison import load
 
-from fastscore.backends.cuda import DATA, WIDTHS
+from fastscore.ops.cuda import DATA, WIDTHS
 
 pytestmark = pytest.mark.slow
 RESOURCES = Path(__file__).parents[2] / "benchmarks" / "results" / "native_resources.json"

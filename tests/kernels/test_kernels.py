@@ -12,12 +12,14 @@ from fastscore.kernels import launch
 from fastscore.kernels.control import why_not
 from fastscore.kernels.noise import normal
 
-from fastscore import Reference, noise, ops
-from fastscore.backends import interpreting
-from fastscore.backends import torch as truth
-from fastscore.backends import triton as backend
-from fastscore.backends.task import Task
-from fastscore.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
+from fastscore import Reference
+from fastscore.ops import definitions as ops
+from fastscore.ops import noise
+from fastscore.ops import torch as truth
+from fastscore.ops import triton as backend
+from fastscore.ops.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
+from fastscore.ops.interpreting import interpreting
+from fastscore.ops.task import Task
 
 triton = pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402

@@ -15,8 +15,8 @@ import fits
 import random_networks
 from fastscore.kernels import control, launch
 
-from fastscore.backends import triton as backend
-from fastscore.backends.task import Task
+from fastscore.ops import triton as backend
+from fastscore.ops.task import Task
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

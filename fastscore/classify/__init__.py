@@ -1,0 +1,1 @@
+"""The diffusion classifier: p(y | x) from paired densities, with classes eliminated at a stated error."""

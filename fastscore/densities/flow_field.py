@@ -1,0 +1,198 @@
+r"""The right-hand side of the probability-flow ODE on the straight path, less the reference's own.
+
+On y = (1 - t) x / s + t eps, with s the scale of the data, so that half of the path lies where noise and data are
+alike, the network has the velocity v = (eps_hat - y) / (1 - t), the reference
+v_q = (eps_q - y) / (1 - t) with the score -eps_q / t, and log(p / q) changes along the network's path by
+
+.. math:: \nabla\cdot(v - v_q) + (v - v_q)\cdot\nabla\log q_t(y)
+    = \frac{\nabla\cdot(\hat\epsilon - \epsilon_q) - (\hat\epsilon - \epsilon_q)\cdot\epsilon_q / t}{1 - t}
+
+References:
+    FFJORD (Grathwohl et al., 2019), https://arxiv.org/abs/1810.01367
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from ..density import ScoreDensity
+from ..estimator.samples import Samples
+from ..ops import noise
+from ..process.network import predict
+from ..process.predictions import eps_from
+from ..support.untouched import uncompiled
+
+COLUMNS = 32  # backward passes in one call; it bounds their memory
+
+
+class Time(NamedTuple):
+    """What the field needs to know of a time t of the path: its schedule's own, and numbers that it decides.
+
+    x_t = scale y, and v = c_f output + c_y y.
+    """
+
+    t: float
+    own: Tensor
+    scale: float
+    c_f: float
+    c_y: float
+
+
+class Field:
+    """Velocity, and the rate of log(p / q) along it; `nfe` counts the network's calls.
+
+    Arguments:
+        density: network, schedule and reference.
+        samples: whose conditions the network sees.
+        signs: Rademacher probes, shape (probes, B, d), or None for the exact trace.
+        ends: the smallest and the largest t.
+        scale: s, the standard deviation of the data.
+    """
+
+    def __init__(
+        self,
+        density: ScoreDensity,
+        samples: Samples,
+        signs: Tensor | None,
+        ends: tuple[float, float],
+        scale: float,
+    ):
+        self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
+        self.learned = learned(density, samples)
+        self.reference = density.reference.scaled(1 / scale)
+        self.exact = signs is None
+        self.cotangents = signs
+        if signs is None:
+            d = samples.x.shape[1]
+            self.cotangents = torch.eye(d, dtype=samples.x.dtype, device=samples.device)[:, None]
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.at(self.table(t[None])[0], state[0])
+
+    def table(self, t: Tensor) -> list[Time]:
+        """Return the times of a grid, all evaluated at once."""
+        t = t.detach().double().cpu().clamp(*self.ends)  # rounding must not carry the network past its range
+        schedule = self.density.schedule
+        time = schedule.time(log_snr_of(t, self.scale))
+        c_f, c_x = eps_from(self.density.predicts, schedule, time)
+        scale = self.scale * schedule.alpha_sigma(time)[0] / (1 - t)
+        rows = torch.stack([scale, c_f / (1 - t), (c_x * scale - 1) / (1 - t)], 1).tolist()
+        return [Time(at, own, *row) for at, own, row in zip(t.tolist(), time.to(self.samples.x.device).split(1), rows)]
+
+    def at(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, d) and the rate of log(p / q) (B, columns), differentiable.
+
+        What the backward pass needs is evaluated again, so nothing but y is kept.
+        """
+        return _Rate.apply(self, time, y, *self.learned)
+
+    def velocity(self, time: Time, y: Tensor) -> Tensor:
+        """Return the velocity alone, (B, d)."""
+        self.nfe += 1
+        density, samples = self.density, self.samples
+        x_t = (time.scale * y)[:, None]
+        with uncompiled():  # compiled code does not keep its graph for more than one backward pass
+            output = predict(density.model, x_t, time.own, samples.conds[0], samples.shape, density.time_dtype)
+        return torch.add(time.c_f * output[:, 0], y, alpha=time.c_y)
+
+    def terms(self, time: Time, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,).
+
+        Arguments:
+            at: y, or a copy of it without its graph.
+        """
+        velocity = self.velocity(time, y)
+        eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t)
+        gap = velocity - (eps_q - at) / (1 - time.t)
+        rest = -torch.linalg.vecdot(gap, eps_q) / time.t
+        # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
+        if not self.exact:
+            return velocity, gap, rest
+        return velocity, velocity, rest - (divergence_q - y.shape[1]) / (1 - time.t)
+
+    def traces(self, field: Tensor, y: Tensor, create_graph: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield parts of the trace, each with the columns that it adds to: all, or some probes' own estimates of it."""
+        first = 0
+        for v in self.cotangents.split(COLUMNS):
+            found, last = _vjp(field, y, v.expand(-1, *y.shape), create_graph), first + len(v)
+            if self.exact:  # of row i of the Jacobian, element i
+                yield slice(0, 1), torch.diagonal(found[..., first:last], dim1=0, dim2=2).sum(1, keepdim=True)
+            else:
+                yield slice(first, last), torch.linalg.vecdot(found, v).T
+            first = last
+
+
+class _Rate(torch.autograd.Function):
+    """`Field.at`: a trace and its gradient, one part of the columns after the other."""
+
+    @staticmethod
+    def forward(ctx, field: Field, time: Time, y: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.field, ctx.time = field, time
+        ctx.save_for_backward(y, *learned)
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            velocity, traced, rest = field.terms(time, y, y.detach() if field.exact else y)
+        rate = rest.detach()[:, None].repeat(1, 1 if field.exact else len(field.cotangents))
+        for columns, part in field.traces(traced, y):
+            rate[:, columns] += part
+        return velocity.detach(), rate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_velocity: Tensor, grad_rate: Tensor) -> tuple[Tensor | None, ...]:
+        y, *_ = ctx.saved_tensors  # raises where a weight has changed since
+        field = ctx.field
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            inputs = y, *field.learned
+            velocity, traced, rest = field.terms(ctx.time, y, y)
+            found = _grad((grad_velocity * velocity).sum() + (grad_rate.sum(1) * rest).sum(), inputs)
+            for columns, part in field.traces(traced, y, create_graph=True):
+                if part.requires_grad:  # not where the field is linear
+                    more = _grad((grad_rate[:, columns] * part).sum(), inputs)
+                    found = [a + b for a, b in zip(found, more)]
+        return None, None, *found
+
+
+def learned(density: ScoreDensity, samples: Samples) -> list[Tensor]:
+    """Return the tensors beside x that a gradient may reach: the network's parameters, and conditions."""
+    (cond,) = samples.conds
+    tensors = [*density.model.parameters(), *tree_leaves((cond.per_sample, cond.shared))]
+    return [value for value in tensors if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _grad(value: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+
+def log_snr_of(t: Tensor, scale: float) -> Tensor:
+    """Return the log-SNR at a time of the path."""
+    return -2 * (torch.logit(t) + math.log(scale))
+
+
+def time_of(log_snr: Tensor, scale: float) -> Tensor:
+    """Return the time of the path at a log-SNR: the inverse of `log_snr_of`."""
+    return torch.sigmoid(-0.5 * log_snr - math.log(scale))
+
+
+def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
+    """Return signs of shape (probes, B, d), keyed by sample as all noise is."""
+    d = samples.x.shape[1]
+    drawn = [noise.words(seed, samples.index, p, noise.STREAM_PROBE, d) for p in range(probes)]
+    return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
+
+
+def _vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
+    """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
+    options = {"retain_graph": True, "create_graph": create_graph}
+    try:
+        return torch.autograd.grad(field, y, cotangents, is_grads_batched=True, **options)[0]
+    except RuntimeError:  # a network with an operation that vmap cannot batch
+        return torch.stack([torch.autograd.grad(field, y, v, **options)[0] for v in cotangents])

@@ -1,0 +1,1 @@
+"""From x to an estimate: samples, nodes, the integrand, sums with their errors, and the pilot that `fit` runs."""

@@ -1,0 +1,94 @@
+"""Whether data fill their space: constant and linearly dependent columns make a density that is infinite.
+
+Data on a subspace have no density in the whole space. What a schedule's least noise makes of them has one, and an
+estimate is about that number: every degenerate dimension adds about log(1 / (sigma sqrt(2 pi))) - 1/2 nats at the least
+noise sigma, and more with a schedule that starts at less.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..process.schedules import Schedule
+from ..support.warn import warn
+
+# Range of a column, of its largest value, and spread of a direction, at which float32 data are constant.
+RELATIVE = 1e-6
+COPY = 1e-5  # of a column's spread, by which a copy in float32, scaled and shifted, may differ
+MAX_DIM = 1024  # for linear dependence, an eigenvalue problem of d x d
+ROWS = 4096  # that linear dependence is looked for in
+
+
+def warn_if_out_of_range(scales: tuple[float, float], log_snr_range: tuple[float, float]) -> None:
+    """Warn where data are narrower than the least noise of a range of log-SNR, or wider than the most.
+
+    There the network is asked about next to nothing, and no integrand shows how far the reference is from the data.
+
+    Arguments:
+        scales: standard deviations of the data in their narrowest and their widest dimension.
+    """
+    (smallest, largest), (most, least) = scales, (math.exp(-end / 2) for end in log_snr_range)
+    if smallest >= least and largest <= most:
+        return
+    narrow = smallest < least
+    size, noise = (smallest, least) if narrow else (largest, most)
+    warn(
+        f"the data have a standard deviation of {size:.2g}, {'below the least' if narrow else 'above the most'} noise "
+        f"of the schedule, {noise:.2g}: there log_prob is the fitted reference's and not the network's, with an error "
+        "that neither stderr nor truncation shows; scale the data as they were in training"
+    )
+
+
+def warn_if_degenerate(x: Tensor, schedule: Schedule) -> bool:
+    """Warn where columns of the data (N, d) are constant or combinations of others, and return whether any are.
+
+    Dependence is looked for where N > d and d <= `MAX_DIM`; constant columns and copies always.
+    """
+    constant, dependent = count_degenerate(x)
+    if not constant + dependent:
+        return False
+    d = x.shape[1]
+    parts = [f"{constant} constant"] * bool(constant) + [f"{dependent} linearly dependent on others"] * bool(dependent)
+    least = math.exp(-schedule.log_snr_range[1] / 2)
+    warn(
+        f"of the data's {d} dimensions {' and '.join(parts)}: in them the density is infinite, and log_prob "
+        f"tells about the schedule's least noise (standard deviation {least:.2g}) instead of the data; "
+        "drop these dimensions, or add noise (dequantize) before training"
+    )
+    return True
+
+
+def count_degenerate(x: Tensor) -> tuple[int, int]:
+    """Return how many columns are constant, and how many more dimensions linear combinations of the others take."""
+    x = x.detach()
+    low, high = x.aminmax(dim=0)
+    varying = high - low > RELATIVE * torch.maximum(low.abs(), high.abs())
+    if not bool(varying.any()):
+        return len(varying), 0
+    some = x[:: -(-len(x) // ROWS), varying].double()
+    spread = some.std(0)
+    # Scales apart are no dependence; a column that is constant in these rows alone is none either.
+    some = ((some - some.mean(0)) / spread)[:, spread > 0]
+    n, d = some.shape
+    if n > d and 1 < d <= MAX_DIM:
+        dependent = int((torch.linalg.eigvalsh(some.mT @ some / n) < RELATIVE**2 * d).sum())
+    else:
+        dependent = _count_copies(some)
+    return int((~varying).sum()), dependent
+
+
+def _count_copies(columns: Tensor) -> int:
+    """Return how many standardized columns (N, d) are others, or others with the sign turned.
+
+    Copies have the same sums of products with four fixed columns of random numbers, and stand next to each other when
+    sorted by one of them; others differ in one of the four.
+    """
+    n = len(columns)
+    drawn = torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    sums = columns.mT @ drawn.to(columns)
+    sums = sums * sums[:, :1].sign()
+    sums = sums[sums[:, 0].argsort()]
+    return int((sums.diff(dim=0).abs() < COPY * n**0.5).all(1).sum())

@@ -1,0 +1,118 @@
+r"""What an estimate returns: log-density, honest error bar, cost, and what remains outside."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .curve import Curve, truncation
+from .statistics import GroupSums
+
+
+class Comparison(NamedTuple):
+    """A paired difference of log-densities (nats) and its standard error, each of shape (B,)."""
+
+    difference: Tensor
+    stderr: Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The result of `ScoreDensity.estimate`.
+
+    Attributes:
+        log_prob: log-density of each sample, nats, shape (B,).
+        stderr: its standard error, nats, shape (B,); +- 1.96 of it covers the exact integral 95 % of the time.
+        variance: of log_prob by its draws, nats squared, float64, shape (B,): what means over samples add up. `stderr`
+            is wider where draws are few, since a single sample's interval needs more than the right variance.
+        nfe: network evaluations spent on each sample, int64, shape (B,).
+        log_snr_curve: where in log-SNR the integral comes from (`Curve`), averaged over the batch.
+        discretization: for method "density" an estimate of the trapezoid rule's error over a table, in nats, averaged
+            over the batch; zero on a continuous schedule, where nodes have no bias and their error is in `stderr`. For
+            "discrete" and "elbo" their difference to the integral on the same evaluations.
+        dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
+        method: "density", "discrete" or "elbo".
+        noise: "sobol" or "independent".
+        group: which samples share their nodes, int64 in 0 .. 15, shape (B,); see `fastscore.estimator.rules`.
+        ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
+    """
+
+    log_prob: Tensor
+    stderr: Tensor
+    variance: Tensor
+    nfe: Tensor
+    log_snr_curve: Curve
+    discretization: float
+    dims: int | Tensor
+    method: str
+    noise: str
+    group: Tensor
+    ends: Tensor
+
+    @cached_property
+    def truncation_per_sample(self) -> Tensor:
+        """An estimate, for each sample, of what lies outside of the schedule's range, nats, shape (B,)."""
+        return truncation(self.ends)
+
+    @cached_property
+    def truncation(self) -> float:
+        """The largest of `truncation_per_sample`, nats."""
+        return float(self.truncation_per_sample.max())
+
+    def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+        r"""Return bits per dimension, shape (B,); lower is better.
+
+        .. math:: -\big(\log p(x)/d + \log\Delta\big) / \log 2, \qquad \Delta = (high - low) / bins
+
+        Discrete data with `bins` levels, dequantized by x = low + Delta (level + u), u uniform in [0, 1), has the
+        log-probability log p(x) + d log Delta (in expectation over u, a lower bound): for 8-bit data in [-1, 1)
+        Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
+        rate, which may be negative and depends on the units of x. With a mask d is each sample's own.
+        """
+        return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
+
+    def bits_per_dim_stderr(self) -> Tensor:
+        """Return the standard error of `bits_per_dim`, shape (B,)."""
+        return self.stderr / self.dims / math.log(2)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie between 0 and 1, such as 0.95; got {level}")
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")))
+        return self.log_prob - z * self.stderr, self.log_prob + z * self.stderr
+
+    def mean(self) -> tuple[float, float]:
+        """Return the batch mean of log_prob and its standard error as an estimate of the data's, nats.
+
+        The spread between samples contains both their own variation and the estimates' noise; what the samples of a
+        group have in common is added to it. The error of a single sample's mean is NaN.
+        """
+        sums = GroupSums.of(self.log_prob, self.group)
+        variance = sums.spread() / len(self.log_prob) + sums.common_variance()
+        return float(sums.mean()), float(variance.sqrt())
+
+    def __repr__(self):
+        mean, error = self.mean()
+        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
+        dims = f"{most}" if least == most else f"{least} to {most}"
+        nfe = float(self.nfe.double().mean())
+        return (
+            f"Estimate({len(self.log_prob)} samples, {dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
+            f"stderr {float(self.stderr.mean()):.2g} a sample, {nfe:.0f} evaluations a sample, "
+            f"truncation about {self.truncation:.2g})"
+        )
+
+
+def log_width(bins: int | None, low: float, high: float) -> float:
+    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
+    if bins is None:
+        return 0.0
+    if bins < 2 or not high > low:
+        raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
+    return math.log((high - low) / bins)

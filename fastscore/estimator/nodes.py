@@ -1,0 +1,171 @@
+r"""Where in log-SNR to evaluate: how many draws each stretch deserves, and what is known of the integrand there.
+
+A `NodeDensity` is piecewise constant: a share of the evaluations in each bin of log-SNR, and whether they come as
+antithetic pairs. `fastscore.estimator.rules` turns it into draws. `curve` is what a pilot saw of the mean integrand,
+linear between the centres of the bins; it is integrated exactly, and draws measure the difference to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..support.buffers import FittedBuffers
+
+SMOOTHINGS = 2  # passes of (1, 2, 1) / 4 over a pilot's variances
+
+
+@dataclass(frozen=True)
+class NodeDensity:
+    """Evaluations per bin of log-SNR.
+
+    Arguments:
+        edges: ascending bin edges, float64, shape (K + 1,).
+        share: share of the evaluations in each bin, sums to one, shape (K,).
+        paired: whether a bin's draws are antithetic pairs (two evaluations a draw), bool, shape (K,).
+        curve: known mean of the integrand at the centre of each bin, shape (K,); zero where nothing is known.
+    """
+
+    edges: Tensor
+    share: Tensor
+    paired: Tensor
+    curve: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
+
+    @classmethod
+    def uniform(cls, lo: float, hi: float, bins: int = 1) -> NodeDensity:
+        """The same number of evaluations everywhere in [lo, hi], no pairs."""
+        edges = torch.linspace(lo, hi, bins + 1, dtype=torch.float64, device="cpu")
+        share = torch.full_like(edges[1:], 1 / bins)
+        return cls(edges, share, torch.zeros_like(share, dtype=torch.bool))
+
+    @classmethod
+    def pairs(cls, lo: float, hi: float) -> NodeDensity:
+        """The same number of evaluations everywhere in [lo, hi], all of them in antithetic pairs."""
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        return cls(torch.tensor([lo, hi], dtype=torch.float64, device="cpu"), one, one.bool())
+
+    @classmethod
+    def from_spread(
+        cls, edges: Tensor, single: Tensor, pair: Tensor, floor: float = 0.03, curve: Tensor | None = None
+    ) -> NodeDensity:
+        """Density proportional to the integrand's standard deviation, which minimizes the variance of the sum.
+
+        A pilot of few samples sees the deviations of narrow bins with an error of its own; they are smoothed first,
+        since a bin that got too few draws costs more than one that got too many gains. Pairs pay where the data are
+        clean, so they are used above one log-SNR, the best.
+
+        Arguments:
+            edges: bin edges, shape (K + 1,).
+            single: standard deviation of one draw in each bin, shape (K,).
+            pair: standard deviation of an antithetic pair's mean, shape (K,). A pair costs two evaluations, so it
+                pays where sqrt(2) pair < single.
+            floor: share of the average that every bin receives at least, so that none is left unseen.
+            curve: mean of the integrand in each bin, shape (K,).
+        """
+        alone, twice = _smooth(single.square()).sqrt(), (2 * _smooth(pair.square())).sqrt()
+        width, bins = edges.diff(), len(single)
+        totals = [float((alone[:k] @ width[:k]) + (twice[k:] @ width[k:])) for k in range(bins + 1)]
+        first = min(range(bins, -1, -1), key=totals.__getitem__)
+        paired = torch.arange(bins, device=edges.device) >= first
+        spread = torch.where(paired, twice, alone)
+        mass = (spread + floor * spread.mean() + 1e-12) * width
+        return cls(edges, mass / mass.sum(), paired, edges.new_empty(0) if curve is None else curve)
+
+    @property
+    def draws_per_evaluation(self) -> float:
+        return float((self.share / (1 + self.paired)).sum())
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the log-SNR below which a share u of the draws lies."""
+        cumulative, edges = self._cumulative(), self.edges
+        k = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, len(edges) - 2)
+        return edges[k] + (u - cumulative[k]) / (cumulative[k + 1] - cumulative[k]) * (edges[k + 1] - edges[k])
+
+    def cumulative_at(self, log_snr: Tensor) -> Tensor:
+        """Return the share of the draws that lies below a log-SNR: the inverse of `quantile`."""
+        cumulative, edges = self._cumulative(), self.edges
+        k = self._bin(log_snr)
+        part = ((log_snr - edges[k]) / (edges[k + 1] - edges[k])).clamp(0, 1)
+        return cumulative[k] + part * (cumulative[k + 1] - cumulative[k])
+
+    def density_at(self, log_snr: Tensor) -> Tensor:
+        """Return the density of the draws at a log-SNR: the derivative of `cumulative_at`."""
+        return (self._cumulative().diff() / self.edges.diff())[self._bin(log_snr)]
+
+    def is_paired(self, log_snr: Tensor) -> Tensor:
+        return self.paired[self._bin(log_snr)]
+
+    def curve_at(self, log_snr: Tensor) -> Tensor:
+        """Return the known mean of the integrand: linear between the centres of the bins, constant beyond them."""
+        if not self.curve.numel():
+            return torch.zeros_like(log_snr)
+        at, value = self._curve_points()
+        k = (torch.searchsorted(at, log_snr.contiguous(), right=True) - 1).clamp(0, len(at) - 2)
+        return value[k] + (log_snr - at[k]) / (at[k + 1] - at[k]) * (value[k + 1] - value[k])
+
+    def curve_integral(self) -> float:
+        """Return the integral of `curve_at` over all bins."""
+        if not self.curve.numel():
+            return 0.0
+        at, value = self._curve_points()
+        return float(torch.trapezoid(value, at))
+
+    def without_curve(self) -> NodeDensity:
+        """Return the same density with nothing known of the integrand."""
+        return NodeDensity(self.edges, self.share, self.paired)
+
+    def _curve_points(self) -> tuple[Tensor, Tensor]:
+        edges, curve = self.edges, self.curve
+        at = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
+        return at, torch.cat([curve[:1], curve, curve[-1:]])
+
+    def _bin(self, log_snr: Tensor) -> Tensor:
+        return (torch.searchsorted(self.edges, log_snr.contiguous(), right=True) - 1).clamp(0, len(self.paired) - 1)
+
+    def _cumulative(self) -> Tensor:
+        draws = self.share / (1 + self.paired)
+        return torch.cat([draws.new_zeros(1), draws.cumsum(0) / draws.sum()])
+
+
+class FittedNodes(FittedBuffers):
+    """The node density, the calibration of low-discrepancy noise and the reference's scales, kept by `state_dict`.
+
+    They stay on the CPU wherever the network goes: nodes are placed there, and a device would have to be waited for.
+    """
+
+    def __init__(self, nodes: NodeDensity, calibration: Tensor, scales: tuple[float, float] = (1.0, 1.0)):
+        super().__init__()
+        self.register_buffer("edges", nodes.edges)
+        self.register_buffer("share", nodes.share)
+        self.register_buffer("paired", nodes.paired)
+        self.register_buffer("curve", nodes.curve)
+        self.register_buffer("calibration", calibration)
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
+
+    def _apply(self, fn, recurse=True):
+        return self
+
+    @property
+    def density(self) -> NodeDensity:
+        return NodeDensity(self.edges, self.share, self.paired, self.curve)
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """Lowest and highest log-SNR of the nodes."""
+        return float(self.edges[0]), float(self.edges[-1])
+
+    @property
+    def slowest_decay(self) -> tuple[float, float]:
+        """Rate at which the reference's own residual decays at the noisy and at the clean end, in log-SNR."""
+        (lo, hi), (smallest, largest) = self.log_snr_range, self.scales.tolist()
+        return 1 / (1 + math.exp(lo) * largest**2), 1 / (1 + math.exp(-hi) / smallest**2)
+
+
+def _smooth(variance: Tensor) -> Tensor:
+    for _ in range(SMOOTHINGS):
+        around = torch.cat([variance[:1], variance, variance[-1:]])
+        variance = (around[:-2] + 2 * variance + around[2:]) / 4
+    return variance

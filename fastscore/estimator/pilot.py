@@ -1,0 +1,252 @@
+r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates need fewer evaluations.
+
+1. Candidate references are fitted by expectation-maximization; those with the best held-out log q go on.
+2. A few held-out samples are evaluated in 48 bins of log-SNR, with antithetic twins. The same network answers serve
+   every candidate. Kept is the reference with the smallest variance times cost,
+
+   .. math:: \Big(\int \mathrm{sd}(f_\lambda)\,d\lambda\Big)^2 \cdot (1 + \mathrm{flops}_q / \mathrm{flops}_{net})
+
+   where the integral is the standard error that the best nodes attain, and those nodes are kept with it.
+3. The mean of the integrand in each bin becomes the curve that estimates integrate exactly.
+4. Low-discrepancy noise is smoother than its successive differences show. Replicates of pilot samples, and of odd
+   points made from them, measure by how much, so that its error bars are tight and still cover (`calibration`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops import noise
+from ..process.masks import inside
+from ..reference.fitting import fit_diagonal, fit_mixture
+from ..reference.gaussians import Reference
+from ..support.memory import Chunks
+from ..support.untouched import uncompiled
+from . import calibration
+from .calibration import Replicates
+from .integrand import Draws, Network, Rows, evaluate, row_terms
+from .nodes import NodeDensity
+from .rules import FixedRules, Rule, make_rules
+from .samples import Samples
+from .statistics import draw_sum, draw_variance
+
+BINS = 48
+PILOT_SAMPLES = 64
+MIN_PILOT_SAMPLES = 4
+MIN_CALIBRATION_SAMPLES = 16
+DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
+CALIBRATION_NFE = (16, 32, 64, 128, 256, 512)
+CALIBRATION_SAMPLES = 96
+TYPICAL_SHARE = 0.6  # of these; the others are made odd
+PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
+REPLICATES = 4
+EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
+MIN_SAMPLES = 20
+FULL_MAX_DIM = 1024
+FULL_MIXTURE_MAX_DIM = 256
+MIXTURE_SIZES = (5, 10, 20, 40)
+FINALISTS = 3
+
+KINDS = ("auto", "isotropic", "diagonal", "full", "mixture")
+
+Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a pilot found: reference, nodes, and the calibration of low-discrepancy noise."""
+
+    reference: Reference
+    nodes: NodeDensity
+    calibration: Tensor
+
+
+@dataclass(frozen=True)
+class PilotPlan:
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
+
+    evaluations: int
+    seed: int
+    chunks: Callable[[Reference], Chunks]
+    step: Step
+
+
+def choose(count: int, seed: int) -> Tensor:
+    """Return which of `count` samples a pilot looks at, in random order: a fifth is held out, and stands first.
+
+    Raises:
+        ValueError: for fewer than 20 samples.
+    """
+    if count < MIN_SAMPLES:
+        raise ValueError(f"fit needs at least {MIN_SAMPLES} samples, got {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+    held, train = order[: held_out(count)], order[held_out(count) :]
+    return torch.cat([held[: EM_SAMPLES // 4], train[:EM_SAMPLES]])
+
+
+def held_out(count: int) -> int:
+    """Return how many of the samples are held out for the choice of the reference, and for the pilot."""
+    return count // 5
+
+
+def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) -> Fitted:
+    """Fit reference, nodes and calibration, as far as the evaluations go.
+
+    Arguments:
+        samples: those that `choose` names, in its order.
+
+    Raises:
+        ValueError: for an unknown kind of reference.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
+    held, (train, mask) = samples.select(slice(0, count := held_out(len(samples)))), samples.entries(slice(count, None))
+    if mask is None:
+        found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+    else:
+        found = masked_candidates(train, mask, kind, network.schedule.data_std)
+    # The range follows the data's own scale, where the schedule leaves it open.
+    network = replace(network, log_snr_range=network.schedule.range_for(*found[0].scales()))
+    per_sample = 2 * BINS * DRAWS_PER_BIN
+    count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
+    if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
+        nodes = NodeDensity.uniform(*network.log_snr_range)
+        return Fitted(found[0], nodes, calibration.uncalibrated())
+    fitted = pilot(network, held.select(slice(0, count)), found, plan)
+    if mask is not None:  # masks differ, and so does what low-discrepancy noise gains
+        return fitted
+    per_replicate = REPLICATES * sum(CALIBRATION_NFE)
+    count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
+    if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
+        return fitted
+    typical = round(count * TYPICAL_SHARE)
+    odd = odd_points(held.select(slice(typical, count)), plan.seed)
+    return calibrate(network, held.select(slice(0, typical)), odd, fitted, plan)
+
+
+def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
+    """Return the references that deserve a pilot."""
+    n, d = train.shape
+    if kind == "isotropic":
+        return [Reference.isotropic(float(train.square().mean().sqrt())).on(train.device)]
+    plain = {"diagonal": [False], "full": [True], "mixture": []}.get(kind, [False] + [True] * (d <= FULL_MAX_DIM))
+    found = [fit_mixture(train, 1, full, seed) for full in plain]
+    mixtures = []
+    if kind in ("auto", "mixture"):
+        for full in [False, True] if d <= FULL_MIXTURE_MAX_DIM else [False]:
+            mixtures += [fit_mixture(train, k, full, seed) for k in MIXTURE_SIZES if len(train) >= 20 * k]
+        mixtures.sort(key=lambda q: -float(q.log_prob(held_out).mean()))
+    found += mixtures[:FINALISTS]
+    if not found:
+        raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
+    return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+
+
+def masked_candidates(train: Tensor, mask: Tensor, kind: str, data_std: float) -> list[Reference]:
+    """Return the references that deserve a pilot where every sample has entries of its own.
+
+    Raises:
+        ValueError: for a kind whose parameters masked data do not give.
+    """
+    if kind not in ("auto", "isotropic", "diagonal"):
+        raise ValueError(f"with a mask reference must be 'auto', 'isotropic' or 'diagonal', got {kind!r}")
+    size = float((inside(train, mask).square().sum() / mask.sum()).sqrt())
+    plain = [Reference.isotropic(size).on(train.device)] if kind == "isotropic" else [fit_diagonal(train, mask)]
+    return plain + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+
+
+def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
+    """Choose reference and nodes on held-out samples; the calibration stays empty."""
+    rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
+    draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
+    rows = Rows.of(network, rule, draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
+    rows = rows.with_programs(network, network.find_programs(samples), samples)
+    d = samples.x.shape[1]
+    at_once = max(1, min(plan.chunks(q).rows for q in references) // rule.nfe)
+    terms = []
+    for start in range(0, len(samples), at_once):
+        part = samples.select(slice(start, start + at_once))
+        keys = noise.sample_keys("independent", plan.seed, part.index, d)
+        errors, controls = row_terms(network, part, keys, rows, tuple(references))
+        terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
+        plan.step("pilot", len(part) * rule.nfe)
+    f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
+    if not bool(torch.isfinite(f).all()):
+        raise ValueError(
+            "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
+        )
+    lo, hi = network.log_snr_range
+    edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
+    net_flops = _network_flops(network, samples)
+    scored = []
+    for q, reference in enumerate(references):
+        single = f[q].var(2).mean((0, 2)).sqrt()  # over draws; averaged over samples and the two signs
+        pair = f[q].mean(3).var(2).mean(0).sqrt()
+        best = torch.minimum(single, 2**0.5 * pair)
+        cost = 1 + reference.flops(d) / net_flops
+        nodes = NodeDensity.from_spread(edges, single, pair, curve=f[q].mean((0, 2, 3)))
+        scored.append((float((best * edges.diff()).sum()) ** 2 * cost, nodes))
+    winner = min(range(len(scored)), key=lambda i: scored[i][0])
+    return Fitted(references[winner], scored[winner][1], calibration.uncalibrated())
+
+
+def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
+    """Measure how much smaller the error of low-discrepancy noise is than its successive differences say."""
+    samples, chunks, found, truth = typical.joined(odd), plan.chunks(fitted.reference), [], None
+    for nfe in sorted(CALIBRATION_NFE, reverse=True):
+        parts = []
+        for replicate in range(1, REPLICATES + 1):
+            rules = make_rules(fitted.nodes, nfe, network.schedule, "density", plan.seed, replicate)
+            draws = Draws(rules, "sobol", plan.seed, replicate)
+            sums, variance, nu = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
+            for part in evaluate(network, samples, draws, fitted.reference, chunks):
+                sums[part.samples] = draw_sum(part.f, part.rule)
+                variance[part.samples], nu[part.samples] = draw_variance(part.f, part.rule)
+            parts.append((sums, variance, nu))
+            plan.step(f"calibration at {nfe}", len(samples) * rules.nfe)
+        sums, variance, nu = (torch.stack(each) for each in zip(*parts))
+        # The mean of the largest estimates is the truth for the smaller ones, and costs itself a degree of freedom.
+        own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
+        truth = sums.mean(0) if truth is None else truth
+        found.append(Replicates(nfe, own_mean * (sums - truth).cpu(), variance.cpu(), nu.cpu()))
+    return Fitted(fitted.reference, fitted.nodes, calibration.calibrate(found[::-1], len(typical)))
+
+
+def odd_points(samples: Samples, seed: int) -> Samples:
+    """Return samples that are not like the data: a third between two of them, a third further out than they are, and
+    a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
+    generator = torch.Generator().manual_seed(seed)
+    x = samples.x
+    other = x[torch.randperm(len(x), generator=generator, device="cpu").to(x.device)]
+    center = x.mean(0)
+    noised = x + (x - center).square().mean(0).sqrt() * torch.randn(x.shape, generator=generator, device="cpu").to(x)
+    made = torch.stack([(x + other) / 2, center + 1.7 * (x - center), noised])
+    kind = torch.arange(len(x), device=x.device) % 3
+    return replace(samples, x=made[kind, torch.arange(len(x), device=x.device)])
+
+
+def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
+    lo, hi = network.log_snr_range
+    n = bins * draws
+    log_snr = lo + (hi - lo) * (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n
+    time = network.schedule.time(log_snr)
+    log_snr = network.schedule.log_snr(time)  # a table answers at its nearest entry
+    return Rule.plain(
+        log_snr, time, torch.full_like(log_snr, (hi - lo) / n), torch.ones(n, dtype=torch.bool, device="cpu")
+    )
+
+
+def _network_flops(network: Network, samples: Samples) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which importing fastscore must not
+
+    one = samples.select(slice(0, 1))
+    rule = _pilot_rule(network, 1, 1)
+    points = Draws(FixedRules(rule), "independent", 0).points(range(1), one.x.shape[1], one.x.device)
+    rows = Rows.of(network, rule, points, range(1), one.x)
+    with uncompiled(), FlopCounterMode(display=False) as counter:
+        row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
+    return max(1, counter.get_total_flops() // 2)

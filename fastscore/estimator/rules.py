@@ -1,0 +1,286 @@
+r"""The draws of an estimate: a node density and a number of evaluations become log-SNRs and weights, without bias.
+
+The integral over log-SNR is a sum over N draws, one noise each,
+
+.. math:: \int f\,d\lambda \approx \int c\,d\lambda + \sum_s w_s \big(f(\lambda_s) - c(\lambda_s)\big), \qquad
+    \lambda_s = F^{-1}\Big(\frac{s + U_g}{N}\Big), \quad w_s = \frac{1}{N p(\lambda_s)}
+
+with F the distribution function of the density p, c what a pilot knows of the mean of f, and one shift U_g for all
+draws of a sample. The shift is uniform in [0, 1), so that the sum has no bias whatever f is. Nodes in the middle of
+their cells would have one, the same for every sample, and no mean over samples would show it.
+
+Samples share their nodes in runs of 64 consecutive indices, which lets whatever depends on time alone be evaluated
+once a run. Sixteen runs have shifts of equal distance,
+
+.. math:: U_g = \mathrm{frac}\big(U + \mathrm{reversed}_4(g) / 16\big), \qquad g = \lfloor index / 64 \rfloor \bmod 16
+
+whose errors cancel in a mean over many samples: like 1/16 rather than like the root of it. U is a word of the seed.
+
+A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, is drawn systematically
+too, with the share pi_k of the draws proportional to p(lambda_k) W_k: with the weight W_k / (N pi_k), or, where
+N pi_k >= 1 and the entry is drawn in any case, with W_k shared among its draws. The whole table is the integral by the
+trapezoid rule.
+
+The three methods differ in the weights alone. With lambda_1 > lambda_2 > ... the table's log-SNRs and
+t = sigmoid(-lambda) the paper's time:
+
+====================  ================================================  =======================
+method                weight of entry i                                 source
+====================  ================================================  =======================
+``density``           its cell's width in log-SNR (trapezoid rule)      the integral itself
+``discrete``          (t_{i+1} - t_i) / (t_i (1 - t_i))                 Li and Yan (2024)
+``elbo``              exp(lambda_{i-1} - lambda_i) - 1                  Ho et al. (2020)
+====================  ================================================  =======================
+
+References:
+    On the Theory of Systematic Sampling (Madow and Madow, 1944), https://doi.org/10.1214/aoms/1177731312
+    A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import noise
+from ..process.schedules import Schedule
+from ..support.host import whole
+from .nodes import NodeDensity
+
+METHODS = ("density", "discrete", "elbo")
+TABLE_STEPS = 1000  # timesteps of "discrete" and "elbo" where the schedule itself is continuous
+MIN_DRAWS = 4
+MAX_DRAWS = 1 << 24  # a rule is a handful of float64 a draw: a gigabyte
+GROUPS = 16
+GROUP_RUN = 64
+_PLACE = (0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15)  # bits reversed: any first few groups lie far apart
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The draws of some samples, ascending in log-SNR.
+
+    Arguments:
+        log_snr: of each draw, float64, shape (N,).
+        time: the schedule's own time there, shape (N,); int64 for a table.
+        weight: of each draw for the chosen method, shape (N,).
+        density_weight: of each draw for method "density", shape (N,).
+        paired: whether the draw is an antithetic pair, bool, shape (N,).
+        curve: the known mean of the integrand at each draw, shape (N,).
+        remainder: the whole of the known mean less its sum over the draws, float64, shape ().
+        density_remainder: the same with the weights of "density".
+    """
+
+    log_snr: Tensor
+    time: Tensor
+    weight: Tensor
+    density_weight: Tensor
+    paired: Tensor
+    curve: Tensor
+    remainder: Tensor
+    density_remainder: Tensor
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample."""
+        return len(self.paired) + int(self.paired.sum())
+
+    @classmethod
+    def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:
+        """Return a rule for the integral itself of which nothing is known beforehand."""
+        zero = weight.new_zeros(())
+        return cls(log_snr, time, weight, weight, paired, torch.zeros_like(weight), zero, zero)
+
+
+class Rules:
+    """One rule for each group of samples, made when it is first asked for.
+
+    All have the same number of draws, and the same of them are pairs: those whose stratum has its middle where the
+    density asks for pairs.
+
+    Arguments:
+        density: where to draw.
+        draws: N.
+        schedule: whose times.
+        method: one of `METHODS`.
+        shift: U, the common part of all shifts, in [0, 1).
+    """
+
+    def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float):
+        self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
+        self.paired = density.is_paired(
+            density.quantile((torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws)
+        )
+        self._table = None if not schedule.discrete and method == "density" else _Table.of(density, schedule, method)
+        self._made: dict[int, Rule] = {}
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample."""
+        return self.draws + int(self.paired.sum())
+
+    def renewed(self, seed: int, round_: int = 0) -> Rules:
+        """Return the same rules with the shifts of another seed or round."""
+        return Rules(self.density, self.draws, self.schedule, self.method, common_shift(seed, round_))
+
+    def of(self, group: int) -> Rule:
+        """Return the rule of a group of samples."""
+        if group not in self._made:
+            shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
+            self._made[group] = self._place(
+                (torch.arange(self.draws, dtype=torch.float64, device="cpu") + shift) / self.draws
+            )
+        return self._made[group]
+
+    def _place(self, u: Tensor) -> Rule:
+        density, schedule = self.density, self.schedule
+        if self._table is not None:
+            return self._table.rule(self.paired, u)
+        log_snr = density.quantile(u)
+        weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
+        remainder = density.curve_integral() - weight @ curve
+        return Rule(log_snr, schedule.time(log_snr), weight, weight, self.paired, curve, remainder, remainder)
+
+
+class FixedRules:
+    """The same rule for all samples."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.draws, self.nfe = rule, len(rule.time), rule.nfe
+
+    def of(self, group: int) -> Rule:
+        return self.rule
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The entries of a table, ascending in log-SNR, with their weights and the share of the draws below each's end."""
+
+    log_snr: Tensor
+    time: Tensor
+    weight: Tensor
+    cell: Tensor
+    upper: Tensor
+    curve: Tensor
+
+    @classmethod
+    def of(cls, density: NodeDensity, schedule: Schedule, method: str) -> _Table:
+        time, log_snr = method_table(schedule)
+        weight, cell = method_weights(log_snr, method), method_weights(log_snr, "density")
+        # Drawn as often as its weight is large: the ends of sums weigh more than their cells do.
+        upper = (density.density_at(log_snr) * weight).cumsum(0)
+        upper = upper / upper[-1]
+        return cls(log_snr, time, weight, cell, upper, density.curve_at(log_snr))
+
+    def rule(self, paired: Tensor, u: Tensor) -> Rule:
+        entry = torch.searchsorted(self.upper, u, right=True).clamp(max=len(self.time) - 1)
+        hits = torch.zeros_like(self.upper).index_add_(0, entry, torch.ones_like(u))
+        expected = len(u) * torch.cat([self.upper[:1], self.upper.diff()])
+        share = (1 / torch.where(expected >= 1, hits, expected))[entry]
+        curve, weight, cell = self.curve[entry], self.weight[entry] * share, self.cell[entry] * share
+        return Rule(
+            log_snr=self.log_snr[entry],
+            time=self.time[entry],
+            weight=weight,
+            density_weight=cell,
+            paired=paired,
+            curve=curve,
+            remainder=self.weight @ self.curve - weight @ curve,
+            density_remainder=self.cell @ self.curve - cell @ curve,
+        )
+
+
+def common_shift(seed: int, round_: int = 0) -> float:
+    """Return U of a seed and a round."""
+    return noise.unit(seed, round_, noise.STREAM_NODES)
+
+
+def group_of(index: Tensor) -> Tensor:
+    """Return the group of every sample index, in 0 .. 15: runs of 64 consecutive samples share their nodes."""
+    return index // GROUP_RUN % GROUPS
+
+
+def make_rules(
+    density: NodeDensity, nfe: int, schedule: Schedule, method: str = "density", seed: int = 0, round_: int = 0
+) -> Rules:
+    """Place at most `nfe` evaluations a sample; `seed` and `round_` decide the shifts.
+
+    Raises:
+        ValueError: for an unknown method, or when nfe is no integer, leaves fewer than 4 draws, too few for an error
+            bar, or is so large that the nodes themselves do not fit into memory.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    nfe = whole("nfe", nfe)
+    if nfe > MAX_DRAWS:
+        raise ValueError(f"nfe must be at most {MAX_DRAWS} evaluations a sample, got {nfe}; average over seeds instead")
+    shift = common_shift(seed, round_)
+    draws = round(nfe * density.draws_per_evaluation)
+    while draws >= MIN_DRAWS:
+        rules = Rules(density, draws, schedule, method, shift)
+        if rules.nfe <= nfe:
+            return rules
+        draws -= max(1, (rules.nfe - nfe) // 2)
+    raise ValueError(_too_few(nfe))
+
+
+def uniform_in_time(nfe: int, schedule: Schedule) -> FixedRules:
+    """Place antithetic pairs uniformly in the schedule's own time, with the weights of a mean: -1/2 sum w f = -mean f.
+
+    Raises:
+        ValueError: as `make_rules`.
+    """
+    draws = nfe // 2
+    if draws < MIN_DRAWS:
+        raise ValueError(_too_few(nfe))
+    clean, noisy = schedule.time_range
+    u = _strata(draws, 0.5)
+    whole = (noisy + 1 - (noisy + 1 - clean) * u).floor().long()  # of a table, the entry in the middle of each cell
+    time = whole if schedule.discrete else noisy + (clean - noisy) * u
+    weight = torch.full((draws,), 2 / draws, dtype=torch.float64, device="cpu")
+    return FixedRules(
+        Rule.plain(schedule.log_snr(time), time, weight, torch.ones(draws, dtype=torch.bool, device="cpu"))
+    )
+
+
+def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Return (time, log_snr) of the discrete process that "discrete" and "elbo" sum over, noisiest first.
+
+    A table is itself; a continuous schedule is cut into 1000 equal steps of its own time, the first one step from
+    the clean end.
+    """
+    if schedule.discrete:
+        time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
+    else:
+        clean, noisy = schedule.time_range
+        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
+    return time, schedule.log_snr(time)
+
+
+def method_weights(log_snr: Tensor, method: str) -> Tensor:
+    """Return the weight of every entry of an ascending table of log-SNRs, shape (T,); see the module's table."""
+    if method == "density":
+        middles = (log_snr[1:] + log_snr[:-1]) / 2
+        return torch.cat([log_snr[:1], middles, log_snr[-1:]]).diff()
+    if method == "discrete":
+        t = torch.cat(
+            [torch.ones(1, dtype=torch.float64, device="cpu"), torch.sigmoid(-log_snr)]
+        )  # t = 1 closes the integral
+        return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
+    # The least noisy entry is the Gaussian decoder's: its weight is 1 / alphas_cumprod.
+    return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
+
+
+def _strata(draws: int, shift: float) -> Tensor:
+    """Return (s + shift) / N for every draw s."""
+    return (torch.arange(draws, dtype=torch.float64, device="cpu") + shift) / draws
+
+
+def _too_few(nfe: int) -> str:
+    return (
+        f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws a sample, too few for an error bar; "
+        f"use nfe >= {2 * MIN_DRAWS} (the default is 256)"
+    )

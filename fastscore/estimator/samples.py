@@ -1,0 +1,120 @@
+"""Checked data: what every estimate starts from, or one clear error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..process.conditions import Conditions
+from ..process.masks import mask_rows
+from ..process.network import model_device
+from ..support.host import as_tensor, layout_of
+from .rules import group_of
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
+
+    `group` says on the CPU which samples share their nodes (`rules.group_of`), without a question to the device.
+    `conds` holds one set of keyword arguments for a density, two for a comparison with common noise. `mask` says which
+    entries count, (B, d); all of them without one.
+    """
+
+    x: Tensor
+    index: Tensor
+    shape: tuple[int, ...]
+    conds: tuple[Conditions, ...]
+    group: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def dims(self) -> int | Tensor:
+        """How many entries of a sample count: d, or with a mask each sample's own number, int64, (B,)."""
+        return self.x.shape[1] if self.mask is None else self.mask.sum(1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def entries(self, samples: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x and the mask of some samples."""
+        return self.x[samples], None if self.mask is None else self.mask[samples]
+
+    def select(self, samples: slice | Tensor) -> Samples:
+        conds = tuple(cond.select(samples) for cond in self.conds)
+        chosen = samples if isinstance(samples, slice) else samples.cpu()
+        x, mask = self.entries(samples)
+        return Samples(x, self.index[samples], self.shape, conds, self.group[chosen], mask)
+
+    def joined(self, other: Samples) -> Samples:
+        """Return these samples and some others of the same shape and conditions."""
+        conds = tuple(a.joined(b) for a, b in zip(self.conds, other.conds))
+        pairs = ((self.x, other.x), (self.index, other.index), (self.group, other.group))
+        x, index, group = (torch.cat(pair) for pair in pairs)
+        mask = None if self.mask is None else torch.cat([self.mask, other.mask])
+        return Samples(x, index, self.shape, conds, group, mask)
+
+
+def check_batch(x: Tensor) -> None:
+    """Raise ValueError if x is not dense floating-point data of shape (B, *shape) with B >= 1."""
+    if isinstance(x, Tensor) and (kind := layout_of(x)) is not None:
+        raise ValueError(
+            f"x must be a dense tensor, got a {kind} one; densify it with x.to_dense(), and samples of different "
+            "sizes with torch.nn.utils.rnn.pad_sequence and mask="
+        )
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.Levels)")
+    if x.is_meta:
+        raise ValueError("x is on the meta device, where tensors have no values; create it on the network's device")
+
+
+def check_samples(
+    x: Tensor, sample_index: Tensor | None, conds: tuple[dict, ...], model: nn.Module, mask: Tensor | None = None
+) -> Samples:
+    """Return the data as rows in the dtype of the sums (float32, or float64 if x is), with every sample's index.
+
+    Raises:
+        ValueError: if x is not (B, *shape) with B >= 1, not floating point, on another device than the network, or
+            holds NaN or inf; if sample_index is not B non-negative integers; if a condition is on another device; or as
+            `Conditions.of` and `mask_rows`.
+    """
+    check_batch(x)
+    device = model_device(model, x.device)
+    if device != x.device:
+        raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")
+    flat = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
+    bad = (~torch.isfinite(flat)).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
+        )
+    told_apart = tuple(Conditions.of(cond, len(x), model) for cond in conds)
+    for cond in told_apart:
+        for name, value in cond.per_sample.items():
+            if value.device != x.device:
+                raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
+    index = _check_index(sample_index, len(x))
+    counted = None if mask is None else mask_rows(mask, x)
+    return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu(), counted)
+
+
+def _check_index(index: Tensor | None, count: int) -> Tensor:
+    if index is None:
+        return torch.arange(count, device="cpu")  # `group_of` is asked there
+    index = as_tensor(index)
+    whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+    if index.shape != (count,) or not whole or int(index.min()) < 0:
+        raise ValueError(
+            f"sample_index must be {count} non-negative integers, shape ({count},), "
+            f"got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    return index.to(torch.int64)

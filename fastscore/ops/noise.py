@@ -1,0 +1,158 @@
+r"""The noise: counter-based, keyed by (seed, sample index, draw, element), so that every batch gives the same answer.
+
+Element i of draw s for sample b is
+
+.. math:: \epsilon_{bsi} = \sqrt2\,\mathrm{erf}^{-1}\big((w + \tfrac12)\,2^{-31}\big), \qquad
+    w = (P_{si} \oplus Q_{bi})\, M_{bi} \bmod 2^{32}
+
+from three 32-bit words: the point P belongs to the draw and is shared by all samples; shift Q and odd multiplier M
+belong to the sample and are shared by all draws. Both maps are one-to-one, so eps is exactly standard normal, for one
+exclusive or and one product an element instead of the hundred operations of a generator call. The points are
+
+- ``independent``: Philox words. Draws of a sample are pairwise independent, and so are those of two samples: means and
+  their variances are exact. M, a Philox word, makes every sample see the shared points in its own order; without it all
+  samples of a call would be lucky or unlucky together.
+- ``sobol``: a scrambled Sobol sequence, and M = 1. The exclusive or is then a digital shift, which keeps the sequence's
+  net structure, so errors fall faster than 1/sqrt(S) while each sample's estimate stays unbiased.
+
+References:
+    Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), https://doi.org/10.1145/2063384.2063405
+    Monte Carlo Variance of Scrambled Net Quadrature (Owen, 1997), https://doi.org/10.1137/S0036142994277468
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..support.host import whole
+
+SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
+POINT_BYTES = 4  # of an element of a draw's point
+STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE, STREAM_NODES = range(7)
+
+_MASK = 0xFFFFFFFF
+_BLOCK_WORDS = 1 << 14  # made at once on a CPU: Philox holds eight int64 for each int32 that it leaves
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
+
+
+def philox(counter: tuple, key: tuple[int, int]) -> tuple:
+    """Return the four words of Philox4x32-10, each int64 in [0, 2^32), where the counter's tensors lie.
+
+    Arguments:
+        counter: four int64 tensors that broadcast together, or plain ints, taken modulo 2^32; of ints alone the words
+            are ints.
+        key: two ints, taken modulo 2^32.
+    """
+    c0, c1, c2, c3 = (c & _MASK for c in counter)
+    k0, k1 = key[0] & _MASK, key[1] & _MASK
+    for _ in range(10):
+        # The 64-bit product wraps around in int64; its two halves are still the right 32-bit words.
+        p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
+        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1 & _MASK
+        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _word(value: Tensor | int, device: torch.device) -> Tensor:
+    """Return a number modulo 2^32 as a tensor on a device, by a fill: nothing is copied from the host."""
+    if isinstance(value, Tensor):
+        return value.to(torch.int64) & _MASK
+    return torch.full((), value & _MASK, dtype=torch.int64, device=device)
+
+
+def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> Tensor:
+    """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
+
+    Element i is word i % 4 of counter (i // 4, index mod 2^32, draw, stream + 16 (index // 2^32)) under the key
+    (seed mod 2^32, seed // 2^32). Several streams, a tensor (n,), give shape (len(index), n, d).
+    """
+    seed, group = whole("seed", seed), torch.arange((d + 3) // 4, device=index.device)
+    low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
+    streams = stream.reshape(-1, 1) if isinstance(stream, Tensor) else stream
+    quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
+    found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
+    return found if isinstance(stream, Tensor) else found[:, 0]
+
+
+def unit(seed: int, draw: int, stream: int) -> float:
+    """Return one number in [0, 1) for a seed, without any tensor."""
+    seed = whole("seed", seed)
+    return philox((0, 0, draw, stream), (seed, seed >> 32))[0] * 2.0**-32
+
+
+def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
+    """Return each sample's own words (Q, M), int32, shape (B, 2, d); `round_` renews them for further estimates."""
+
+    def block(index: Tensor) -> Tensor:
+        if kind == "sobol":
+            shift = words(seed, index, round_, STREAM_SHIFT, d)
+            return torch.stack([shift, torch.ones_like(shift)], 1)
+        # The streams are 0 and 1, and so is the bit that makes the second word odd; a range needs no copy to a device.
+        both = torch.arange(STREAM_SHIFT, STREAM_MULTIPLIER + 1, device=index.device)
+        return words(seed, index, round_, both, d) | both[:, None].to(torch.int32)
+
+    return torch.cat([block(part) for part in _blocks(sample_index, d)])
+
+
+def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
+    """Return the words P of some draws, shared by all samples, int32, shape (len(draws), d).
+
+    Arguments:
+        kind: "independent" or "sobol".
+        draws: which draws, a range inside range(total).
+        total: how many draws the estimate has; it fixes the order of the Sobol points.
+        round_: renews independent points for further estimates; Sobol points are renewed by the keys alone.
+    """
+    if kind == "sobol":
+        return _sobol(total, d)[draws.start : draws.stop].to(device)
+    blocks = _blocks(torch.arange(draws.start, draws.stop, device=device), d)
+    return torch.cat([words(seed, block, round_, STREAM_POINT, d) for block in blocks])
+
+
+def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:
+    at_once = _BLOCK_WORDS if index.device.type == "cpu" else 64 * _BLOCK_WORDS  # a GPU wants few launches
+    return index.split(max(1, at_once // d))
+
+
+@lru_cache(maxsize=2)  # S x d words each
+def _sobol(total: int, d: int) -> Tensor:
+    engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
+    sizes = [len(block) for block in _blocks(torch.arange(total, device="cpu"), d)]
+    first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
+    # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
+    rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32, device="cpu")
+    engine.reset()
+    for place in rank.split(sizes):
+        unit = engine.draw(len(place), dtype=torch.float64)[:, 1:]
+        found[place] = ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
+    return found
+
+
+def combine(keys: Tensor, point: Tensor) -> Tensor:
+    """Return the words w = (P XOR Q) M, int32, shape (B, R, d), from keys (B, 2, d) and points (R, d)."""
+    return (point[None] ^ keys[:, :1]).mul_(keys[:, 1:])
+
+
+def normal(w: Tensor, sign: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map 32-bit words to standard normals through the inverse distribution function, times a sign where given.
+
+    The product with a power of two is exact, so that the uniform rounds once, in every implementation alike; it is kept
+    below 1, in float32 |eps| <= 5.42. Antithetic twins have the same words and the sign -1.
+    """
+    top = 1 - torch.finfo(dtype).eps / 2
+    half = w.new_full((), 2.0**-32, dtype=dtype)  # a fill, where torch.tensor would copy from the host
+    factor = math.sqrt(2) if sign is None else math.sqrt(2) * sign.to(dtype)
+    return torch.add(half, w.to(dtype), alpha=2.0**-31).clamp_(-top, top).erfinv_().mul_(factor)
+
+
+def uniform(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map 32-bit words to [0, 1), strictly below 1 in every dtype."""
+    top = 1 - torch.finfo(dtype).eps / 2
+    return ((w.to(torch.int64) & _MASK).to(torch.float64) * 2.0**-32).to(dtype).clamp_(max=top)

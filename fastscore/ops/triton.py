@@ -1,0 +1,181 @@
+"""The ops through Triton's kernels, for float32 data on a GPU; the same functions as `backends/torch.py`.
+
+Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests hold them to the definition.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..kernels import control as control_kernel
+from ..kernels import density_mlp as fused
+from ..kernels import density_mlp_dx as fused_dx
+from ..kernels import launch, packing
+from ..kernels import perturb as perturb_kernel
+from ..kernels import residual as residual_kernel
+from ..support.warn import warn
+from . import torch as torch_backend
+from .instructions import decode
+from .interpreting import interpreting
+from .task import Task, plain
+
+
+def perturb(
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    keep_eps: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return perturb_kernel.perturb(*_contiguous(x, keys, points, sign, alpha, sigma), keep_eps, dtype)
+
+
+def residual(
+    prediction: Tensor,
+    x: Tensor,
+    eps: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+) -> Tensor:
+    return residual_kernel.residual(*_contiguous(prediction, x, keys, points, sign, a, b, c))
+
+
+def residual_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    x: Tensor,
+    eps: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    sign: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return residual_kernel.residual_backward(*_contiguous(grad, prediction, x, keys, points, sign, a, b, c))
+
+
+def control(
+    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]
+) -> Tensor:
+    return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+
+
+def density_mlp(
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    code: str,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+) -> Tensor:
+    arguments = _contiguous(x, keys, points, rows, alpha, sigma)
+    try:
+        return fused.density_mlp(
+            *arguments, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
+        )
+    except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
+        warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning)
+        return torch_backend.density_mlp(*arguments, code, weights, tables, reference)
+
+
+def density_mlp_dx(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    code: str,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+    splits: int | None = None,
+) -> Tensor:
+    return fused_dx.density_mlp_dx(
+        *_contiguous(grad, x, keys, points, rows, alpha, sigma),
+        plain(decode(code)),
+        weights,
+        tables,
+        tuple(reference) or None,
+        precision(weights[0].dtype),
+        splits,
+    )
+
+
+def why_not_dx(task: Task) -> str | None:
+    """Return why no kernel gives the gradient of `density_mlp` with respect to x, or None."""
+    reason = fused_dx.why_not(task.code, list(task.shapes), task.d, task.components > 1, task.full)
+    return reason or _room(task, precision(task.dtype), True)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return the precision of matrix products for weights of a dtype: half ones keep theirs, float32 follows torch's
+    own switch, `torch.set_float32_matmul_precision`."""
+    if dtype == torch.bfloat16:
+        return "emulated bf16" if interpreting() else "bf16"
+    if interpreting():
+        return "ieee"
+    if dtype == torch.float16:
+        return "fp16"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def why_not_fused(task: Task) -> str | None:
+    """Return why the fused kernel cannot run a row program with its reference, or None."""
+    if task.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"weights are {task.dtype}, the kernel takes float32, bfloat16 and float16"
+    return _room(task, precision(task.dtype), False)
+
+
+@lru_cache(maxsize=256)
+def _room(task: Task, precision: str, gradient: bool) -> str | None:
+    """Return why the forward kernel, or that of the gradient, cannot be launched, or None."""
+    reason = packing.why_not(task.code, list(task.shapes), task.d, launch.MAX_WIDTH[task.dtype.itemsize])
+    reason = reason or why_not_control(task.components, task.full, task.d, task.device)
+    if reason is not None:
+        return reason
+    work, device = _work(task, precision), launch.Device.of(task.device)
+    try:
+        if gradient:
+            fused_dx.check_room(work, device)
+        else:
+            launch.Config.from_heuristic(work, device)
+    except launch.NoRoom as error:
+        return str(error)
+    return None
+
+
+def _work(task: Task, precision: str) -> launch.Work:
+    """Return what a launch would be chosen for, from shapes alone."""
+    two = {"r": (1, 2), "b": (2, 1), "br": (2, 2)}
+    weights = [torch.zeros((), dtype=task.dtype, device="cpu").expand(shape) for shape in task.shapes]
+    tables = [torch.zeros(*two[level], 1, device="cpu") for level in task.levels]
+    into, operands = packing.Tables(2, 2), launch.OPERANDS[precision]
+    layout, _ = packing.pack_network(task.code, weights, tables, task.d, into, operands)
+    kind = control_kernel.kind_of(task.components, task.full)
+    return launch.Work(layout, task.d, kind, max(1, task.components), precision)
+
+
+def why_not_control(components: int, full: bool, d: int, device: torch.device) -> str | None:
+    """Return why a kernel cannot evaluate a reference, or None."""
+    return control_kernel.why_not(components, full, d, launch.Device.of(device).shared)
+
+
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous() for t in tensors)

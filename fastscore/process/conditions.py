@@ -1,0 +1,252 @@
+"""Conditions: what a network gets beside x_t and t, told apart into one entry a sample and shared by the batch.
+
+Every tensor in nested arguments is judged by itself (`Conditions.of`). Where its first size cannot say what it is, the
+caller does, with `shared` or `per_sample` around it. Inside, leaves go by their path, as in ``added['mean']``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import wraps
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..support.host import layout_of
+from ..support.structure import Leaf, Marked, Structure, flatten, is_plain
+
+# By network and path: whether the first call that could tell took it per sample, its first size, and the samples.
+_TAKEN: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bool, int, int]]] = weakref.WeakKeyDictionary()
+
+
+def shared(value: object) -> Marked:
+    """Say that a condition is the same for every sample, whatever its shape: the network gets it as it is.
+
+    Arguments:
+        value: anything, also a dict, list or dataclass of conditions, or an object that fastscore cannot look into.
+
+    Example:
+        >>> density.estimate(x, edge_index=fs.shared(edge_index))  # (2, E), also where x has two samples
+    """
+    return Marked(value, False)
+
+
+def per_sample(value: object) -> Marked:
+    """Say that a condition has one entry a sample, shape (B, ...); a call with another first size raises ValueError.
+
+    Arguments:
+        value: a tensor, or a dict, list or dataclass of tensors.
+
+    Raises:
+        ValueError: for numbers or texts, alone or in a list, which have no samples; give them as a tensor.
+
+    Example:
+        >>> density.estimate(x, added={"mean": fs.per_sample(mean), "table": fs.shared(table)})
+    """
+    entries = value if isinstance(value, list | tuple) else [value]
+    if value is not None and all(map(is_plain, entries)):
+        raise ValueError(
+            f"per_sample takes tensors, got {_described(value)} with numbers or texts alone; give torch.as_tensor(...)"
+        )
+    return Marked(value, True)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Keyword arguments of the network by path, told apart once: one entry a sample, or shared by the whole batch.
+
+    Chunks keep that verdict, so a shared tensor that happens to have as many rows as a chunk has samples stays shared.
+    Without a structure the paths are the keywords themselves.
+
+    Attributes:
+        guessed: paths that are taken per sample for their first size alone.
+    """
+
+    per_sample: dict[str, Tensor]
+    shared: dict[str, object]
+    structure: Structure | None = None
+    guessed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: Mapping[str, object], batch: int, model: nn.Module | None = None) -> Conditions:
+        """Tell the conditions of `batch` samples apart.
+
+        What the caller marked is what it is said to be. Any other tensor has one entry a sample if its first size is
+        the number of samples, and is shared else, as numbers and texts are. A single sample and a first size of one
+        are the same in both ways.
+
+        Arguments:
+            model: the network, of which is remembered how every condition was taken: one that the sizes of two calls
+                tell apart differently is refused.
+
+        Raises:
+            ValueError: for a tensor marked per sample of another first size, a list as long as the batch, a condition
+                that is taken otherwise than before, an array of numpy, and an object that cannot be looked into.
+        """
+        leaves, structure = flatten(given)
+        verdicts = {path: _is_per_sample(path, leaf, batch) for path, leaf in leaves.items()}
+        own = {path: leaf.value for path, leaf in leaves.items() if verdicts[path]}
+        rest = {path: leaf.value for path, leaf in leaves.items() if not verdicts[path]}
+        for path, length in structure.lists.items():
+            if length == batch > 1 and not any(name.startswith(f"{path}[") for name in own):
+                raise ValueError(
+                    f"condition {path!r} is a list or tuple of {length} entries and there are {batch} samples; give "
+                    f"one tensor if it has an entry a sample, or fs.shared(...) around it if all samples share it"
+                )
+        unsaid = [path for path, leaf in leaves.items() if leaf.per_sample is None]
+        if model is not None:
+            for path in unsaid:
+                _compare_with_earlier(model, path, leaves[path].value, verdicts[path], batch)
+        return cls(own, rest, structure, tuple(path for path in unsaid if verdicts[path]))
+
+    def select(self, samples: slice | Tensor) -> Conditions:
+        """Return the conditions of some samples."""
+        return replace(self, per_sample={k: v[samples] for k, v in self.per_sample.items()})
+
+    def to(self, device: torch.device, source: torch.device) -> Conditions:
+        """Return the conditions on a device: those of the samples, and what is shared and lies on `source` with them.
+
+        What is shared and lies elsewhere, the network wants there.
+        """
+        own = {k: v.to(device) for k, v in self.per_sample.items()}
+        rest = {k: v.to(device) if _lies_on(v, source) else v for k, v in self.shared.items()}
+        return replace(self, per_sample=own, shared=rest)
+
+    def joined(self, other: Conditions) -> Conditions:
+        """Return the conditions of these samples and of some others, which share the same."""
+        return replace(self, per_sample={k: torch.cat([v, other.per_sample[k]]) for k, v in self.per_sample.items()})
+
+    def repeated(self, rows: int) -> dict[str, object]:
+        """Return the keyword arguments for `rows` consecutive rows of every sample."""
+        return self.build(self.leaves(rows))
+
+    def leaves(self, rows: int) -> dict[str, object]:
+        """Return by path what `repeated` passes."""
+        return {k: v.repeat_interleave(rows, 0) for k, v in self.per_sample.items()} | self.shared
+
+    def tiled(self, copies: int) -> Conditions:
+        """Return the conditions of one sample whose rows are all samples, `copies` times one after the other."""
+        return Conditions(
+            {}, {k: torch.cat([v] * copies) for k, v in self.per_sample.items()} | self.shared, self.structure
+        )
+
+    def marked(self) -> dict[str, object]:
+        """Return the keyword arguments with every leaf marked as what it was found to be."""
+        return self.build(
+            {k: Marked(v, True) for k, v in self.per_sample.items()}
+            | {k: Marked(v, False) for k, v in self.shared.items()}
+        )
+
+    def build(self, leaves: dict[str, object]) -> dict[str, object]:
+        """Return keyword arguments of the network with these leaves by path."""
+        return leaves if self.structure is None else self.structure.build(leaves)
+
+    def __str__(self) -> str:
+        own = [f"{name} {tuple(v.shape[1:])} a sample" for name, v in self.per_sample.items()]
+        tensors = {name: v for name, v in self.shared.items() if isinstance(v, Tensor)}
+        return ", ".join(own + [f"{name} {tuple(v.shape)} shared by all" for name, v in tensors.items()])
+
+
+def _is_per_sample(path: str, leaf: Leaf, batch: int) -> bool:
+    """Return whether a leaf has one entry a sample; raise ValueError where it cannot be used as what it is."""
+    value = leaf.value
+    if leaf.per_sample is False or is_plain(value):
+        return False
+    if not isinstance(value, Tensor):
+        remedy = "pass its tensors in a dict or a dataclass, or fs.shared(...) around it if all samples use all of it"
+        if isinstance(value, np.ndarray):
+            remedy = "give torch.as_tensor(...) of it, on the device of x"
+        raise ValueError(f"condition {path!r} must be a tensor, a number or text, got {_described(value)}; {remedy}")
+    if (kind := layout_of(value)) is not None:
+        raise ValueError(
+            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; give it dense, or "
+            "fs.shared(...) around it if all samples use all of it"
+        )
+    own = value.ndim > 0 and value.shape[0] == batch
+    if leaf.per_sample and not own:
+        raise ValueError(
+            f"condition {path!r} is marked per_sample and must have the shape ({batch}, ...) for {batch} samples, got "
+            f"{tuple(value.shape)}; give one entry a sample, or fs.shared(...)"
+        )
+    return own
+
+
+def _compare_with_earlier(model: nn.Module, path: str, value: object, own: bool, batch: int) -> None:
+    """Refuse a tensor that its size makes another thing than at an earlier call."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1 or batch == 1:
+        return  # either way the same
+    was, size, samples = _TAKEN.setdefault(model, {}).setdefault(path, (own, len(value), batch))
+    if was != own:
+        says = {True: "one entry a sample", False: "shared by all samples"}
+        raise ValueError(
+            f"condition {path!r} is ambiguous: {tuple(value.shape)} with {batch} samples looks {says[own]}, and at an "
+            f"earlier call its first size {size} with {samples} samples looked {says[was]}; say which it is with "
+            f"fs.per_sample(...) or fs.shared(...) around it"
+        )
+
+
+def merged(cond: Mapping[str, object] | None, named: dict[str, object]) -> dict[str, object]:
+    """Return the keyword arguments of the network from a dict and from those given by name.
+
+    Raises:
+        ValueError: if cond is no dict, or if a name is in both.
+    """
+    if cond is None:
+        return named
+    if not isinstance(cond, Mapping) or not all(isinstance(name, str) for name in cond):
+        raise ValueError(
+            f"cond must be a dict of the network's keyword arguments, got {_described(cond)}; "
+            "an argument of the network that is itself called cond goes as cond={'cond': ...}"
+        )
+    twice = sorted(cond.keys() & named.keys())
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given by name and in cond; give it once")
+    return {**cond, **named}
+
+
+def takes_conditions(call: Callable) -> Callable:
+    """Let a function take the network's keyword arguments by name, in the dict `cond`, or both; it gets the dict.
+
+    What has the name of one of the function's own arguments can only go in `cond`: a tensor in its place is refused.
+    """
+    kinds, parameters = inspect.Parameter, inspect.signature(call).parameters
+    own = {name for name, p in parameters.items() if p.kind is not kinds.VAR_KEYWORD}
+    options = {name for name, p in parameters.items() if p.kind is kinds.KEYWORD_ONLY}
+    options -= {"cond", "sample_index", "mask"}
+    places = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
+
+    @wraps(call)
+    def with_conditions(*args, **kwargs):
+        if len(args) > len(places):
+            raise TypeError(
+                f"{call.__name__} takes {', '.join(places).removeprefix('self, ')} by position, got "
+                f"{len(args) - len(places)} more; options and conditions of the network go by name"
+            )
+        for name in options & kwargs.keys():
+            value = kwargs[name]
+            if isinstance(value, Marked | Mapping) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
+                raise ValueError(
+                    f"{name} is an argument of {call.__name__} itself, got {_described(value)}; a condition of the "
+                    f"network with this name goes as cond={{{name!r}: ...}}"
+                )
+        named = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
+        return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
+
+    return with_conditions
+
+
+def _lies_on(value: object, device: torch.device) -> bool:
+    return isinstance(value, Tensor) and value.device == device
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Marked):
+        return _described(value.value)
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array of numpy"
+        return f"{kind} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

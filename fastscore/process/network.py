@@ -1,0 +1,163 @@
+"""Call a user's network: rows, time, conditions and dtype in; a checked (B, R, d) prediction out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..support.host import layout_of
+from ..support.warn import warn
+from .conditions import Conditions
+
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# What code raises that was called with tensors of other shapes than it expects, or without an argument.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+_NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of the network's floating parameters, or the default if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
+
+
+def model_device(model: nn.Module, default: torch.device | None = None) -> torch.device | None:
+    """Return the device of the network's parameters, or the default if it has none."""
+    return next((p.device for p in model.parameters()), default)
+
+
+def warn_if_training(model: nn.Module) -> None:
+    """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
+    if model in _WARNED:
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0:
+            _WARNED.add(model)
+            warn(
+                f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
+                "random; call model.eval() first"
+            )
+            return
+
+
+def predict(
+    model: nn.Module,
+    x_t: Tensor,
+    time: Tensor,
+    cond: Conditions,
+    shape: tuple[int, ...],
+    time_dtype: torch.dtype | None,
+) -> Tensor:
+    """Return the network's prediction for every row, shape (B, R, d), in the dtype of x_t.
+
+    The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype of its parameters and t
+    (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
+    repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
+    `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
+
+    Raises:
+        ValueError: if the network cannot be called so, with its reason and how every condition was taken; if what comes
+            back does not have the rows and the shape of what was passed, or no graph where x_t has one.
+    """
+    batch, rows, d = x_t.shape
+    time = cast_time(time, x_t.dtype, time_dtype)
+    passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
+    times = time.repeat(batch)
+    try:
+        output = model(passed, times, **cond.repeated(rows))
+    except torch.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        raise ValueError(_refusal(error, passed, times, cond)) from error
+    prediction = read_output(output, passed)
+    if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
+        _refuse_cut_graph(model, passed, time.repeat(batch), cond.repeated(rows), prediction)
+    return prediction.reshape(batch, rows, d).to(x_t.dtype)
+
+
+def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -> str:
+    """Return what a network did not take, its own reason, and what may help."""
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    remedies = []
+    if str(cond):
+        remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
+    if "required" in reason:
+        remedies.append("conditions go to the call by name")
+    if time.dtype != passed.dtype and any(word in reason for word in ("dtype", "scalar type", "Input type")):
+        remedies.append(f"time_dtype=torch.{str(passed.dtype).removeprefix('torch.')} if it joins time and data")
+    if isinstance(error, ValueError | RuntimeError) and any(word in reason for word in ("element", "expand")):
+        remedies.append("it has to take one time a row")
+    given = f" and conditions {cond}" if str(cond) else ""
+    called = f"called with x_t {tuple(passed.shape)} {passed.dtype} and t {tuple(time.shape)} {time.dtype}"
+    return (
+        f"the network does not take data of shape {tuple(passed.shape[1:])} a sample{given}: "
+        f"{type(error).__name__}: {reason} ({'; '.join([called, *remedies])})"
+    )
+
+
+@torch.no_grad()
+def _refuse_cut_graph(model: nn.Module, passed: Tensor, time: Tensor, given: dict, prediction: Tensor) -> None:
+    """Raise ValueError where a prediction depends on x_t and autograd does not know: its derivative would be zero."""
+    if not torch.equal(read_output(model(0.5 * passed + 0.1, time, **given), passed), prediction):
+        raise ValueError(
+            "the network's answer depends on x_t and has no graph, so that its derivatives would count as zero: its "
+            "forward runs under no_grad or inference_mode, detaches, or leaves torch; take that out, or use estimate, "
+            "which needs no derivative"
+        )
+
+
+def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
+    """Return times as the network gets them: in `time_dtype`, or int64 for a table and the dtype of x_t else."""
+    return time.to(time_dtype or (dtype if time.is_floating_point() else time.dtype))
+
+
+def read_output(output: object, passed: Tensor) -> Tensor:
+    """Return the prediction in what a network returned for x_t = `passed`, in the shape of x_t.
+
+    Raises:
+        ValueError: as in `predict`.
+    """
+    output = _tensor_of(output)
+    if not output.is_floating_point() or layout_of(output) is not None or output.device != passed.device:
+        raise ValueError(
+            f"{_called(passed)} and returned {_kind(output)}; it must return floating-point numbers in a dense tensor "
+            "on the device of x_t"
+        )
+    # Twice the channels and no other number: a token kept before the data, say, would shift what is read.
+    twice = output.ndim == passed.ndim and output.shape[1] == 2 * passed.shape[1]
+    prediction = output[:, : passed.shape[1]] if twice else output
+    if prediction.shape != passed.shape:
+        raise ValueError(
+            f"{_called(passed)} and returned {tuple(output.shape)}; it must return the shape of x_t, or twice the "
+            "channels in dimension 1 where it has learned variances; a module around it can cut or turn what else it "
+            "returns"
+        )
+    return prediction
+
+
+def _called(passed: Tensor) -> str:
+    return f"the network was called with x_t {tuple(passed.shape)} and t ({len(passed)},)"
+
+
+def _kind(output: Tensor) -> str:
+    """Return what sort of tensor it is, as far as it is an unusual one."""
+    layout = layout_of(output)
+    return f"{output.dtype}{f' in layout {layout}' if layout else ''} on {output.device}"
+
+
+def _tensor_of(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    if isinstance(getattr(output, "sample", None), Tensor):
+        return output.sample
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        kind = f"{kind} with the entries {', '.join(map(repr, output))}"
+    raise ValueError(
+        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {kind}; "
+        "put a module around it that returns the tensor"
+    )

@@ -1,0 +1,351 @@
+r"""Forward processes: how a schedule's own time maps to log-SNR, and log-SNR to (alpha, sigma).
+
+Every Gaussian diffusion noises data as
+
+.. math:: x_t = \alpha_t x + \sigma_t \epsilon, \qquad \lambda_t = \log(\alpha_t^2 / \sigma_t^2)
+
+and the density formula sees only the log-SNR :math:`\lambda`. A schedule is therefore two independent choices:
+a *clock* (time to log-SNR and back, the methods `log_snr` and `time`) and a *scaling* (how large
+:math:`\alpha` is at a given log-SNR). All arithmetic is float64; log-SNR decreases as noise grows.
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), https://arxiv.org/abs/2107.00630
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..support.host import as_tensor
+
+# Where a schedule without ends of its own is cut, for data of standard deviation one.
+LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
+
+
+# A schedule's end this near to the cut is the cut: endless ones state it as their `time_range`.
+_CUT = 0.01
+
+
+class Schedule:
+    """Map a network's own time coordinate to (alpha, sigma, log-SNR) and back.
+
+    Subclasses define `log_snr(t)`, `time(log_snr)` and the pair `time_range` (least noisy, noisiest), and choose
+    one of the scalings below by overriding `scale`. Class attribute `discrete` says whether the network knows
+    only the timesteps of a table; `data_std` is the standard deviation of data that the schedule assumes.
+    """
+
+    discrete = False
+    data_std = 1.0
+    time_range: tuple[float, float]
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return log(alpha^2 / sigma^2), shape of t, float64."""
+        raise NotImplementedError(f"{type(self).__name__} must define log_snr(t)")
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """Return the time at which the schedule has this log-SNR, shape of log_snr, float64."""
+        raise NotImplementedError(f"{type(self).__name__} must define time(log_snr)")
+
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma) at a log-SNR; here variance-preserving, alpha^2 + sigma^2 = 1."""
+        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha, sigma) at time t, each of t's shape, float64."""
+        return self.scale(self.log_snr(_float64(t)))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (d alpha/dt, d sigma/dt) at time t; raises ValueError for a discrete table."""
+        if self.discrete:
+            raise ValueError(
+                f"{self!r} is a table of timesteps and has no time derivative; "
+                "predicts='flow' needs a continuous schedule such as FlowMatching()"
+            )
+        with torch.enable_grad():
+            t = _float64(t).detach().requires_grad_()
+            alpha, sigma = self.alpha_sigma(t)
+            d_sigma = torch.autograd.grad(sigma.sum(), t, retain_graph=True)[0]
+            # A variance-exploding alpha is the constant 1 and does not depend on t at all.
+            d_alpha = torch.autograd.grad(alpha.sum(), t)[0] if alpha.requires_grad else torch.zeros_like(d_sigma)
+        return d_alpha, d_sigma
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """Range (lowest, highest) of the log-SNR for data of the standard deviation that the schedule assumes."""
+        return self.range_for(self.data_std, self.data_std)
+
+    def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
+        r"""Return the range (lowest, highest) of the log-SNR for data of some scales.
+
+        A schedule has its own ends, as a network trained on sigma from 0.002 to 80 does. One that goes on for ever, or
+        further than the data need, is cut where the noise hides them, and where it no longer changes them:
+
+        .. math:: [-14 - 2 \log s_{max},\; 16 - 2 \log s_{min}]
+
+        Arguments:
+            smallest, largest: standard deviations of the data in their narrowest and their widest dimension.
+        """
+        clean, noisy = (float(self.log_snr(_float64(t))) for t in self.time_range)
+        lowest, highest = LOG_SNR_FLOOR - 2 * math.log(largest), LOG_SNR_CEIL - 2 * math.log(smallest)
+        noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < _CUT else max(noisy, lowest)
+        return noisy, highest if abs(clean - LOG_SNR_CEIL) < _CUT else min(clean, highest)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))
+        return f"{type(self).__name__}({fields})"
+
+
+class LogSNR(Schedule):
+    """The log-SNR itself as time, variance-preserving, trained on [lo, hi]."""
+
+    def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL):
+        _require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
+        self.lo, self.hi = float(lo), float(hi)
+        self.time_range = (self.hi, self.lo)
+
+    def log_snr(self, t):
+        return _float64(t)
+
+    def time(self, log_snr):
+        return _float64(log_snr)
+
+
+class LiYan(Schedule):
+    """The paper's own process: alpha^2 = 1 - t, sigma^2 = t, t in (0, 1).
+
+    References:
+        A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
+    """
+
+    # float64 times whose log-SNR is the ceiling and the floor; t = 0 and t = 1 are at infinity.
+    time_range = (1 / (1 + math.exp(LOG_SNR_CEIL)), 1 / (1 + math.exp(LOG_SNR_FLOOR)))
+
+    def log_snr(self, t):
+        return -torch.logit(_float64(t))
+
+    def time(self, log_snr):
+        return torch.sigmoid(-_float64(log_snr))
+
+
+class VP(Schedule):
+    """Variance-preserving SDE: log alpha = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2, t in [1e-5, 1].
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456
+    """
+
+    time_range = (1e-5, 1.0)
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        _require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min}, {beta_max}")
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+
+    def log_snr(self, t):
+        t = _float64(t)
+        loss = 0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t  # -log alpha^2
+        return -torch.log(torch.expm1(loss))
+
+    def time(self, log_snr):
+        loss = torch.nn.functional.softplus(-_float64(log_snr))
+        slope = self.beta_max - self.beta_min
+        # The stable root of the quadratic: no cancellation as t -> 0.
+        return 2 * loss / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * loss))
+
+
+class Cosine(Schedule):
+    """Cosine schedule: alpha = cos(pi t / 2), sigma = sin(pi t / 2), t in (0, 1).
+
+    References:
+        Progressive Distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512
+    """
+
+    time_range = tuple(2 / math.pi * math.atan(math.exp(-end / 2)) for end in (LOG_SNR_CEIL, LOG_SNR_FLOOR))
+
+    def log_snr(self, t):
+        return -2 * torch.log(torch.tan(0.5 * math.pi * _float64(t)))
+
+    def time(self, log_snr):
+        return 2 / math.pi * torch.atan(torch.exp(-0.5 * _float64(log_snr)))
+
+
+class _Exploding(Schedule):
+    def scale(self, log_snr):
+        return torch.ones_like(log_snr), torch.exp(-0.5 * log_snr)
+
+
+class VE(_Exploding):
+    """Variance-exploding SDE: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, t in [0, 1].
+
+    References:
+        Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456
+    """
+
+    time_range = (0.0, 1.0)
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        _require(0 < sigma_min < sigma_max, f"VE needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
+            self.data_std = math.sqrt(sigma_min * sigma_max)
+
+    def log_snr(self, t):
+        return -2 * (math.log(self.sigma_min) + _float64(t) * math.log(self.sigma_max / self.sigma_min))
+
+    def time(self, log_snr):
+        return (-0.5 * _float64(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+
+class EDM(_Exploding):
+    """EDM: alpha = 1 and sigma itself is the time; `sigma_data` is the data's standard deviation.
+
+    References:
+        Elucidating the Design Space of Diffusion Models (Karras et al., 2022), https://arxiv.org/abs/2206.00364
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+        _require(0 < sigma_min < sigma_max, f"EDM needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+        _require(sigma_data > 0, f"EDM needs sigma_data > 0, got {sigma_data}")
+        self.sigma_min, self.sigma_max, self.sigma_data = (
+            float(sigma_min),
+            float(sigma_max),
+            float(sigma_data),
+        )
+        self.time_range = (self.sigma_min, self.sigma_max)
+        self.data_std = self.sigma_data
+
+    def log_snr(self, t):
+        return -2 * torch.log(_float64(t))
+
+    def time(self, log_snr):
+        return torch.exp(-0.5 * _float64(log_snr))
+
+
+class FlowMatching(Schedule):
+    """Straight paths x_t = s x + (1 - s) eps with s = t if `data_at` is 1, s = 1 - t if it is 0; t in (0, 1).
+
+    Only for flows whose noise was drawn independently of the data. One trained on matched pairs (optimal transport in
+    minibatches or exact, reflow) has no density by the formula, which is then too low by up to 6 nats a dimension: take
+    `probability_flow_log_prob`. Noise added to the path (torchcfm's sigma > 0) is `ConditionalFlow`.
+
+    References:
+        Flow Matching for Generative Modeling (Lipman et al., 2023), https://arxiv.org/abs/2210.02747
+    """
+
+    def __init__(self, data_at: int = 1):
+        _require(
+            data_at in (0, 1),
+            f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at}",
+        )
+        self.data_at = int(data_at)
+        ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
+        self.time_range = ends if data_at == 1 else (1 - ends[0], 1 - ends[1])
+
+    def scale(self, log_snr):
+        return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
+
+    def log_snr(self, t):
+        return (2 if self.data_at == 1 else -2) * torch.logit(_float64(t))
+
+    def time(self, log_snr):
+        return torch.sigmoid((0.5 if self.data_at == 1 else -0.5) * _float64(log_snr))
+
+
+class DDPM(Schedule):
+    r"""A table of timesteps 0 .. T-1 with cumulative products :math:`\bar\alpha_t`, variance-preserving.
+
+    The network is called with the integer timestep and evaluated nowhere between the table's entries.
+
+    Arguments:
+        alphas_cumprod: the table, shape (T,), strictly decreasing, inside (0, 1).
+
+    Raises:
+        ValueError: if the table is not one-dimensional, not strictly decreasing, or leaves (0, 1).
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239
+    """
+
+    discrete = True
+
+    def __init__(self, alphas_cumprod: Tensor):
+        table = _float64(alphas_cumprod).detach().cpu().clone()
+        _require(
+            table.ndim == 1 and len(table) >= 2,
+            f"DDPM needs a table of at least 2 timesteps, shape (T,), got shape {tuple(table.shape)}",
+        )
+        inside = bool(((table > 0) & (table < 1)).all())
+        _require(
+            inside,
+            f"DDPM needs alphas_cumprod inside (0, 1), got values from {float(table.min())} to {float(table.max())}",
+        )
+        rises = (table.diff() >= 0).nonzero()
+        if len(rises):
+            i = int(rises[0])
+            raise ValueError(
+                f"DDPM needs a strictly decreasing alphas_cumprod, got {float(table[i]):.6g} then "
+                f"{float(table[i + 1]):.6g} at timesteps {i}, {i + 1}; if the table starts at the noise, flip it"
+            )
+        self.table = torch.logit(table)  # log-SNR of each timestep, decreasing
+        self.time_range = (0, len(table) - 1)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> DDPM:
+        """Build the table from the variances beta_t, shape (T,)."""
+        return cls(torch.cumprod(1 - _float64(betas), 0))
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
+        """beta linear in t, the choice of DDPM."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"))
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DDPM:
+        """sqrt(beta) linear in t, the choice of latent diffusion."""
+        root = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64, device="cpu")
+        return cls.from_betas(root**2)
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, shift: float = 0.008, max_beta: float = 0.999) -> DDPM:
+        """The cosine table of Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672."""
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+        bar = torch.cos((t + shift) / (1 + shift) * math.pi / 2) ** 2
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
+
+    def log_snr(self, t):
+        t = as_tensor(t)
+        index = t.cpu()
+        if index.is_floating_point() and bool((index != index.round()).any()):
+            raise ValueError(f"{self!r} knows only whole timesteps, got a fraction between them; round it first")
+        index = index.long()
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.table)):
+            raise ValueError(
+                f"{self!r} knows timesteps 0 to {len(self.table) - 1}, got {int(index.min())} to {int(index.max())}"
+            )
+        return self.table[index].to(t.device)
+
+    def time(self, log_snr):
+        """Return the nearest timestep, int64."""
+        rising = self.table.flip(0).contiguous()
+        middles = (rising[1:] + rising[:-1]) / 2
+        log_snr = _float64(log_snr)
+        return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)
+
+    def range_for(self, smallest, largest):
+        # The whole table counts, and nothing but it: a discrete network has no other nodes to offer.
+        return float(self.table[-1]), float(self.table[0])
+
+    def __repr__(self):
+        lo, hi = self.log_snr_range
+        return f"DDPM({len(self.table)} timesteps, log-SNR {lo:.2f} to {hi:.2f})"
+
+
+def _float64(value) -> Tensor:
+    return as_tensor(value).to(torch.float64)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

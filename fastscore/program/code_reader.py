@@ -1,0 +1,346 @@
+"""Find what a network's Python code reads beside tensors, so that a program traced from it knows when it is stale.
+
+A trace keeps numbers: those of attributes, globals, closures, default arguments, classes, configuration objects. From
+`forward` on, the bytecode says which names the code reads, and those lead to further objects and functions. An
+attribute counts as read if code that was reached names it, on whatever object: more than what is read, not less.
+
+References:
+    The dis module, https://docs.python.org/3/library/dis.html
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import datetime
+import dis
+import functools
+import inspect
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops.instructions import NoProgram
+from .watch import Watch, is_value
+
+MOST = 20_000  # things to look at; a network that reaches more reaches a framework
+LARGEST = 1 << 16  # bytes of an array that is compared at every call
+# Code of these is not read: it is fixed, or has no state that steers a network.
+FIXED = frozenset({"torch", "numpy", "scipy", "einops", "triton", "functorch", "_pytest"} | sys.stdlib_module_names)
+# Through these, code reads attributes that it does not name.
+DYNAMIC = frozenset({"getattr", "vars", "__dict__", "attrgetter", "eval", "exec", "globals", "locals"})
+# What gives another answer at every call.
+OUTSIDE = (open, input, time.time, time.perf_counter, time.monotonic, time.process_time)
+OUTSIDE += (datetime.datetime, datetime.date)
+# Through these, code reads names that stand in texts, or files.
+HIDDEN = (eval, exec, globals)
+FILES = frozenset({"load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes"})
+_LIFECYCLE = frozenset({"__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__reduce_ex__"})
+_LIFECYCLE |= frozenset({"__init_subclass__", "__class_getitem__", "__set_name__", "__getstate__", "__setstate__"})
+_FIXED_CALLS = (types.MethodWrapperType, types.WrapperDescriptorType, np.ufunc)
+_FIXED_CALLS += (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType)
+_FIXED_CALLS += (
+    torch.qscheme,
+    torch.finfo,
+    torch.iinfo,
+    types.MemberDescriptorType,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+_HARMLESS = (logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
+
+
+def watch_code(model: nn.Module) -> Watch:
+    """Return a watch of all that a network's code reads, layers included.
+
+    Raises:
+        NoProgram: naming what cannot be followed: a generator, a clock, a large array, an object of a foreign kind.
+    """
+    return _Reader(model).watch
+
+
+def watch_global_hooks(watch: Watch) -> None:
+    """Watch the hooks that all modules have: outside of a trace, which has its own."""
+    for hooks in _global_hooks():
+        watch.space("all layers", hooks)
+
+
+def _global_hooks() -> list[dict]:
+    found = vars(torch.nn.modules.module).items()
+    return [hooks for key, hooks in found if key.startswith("_global_") and isinstance(hooks, dict)]
+
+
+@dataclass(eq=False)
+class _Names:
+    """A mapping of which names that the code reads lead on; all of them where it holds no attributes, as a dict."""
+
+    place: str
+    now: Mapping
+    every: bool = False
+    whole: bool = True  # whether another name may hide one of these
+    dynamic: bool = True  # whether code reaches them by names that it makes up, too
+    watched: bool = False
+    done: set = field(default_factory=set)
+
+
+class _Reader:
+    """Follows names from the layers on until nothing new is reached."""
+
+    def __init__(self, model: nn.Module):
+        self.watch, layers = Watch(), tuple(model.modules())
+        self.watch.reading("a layer", "class", lambda: tuple(map(type, layers)))
+        self.words: set[str] = {"forward"}  # names in the code that was reached
+        self.every = False  # whether some code reads names that it does not spell out
+        self.names: list[_Names] = []
+        self.waiting: list[tuple[str, object]] = []
+        self.seen = {id(thing): thing for thing in (*model.parameters(), *model.buffers())}
+        for name, module in model.named_modules():
+            self._layer(f"layer {name or 'forward'!r}", module)
+        for hooks in _global_hooks():
+            self.names.append(_Names("all layers", hooks, every=True, watched=True))
+        self._follow()
+        for names in self.names:
+            if not names.watched:
+                keys = [key for key in names.now if key in names.done]
+                self.watch.space(names.place, names.now, keys, names.whole, copy=type(names.now) is dict)
+
+    def _follow(self) -> None:
+        while True:
+            while self.waiting:
+                self._visit(*self.waiting.pop())
+            for names in self.names:
+                every = names.every or (self.every and names.dynamic)
+                wanted = names.now.keys() if every else self.words & names.now.keys()
+                new = [key for key in wanted if key not in names.done]
+                names.done.update(new)
+                self.waiting += [(f"{key!r} of {names.place}", names.now[key]) for key in new]
+            if not self.waiting:
+                return
+
+    def _visit(self, place: str, thing: object) -> None:
+        """Watch what may change of a thing, and go on with what it leads to."""
+        if is_value(thing) and not isinstance(thing, tuple | frozenset | types.BuiltinFunctionType):
+            return
+        if id(thing) in self.seen:
+            return
+        self.seen[id(thing)] = thing
+        if len(self.seen) > MOST:
+            raise NoProgram(f"its code reaches more than {MOST} objects, the last as {place}")
+        if any(thing is outside for outside in OUTSIDE):
+            raise NoProgram(f"{place} gives another answer at every call")
+        for kinds, follow in self._KINDS:
+            if isinstance(thing, kinds):
+                follow(self, place, thing)
+                return
+        self._object(place, thing)
+
+    def _layer(self, place: str, module: nn.Module) -> None:
+        self.seen[id(module)] = module
+        attributes = vars(module)
+        self.watch.space(place, attributes)
+        self.names.append(_Names(place, attributes, watched=True))
+        for key, value in attributes.items():
+            if not isinstance(value, dict):
+                continue
+            if key in ("_parameters", "_buffers"):
+                self.watch.layers(place, value)
+            else:
+                self.watch.space(place, value)
+            if key in ("_parameters", "_buffers", "_modules"):
+                self.seen[id(value)] = value
+            elif "_hooks" in key and value:
+                self.names.append(_Names(place, value, every=True, watched=True))
+        self._class(place, type(module))
+
+    def _foreign_layer(self, place: str, module: nn.Module) -> None:
+        """Follow a layer that is no layer of the network, whose parameters a trace would keep."""
+        for part in module.modules():
+            if part is module or id(part) not in self.seen:
+                self._layer(place, part)
+                self.waiting += [(place, v) for v in (*part._parameters.values(), *part._buffers.values())]
+
+    def _class(self, place: str, kind: type) -> None:
+        for base in kind.__mro__:
+            if base is not kind and id(base) in self.seen:
+                continue
+            self.seen[id(base)] = base
+            if _root(type(base).__module__) not in FIXED:
+                self._class(place, type(base))
+            if _root(base.__module__) not in FIXED:
+                self.names.append(_Names(f"class {base.__qualname__}", vars(base)))
+                own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in _LIFECYCLE]
+                self.words.update(k for k in own if inspect.isfunction(vars(base)[k]))
+            elif issubclass(base, nn.Module) and inspect.isfunction(vars(base).get("forward")):
+                self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
+                self._fixed_code(vars(base)["forward"])
+
+    def _fixed_code(self, function: types.FunctionType) -> None:
+        """Watch which functions a layer of PyTorch calls, not what these do."""
+        words, read = _words(function.__code__)
+        known = [name for name in read if name in function.__globals__]
+        self.watch.space(f"function {function.__qualname__}", function.__globals__, known, whole=False)
+        for value in map(function.__globals__.get, known):
+            if isinstance(value, types.ModuleType):
+                called = sorted(words & vars(value).keys())
+                self.watch.space(f"module {value.__name__}", vars(value), called, whole=False)
+
+    def _function(self, place: str, function: types.FunctionType) -> None:
+        place = f"function {function.__qualname__}"
+        cells = function.__closure__ or ()
+        self.watch.reading(place, "variables", lambda: tuple(map(_content, cells)))
+        self.waiting += [(f"{name!r} of {place}", _content(c)) for name, c in zip(function.__code__.co_freevars, cells)]
+        if hasattr(function, "__wrapped__"):
+            self.waiting.append((place, function.__wrapped__))
+        if _root(function.__globals__.get("__name__", "")) in FIXED:
+            return
+        defaults = lambda: (function.__code__, function.__defaults__, function.__kwdefaults__)  # noqa: E731
+        self.watch.reading(place, "code and defaults", defaults)
+        self.waiting += [(f"defaults of {place}", value) for value in defaults()[1:] if value]
+        self.names.append(_Names(place, vars(function)))
+        self._code(place, function.__code__, function.__globals__)
+
+    def _code(self, place: str, code: types.CodeType, known: dict[str, object]) -> None:
+        words, read = _words(code)
+        self.words |= words
+        self.every |= bool(words & DYNAMIC)
+        if "getenv" in words:
+            self.waiting.append(("the environment", os.environ))
+        for name in read - known.keys():
+            if any(getattr(builtins, name, None) is outside for outside in OUTSIDE):
+                raise NoProgram(f"{place} calls {name}, which gives another answer at every call")
+            if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
+                raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
+        for name in FILES.intersection(code.co_names):
+            raise NoProgram(f"{place} calls {name}, which reads a file that may change")
+        self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
+        self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
+        package = known.get("__package__") or ""
+        imported = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
+        if words & {"__import__", "import_module"}:
+            imported |= words
+        candidates = {*imported, *(f"{package}.{name}".rstrip(".") for name in imported)}
+        self.waiting += [(f"module {name!r}", sys.modules[name]) for name in sorted(candidates & sys.modules.keys())]
+
+    def _module(self, place: str, module: types.ModuleType) -> None:
+        place = f"module {module.__name__}"
+        self.seen[id(vars(module).get("__builtins__"))] = builtins
+        self.names.append(_Names(place, vars(module), whole=False, dynamic=_root(module.__name__) not in FIXED))
+
+    def _mapping(self, place: str, mapping: dict) -> None:
+        self.names.append(_Names(place, mapping, every=True))
+        if type(mapping) is not dict:
+            self._attributes(place, mapping)
+
+    def _sequence(self, place: str, entries) -> None:
+        if isinstance(entries, list | collections.deque):
+            self.watch.sequence(place, entries)
+        elif isinstance(entries, set):
+            self.watch.reading(place, "entries", lambda: (len(entries), *sorted(map(repr, entries))))
+        self.waiting += [(place, entry) for entry in entries]
+
+    def _array(self, place: str, array: np.ndarray) -> None:
+        if array.nbytes > LARGEST or array.dtype.hasobject:
+            raise NoProgram(f"{place} is an array of {array.nbytes:,} bytes, too large to compare; make it a buffer")
+        self.watch.array(place, array)
+
+    def _tensor(self, place: str, tensor: Tensor) -> None:
+        self.watch.tensor(place, tensor)
+
+    def _bound(self, place: str, method) -> None:
+        self.waiting.append((place, getattr(method, "__self__", None)))
+        self.waiting.append((place, getattr(method, "__func__", None)))
+
+    def _partial(self, place: str, partial: functools.partial) -> None:
+        self.waiting += [(place, part) for part in (partial.func, partial.args, partial.keywords)]
+
+    def _descriptor(self, place: str, descriptor) -> None:
+        parts = ("fget", "__func__", "func", "__wrapped__")
+        self.waiting += [(place, getattr(descriptor, part)) for part in parts if hasattr(descriptor, part)]
+        if hasattr(descriptor, "cache_info"):
+            self.watch.cache(descriptor)
+
+    def _reference(self, place: str, reference: weakref.ref) -> None:
+        self.watch.reading(place, "object", lambda: (reference(),))
+        self.waiting.append((place, reference()))
+
+    def _nothing(self, place: str, thing: object) -> None:
+        pass
+
+    def _object(self, place: str, thing: object) -> None:
+        kind = type(thing)
+        if kind is not object and not self._attributes(place, thing):
+            name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+            raise NoProgram(f"{place} is a {name}, whose changes cannot be followed")
+
+    def _attributes(self, place: str, thing: object) -> bool:
+        """Follow an object's attributes and its class; return whether it has any."""
+        kind = type(thing)
+        slots = [s for base in kind.__mro__ for s in _slots(base) if s not in ("__dict__", "__weakref__")]
+        if not hasattr(thing, "__dict__") and not slots:
+            return False
+        self.watch.reading(place, "class", lambda: (type(thing),))
+        if hasattr(thing, "__dict__"):
+            self.names.append(_Names(place, vars(thing), every=_root(kind.__module__) in FIXED))
+        if slots:
+            values = lambda: tuple(getattr(thing, slot, None) for slot in slots)  # noqa: E731
+            self.watch.reading(place, "attributes", values)
+            self.waiting += [(f"{slot!r} of {place}", value) for slot, value in zip(slots, values())]
+        self._class(place, kind)
+        return True
+
+    _KINDS = (
+        (nn.Module, _foreign_layer),
+        (Tensor, _tensor),
+        (types.FunctionType, _function),
+        ((types.MethodType, types.BuiltinFunctionType), _bound),
+        ((*_FIXED_CALLS, *_HARMLESS), _nothing),
+        (types.ModuleType, _module),
+        (type, _class),
+        ((dict, types.MappingProxyType), _mapping),
+        ((list, tuple, set, frozenset, collections.deque), _sequence),
+        (np.ndarray, _array),
+        (functools.partial, _partial),
+        ((property, staticmethod, classmethod, functools.cached_property, type(functools.cache(len))), _descriptor),
+        (weakref.ref, _reference),
+    )
+
+
+def _words(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Return names in some code and the functions inside, texts that could be names too, and which are globals."""
+    words, read = {*code.co_names, *code.co_freevars}, set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            read.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            words.add(constant)
+        elif isinstance(constant, types.CodeType):
+            inner = _words(constant)
+            words, read = words | inner[0], read | inner[1]
+    return words, read
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)

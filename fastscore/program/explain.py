@@ -1,0 +1,105 @@
+"""Say as what a network runs: its row program, one instruction a line, or why there is none."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.choice import choose
+from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
+from ..ops.select import runnable
+from ..ops.task import Task
+from ..process.conditions import Conditions, takes_conditions
+from ..process.network import cast_time, model_dtype
+from ..process.schedules import Schedule
+from ..support.structure import flatten
+from .chain import Core
+from .row_program import Programs, RowProgram
+from .tracing import SAMPLE, TIME
+
+_EVALUATED = {0: "constant", TIME: "per draw", SAMPLE: "per sample", TIME | SAMPLE: "per row"}
+EXAMPLE_TIMES = 4
+
+
+@takes_conditions
+@torch.no_grad()
+def explain(
+    model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None = None, *, cond: dict | None = None, **named
+) -> str:
+    """Return a network's row program, one instruction a line, or the reason why there is none.
+
+    Every line has the layer, the width, and for tables on what they depend. `ScoreDensity` runs a program by itself.
+
+    Arguments:
+        model: called as `model(x_t, t, **cond)`, with x_t (rows, *shape).
+        shape: of one sample.
+        schedule: whose times the network gets; times in (0, 1) by default.
+        cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`. Tensors that are not marked
+            go with their samples if their first size is that of the longest; one of shape (1, ...) alone is shared.
+
+    Raises:
+        ProgramMismatch: if program and network differ, as when the network is random.
+    """
+    conditions = Conditions.of(cond, _batch_of(cond))
+    dtype = model_dtype(model, torch.get_default_dtype())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    span = (0.1, 0.9) if schedule is None else schedule.log_snr_range
+    points = torch.linspace(*span, EXAMPLE_TIMES, dtype=torch.float64, device="cpu")
+    time = points if schedule is None else schedule.time(points)
+    try:
+        program = Programs(True).find(model, tuple(shape), dtype, conditions, lambda: time.to(device), None)
+    except NoProgram as reason:
+        return f"no row program: {reason}"
+    lines = [_line(program, instruction, core) for instruction, core in zip(program.code, program.matched.cores)]
+    width = max((len(left) for left, _ in lines), default=0)
+    text = [f"row program of {type(model).__name__}, x_t {tuple(shape)}"]
+    text += [f"{left:<{width}}  {right}".rstrip() for left, right in lines]
+    spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
+    text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
+    time = cast_time(time.to(device), dtype, None)
+    return "\n".join([*text, _kernel(program, time, conditions.shared, math.prod(shape))])
+
+
+def _batch_of(cond: dict[str, object]) -> int:
+    """Return the number of samples that conditions are of: what was marked says it, or the longest."""
+    leaves = [leaf for leaf in flatten(cond)[0].values() if isinstance(leaf.value, Tensor) and leaf.value.ndim > 0]
+    said = {len(leaf.value) for leaf in leaves if leaf.per_sample}
+    batch = max(said or {len(leaf.value) for leaf in leaves if leaf.per_sample is None}, default=0)
+    return batch if batch > 1 or said else -1
+
+
+def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:
+    """Return what runs the program on its network's device, by the choice that an evaluation makes."""
+    names = runnable(time.device, torch.float32)
+    task = Task.of(program.code, program.at(time, shared).weights, program.levels, d, time.device, components=1)
+    choice, backward = (choose(names, task, gradient) for gradient in (False, True))
+    if not choice.fused:
+        return f"on {time.device}: " + (choice.reason if names == ("torch",) else f"no single kernel: {choice.reason}")
+    line = f"on {time.device}: one kernel of backend {choice.backend}: {choice.reason}"
+    if backward.backend == choice.backend:
+        return line
+    return f"{line}\n  with gradients of its weights backend {backward.backend}: {backward.reason}"
+
+
+def _line(program: RowProgram, instruction: Instruction, core: Core | None) -> tuple[str, str]:
+    if isinstance(instruction, Save):
+        return f"save {instruction.slot}", ""
+    if isinstance(instruction, Linear):
+        return f"linear {core.parent.width} -> {core.width}", core.layer
+    if isinstance(instruction, Affine):
+        parts = [f"{sign} {_table(program, i)}" for sign, i in (("*", instruction.scale), ("+", instruction.shift))]
+        return "affine " + ", ".join(p for p, i in zip(parts, instruction) if i >= 0), core.layer
+    if isinstance(instruction, Act):
+        return f"{instruction.name} {core.width}", core.layer
+    if isinstance(instruction, Norm):
+        return f"norm {core.width}, eps {instruction.eps:g}", core.layer
+    assert isinstance(instruction, Add)
+    scale = "" if instruction.scale < 0 else f" * {_table(program, instruction.scale)}"
+    return f"add {instruction.slot}{scale}", core.layer
+
+
+def _table(program: RowProgram, index: int) -> str:
+    table, _ = program.matched.tables[index]
+    return _EVALUATED[0 if isinstance(table, int | float) else table.meta["level"]]

@@ -1,0 +1,305 @@
+r"""RowProgram: the partial evaluation of a score network on rows that share their times.
+
+A density evaluates its network on B samples at the same R times. Everything in the network that depends on the time
+alone, or on conditions that the batch shares, is evaluated once per draw, what depends on a sample's own conditions
+once per sample, and the rest becomes straight-line code (`fastscore.ops.instructions`) for one accumulator.
+
+    >>> program = RowProgram.trace(model, (16,), time)
+    >>> weights, tables = program.bind(time)
+    >>> prediction = run(program.code, weights, tables, x_t)  # (B, R, 16)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
+from ..ops.interpreter import run
+from ..process.conditions import Conditions
+from ..process.network import cast_time, model_dtype
+from ..support.structure import is_plain
+from ..support.untouched import uncompiled
+from .chain import Matched
+from .code_reader import watch_code, watch_global_hooks
+from .hoisting import BOTH, Hoisted, Values
+from .matching import match
+from .module_state import restored
+from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
+from .verification import check
+from .watch import Watch
+
+__all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
+
+MODES = (True, False, "auto")
+# torch.export keeps state of the whole process: hooks of all modules, stand-ins for the network's own parameters, and
+# symbolic sizes, which matching compares. Two traces at once break each other and all that follow, and who looks at a
+# network or at the hooks meanwhile sees what is no part of them.
+ONE_AT_A_TIME = threading.RLock()
+MIN_SPARED = 0.1
+MOST_TRACES = 8  # of a network whose settings change, until it runs itself
+
+
+class RowProgram:
+    """The row program of a network for one shape of data and one structure of conditions.
+
+    `code` is a list of instructions; `bind` gives the tensors that they index. Make one with `trace`.
+    """
+
+    def __init__(self, model: nn.Module, traced: Traced, matched: Matched, dtype: torch.dtype, watch: Watch):
+        self.model, self.traced, self.matched, self.dtype, self.watch = model, traced, matched, dtype, watch
+        self.code: list[Instruction] = matched.code
+        nodes = [table for table, _ in matched.tables if not isinstance(table, int | float)]
+        self.hoisted = Hoisted(traced, [*matched.weights, *nodes])
+
+    @classmethod
+    def trace(
+        cls,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        time: Tensor,
+        own: dict[str, Tensor] | None = None,
+        shared: dict[str, object] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> RowProgram:
+        """Return the program of a network, checked against the network on random rows.
+
+        Arguments:
+            model: called as `model(x_t, t, **own, **shared)` with x_t (rows, *shape).
+            time: example times, (R,), as the network gets them.
+            own: conditions with one entry a sample, e.g. those of a first batch.
+            shared: conditions shared by the batch: tensors, numbers, strings, and lists or dicts of these.
+            dtype: of x_t.
+
+        Raises:
+            NoProgram: naming the first layer that does not fit, and why.
+            ProgramMismatch: if program and network differ: the network is not deterministic, or we are wrong.
+        """
+        return cls.of(model, shape, time, Conditions(own or {}, shared or {}), dtype)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, shape: tuple[int, ...], time: Tensor, cond: Conditions, dtype: torch.dtype
+    ) -> RowProgram:
+        """Return the program under conditions that may be nested, as `trace`; it knows them by their paths."""
+        x_t = torch.zeros(1, *shape, dtype=dtype, device=time.device)
+        devices = [time.device] if time.is_cuda else []
+        with ONE_AT_A_TIME, uncompiled(), torch.random.fork_rng(devices), restored(model):
+            refuse_layers(model, x_t, time[:1], cond)
+            watch = watch_code(model)
+            try:
+                traced = trace(model, x_t, time[:1], cond, watch)
+                program = cls(model, traced, match(traced), dtype, watch)
+            finally:
+                watch.put_back()  # no cache may keep the tensors of a trace
+            check(program, shape, time, cond)
+            watch_global_hooks(watch)
+        return program
+
+    @cached_property
+    def levels(self) -> tuple[str, ...]:
+        """Of every table, what it has one entry of: "r", a draw; "b", a sample; "br", a pair of them."""
+        names = {0: "r", TIME: "r", SAMPLE: "b", BOTH: "br"}
+        return tuple(names[_level(table)] for table, _ in self.matched.tables)
+
+    @property
+    def spared(self) -> float:
+        """The share of the network's multiplications that a row does not repeat; the rest of them stays."""
+        return 1 - (self._multiplications[X] + self._multiplications[BOTH]) / max(
+            1, sum(self._multiplications.values())
+        )
+
+    @property
+    def pays(self) -> bool:
+        """Whether fewer operations a row make up for tables with one entry a row, which networks do without."""
+        return self._multiplications[BOTH] == 0 or self.spared >= MIN_SPARED
+
+    @cached_property
+    def _multiplications(self) -> dict[int, int]:
+        """Multiplications of matrices by what they depend on; parameters alone do not count."""
+        found = {TIME: 0, SAMPLE: 0, BOTH: 0, X: 0}
+        for node in self.traced.graph.nodes:
+            level = min(node.meta.get("level", 0), X)
+            matrix = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}.get(operation_of(node))
+            if level and matrix and "val" in node.meta:
+                found[level] += node.args[matrix].meta["val"].numel()
+        return found
+
+    def at(self, time: Tensor, shared: dict[str, object] | None = None) -> Timed:
+        """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""
+        return Timed(self, self.hoisted.at(self.model, time, shared or {}), time.device)
+
+    def bind(
+        self, time: Tensor, own: dict[str, Tensor] | None = None, shared: dict[str, object] | None = None
+    ) -> Bound:
+        """Return the tensors that the code indexes, from the module's present parameters; differentiable.
+
+        Arguments:
+            time: the draws' times, (R,), as the network gets them.
+            own: conditions with one entry a sample, (B, ...).
+            shared: conditions shared by the batch.
+
+        Returns:
+            Weights (out, in), and tables (1, 1, w), (1, R, w), (B, 1, w) or (B, R, w).
+        """
+        return self.at(time, shared).bind(own or {})
+
+
+class Timed:
+    """A program at given times: weights and tables that need no sample's condition are evaluated once, here."""
+
+    def __init__(self, program: RowProgram, values: Values, device: torch.device):
+        self.program, self.values, self.device = program, values, device
+        hoisted = program.hoisted
+        self.weights = [hoisted.value(values, node) for node in program.matched.weights]
+        self.tables = [
+            None if _level(table) & SAMPLE else self._table(values, table, width)
+            for table, width in program.matched.tables
+        ]
+
+    def bind(self, own: dict[str, Tensor]) -> Bound:
+        """Return weights and all tables, given the conditions with one entry a sample."""
+        if not own:
+            return Bound(self.weights, self.tables)
+        values = self.program.hoisted.with_samples(self.values, own)
+        tables = [
+            self._table(values, *wanted) if table is None else table
+            for table, wanted in zip(self.tables, self.program.matched.tables)
+        ]
+        return Bound(self.weights, tables)
+
+    def predict(self, x_t: Tensor, own: dict[str, Tensor]) -> Tensor:
+        """Return the network's prediction for every row, (B, R, d), in the dtype of x_t (B, R, d)."""
+        weights, tables = self.bind(own)
+        return run(self.program.code, weights, tables, x_t.to(self.program.dtype)).to(x_t.dtype)
+
+    def _table(self, values, table, width):
+        level = _level(table)
+        if isinstance(table, int | float):
+            return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
+        value = self.program.hoisted.value(values, table)
+        if not isinstance(value, Tensor):  # a number that the network read of a tensor
+            return torch.full((1, 1, width), value, dtype=self.program.dtype, device=self.device)
+        value = value.to(self.program.dtype)
+        if value.ndim == 0 and value.device != self.device:
+            # The network's number may lie on the host: a factor brings it here without a copy, in a graph too.
+            value = value * torch.ones((), dtype=value.dtype, device=self.device)
+        draws, batch = values.rows[TIME] if level & TIME else 1, values.rows[SAMPLE] if level & SAMPLE else 1
+        if value.ndim > 1:
+            value = value.reshape(batch, draws, value.shape[-1])
+        return value.expand(batch, draws, width)
+
+
+def _level(table) -> int:
+    return 0 if isinstance(table, int | float) else table.meta["level"]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An entry of the cache: a program, or the reason why there is none."""
+
+    model: nn.Module  # kept, so that its id stays its own
+    program: RowProgram | None
+    reason: str = ""
+    traces: int = 0
+
+    def changed(self) -> tuple[str, object] | None:
+        """Return where the network reads something else than when it was traced, and what; None if nowhere."""
+        return self.program and self.program.watch.changed()
+
+
+class Programs:
+    """The programs of one network by structure of data and conditions, traced at first use.
+
+    Arguments:
+        mode: True raises where a network has no program, "auto" and False say None; False never traces.
+    """
+
+    def __init__(self, mode: bool | str = "auto"):
+        if mode not in MODES:
+            raise ValueError(f"program must be True, False or 'auto', got {mode!r}")
+        self.mode = mode
+        self._found: dict[object, _Found] = {}
+
+    def __reduce__(self):
+        return Programs, (self.mode,)  # programs are no state: a copy traces its own network
+
+    def find(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        cond: Conditions,
+        times: Callable[[], Tensor],
+        time_dtype: torch.dtype | None,
+    ) -> RowProgram | None:
+        """Return the network's program, or None.
+
+        Arguments:
+            dtype: of the sums; the network gets x_t in the dtype of its parameters.
+            cond: conditions of a batch.
+            times: gives four times of the schedule, on the device of the data.
+
+        Raises:
+            NoProgram: in mode True, with the reason.
+            ProgramMismatch: as `RowProgram.trace`.
+        """
+        if self.mode is False:
+            return None
+        try:
+            time = cast_time(times(), dtype, time_dtype)
+            if torch.is_autocast_enabled(time.device.type):
+                raise NoProgram("autocast chooses dtypes layer by layer")
+            found = self._look_up(model, shape, model_dtype(model, dtype), cond, time)
+            if found.program is None:
+                raise NoProgram(found.reason)
+            if self.mode == "auto" and not found.program.pays:
+                raise NoProgram("most of its work depends on time and a sample's condition together")
+        except NoProgram:
+            if self.mode is True:
+                raise
+            return None
+        return found.program
+
+    def _look_up(self, model, shape, dtype, cond, time):
+        training = tuple(module.training for module in model.modules())
+        where = (time.dtype, time.device, torch.is_grad_enabled(), torch.get_default_dtype())
+        key = (id(model), shape, dtype, where, training, _structure(cond))
+        found = self._found.get(key)
+        if found is not None and not found.changed():
+            return found
+        with ONE_AT_A_TIME:  # another thread may have traced it meanwhile, or its trace looked like a change
+            found = self._found.get(key)
+            stale = found and found.changed()
+            if found is None or stale:
+                self._found[key] = found = self._trace(model, shape, time, cond, dtype, found, stale)
+        return found
+
+    @staticmethod
+    def _trace(model, shape, time, cond, dtype, before, stale):
+        traces = before.traces + 1 if before else 1
+        try:
+            if traces > MOST_TRACES:
+                raise NoProgram(f"{stale[0]} has changed its {stale[1]!r} again after {MOST_TRACES} traces")
+            return _Found(model, RowProgram.of(model, shape, time, cond, dtype), traces=traces)
+        except NoProgram as reason:
+            return _Found(model, None, str(reason))
+
+
+def _structure(cond: Conditions) -> object:
+    """Return what of the conditions a graph depends on; raise NoProgram for objects that it cannot see into."""
+    shared = []
+    for name, value in sorted(cond.shared.items()):
+        if isinstance(value, Tensor):
+            shared.append((name, tuple(value.shape), value.dtype, value.device))
+        elif is_plain(value):
+            shared.append((name, type(value), value))
+        else:
+            raise NoProgram(f"condition {name!r} is a {type(value).__name__}, neither a tensor nor a number or text")
+    own = tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items()))
+    return own, tuple(shared), cond.structure and cond.structure.key

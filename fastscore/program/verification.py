@@ -1,0 +1,130 @@
+"""Check a row program against its network on random rows, so that neither is ever silently wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx.node import map_arg
+
+from ..ops.instructions import NoProgram
+from ..ops.interpreter import run
+from ..process.conditions import Conditions
+from ..process.network import read_output
+from .hoisting import state
+from .tracing import layer_of
+
+SIZES = ((2, 3), (5, 4))  # samples, draws
+# Program and network do the same sums in another order: a few roundings a layer, of values that may cancel.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+ROUNDINGS = 1024  # of x_t, below which an answer may be the remainder of a difference
+
+
+class ProgramMismatch(RuntimeError):
+    """A network and its row program give different values."""
+
+
+@torch.no_grad()
+def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> None:
+    """Compare a program with its network at two sizes of batch.
+
+    Arguments:
+        program: a `RowProgram`.
+        shape, time, cond: as in `RowProgram.trace`.
+
+    Raises:
+        ProgramMismatch: naming the first layer whose value differs.
+        NoProgram: where they differ by roundings of x_t, which is all that the network's answer consists of.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for batch, draws in SIZES:
+        size = batch, draws, torch.Size(shape).numel()
+        x_t = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+        x_t = x_t.to(time.device, program.dtype)
+        at = time[torch.arange(draws, device=time.device) % len(time)]
+        some = cond.select(torch.arange(batch, device=time.device) % _samples(cond.per_sample))
+        weights, tables = program.bind(at, some.per_sample, some.shared)
+        found = run(program.code, weights, tables, x_t)
+        passed = x_t.reshape(-1, *shape)
+        args, kwargs = (passed, at.repeat(batch)), some.repeated(draws)
+        expected, layers = _outputs_of_layers(program.model, args, kwargs)
+        if _close(found, expected.reshape(found.shape)):
+            continue
+        if float((found - expected.reshape(found.shape)).abs().max()) < ROUNDINGS * torch.finfo(x_t.dtype).eps:
+            raise NoProgram("its answers are roundings of x_t, by which no program can be checked")
+        error = float((found - expected.reshape(found.shape)).abs().max() / expected.abs().max())
+        layer = _first_difference(program, (weights, tables, x_t), args, some.leaves(draws), layers)
+        raise ProgramMismatch(
+            f"the network and its row program differ by {error:.3g} of the largest value, first in layer {layer!r}; "
+            "either the network gives another answer every time, or this is a bug of fastscore. "
+            "program=False evaluates the network itself"
+        )
+
+
+def _samples(own):
+    return len(next(iter(own.values()))) if own else 1
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Compare to the largest value of each draw, or of all rows for values of other shapes."""
+    if found.shape != expected.shape:
+        return False
+    size = expected.abs().double()
+    size = size.amax((0, 2), keepdim=True) if expected.ndim == 3 else size.amax()
+    error = (found.double() - expected.double()).abs()
+    same = (error <= TOLERANCE[found.dtype] * size + 1e-30) | (found.isnan() & expected.isnan())
+    return bool((same | (found == expected)).all())
+
+
+def _outputs_of_layers(model: nn.Module, args, kwargs) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """Return the network's prediction, and the tensors that its layers return in the order of their calls."""
+    layers: list[tuple[str, Tensor]] = []
+
+    def keep(name):
+        def hook(_, args, output):
+            if isinstance(output, Tensor):
+                layers.append((name, output.clone()))
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in model.named_modules() if name]
+    try:
+        return read_output(model(*args, **kwargs), args[0]), layers
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _first_difference(program, bound, args, leaves, layers) -> str:
+    """Return the first layer whose value in the exported graph is not the network's, or not the program's."""
+    values = _values_of_graph(program, args, leaves)
+    by_layer = {}
+    for node, value in values.items():
+        if isinstance(value, Tensor):
+            by_layer[layer_of(node)] = value
+    for name, output in layers:
+        if name in by_layer and by_layer[name].dtype in TOLERANCE and not _close(by_layer[name], output):
+            return name
+    weights, tables, x_t = bound
+    for done, core in enumerate(program.matched.cores, 1):
+        if core is not None and core.node is not None:
+            found = run(program.code[:done], weights, tables, x_t)
+            if not _close(found, values[core.node].reshape(found.shape)):
+                return core.layer
+    return "forward"
+
+
+def _values_of_graph(program, args, leaves):
+    sources = {"x": lambda _: args[0], "time": lambda _: args[1], "constant": lambda value: value}
+    sources |= dict.fromkeys(("sample", "shared"), leaves.__getitem__)
+    sources["state"] = lambda name: state(program.model, name)
+    values = {}
+    for node in program.traced.graph.nodes:
+        if node.op == "placeholder":
+            kind, name = program.traced.leaves[node]
+            values[node] = sources[kind](name)
+        elif node.op == "call_function":
+            fetch = values.__getitem__
+            values[node] = node.target(*map_arg(node.args, fetch), **map_arg(node.kwargs, fetch))
+    return values

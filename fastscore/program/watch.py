@@ -1,0 +1,172 @@
+"""Watch: things that may change between two calls of a network, as they are now, and whether they still are.
+
+Values are compared by identity, and numbers and texts by value: a watch keeps what it has seen, so that no other object
+can take its place. Asking costs some microseconds a layer, since every evaluation of a row program asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from operator import is_
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..support.host import layout_of
+from ..support.structure import is_plain
+
+FEW_BYTES = 1 << 12  # of a tensor whose values are compared, in a few microseconds
+_MISSING = object()
+
+
+class Space(NamedTuple):
+    """Names and their values: a module's or an object's attributes, the globals that a function reads, a dict."""
+
+    place: str
+    now: Mapping[object, object]
+    keys: tuple
+    values: tuple
+    size: int | None  # number of all names, where a new one may hide another
+
+    def changed(self) -> object | None:
+        """Return the first name with another value, None if there is none."""
+        now = self.now
+        if self.size is not None and len(now) != self.size:
+            return next((key for key in now if key not in self.keys), next(iter(self.keys), ""))
+        if all(map(is_, map(now.get, self.keys), self.values)):
+            return None
+        for key, value in zip(self.keys, self.values):
+            if not _same(now.get(key, _MISSING), value):
+                return key
+        return None
+
+
+class Tensors(NamedTuple):
+    """Tensors that are read anew for every call, as parameters and buffers are: only their shapes count."""
+
+    place: str
+    now: Mapping[str, Tensor | None]
+    shapes: tuple
+
+    def changed(self) -> str | None:
+        found = shapes_of(self.now)
+        if found == self.shapes:
+            return None
+        before = {name: shape for name, *shape in self.shapes}
+        return next((name for name, *shape in found if before.get(name) != shape), next(iter(before), ""))
+
+
+class Watch:
+    """What was added to it, as it is now."""
+
+    def __init__(self):
+        self.spaces: list[Space] = []
+        self.tensors: list[Tensors] = []
+        self._hollow: list[Mapping] = []  # empty dicts, most of which are a layer's hooks
+        self._read: list[tuple[str, str, Callable[[], tuple], tuple]] = []  # place, name, what to ask, and its answer
+        self._copies: list[tuple[object, object]] = []
+        self._caches: list[tuple[Callable, int]] = []
+
+    def space(
+        self, place: str, now: Mapping, keys: Iterable | None = None, whole: bool = True, copy: bool = False
+    ) -> None:
+        """Watch some names of a mapping, all by default; `whole` also whether there are others, `copy` to put back."""
+        if not now and keys is None:
+            self._hollow.append(now)
+            return
+        keys = tuple(now if keys is None else keys)
+        values = tuple(now.get(key, _MISSING) for key in keys)
+        self.spaces.append(Space(place, now, keys, values, len(now) if whole else None))
+        if copy and isinstance(now, MutableMapping):
+            self._copies.append((now, dict(now)))
+
+    def layers(self, place: str, now: Mapping[str, Tensor | None]) -> None:
+        """Watch the shapes of a layer's parameters or buffers."""
+        if now:
+            self.tensors.append(Tensors(place, now, shapes_of(now)))
+        else:
+            self._hollow.append(now)
+
+    def reading(self, place: str, name: str, read: Callable[[], tuple]) -> None:
+        """Watch what a function returns: a tuple of things."""
+        self._read.append((place, name, read, read()))
+
+    def sequence(self, place: str, now) -> None:
+        """Watch the entries of a list or deque, also to put them back."""
+        self.reading(place, "entries", lambda: tuple(now))
+        self._copies.append((now, list(now)))
+
+    def tensor(self, place: str, now: Tensor) -> None:
+        """Watch a tensor's values: themselves where they are few and on the CPU, else their version and where they lie.
+
+        What writes through `.data` or `.numpy()` leaves the version as it was.
+        """
+        if now.device.type == "cpu" and layout_of(now) is None and now.nbytes <= FEW_BYTES and now.is_contiguous():
+            self.reading(place, "values", lambda: (now.shape, _bytes_of(now)))
+        elif not now.is_inference():
+            self.reading(place, "values", lambda: (now._version, now.data_ptr()))
+
+    def array(self, place: str, now: np.ndarray) -> None:
+        """Watch an array's values."""
+        self.reading(place, "values", lambda: (now.shape, now.dtype.str, now.tobytes()))
+
+    def cache(self, function) -> None:
+        """Clear the cache of a function, when things are put back, if it has kept more since."""
+        self._caches.append((function, function.cache_info().misses))
+
+    def changed(self) -> tuple[str, object] | None:
+        """Return where something has changed, and what; None if all is as it was."""
+        if any(self._hollow):
+            return "a layer", "hooks"
+        for entry in (*self.spaces, *self.tensors):
+            name = entry.changed()
+            if name is not None:
+                return entry.place, name
+        for place, name, read, before in self._read:
+            now = read()
+            if len(now) != len(before) or not all(map(_same, now, before)):
+                return place, name
+        return None
+
+    def put_back(self) -> None:
+        """Give dicts, lists and objects the entries back that they had."""
+        for now, before in self._copies:
+            if isinstance(now, MutableMapping):
+                if len(now) != len(before) or any(now.get(key, _MISSING) is not value for key, value in before.items()):
+                    now.clear()
+                    now.update(before)
+            elif len(now) != len(before) or not all(map(is_, now, before)):
+                now.clear()
+                now.extend(before)
+        for function, misses in self._caches:
+            if function.cache_info().misses != misses:
+                function.cache_clear()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # no operator, which a trace would take note of
+
+
+def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
+    return tuple((name, v.shape, v.dtype, v.device) for name, v in tensors.items() if v is not None)
+
+
+def _same(a: object, b: object) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return is_value(a) and bool(a == b or (a != a and b != b))
+
+
+def is_value(thing: object) -> bool:
+    """Return whether a thing is no more than its value, as numbers, texts and paths are: it cannot change."""
+    kind = type(thing)
+    return is_plain(thing) or (kind.__hash__ not in (None, object.__hash__) and kind.__module__ in _VALUES)
+
+
+_VALUES = ("datetime", "decimal", "fractions", "pathlib", "re", "uuid", "numpy", "numpy.dtypes", "builtins")

@@ -1,0 +1,189 @@
+"""The work on a data set, cut into blocks: what its numbers depend on, the estimate of one, and all merged into one.
+
+A sample's noise is keyed by its index in the data set: blocks, and who works on them, change no number beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..density import ScoreDensity
+from ..estimator.curve import Curve, CurveSum, table_error
+from ..estimator.estimate import Estimate
+from ..estimator.protocol import Density
+from ..estimator.rules import group_of, make_rules, method_table
+from ..process.network import model_dtype, predict
+from ..support.host import positive
+from .condition_data import DataConditions
+from .dataset import Array, check_data, digest, digest_of, digest_rows, take
+from .run_folder import RunFolder
+
+Block = dict[str, np.ndarray]
+PER_SAMPLE = ("log_prob", "stderr", "variance", "nfe", "ends")
+ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
+FIT_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to estimate: checked data, the data-set indices of each block, and the arguments of `estimate`."""
+
+    density: Density
+    data: Array
+    blocks: tuple[Tensor, ...]
+    device: torch.device
+    options: dict
+    conditions: DataConditions
+
+    @classmethod
+    def check(
+        cls,
+        density: Density,
+        data: Array,
+        indices: Sequence[int] | None,
+        batch: int,
+        device: torch.device,
+        options: dict,
+        cond: dict | None = None,
+    ) -> Work:
+        """Raise ValueError where data, indices, network and options do not fit together, before work begins."""
+        check_data("data", data)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1 sample, got {batch}")
+        whole = torch.arange(len(data), device="cpu")
+        index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
+            raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
+        if options["target_stderr"] is not None:
+            positive("target_stderr", options["target_stderr"], "nats")
+        make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
+        conditions = DataConditions.of("cond", cond, len(data))
+        work = cls(density, data, index.split(batch), device, options, conditions)
+        _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]))
+        return work
+
+    def rows(self, index: Tensor) -> Tensor:
+        return take(self.data, index).to(self.device)
+
+    def conditions_at(self, index: Tensor) -> dict[str, object]:
+        """Return the keyword arguments of the network for these samples."""
+        return self.conditions.at(index, self.device, model_dtype(self.density.model, torch.float32))
+
+    def digests(self, blocks: Sequence[Tensor]) -> list[tuple[str, str]]:
+        """Return the digests of data and conditions in each of some blocks; raise ValueError for NaN or inf in data."""
+        return [(digest_rows("data", self.data, index), self.conditions.digest_rows(index)) for index in blocks]
+
+    def setting(self) -> dict:
+        """Return by name all that the numbers depend on beside the data, which every process has to share."""
+        density = self.density.core
+        seen, log_det = self.density.to_network(self.rows(self.blocks[0][:1]))
+        return {
+            "transform": digest({"z": seen, "log_det": log_det}),  # of the first sample, which tells transforms apart
+            "network": digest(density.model.state_dict()),
+            "schedule": f"{density.schedule!r} {digest({'log_snr': method_table(density.schedule)[1]})}",
+            "predicts": density.predicts,
+            "noise": density.noise,
+            "time dtype": str(density.time_dtype),
+            "reference and nodes": digest(fitted_state(density)),
+            "conditions": self.conditions.setting(),
+            "batch": len(self.blocks[0]),
+            "device": self.device.type,
+            "fastscore": version("fastscore"),
+            "torch": torch.__version__,
+            **self.options,
+        }
+
+    def fingerprint(
+        self, digests: Sequence[tuple[str, str]], fit: Array | None, fit_conditions: DataConditions | None = None
+    ) -> dict:
+        """Return by name all that the numbers depend on, so that a resumed run can say what differs."""
+        shape, chosen = tuple(self.data.shape), torch.cat(self.blocks)
+        kind = str(self.data.dtype).removeprefix("torch.")
+        found = self.setting() | {
+            "fit data": digest_of([]),
+            "data": f"{kind} {shape} {digest_of([of_data for of_data, _ in digests])}",
+            "conditions": f"{self.conditions.setting()} {digest_of([of_conditions for _, of_conditions in digests])}",
+            "indices": f"{len(chosen)} {digest({'index': chosen})}",
+        }
+        if fit is not None:
+            check_data("fit data", fit, shape[1:])
+            parts = torch.arange(len(fit), device="cpu").split(FIT_BLOCK)
+            found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
+            of_conditions = [fit_conditions.digest_rows(part) for part in parts] if fit_conditions else []
+            found["fit conditions"] = digest_of([fit_conditions.setting() if fit_conditions else "", *of_conditions])
+            found["reference and nodes"] = "from fit data"
+        return found
+
+    def estimate(self, number: int) -> Block:
+        index = self.blocks[number]
+        given = {"cond": self.conditions_at(index), "progress": False, **self.options}
+        result = self.density.estimate(self.rows(index), sample_index=index, **given)
+        return {
+            "sample_index": index.numpy(),
+            **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},
+            **{f"curve_{name}": value.numpy() for name, value in result.log_snr_curve._asdict().items()},
+            "discretization": np.float64(result.discretization),
+            "noise": np.array(result.noise),
+        }
+
+    def read(self, run: RunFolder, number: int, key: str) -> Block | None:
+        """Return a finished block of the run with this key; None if its file is missing, damaged or another's."""
+        block, index = run.read_arrays(run.block(number)), self.blocks[number].numpy()
+        if block is None or set(block) != ESTIMATE_KEYS | {"run"} or block["run"] != key:
+            return None
+        return block if np.array_equal(block["sample_index"], index) else None
+
+    def merge(self, blocks: Sequence[Block]) -> Estimate:
+        """Return the estimate of all blocks, with the curve and the bounds of all samples together."""
+        method, schedule = self.options["method"], self.density.schedule
+        total, offset = CurveSum(len(blocks[0]["curve_mean"])), 0.0
+        for block in blocks:
+            curve = Curve(*(torch.from_numpy(block[f"curve_{name}"]) for name in Curve._fields))
+            total.add_curve(curve, len(block["log_prob"]))
+            offset += len(block["log_prob"]) * float(block["discretization"])
+        curve = total.curve()
+        joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in PER_SAMPLE}
+        if method == "density":
+            discretization = table_error(curve, method_table(schedule)[1]) if schedule.discrete else 0.0
+        else:
+            discretization = offset / total.count
+        return Estimate(
+            **joined,
+            log_snr_curve=curve,
+            discretization=discretization,
+            dims=math.prod(self.data.shape[1:]),
+            method=method,
+            noise=str(blocks[0]["noise"]),
+            group=group_of(torch.from_numpy(np.concatenate([b["sample_index"] for b in blocks]))),
+        )
+
+
+def _check_network(density: Density, x: Tensor, cond: dict[str, object]) -> None:
+    """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
+    density, (z, _) = density.core, density.to_network(x)
+    samples = density.check(z, None, cond)
+    ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
+    time = density.schedule.time(ends).to(x.device)
+    try:
+        with torch.no_grad():
+            rows = samples.x[:, None].expand(1, 2, -1)
+            predict(density.model, rows, time, samples.conds[0], samples.shape, density.time_dtype)
+    except ValueError:
+        raise  # says so itself
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"the network does not take data of shape {samples.shape} a sample: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def fitted_state(density: ScoreDensity) -> dict[str, Tensor]:
+    """Return what `ScoreDensity.fit` finds, by its names in the state_dict."""
+    return {k: v for k, v in density.state_dict().items() if not k.startswith("model.")}

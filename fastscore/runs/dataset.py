@@ -1,0 +1,66 @@
+"""A data set in memory or mapped from a file: checks, rows by index, and digests that tell one from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = Tensor | np.ndarray
+
+
+def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError unless the data are floating point of shape (N, *shape), N >= 1; `name` is for the message."""
+    kind = data.dtype.name if isinstance(data, np.ndarray) else str(data.dtype).removeprefix("torch.")
+    if "int" in kind:
+        raise ValueError(
+            f"{name} holds integers ({kind}), expected float32 or float64: a density needs continuous data; "
+            "dequantize it first with fastscore.Levels(bins).dequantize(data)"
+        )
+    if "float" not in kind:
+        raise ValueError(f"{name} must be float32 or float64, got {kind}; convert it first")
+    if data.ndim < 2 or 0 in data.shape:
+        raise ValueError(
+            f"{name} must have the shape (N, *shape) with N >= 1, got {tuple(data.shape)}; "
+            "numbers in a row are samples after data[:, None]"
+        )
+    if shape is not None and tuple(data.shape[1:]) != shape:
+        raise ValueError(f"{name} has samples of shape {tuple(data.shape[1:])}, expected {shape} as in data")
+
+
+def take(data: Array, index: Tensor | slice) -> Tensor:
+    """Return the rows of these indices in native byte order."""
+    if isinstance(data, Tensor):
+        return data[index]
+    rows = data[index if isinstance(index, slice) else index.numpy()]
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("=")))
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, value in tensors.items():
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(_bytes(value))
+    return sha.hexdigest()[:16]
+
+
+def digest_rows(name: str, data: Array, index: Tensor) -> str:
+    """Return the digest of the rows of these indices; raise ValueError if one has NaN or inf."""
+    rows = take(data, index)
+    bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
+    return hashlib.sha256(_bytes(rows)).hexdigest()[:16]
+
+
+def digest_of(digests: Sequence[str]) -> str:
+    """Return one digest of many, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

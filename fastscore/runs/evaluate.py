@@ -1,0 +1,228 @@
+"""Evaluate a whole data set in blocks that survive whatever interrupts them, with one process or many.
+
+Beside the result `out` a folder `out.partial` (`RunFolder`) keeps the estimates of every finished block, and what
+`ScoreDensity.fit` learned, until all are merged. Several processes (`Ranks`) share the blocks that are missing. They
+meet before the work, to agree on what it is, and after it, so that rank 0 can merge; in between none waits for another.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..density import ScoreDensity
+from ..estimator.estimate import Estimate, log_width
+from ..estimator.protocol import Density, check_density
+from ..process.network import model_device, model_dtype
+from ..support.memory import parse_bytes
+from ..support.progress import progress_bar
+from .blocks import Work, fitted_state
+from .condition_data import DataConditions
+from .dataset import Array, take
+from .ranks import OtherRankFailed, Ranks
+from .run_folder import RunFolder
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `evaluate_dataset`; the message says how many blocks are kept and how to resume."""
+
+
+def evaluate_dataset(
+    density: Density,
+    data: Array,
+    out: str | os.PathLike,
+    *,
+    nfe: int | None = None,
+    seed: int = 0,
+    method: str = "density",
+    target_stderr: float | None = None,
+    max_nfe: int = 16384,
+    memory: int | str | None = None,
+    batch: int = 256,
+    cond: dict[str, object] | None = None,
+    fit: Array | None = None,
+    fit_cond: dict[str, object] | None = None,
+    bins: int | None = None,
+    low: float = -1.0,
+    high: float = 1.0,
+    indices: Sequence[int] | None = None,
+    identity: dict[str, str] | None = None,
+    restart: bool = False,
+    progress: bool | None = None,
+    ranks: Ranks | None = None,
+) -> Estimate | None:
+    """Write the log-density of every sample to a file, going on where a call with the same arguments was interrupted.
+
+    Arguments:
+        density: `ScoreDensity` or `Transformed`, on the device to use; fitted in place if `fit` is given.
+        data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
+        out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, and with `bins` bits_per_dim.
+        nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
+        batch: samples in a block: what an interruption may cost.
+        cond: keyword arguments of the network: arrays with one entry a sample of the data, shape (N, ...), which go
+            along in blocks; what all samples share is a number, a text, or in `fastscore.shared`. Fractions come in the
+            dtype of the network's parameters.
+        fit: training data, shape (M, *shape), for `ScoreDensity.fit` with this seed.
+        fit_cond: keyword arguments of the network for these, as `cond`, with M entries.
+        bins, low, high: as in `Estimate.bits_per_dim`.
+        indices: which samples, all by default.
+        identity: further names and values that a resumed run must share, such as the hash of a model file.
+        restart: discard an unfinished run and replace a finished result.
+        progress: show a progress bar of rank 0's own share; by default where stderr is a terminal
+            (`fastscore.support.progress`). Unless it is False, a run that is resumed says so in a line on stderr.
+        ranks: this process among those that call with the same arguments and share a file system; see
+            `Ranks.of_environment`. Their number changes no result, and may be another when a run is resumed.
+
+    Returns:
+        The `Estimate` of these samples, as `ScoreDensity.estimate` would return it; on other ranks than 0, None.
+
+    Raises:
+        TypeError: if the density is none.
+        ValueError: for data or arguments that do not fit together, or an unfinished run with other ones.
+        FileExistsError: if the result is there already.
+        BlockingIOError: if another process works on the same out.
+        Interrupted: on Ctrl-C; finished blocks are kept.
+        OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
+    """
+    run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
+    core = check_density(density).core
+    device = model_device(core.model, core.reference.weight.device)
+    options = {
+        "nfe": density.nfe if nfe is None else nfe,
+        "seed": seed,
+        "method": method,
+        "target_stderr": target_stderr,
+        "max_nfe": max_nfe,
+    }
+    fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
+    log_width(bins, low, high)  # what is wrong with them is better said before the work than after it
+    with run.locked() if ranks.first else nullcontext():
+        options["memory"] = ranks.on_first(lambda: _budget(memory, device, run))
+        try:
+            work, digests = _agree(ranks, lambda: Work.check(density, data, indices, batch, device, options, cond))
+
+            def begin() -> tuple[str, list[int]]:
+                key = run.open({**(identity or {}), **work.fingerprint(digests, fit, fit_conditions)}, restart)
+                if fit is not None:
+                    _fit(work, fit, fit_conditions, run, progress)
+                return key, [i for i in range(len(work.blocks)) if work.read(run, i, key) is None]
+
+            key, missing = ranks.on_first(begin)
+            if fit is not None and not ranks.first:
+                _load_fit(core, run)
+            _finish(work, missing, key, run, ranks, progress)
+            ranks.gather(lambda: None)  # all blocks are written
+        except (KeyboardInterrupt, OtherRankFailed) as error:
+            raise _with_what_is_kept(error, run, -(-_count(data, indices) // batch)) from None
+        if not ranks.first:
+            return None
+        result = work.merge([work.read(run, i, key) or work.estimate(i) for i in range(len(work.blocks))])
+        bits = {} if bins is None else {"bits_per_dim": result.bits_per_dim(bins, low, high)}
+        _write_result(run, work, result, bits)
+        run.clear()
+    return result
+
+
+def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
+    """Return the checked work and every block's digests of data and conditions, of which each rank reads its share."""
+    work = None
+
+    def look() -> tuple[dict, list[tuple[str, str]]]:
+        nonlocal work
+        work = check()
+        return work.setting(), work.digests(ranks.share(work.blocks))
+
+    found = ranks.gather(look)
+    settings = [setting for setting, _ in found]
+    differs = [key for key in settings[0] if any(setting[key] != settings[0][key] for setting in settings)]
+    if differs:
+        values = [setting[differs[0]] for setting in settings]
+        raise ValueError(
+            f"the processes do not do the same work: {differs[0]} is {', '.join(map(str, values))} on ranks 0 to "
+            f"{ranks.size - 1}; start all with the same arguments, and seed a network that is random at its start"
+        )
+    return work, [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
+
+
+def _fit(work: Work, data: Array, conditions: DataConditions, run: RunFolder, progress: bool | None) -> None:
+    """Fit the density, or load what this run fitted before."""
+    if not _load_fit(work.density.core, run):
+        # Where they are: `fit` takes those that it uses to the network's device.
+        x, where = take(data, slice(None)), torch.device("cpu")
+        cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
+        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, cond=cond)
+        stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
+        run.write_arrays(run.fitted, stored)
+
+
+def _load_fit(core: ScoreDensity, run: RunFolder) -> bool:
+    stored = run.read_arrays(run.fitted)
+    if stored is None:
+        return False
+    core.load_state_dict({name: torch.from_numpy(value) for name, value in stored.items()}, strict=False)
+    return True
+
+
+def _finish(work: Work, missing: list[int], key: str, run: RunFolder, ranks: Ranks, progress: bool | None) -> None:
+    """Estimate this rank's share of the missing blocks."""
+    done, progress = len(work.blocks) - len(missing), progress if ranks.first else False
+    if done and progress is not False:
+        print(f"resuming: {done} of {len(work.blocks)} blocks done", file=sys.stderr, flush=True)
+    mine = ranks.share(missing)
+    name = work.options["method"] + (f", 1 of {ranks.size} processes" if ranks.size > 1 else "")
+    with progress_bar(progress, total=sum(len(work.blocks[i]) for i in mine), unit="sample", desc=name) as bar:
+        for i in mine:
+            run.write_arrays(run.block(i), work.estimate(i) | {"run": np.array(key)})
+            bar.update(len(work.blocks[i]))
+
+
+def _with_what_is_kept(error: BaseException, run: RunFolder, blocks: int) -> BaseException:
+    kept = len(run.blocks())
+    resume = f"{kept} of {blocks} blocks are kept in {run.folder}; run the same again to resume"
+    if isinstance(error, OtherRankFailed):
+        return OtherRankFailed(f"{error}; {resume}" if kept else str(error))
+    return Interrupted(f"interrupted: {resume}")
+
+
+def _count(data: Array, indices: Sequence[int] | None) -> int:
+    return len(data) if indices is None else len(indices)
+
+
+def _write_result(run: RunFolder, work: Work, result: Estimate, bits: dict[str, Tensor]) -> None:
+    columns = {"sample_index": torch.cat(work.blocks), "log_prob": result.log_prob, "stderr": result.stderr}
+    arrays = {name: column.numpy() for name, column in {**columns, "nfe": result.nfe, **bits}.items()}
+    if run.out.suffix == ".npz":
+        run.write_arrays(run.out, arrays)
+        return
+
+    def write_csv(file: BinaryIO) -> None:
+        for row in chain([list(arrays)], zip(*arrays.values())):
+            # str of a numpy number is the shortest text that reads back as the same number.
+            file.write((",".join(map(str, row)) + "\n").encode())
+
+    run.write(run.out, write_csv)
+
+
+def _check_out(out: str | os.PathLike) -> Path:
+    path = Path(out)
+    if path.suffix not in (".npz", ".csv"):
+        raise ValueError(f"out must be a .npz or .csv file, got {str(out)!r}")
+    return path
+
+
+def _budget(memory: int | str | None, device: torch.device, run: RunFolder) -> int | None:
+    """Return the bytes of the whole run: a resumed run must cut the same chunks, whatever is free by then."""
+    if memory is not None:
+        return parse_bytes(memory)
+    if device.type != "cuda":
+        return None
+    return run.fingerprint.get("memory") or torch.cuda.mem_get_info(device)[0] // 2
