@@ -1,4 +1,4 @@
-"""docs/architecture.md is the house as it is: its files exist, its rooms are all, and a call walks through its stations."""
+"""docs/architecture.md is the house as it is: files exist, all rooms are drawn, a call walks through the stations."""
 
 import re
 import sys
