@@ -76,7 +76,7 @@ class _Round:
         value, variance = torch.empty(3, samples, dtype=torch.float64, device=device).split([1, 2])
         at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
         nfe = torch.empty(samples, dtype=torch.int64, device=device)
-        return cls(value[0], variance, nfe, at_ends, CurveSum(draws))
+        return cls(value[0], variance, nfe, at_ends, CurveSum(draws, device))
 
     @property
     def curve(self) -> Curve:

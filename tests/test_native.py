@@ -124,7 +124,7 @@ def test_the_reasons_of_a_driver_that_cannot_run_them(native, tmp_path, version,
 def test_the_choice_passes_the_reason_on(monkeypatch, device, dtype, reason):
     kernels = types.SimpleNamespace(why_not=lambda index: f"no driver for GPU {index}" if index else None)
     monkeypatch.setattr(select, "native", lambda: kernels)
-    monkeypatch.setattr(select, "find_spec", lambda name: object())
+    monkeypatch.setattr(select, "triton_version", lambda: "3.9.0")
     assert select._cuda_why_not(torch.device(device), dtype) == reason
 
 

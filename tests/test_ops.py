@@ -80,6 +80,6 @@ def test_backend_choice_and_message_share_one_predicate(monkeypatch):
 
 
 def test_an_older_triton_is_told_from_a_missing_gpu(monkeypatch):
-    monkeypatch.setattr("fastscore.ops.select.version", lambda package: "3.4.0")
+    monkeypatch.setattr("fastscore.ops.select.triton_version", lambda: "3.4.0")
     with pytest.raises(ValueError, match=r"triton: its kernels need Triton 3\.6, found 3\.4\.0"):
         select(torch.device("cpu"), torch.float32, "triton")

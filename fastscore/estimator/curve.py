@@ -34,14 +34,15 @@ class Curve(NamedTuple):
 
 
 class CurveSum:
-    """Accumulates the curve over chunks of samples; on the CPU, whatever their device."""
+    """Accumulates the curve over chunks of samples where these are; only the sums go to the CPU, when they are read."""
 
-    def __init__(self, draws: int):
+    def __init__(self, draws: int, device: torch.device | str = "cpu"):
         self.count = 0
-        self.log_snr, self.total, self.squares = torch.zeros(3, draws, dtype=torch.float64, device="cpu")
+        self.log_snr = torch.zeros(draws, dtype=torch.float64, device="cpu")
+        self.total, self.squares = torch.zeros(2, draws, dtype=torch.float64, device=device)
 
     def add(self, f: Tensor, rule: Rule) -> None:
-        half = -0.5 * f.to(torch.float64).cpu()
+        half = -0.5 * f.to(torch.float64)
         self.count += len(half)
         self.log_snr += len(half) * rule.log_snr
         self.total += half.sum(0)
@@ -56,8 +57,9 @@ class CurveSum:
         self.squares += count * (curve.mean**2 + spread)
 
     def curve(self) -> Curve:
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean**2).clamp(min=0) / max(self.count - 1, 0)
+        total, squares = torch.stack([self.total, self.squares]).cpu()
+        mean = total / self.count
+        variance = (squares / self.count - mean**2).clamp(min=0) / max(self.count - 1, 0)
         return Curve(self.log_snr / self.count, mean, variance.sqrt())
 
 

@@ -30,10 +30,16 @@ def _torch_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@cache
+def triton_version() -> str | None:
+    """Return the version of the installed package triton, None without it; reading it takes half a millisecond."""
+    return version("triton") if find_spec("triton") else None
+
+
 def _package_why_not() -> str | None:
-    if find_spec("triton") is None:
+    found = triton_version()
+    if found is None:
         return "the package triton is not installed"
-    found = version("triton")
     if tuple(int(part) for part in found.split(".")[:2]) < TRITON:
         return f"its kernels need Triton {TRITON[0]}.{TRITON[1]}, found {found}"
     return None

@@ -115,7 +115,7 @@ class Reference(FittedBuffers):
             variance = self.variance[k].expand(d)
             norm = 0.5 * summed(math.log(2 * math.pi) + variance.log(), mask)
             logs.append(self.weight[k].log() - norm - 0.5 * (y**2 / variance).sum(1))
-        return torch.logsumexp(torch.stack(logs), 0)
+        return torch.logsumexp(torch.stack(logs), 0) if self.components > 1 else logs[0]
 
     def residual(
         self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None
