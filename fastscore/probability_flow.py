@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .conditions import takes_conditions
+from .cut_graph import refuse_cut_graph
 from .density import ScoreDensity
 from .flow_ends import truncation
 from .flow_field import Field, learned, rademacher, time_of
@@ -109,7 +110,8 @@ def probability_flow_log_prob(
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
         ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, an `error` that 2,048
-            steps do not reach, a network whose answer has no graph, and where the result is NaN or inf.
+            steps do not reach, a network whose answer has no graph or only a part of it, and where the result is NaN
+            or inf.
     """
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
@@ -143,6 +145,7 @@ def probability_flow_log_prob(
         return _once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
 
     with undisturbed(core.model):
+        refuse_cut_graph(core.network, flow.samples, flow.scale)
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     return flow.result(log_prob - log_det.to(log_prob)[:, None], *constants)
 

@@ -87,6 +87,7 @@ RANKS = {
     "loading": 9,
     "flow_field": 9,
     "flow_ends": 10,
+    "cut_graph": 10,
     "probability_flow": 11,
     "training.nodes": 2,
     "training.weights": 3,
