@@ -50,9 +50,8 @@ def compare_methods(density: ScoreDensity, problem: Problem, nfe: int, seed: int
     flow, seconds = _timed(lambda: probability_flow_log_prob(density, x, trace=trace, probes=PROBES, seed=seed))
     error = float(flow.stderr.square().mean().sqrt())
     calls = int(flow.nfe.double().mean())  # a trace for two, but one for each of the two ends
-    rows.append(
-        _row(problem, f"ODE, {trace} trace", flow.log_prob, error, calls + (calls // 2 + 1) * backward, seconds)
-    )
+    passes = calls + (calls // 2 + 1) * backward
+    rows.append(_row(problem, f"ODE, {trace} trace", flow.log_prob, error, passes, seconds))
     return rows
 
 
