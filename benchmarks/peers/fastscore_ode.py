@@ -17,19 +17,20 @@ def methods(problem):
     def midpoint(density):
         def run(x, steps, seed):
             found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=steps)
-            return Outcome(found.log_prob, 2 * steps, steps * x.shape[1])  # a trace a step
+            return Outcome(found.log_prob, 2 * steps + 2, (steps + 2) * x.shape[1])  # a trace a step, one at either end
 
         return run
 
     def auto(x, error, seed):
         found = fs.probability_flow_log_prob(fitted, x, error=error)
         forward = float(found.nfe.double().mean())
-        return Outcome(found.log_prob, forward, forward / 2 * x.shape[1])
+        return Outcome(found.log_prob, forward, (forward / 2 + 1) * x.shape[1])
 
     def hutchinson(x, effort, seed):
         steps, probes = effort
         options = {"method": "midpoint", "steps": steps, "trace": "hutchinson", "probes": probes, "seed": seed}
-        return Outcome(fs.probability_flow_log_prob(fitted, x, **options).log_prob, 2 * steps, steps * probes)
+        found = fs.probability_flow_log_prob(fitted, x, **options)
+        return Outcome(found.log_prob, 2 * steps + 2, (steps + 2) * probes)
 
     return [
         Method("fastscore ODE midpoint, fitted", midpoint(fitted), STEPS, fit=seconds, random=False),

@@ -49,8 +49,9 @@ def compare_methods(density: ScoreDensity, problem: Problem, nfe: int, seed: int
     trace, backward = ("exact", d) if d <= PROBES else ("hutchinson", PROBES)
     flow, seconds = _timed(lambda: probability_flow_log_prob(density, x, trace=trace, probes=PROBES, seed=seed))
     error = float(flow.stderr.square().mean().sqrt())
-    calls = int(flow.nfe.double().mean())  # a trace for two
-    rows.append(_row(problem, f"ODE, {trace} trace", flow.log_prob, error, calls + calls // 2 * backward, seconds))
+    calls = int(flow.nfe.double().mean())  # a trace for two, but one for each of the two ends
+    passes = calls + (calls // 2 + 1) * backward
+    rows.append(_row(problem, f"ODE, {trace} trace", flow.log_prob, error, passes, seconds))
     return rows
 
 

@@ -121,7 +121,7 @@ class Field:
         """Yield parts of the trace, each with the columns that it adds to: all, or some probes' own estimates of it."""
         first = 0
         for v in self.cotangents.split(COLUMNS):
-            found, last = _vjp(field, y, v.expand(-1, *y.shape), create_graph), first + len(v)
+            found, last = vjp(field, y, v.expand(-1, *y.shape), create_graph), first + len(v)
             if self.exact:  # of row i of the Jacobian, element i
                 yield slice(0, 1), torch.diagonal(found[..., first:last], dim1=0, dim2=2).sum(1, keepdim=True)
             else:
@@ -189,7 +189,7 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
     return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
 
 
-def _vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
+def vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
     """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
     options = {"retain_graph": True, "create_graph": create_graph}
     try:

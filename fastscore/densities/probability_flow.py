@@ -8,9 +8,9 @@ With v its velocity, and q any reference whose v_q and score are known in closed
 
 It is the usual integral of the divergence with its control variate: what q explains is exact, whatever the steps, and
 errors of the path and of a probe count only as far as p and q differ. Both log-densities are those at the clean end
-of the schedule, data convolved with the noise that is left there; at the noisy end p is taken as q. v is bounded and
-smooth at both ends, so a solver needs about half of the evaluations that it needs in log-SNR. A fixed grid is equal
-steps in sqrt(t), shorter where there is little noise.
+of the schedule, data convolved with the noise that is left there; at the noisy end p is taken as q (`flow_ends` says
+how much that is). v is bounded and smooth at both ends, so a solver needs about half of the evaluations that it needs
+in log-SNR. A fixed grid is equal steps in sqrt(t), shorter where there is little noise.
 
 It agrees with `ScoreDensity.log_prob` where the network is an exact score. For a learned one they are two different
 numbers: this one is the density of the deterministic sampler, the formula's is a bound for the stochastic one.
@@ -37,6 +37,8 @@ from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import differentiable, refuse_inference_weights
 from ..support.untouched import undisturbed
+from .cut_graph import refuse_cut_graph
+from .flow_ends import truncation
 from .flow_field import Field, learned, rademacher, time_of
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
@@ -55,12 +57,15 @@ class FlowLogProb(NamedTuple):
         stderr: of the mean over probes, nats; zero for the exact trace, NaN for one probe.
         nfe: network evaluations, int64.
         discretization: estimate of the error that the grid makes, nats; NaN where `method` has none.
+        truncation: estimate, no bound, of how far the ends of the schedule keep log_prob from the data's own density,
+            nats: the noise that is left at the clean end, and the reference that stands for p at the noisy one.
     """
 
     log_prob: Tensor
     stderr: Tensor
     nfe: Tensor
     discretization: Tensor
+    truncation: Tensor
 
 
 @takes_conditions
@@ -105,7 +110,8 @@ def probability_flow_log_prob(
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
         ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, an `error` that 2,048
-            steps do not reach, a network whose answer has no graph, and where the result is NaN or inf.
+            steps do not reach, a network whose answer has no graph or only a part of it, and where the result is NaN
+            or inf.
     """
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
@@ -139,14 +145,24 @@ def probability_flow_log_prob(
         return _once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
 
     with undisturbed(core.model):
-        log_prob, nfe, discretization = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
-    return flow.result(log_prob - log_det.to(log_prob)[:, None], nfe, discretization)
+        refuse_cut_graph(core.network, flow.samples, flow.scale)
+        log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
+    return flow.result(log_prob - log_det.to(log_prob)[:, None], *constants)
+
+
+class _Course(NamedTuple):
+    """A path: log-densities (B, columns), where it ends (B, d), and how often the network was called."""
+
+    log_prob: Tensor
+    end: Tensor
+    nfe: int
 
 
 class _Solved(NamedTuple):
-    """Log-densities (B, columns), evaluations, error of the grid, and how to get the first again with its graph."""
+    """Log-densities (B, columns), where paths end, evaluations, error of the grid; the first again with its graph."""
 
     log_prob: Tensor
+    end: Tensor
     nfe: Tensor
     discretization: Tensor
     again: Callable[[_Flow], Tensor]
@@ -161,8 +177,10 @@ class _Solution(torch.autograd.Function):
         _check_finite(found.log_prob, flow.samples)
         ctx.flow, ctx.again = flow, found.again
         ctx.save_for_backward(x, *learned)
-        ctx.mark_non_differentiable(found.nfe, found.discretization)
-        return found[:3]
+        beyond, calls = flow.truncation(found.end)
+        constants = found.nfe + calls, found.discretization, beyond
+        ctx.mark_non_differentiable(*constants)
+        return found.log_prob, *constants
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
@@ -206,7 +224,7 @@ class _Flow:
         """Return the flow of the same samples with other data."""
         return _Flow(self.density, replace(self.samples, x=x), self.trace, self.probes, self.seed)
 
-    def midpoint(self, steps: int) -> tuple[Tensor, int]:
+    def midpoint(self, steps: int) -> _Course:
         """Integrate by the midpoint rule, which wants the rate in the middle of a step only: half of the traces.
 
         All that the times decide is evaluated once, before the first step.
@@ -218,23 +236,28 @@ class _Flow:
             velocity = checkpoint(field.velocity, at_start, y, use_reentrant=False)
             velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
-        return self._log_prob(change), field.nfe
+        return _Course(self._log_prob(change), y, field.nfe)
 
-    def solve(self, odeint, method: str, steps: int, rtol: float, atol: float) -> tuple[Tensor, int]:
+    def solve(self, odeint, method: str, steps: int, rtol: float, atol: float) -> _Course:
         """Integrate by a solver of torchdiffeq."""
         grid, field = self._grid(steps).to(self.samples.x), self._field()
         # An adaptive solver would step past the end and interpolate, where no network was trained.
         options = {"step_t": grid[1:]} if method in ADAPTIVE else None
-        _, change = odeint(field, self._start(), grid, rtol=rtol, atol=atol, method=method, options=options)
-        return self._log_prob(change[-1]), field.nfe
+        y, change = odeint(field, self._start(), grid, rtol=rtol, atol=atol, method=method, options=options)
+        return _Course(self._log_prob(change[-1]), y[-1], field.nfe)
 
-    def result(self, log_prob: Tensor, nfe: Tensor, discretization: Tensor) -> FlowLogProb:
+    def truncation(self, end: Tensor) -> tuple[Tensor, int]:
+        """Return what lies beyond both ends of paths that end there, (B,), and how often the network was called."""
+        field = self._field()
+        return truncation(field, self._start()[0], end).to(end.dtype), field.nfe
+
+    def result(self, log_prob: Tensor, *constants: Tensor) -> FlowLogProb:
         """Return the mean over probes with its standard error."""
         mean, log_prob = log_prob.mean(1), log_prob.detach()
         if self.trace == "exact":
-            return FlowLogProb(mean, torch.zeros_like(log_prob[:, 0]), nfe, discretization)
+            return FlowLogProb(mean, torch.zeros_like(log_prob[:, 0]), *constants)
         spread = log_prob.std(1) if self.probes > 1 else torch.full_like(log_prob[:, 0], math.nan)
-        return FlowLogProb(mean, spread / self.probes**0.5, nfe, discretization)
+        return FlowLogProb(mean, spread / self.probes**0.5, *constants)
 
     def _field(self) -> Field:
         signs = rademacher(self.samples, self.seed, self.probes) if self.trace == "hutchinson" else None
@@ -263,10 +286,10 @@ def _check_finite(log_prob: Tensor, samples: Samples) -> None:
         )
 
 
-def _once(solver: Callable[[_Flow], tuple[Tensor, int]], flow: _Flow, fixed: bool = True) -> _Solved:
+def _once(solver: Callable[[_Flow], _Course], flow: _Flow, fixed: bool = True) -> _Solved:
     """Solve once, with an error that nobody knows; `fixed` says that the grid does not depend on the answer."""
-    log_prob, nfe = solver(flow)
-    unknown = torch.full_like(log_prob[:, 0], math.nan)
+    found = solver(flow)
+    unknown = torch.full_like(found.log_prob[:, 0], math.nan)
 
     def again(flow: _Flow) -> Tensor:
         if not fixed:
@@ -274,9 +297,9 @@ def _once(solver: Callable[[_Flow], tuple[Tensor, int]], flow: _Flow, fixed: boo
                 "a solver that chooses its own steps has no gradient here, since the steps would have one too; use "
                 "method='auto', 'midpoint', or a fixed grid such as method='rk4' with steps"
             )
-        return solver(flow)[0]
+        return solver(flow).log_prob
 
-    return _Solved(log_prob, torch.full_like(unknown, nfe, dtype=torch.int64), unknown, again)
+    return _Solved(found.log_prob, found.end, torch.full_like(unknown, found.nfe, dtype=torch.int64), unknown, again)
 
 
 def _doubling(flow: _Flow, error: float) -> _Solved:
@@ -287,7 +310,7 @@ def _doubling(flow: _Flow, error: float) -> _Solved:
     by chance.
     """
     steps, active = FIRST_STEPS, torch.arange(len(flow.samples), device=flow.samples.x.device)
-    coarse, calls = flow.midpoint(steps)
+    coarse, end, calls = flow.midpoint(steps)
     log_prob, spent, finest = coarse.clone(), torch.full_like(active, calls), torch.full_like(active, steps)
     before = torch.full_like(coarse[:, 0], math.inf)
     discretization = before.clone()
@@ -300,14 +323,14 @@ def _doubling(flow: _Flow, error: float) -> _Solved:
                 f"sample {int(active[0])} the first; fit the density to data, or give a larger error, float64 data, or "
                 "method='dopri5'"
             )
-        fine, calls = flow.select(active).midpoint(steps)
+        fine, end[active], calls = flow.select(active).midpoint(steps)
         move = (fine - coarse).mean(1).abs()
         log_prob[active], finest[active] = _extrapolated(fine, coarse), steps
         discretization[active] = torch.maximum(move, before / 4)
         spent[active] += calls
         on = ~(discretization[active] <= error)
         coarse, before, active = fine[on], move[on], active[on]
-    return _Solved(log_prob, spent, discretization, lambda flow: _on_two_grids(flow, finest))
+    return _Solved(log_prob, end, spent, discretization, lambda flow: _on_two_grids(flow, finest))
 
 
 def _on_two_grids(flow: _Flow, steps: Tensor) -> Tensor:
@@ -317,7 +340,7 @@ def _on_two_grids(flow: _Flow, steps: Tensor) -> Tensor:
         chosen = (steps == count).nonzero().flatten()
         part = flow.select(chosen)
         order.append(chosen)
-        found.append(_extrapolated(part.midpoint(count)[0], part.midpoint(count // 2)[0]))
+        found.append(_extrapolated(part.midpoint(count).log_prob, part.midpoint(count // 2).log_prob))
     return torch.cat(found)[torch.cat(order).argsort()]
 
 

@@ -1,0 +1,103 @@
+r"""How far the ODE's log-density is from the data's own because its path ends before the noise does, at either end.
+
+At the noisy end the prior is the reference's, q instead of p; at the clean end the answer is the density of data with
+some noise left, instead of that of the data. One more evaluation at either end tells what is missing, if p is taken as
+a Gaussian there. On the path, with noise t, :math:`\hat\epsilon` the noise that the network sees in y, and
+:math:`\Gamma = t\, \partial\hat\epsilon / \partial y` the share of the noise in the variance, a Gaussian has, up to a
+constant,
+
+.. math:: \log p_t(y) = \tfrac12 \log\det\Gamma - \tfrac12\, \hat\epsilon^T \Gamma^{-1} \hat\epsilon, \qquad
+    \log p_0(y) - \log p_t(y) = -\tfrac12 \log\det(1 - \Gamma)
+    - \tfrac12\, \hat\epsilon^T (1 - \Gamma)^{-1} \hat\epsilon
+
+The first, of p less of q, is what is missing at the noisy end, the second at the clean one. It is the rate of
+log(p / q) along the path, continued with the right power, and does not vanish where that rate happens to. The matrix
+1 - M, with M that share which vanishes at the end itself, is known by two moments of M: of its eigenvalues, and as
+:math:`\hat\epsilon` sees them. M counts as having the one eigenvalue :math:`n = m_2 / m_1` beside 0 that has both. So
+it is exact for isotropic Gaussians of any place and width, and for those with some directions that are wide, or narrow;
+for any density it is so to second order in what is left of the path, as far as the Gaussian goes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .flow_field import COLUMNS, Field, vjp
+
+LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
+
+
+class _Shape(NamedTuple):
+    """The noise seen (its square), and the share of noise in the variance: two moments of it, and as the noise has it.
+
+    All are of shape (B,): means over the d eigenvalues, and over the squared components of the noise along them.
+    """
+
+    square: Tensor
+    mean: Tensor
+    mean_square: Tensor
+    seen: Tensor
+    seen_square: Tensor
+
+    def rest(self) -> _Shape:
+        """Return the same of the share of the data, one less the noise's."""
+        first, second = 1 - self.mean, 1 - 2 * self.mean + self.mean_square
+        return _Shape(self.square, first, second, 1 - self.seen, 1 - 2 * self.seen + self.seen_square)
+
+
+def truncation(field: Field, clean: Tensor, noisy: Tensor) -> Tensor:
+    """Estimate what the ends of the path leave out of log p, nats, float64, shape (B,): of both, their sizes' sum.
+
+    It takes two evaluations of the network with their traces.
+
+    Arguments:
+        field: the right-hand side of the ODE.
+        clean, noisy: where the path of each sample starts and ends, (B, d).
+    """
+    at_clean, at_noisy = field.table(torch.tensor(field.ends, dtype=torch.float64, device="cpu"))
+    d = clean.shape[1]
+    with torch.enable_grad():
+        y = clean.detach().requires_grad_()
+        noise = _shape(field, y + (1 - at_clean.t) * field.velocity(at_clean, y), y, at_clean.t)
+        y = noisy.detach().requires_grad_()
+        p = _shape(field, y + (1 - at_noisy.t) * field.velocity(at_noisy, y), y, at_noisy.t)
+        eps_q, _ = field.reference.eps_and_divergence(y, 1 - at_noisy.t, at_noisy.t)
+        q = _shape(field, eps_q, y, at_noisy.t)
+    (log_det_p, form_p), (log_det_q, form_q) = _of_the_rest(p.rest(), d), _of_the_rest(q.rest(), d)
+    log_det, form = _of_the_rest(noise, d)
+    return 0.5 * ((log_det + form).abs() + (log_det_p - form_p - log_det_q + form_q).abs())
+
+
+def _of_the_rest(shape: _Shape, d: int) -> tuple[Tensor, Tensor]:
+    """Return log det (1 - M) and eps^T (1 - M)^-1 eps."""
+    node, weight = _node(shape.mean, shape.mean_square)
+    seen_node, seen_weight = _node(shape.seen, shape.seen_square)
+    log_det = d * weight * (1 - node).log()
+    return log_det, shape.square * (1 + seen_weight * seen_node / (1 - seen_node))
+
+
+def _node(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalue beside 0 with its share of the directions; the mean where there is no such one below 1."""
+    node = second / first
+    node = torch.where((first > 0) & (node < 1), node, first).clamp(max=1 - LEAST)
+    return node, (first / node).nan_to_num(1.0).clamp(max=1)
+
+
+def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
+    """Return what is known of a Gaussian from the noise seen in y, (B, d)."""
+    mean, mean_square = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
+    for v in field.cotangents.split(COLUMNS):
+        v = v.expand(-1, *y.shape)
+        product = vjp(eps, y, v, create_graph=False)
+        mean += torch.linalg.vecdot(product, v).sum(0)
+        mean_square += product.square().sum((0, 2))
+    (product,) = torch.autograd.grad(eps, y, eps.detach())
+    count = y.shape[1] * (1 if field.exact else len(field.cotangents))
+    eps, product = eps.detach().double(), product.double()
+    square = eps.square().sum(1)
+    total = square.clamp(min=torch.finfo(torch.float64).tiny)
+    seen, seen_square = torch.linalg.vecdot(product, eps), product.square().sum(1)
+    return _Shape(square, t * mean / count, t**2 * mean_square / count, t * seen / total, t**2 * seen_square / total)
