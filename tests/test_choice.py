@@ -135,7 +135,7 @@ def test_other_architectures_and_gradients(hopper, monkeypatch):
 
 
 def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
-    explain = sys.modules["fastscore.explain"]
+    explain = sys.modules["fastscore.program.explain"]
     monkeypatch.setattr(explain, "runnable", lambda device, dtype: NAMES)
     torch.manual_seed(0)
     lines = fs.explain(MARHead(5, 64, 2).bfloat16(), (5,)).splitlines()

@@ -256,7 +256,9 @@ def test_classes_are_rows_of_any_conditions():
         own = {"text": text[c].expand(4, 2, 5), "scale": scale[c].expand(4)}
         alone = density.estimate(x, nfe=32, seed=4, shift=shift, shared=shared, **own)
         torch.testing.assert_close(found.log_likelihood[:, c], alone.log_prob, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(found.stderr[:, c], alone.stderr, rtol=1e-3, atol=1e-3)
+        # Both widen the variance of the same terms for few draws, a single density also for their skewness.
+        assert bool((found.stderr[:, c] > alone.variance.sqrt()).all())
+        assert bool((found.stderr[:, c] < alone.stderr).all())
     # Three samples are enough for the evaluations, with their own shifts: further ones change nothing.
     each = 32 * 3 + 6 * 24 * 8
     nodes = one.fit(x, evaluations=3 * each, progress=False, shift=shift, shared=shared).nodes.share

@@ -181,7 +181,7 @@ def test_fit(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zoo:Net", "levels.npy", *ARGUMENTS[2:]), r"data holds integers \(uint8\).*fastscore\.discrete\.Levels"),
+        (("zoo:Net", "levels.npy", *ARGUMENTS[2:]), r"data holds integers \(uint8\).*fastscore\.Levels"),
         (("zoo:Net", "data.npz", *ARGUMENTS[2:]), r"data\.npz holds 2 arrays \(labels, x\); choose one as data\.npz:N"),
         (("zoo:Net", "data.pt:y", *ARGUMENTS[2:]), r"data\.pt has no 'y'; it holds labels, x"),
         (("zoo:Net", "none.npy", *ARGUMENTS[2:]), r"there is no data file 'none\.npy'"),

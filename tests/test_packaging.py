@@ -121,7 +121,7 @@ def test_wheel_is_pure_and_holds_the_package_and_nothing_else(wheel):
     assert {name for name in names if not name.startswith(f"{info}/")} == sources()
     assert "License-Expression: Apache-2.0" in about
     assert licences == [(ROOT / "LICENSE").read_bytes()]
-    assert re.search(r"\[console_scripts\]\s+fastscore ?= ?fastscore\.cli:main", commands)
+    assert re.search(r"\[console_scripts\]\s+fastscore ?= ?fastscore\.cli\.commands:main", commands)
     assert re.search(r"(?m)^Requires-Dist: torch>=2\.8", about)
 
 

@@ -241,7 +241,7 @@ def test_answers_that_are_roundings_have_no_program_and_no_error():
 
 
 def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
-    monkeypatch.setitem(fs.backends.program._ACT_IN_PLACE, "selu", torch.relu_)
+    monkeypatch.setitem(fs.ops.interpreter._ACT_IN_PLACE, "selu", torch.relu_)
     with pytest.raises(ProgramMismatch, match=r"first in layer 'net\.1'"):
         RowProgram.trace(nets.TorchCFM(), (2,), torch.linspace(0.1, 0.9, 4))
 

@@ -34,7 +34,7 @@ from ..density import ScoreDensity
 from ..estimator.protocol import Density, check_density
 from ..estimator.samples import Samples
 from ..process.conditions import takes_conditions
-from ..support.host import whole
+from ..support.host import positive, whole
 from ..support.modes import differentiable, refuse_inference_weights
 from ..support.untouched import undisturbed
 from .cut_graph import refuse_cut_graph
@@ -125,8 +125,7 @@ def probability_flow_log_prob(
             "the ODE moves all entries of x and takes no mask; use density.estimate(x, mask=mask), and "
             "cond={'mask': ...} for a keyword of the network that is called mask"
         )
-    if not error > 0:
-        raise ValueError(f"error must be positive (nats), got {error}")
+    error = positive("error", error, "nats")
     if check_density(density).schedule.discrete:
         raise ValueError(
             f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"

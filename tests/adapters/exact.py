@@ -72,14 +72,14 @@ def assert_exact(
     error = found.log_prob.double() - truth
     outside = found.truncation + found.discretization
     worst = float((error.abs() / found.stderr).max())
-    mean_error = float(found.stderr.double().square().mean().sqrt()) / count**0.5
+    mean_error = float(found.variance.mean().sqrt()) / count**0.5
     inner.reference = moved(Reference(TARGET.weight, TARGET.mean, TARGET.eigenvalue), shift)
     left = float((density.estimate(x[:16], nfe=32, seed=4, **cond).log_prob.double() - truth[:16]).abs().max())
     print(
         f"stderr {float(found.stderr.mean()):.4f}, worst sample {worst:.2f} standard errors, mean "
         f"{float(error.mean()):+.4f} +- {mean_error:.4f} (outside {outside:.4f}); own reference: {left:.1e} nats"
     )
-    assert float(found.stderr.mean()) < 0.08, "too noisy to tell"
+    assert float(found.stderr.mean()) < 0.09, "too noisy to tell"
     assert bool((error.abs() < 4 * found.stderr + outside).all()), worst
     assert abs(float(error.mean())) < 4 * mean_error + outside, (float(error.mean()), mean_error)
     assert left < rounding

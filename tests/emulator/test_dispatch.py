@@ -94,7 +94,7 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
     ],
 )
 def test_explain_names_what_runs_a_network(monkeypatch, width, last):
-    explain = sys.modules["fastscore.explain"]  # not the function of that name
+    explain = sys.modules["fastscore.program.explain"]  # not the function of that name
     monkeypatch.setattr(explain, "runnable", lambda device, dtype: ("cuda", "triton"))
     cuda.why_not_fused.cache_clear()
     module = types.SimpleNamespace(plan=lambda *shape: {})
