@@ -17,27 +17,27 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .estimator import probe
-from .estimator.calibration import calibrated, uncalibrated
+from .estimator.calibration import uncalibrated
 from .estimator.coincidence import refuse_coincidences
 from .estimator.coupling import warn_if_coupled
-from .estimator.curve import Curve, CurveSum, ends, table_error
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Comparison, Estimate
 from .estimator.integrand import Draws, Network, cost_of_row, evaluate
-from .estimator.methods import base, control_variate
+from .estimator.methods import control_variate
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
 from .estimator.protocol import Density
-from .estimator.rules import MAX_DRAWS, make_rules, method_table
+from .estimator.rounds import Estimator
+from .estimator.rules import MAX_DRAWS, make_rules
 from .estimator.samples import Samples, check_batch, check_samples
-from .estimator.statistics import Spread, draw_sum, draw_variance, widened
+from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.noise import POINT_BYTES, SOBOL_MAX_DIM
 from .ops.select import check_name, select
 from .process.conditions import Conditions, takes_conditions
@@ -55,32 +55,6 @@ from .support.progress import progress_bar
 from .support.untouched import evaluation
 
 NOISES = ("auto", "sobol", "independent")
-
-
-@dataclass
-class _Round:
-    """What one set of draws says of some samples: value, variances, evaluations, ends, curve, offset to the integral.
-
-    Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means.
-    """
-
-    value: Tensor
-    variance: Tensor
-    nfe: Tensor
-    ends: Tensor
-    curve_sum: CurveSum
-    offset: float = 0.0
-
-    @classmethod
-    def empty(cls, samples: int, draws: int, device: torch.device) -> _Round:
-        value, variance = torch.empty(3, samples, dtype=torch.float64, device=device).split([1, 2])
-        at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
-        nfe = torch.empty(samples, dtype=torch.int64, device=device)
-        return cls(value[0], variance, nfe, at_ends, CurveSum(draws, device))
-
-    @property
-    def curve(self) -> Curve:
-        return self.curve_sum.curve()
 
 
 class ScoreDensity(Density):
@@ -246,7 +220,7 @@ class ScoreDensity(Density):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        first = self._draws(nfe, seed, samples, method)
+        first, number = self._draws(nfe, seed, samples, method), 0
         if target_stderr is not None and not first.rules.nfe <= whole("max_nfe", max_nfe) <= MAX_DRAWS:
             raise ValueError(
                 f"max_nfe must be between the {first.rules.nfe} evaluations to start from and {MAX_DRAWS}, got "
@@ -254,39 +228,15 @@ class ScoreDensity(Density):
             )
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         warn_if_coupled(self.network, samples, self.reference)
+        estimator = Estimator(self.network, self.reference, self.nodes, method, chunks)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
-            found = self._round(samples, first, method, chunks, bar.update)
-            total, variance, spent = found.value, found.variance, found.nfe
-            active = self._above(target_stderr, variance[0], spent, max_nfe)
-            round_ = 0
-            while len(active):
-                # Every round doubles what was spent; rounds are averaged with their evaluations as weights.
-                round_ += 1
-                draws = self._draws(int(spent[active].min()), seed, samples, method, round_)
+            found = estimator.evaluate(samples, first, bar.update)
+            while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
+                number += 1
+                draws = self._draws(int(found.nfe[active].min()), seed, samples, method, number)
                 bar.reset(total=len(active))
-                extra = self._round(samples.select(active), draws, method, chunks, bar.update)
-                share = extra.nfe / (spent[active] + extra.nfe)
-                total[active] += share * (extra.value - total[active])
-                variance[:, active] = (1 - share) ** 2 * variance[:, active] + share**2 * extra.variance
-                spent[active] += extra.nfe
-                active = active[self._above(target_stderr, variance[0, active], spent[active], max_nfe)]
-        offset = found.offset
-        if method == "density" and self.schedule.discrete:
-            offset = table_error(found.curve, method_table(self.schedule)[1])
-        variance = self.with_rounding(variance, total, samples)
-        return Estimate(
-            log_prob=total.to(samples.x.dtype),
-            stderr=variance[0].sqrt().to(samples.x.dtype),
-            variance=variance[1],
-            nfe=spent,
-            log_snr_curve=found.curve,
-            discretization=offset,
-            dims=samples.dims,
-            method=method,
-            noise=first.noise,
-            group=samples.group,
-            ends=found.ends,
-        )
+                found.average(active, estimator.evaluate(samples.select(active), draws, bar.update))
+        return estimator.report(found, samples, first.noise)
 
     @ordinary
     @evaluation
@@ -428,39 +378,6 @@ class ScoreDensity(Density):
         for part in evaluate(self.network, samples, draws, self.reference, chunks):
             yield part.samples, draw_sum(part.f, part.rule)
 
-    def _round(
-        self, samples: Samples, draws: Draws, method: str, chunks: Chunks, advance: Callable[[int], object]
-    ) -> _Round:
-        """Evaluate one set of draws."""
-        reference = control_variate(method, self.reference)
-        found = _Round.empty(len(samples), len(draws), samples.x.device)
-        for chosen, f, rule in evaluate(self.network, samples, draws, reference, chunks):
-            x, mask = samples.entries(chosen)
-            value = base(method, reference, x, self.schedule, mask) + draw_sum(f, rule)
-            found.value[chosen], found.nfe[chosen] = value, rule.nfe
-            spread = Spread.of(f, rule, x.shape[1] if mask is None else mask.sum(1))
-            found.variance[:, chosen] = calibrated(spread, draws.rules.nfe, self.calibration(samples, draws))
-            found.ends[chosen] = ends(f, rule, self.log_snr_range, self.nodes.slowest_decay)
-            found.curve_sum.add(f, rule)
-            if method != "density":
-                integral = base("density", reference, x, self.schedule, mask) + draw_sum(f, rule, density=True)
-                found.offset += float((value - integral).sum()) / len(samples)
-            advance(len(f))
-        return found
-
-    def with_rounding(self, variance: Tensor, log_prob: Tensor, samples: Samples) -> Tensor:
-        """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
-        lo, hi = self.log_snr_range
-        size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
-        return variance + (torch.finfo(samples.x.dtype).eps * size).square()
-
-    @staticmethod
-    def _above(target: float | None, variance: Tensor, spent: Tensor, max_nfe: int) -> Tensor:
-        """Return which samples need, and may have, another round."""
-        if target is None:
-            return spent.new_empty(0, dtype=torch.long)
-        return ((variance.sqrt() > target) & (2 * spent <= max_nfe)).nonzero().flatten()
-
     @property
     def log_snr_range(self) -> tuple[float, float]:
         """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
@@ -493,11 +410,6 @@ class ScoreDensity(Density):
             nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
         rules = make_rules(nodes, nfe, self.schedule, method, seed, round_)
         return Draws(rules, self._noise_kind(samples), whole("seed", seed), round_)
-
-    def calibration(self, samples: Samples, draws: Draws) -> Tensor:
-        """Return the calibration of the error bars of some draws: what `fit` measured on whole samples, or none."""
-        measured = draws.noise == "sobol" and samples.mask is None
-        return self.nodes.calibration if measured else uncalibrated()
 
     def _noise_kind(self, samples: Samples) -> str:
         d = samples.x.shape[1]

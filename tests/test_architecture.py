@@ -51,7 +51,7 @@ def test_an_estimate_walks_through_the_stations():
     # The stations come in their order: each one's first file is entered after the first file of the one before.
     first = [re.search(r"`(fastscore/[\w/]+\.py)`", line)[1] for line in re.split(r"\n(?=\d+\. )", STATIONS)]
     assert len(first) == 12
-    # Three are entered earlier for a small service: the network's description, the shift of the nodes, an empty curve.
-    services = ("integrand.py", "noise.py", "curve.py")
+    # Three are entered earlier for a small service: the shift of the nodes, an empty calibration, an empty curve.
+    services = ("noise.py", "calibration.py", "curve.py")
     places = [walked.index(station) for station in first if not station.endswith(services)]
     assert places == sorted(places), list(zip(first, places))

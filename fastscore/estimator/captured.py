@@ -22,6 +22,7 @@ from ..support.modes import ordinary
 from .calibration import calibrated
 from .integrand import Rows, draw_values
 from .protocol import Density, check_density
+from .rounds import calibration_of, with_rounding
 from .rules import Rule
 from .samples import Samples
 from .statistics import Spread, draw_sum
@@ -132,7 +133,7 @@ class CapturedDensity:
 
     def _estimate(self) -> tuple[Tensor, Tensor]:
         density = self.core
-        network, calibration = density.network, density.calibration(self.samples, self.draws)
+        network, calibration = density.network, calibration_of(density.nodes, self.samples, self.draws)
         x, mask = self.samples.x, self.samples.mask
         log_prob, variance = density.reference.log_prob(x, mask), torch.empty_like(x[:, 0]).double()
         for group in self.groups:
@@ -143,7 +144,7 @@ class CapturedDensity:
                 log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
                 spread = Spread.of(f, group.rule, part.dims)
                 variance[members] = calibrated(spread, self.draws.rules.nfe, calibration)[0]
-        return log_prob, density.with_rounding(variance, log_prob, self.samples).sqrt()
+        return log_prob, with_rounding(variance, log_prob, self.samples, density.log_snr_range).sqrt()
 
     def _capture(self) -> None:
         with torch.cuda.device(self.samples.x.device):

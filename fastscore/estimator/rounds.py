@@ -1,0 +1,118 @@
+"""Rounds of draws: what one says of some samples, and how further ones are averaged in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference.gaussians import Reference
+from ..support.memory import Chunks
+from .calibration import calibrated, uncalibrated
+from .curve import CurveSum, ends, table_error
+from .estimate import Estimate
+from .integrand import Draws, Network, evaluate
+from .methods import base, control_variate
+from .nodes import FittedNodes
+from .rules import method_table
+from .samples import Samples
+from .statistics import Spread, draw_sum
+
+
+@dataclass
+class Round:
+    """What one set of draws says of some samples: value, variances, evaluations, ends, curve, offset to the integral.
+
+    Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means.
+    """
+
+    value: Tensor
+    variance: Tensor
+    nfe: Tensor
+    ends: Tensor
+    curve_sum: CurveSum
+    offset: float = 0.0
+
+    @classmethod
+    def empty(cls, samples: int, draws: int, device: torch.device) -> Round:
+        value, variance = torch.empty(3, samples, dtype=torch.float64, device=device).split([1, 2])
+        at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
+        nfe = torch.empty(samples, dtype=torch.int64, device=device)
+        return cls(value[0], variance, nfe, at_ends, CurveSum(draws, device))
+
+    def above(self, target: float, most: int) -> Tensor:
+        """Return which samples have a larger standard error than `target`, and may spend as much again."""
+        return ((self.variance[0].sqrt() > target) & (2 * self.nfe <= most)).nonzero().flatten()
+
+    def average(self, chosen: Tensor, extra: Round) -> None:
+        """Take a further round of some samples in: rounds are averaged with their evaluations as weights."""
+        share = extra.nfe / (self.nfe[chosen] + extra.nfe)
+        self.value[chosen] += share * (extra.value - self.value[chosen])
+        self.variance[:, chosen] = (1 - share) ** 2 * self.variance[:, chosen] + share**2 * extra.variance
+        self.nfe[chosen] += extra.nfe
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Evaluates rounds by one method, with a density's network, reference and nodes, and reports what they say."""
+
+    network: Network
+    reference: Reference
+    nodes: FittedNodes
+    method: str
+    chunks: Chunks
+
+    def evaluate(self, samples: Samples, draws: Draws, advance: Callable[[int], object]) -> Round:
+        """Evaluate one set of draws; `advance` is told of every chunk's samples."""
+        method, schedule = self.method, self.network.schedule
+        reference = control_variate(method, self.reference)
+        calibration = calibration_of(self.nodes, samples, draws)
+        found = Round.empty(len(samples), len(draws), samples.device)
+        for chosen, f, rule in evaluate(self.network, samples, draws, reference, self.chunks):
+            x, mask = samples.entries(chosen)
+            value = base(method, reference, x, schedule, mask) + draw_sum(f, rule)
+            found.value[chosen], found.nfe[chosen] = value, rule.nfe
+            spread = Spread.of(f, rule, x.shape[1] if mask is None else mask.sum(1))
+            found.variance[:, chosen] = calibrated(spread, draws.rules.nfe, calibration)
+            found.ends[chosen] = ends(f, rule, self.nodes.log_snr_range, self.nodes.slowest_decay)
+            found.curve_sum.add(f, rule)
+            if method != "density":
+                integral = base("density", reference, x, schedule, mask) + draw_sum(f, rule, density=True)
+                found.offset += float((value - integral).sum()) / len(samples)
+            advance(len(f))
+        return found
+
+    def report(self, found: Round, samples: Samples, noise: str) -> Estimate:
+        """Return the estimate of all rounds; its curve and its offset are those of the first."""
+        curve, offset = found.curve_sum.curve(), found.offset
+        if self.method == "density" and self.network.schedule.discrete:
+            offset = table_error(curve, method_table(self.network.schedule)[1])
+        variance = with_rounding(found.variance, found.value, samples, self.nodes.log_snr_range)
+        return Estimate(
+            log_prob=found.value.to(samples.x.dtype),
+            stderr=variance[0].sqrt().to(samples.x.dtype),
+            variance=variance[1],
+            nfe=found.nfe,
+            log_snr_curve=curve,
+            discretization=offset,
+            dims=samples.dims,
+            method=self.method,
+            noise=noise,
+            group=samples.group,
+            ends=found.ends,
+        )
+
+
+def calibration_of(nodes: FittedNodes, samples: Samples, draws: Draws) -> Tensor:
+    """Return the calibration of the error bars of some draws: what `fit` measured on whole samples, or none."""
+    measured = draws.noise == "sobol" and samples.mask is None
+    return nodes.calibration if measured else uncalibrated()
+
+
+def with_rounding(variance: Tensor, log_prob: Tensor, samples: Samples, log_snr_range: tuple[float, float]) -> Tensor:
+    """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
+    lo, hi = log_snr_range
+    size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
+    return variance + (torch.finfo(samples.x.dtype).eps * size).square()
