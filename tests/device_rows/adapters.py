@@ -1,0 +1,154 @@
+"""Rows of the adapters, with stand-ins for the libraries' objects."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from fastscore import adapters
+
+from .common import NFE, D, Net, X, row, summary
+
+OPTIONS = {"program": False}
+
+
+def table_of():
+    return torch.linspace(0.99, 0.02, 50)
+
+
+class Wrapped(nn.Module):
+    """A network under another library's interface, with what its object holds."""
+
+    def __init__(self, call, **held):
+        super().__init__()
+        self.net, self.call = Net(), call
+        for name, value in held.items():
+            self.register_buffer(name, value) if isinstance(value, Tensor) else setattr(self, name, value)
+
+    def forward(self, *args, **kwargs):
+        return self.call(self.net, *args, **kwargs)
+
+
+def named(name, **attributes):
+    return type(name, (), attributes)()
+
+
+def from_diffusers(on):
+    def net():
+        return Wrapped(lambda net, x, timestep, **c: SimpleNamespace(sample=net(x, timestep, **c)))
+
+    class Config(dict):  # as diffusers has them
+        __getattr__ = dict.__getitem__
+
+    config = Config(prediction_type="v_prediction", num_train_timesteps=20)
+    table = SimpleNamespace(config=config, alphas_cumprod=table_of())
+    options = dict.fromkeys(("shift", "shift_terminal", "invert_sigmas"), None) | {"num_train_timesteps": 1000}
+    flow = named("FlowMatchEulerDiscreteScheduler", config=Config(options), sigma_min=0.01)
+    return [
+        adapters.from_diffusers(on(net()), table, **OPTIONS),
+        adapters.from_diffusers(on(net()), flow, time="t", **OPTIONS),
+    ]
+
+
+def from_edm(on):
+    plain = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5)
+    rounded = Wrapped(lambda net, x, sigma: net(x, sigma), u=torch.linspace(80, 0, 30))
+    return [adapters.from_edm(on(plain), **OPTIONS), adapters.from_edm(on(rounded), **OPTIONS)]
+
+
+def from_flow_matching(on):
+    cosine = named(
+        "CosineScheduler",
+        __call__=lambda self, t: SimpleNamespace(
+            alpha_t=torch.sin(math.pi / 2 * t), sigma_t=torch.cos(math.pi / 2 * t),
+            d_alpha_t=math.pi / 2 * torch.cos(math.pi / 2 * t), d_sigma_t=-math.pi / 2 * torch.sin(math.pi / 2 * t),
+        ),
+        snr_inverse=lambda self, snr: 2 / math.pi * torch.atan(snr),
+    )  # fmt: skip
+    return [adapters.from_flow_matching(on(Net()), path, **OPTIONS) for path in (None, cosine)]
+
+
+def from_guided_diffusion(on):
+    whole = {"alphas_cumprod": table_of().double().numpy(), "model_mean_type": "EPSILON", "rescale_timesteps": False}
+    spaced = whole | {"rescale_timesteps": True, "timestep_map": range(0, 100, 2), "original_num_steps": 100}
+    return [adapters.from_guided_diffusion(on(Net()), SimpleNamespace(**kept), **OPTIONS) for kept in (whole, spaced)]
+
+
+def from_k_diffusion(on):
+    plain = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5)
+    table = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=1.0, sigmas=torch.linspace(0.01, 80, 30))
+    return [adapters.from_k_diffusion(on(plain), **OPTIONS), adapters.from_k_diffusion(on(table), **OPTIONS)]
+
+
+def from_lucidrains(on):
+    ratio = (1 / table_of().double() - 1).sqrt().float()
+    kept = {"objective": "pred_noise", "sqrt_recipm1_alphas_cumprod": ratio}
+    made = [Wrapped(None, **kept, normalize=lambda x: 2 * x - 1), Wrapped(None, **kept, normalize=lambda x: x)]
+    for diffusion in made:
+        diffusion.model = diffusion.net
+    return [adapters.from_lucidrains(on(diffusion), **OPTIONS) for diffusion in made]
+
+
+class VPScoreEstimator(Wrapped):
+    def score(self, theta, condition, t):
+        return self.net(theta + condition, t)
+
+
+class FlowMatchingEstimator(VPScoreEstimator):
+    def forward(self, theta, condition, t):
+        return self.net(theta + condition, t)
+
+
+def from_sbi(on):
+    kept = {
+        "condition_shape": torch.Size([D]), "input_shape": torch.Size([D]), "mean_0": torch.full((D,), 0.1),
+        "std_0": torch.full((D,), 1.5), "beta_min": 0.1, "beta_max": 10.0, "t_min": 1e-3, "t_max": 1.0,
+        "noise_scale": 1e-3, "_theta_shift": torch.full((D,), 0.2), "_theta_scale": torch.full((D,), 2.0),
+    }  # fmt: skip
+    plain = {k: v for k, v in kept.items() if k != "noise_scale"}
+    x = torch.full((D,), 0.3)
+    return [
+        adapters.from_sbi(on(VPScoreEstimator(None, **plain)), on(x), **OPTIONS),
+        adapters.from_sbi(on(VPScoreEstimator(None, **plain)), x, **OPTIONS),  # an observation on the host
+        adapters.from_sbi(on(FlowMatchingEstimator(None, **kept)), on(x), **OPTIONS),
+    ]
+
+
+def from_score_models(on):
+    class ScoreModel(Wrapped):
+        def score(self, t, x, *conditions):
+            return self.net(x, t, *conditions)
+
+    return [
+        adapters.from_score_models(on(ScoreModel(None, sde=sde)), **OPTIONS)
+        for sde in (
+            named("VESDE", T=1, epsilon=1e-5, sigma_min=0.01, sigma_max=50.0),
+            named("VPSDE", T=1, epsilon=1e-5, beta_min=0.1, beta_max=20.0),
+        )
+    ]
+
+
+def from_score_sde(on):
+    alpha = table_of().sqrt()
+    vp = {"beta_0": 0.1, "beta_1": 20.0, "sqrt_alphas_cumprod": alpha, "sqrt_1m_alphas_cumprod": (1 - alpha**2).sqrt()}
+    ve = {"sigma_min": 0.01, "sigma_max": 50.0, "discrete_sigmas": torch.logspace(-2, 1.7, 30)}
+    kinds = [("VPSDE", vp, True), ("VPSDE", vp, False), ("subVPSDE", vp, True)]
+    kinds += [("VESDE", ve, True), ("VESDE", ve, False)]
+    return [adapters.from_score_sde(on(Net()), named(name, **held), whole, **OPTIONS) for name, held, whole in kinds]
+
+
+@row(each=adapters.__all__)
+def adapter(on, name):
+    found = []
+    for made in globals()[name](on):
+        inner = getattr(made, "density", made)
+        found += [inner.schedule.log_snr_range, summary(made.estimate(on(X), nfe=NFE))]
+    # Wrapped on the host, used there, and then the network alone goes to the device.
+    for made in globals()[name](lambda v: v):
+        made.estimate(X, nfe=NFE)
+        inner = getattr(made, "density", made)
+        for child in inner.model.children() if inner.model.__module__.startswith("fastscore") else [inner.model]:
+            on(child)
+        found.append(summary(made.estimate(on(X), nfe=NFE)))
+    return found
