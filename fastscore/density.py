@@ -32,7 +32,7 @@ from .estimator.estimate import Comparison, Estimate
 from .estimator.integrand import Draws, Network, cost_of_row, evaluate
 from .estimator.methods import control_variate
 from .estimator.nodes import FittedNodes, NodeDensity
-from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot
+from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.protocol import Density
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS, make_rules
@@ -40,7 +40,7 @@ from .estimator.samples import Samples, check_batch, check_samples
 from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.noise import POINT_BYTES, SOBOL_MAX_DIM
 from .ops.select import check_name, select
-from .process.conditions import Conditions, takes_conditions
+from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
 from .process.network import model_device, warn_if_training
 from .process.predictions import check_prediction
@@ -53,6 +53,7 @@ from .support.memory import Chunks, plan_chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
 from .support.untouched import evaluation
+from .support.warn import warn
 
 NOISES = ("auto", "sobol", "independent")
 
@@ -236,6 +237,11 @@ class ScoreDensity(Density):
                 draws = self._draws(int(found.nfe[active].min()), seed, samples, method, number)
                 bar.reset(total=len(active))
                 found.average(active, estimator.evaluate(samples.select(active), draws, bar.update))
+        if target_stderr is not None and (left := int((found.variance[0].sqrt() > target_stderr).sum())):
+            warn(
+                f"{left} of {len(samples)} samples are above target_stderr={target_stderr:g} after "
+                f"max_nfe={max_nfe} evaluations; give a larger max_nfe, or fit the density first"
+            )
         return estimator.report(found, samples, first.noise)
 
     @ordinary
@@ -266,7 +272,7 @@ class ScoreDensity(Density):
         Raises:
             ValueError: as `estimate`.
         """
-        samples = self.check(x, sample_index, cond_a, cond_b, mask=mask)
+        samples = self.check(x, sample_index, merged(cond_a, {}), merged(cond_b, {}), mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
         draws = Draws(make_rules(nodes, nfe, self.schedule, seed=seed), "independent", whole("seed", seed))
@@ -336,6 +342,7 @@ class ScoreDensity(Density):
         self._row_costs.clear()
         if not degenerate:
             warn_if_out_of_range(fitted.reference.scales(), self.log_snr_range)
+            warn_if_worse_than_reference(fitted.nodes, samples)
         return self
 
     def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
@@ -344,6 +351,9 @@ class ScoreDensity(Density):
         chosen = choose(len(data), whole("seed", seed))
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
+        bad = (~torch.isfinite(x.flatten(1))).any(1).nonzero()
+        if len(bad):
+            raise ValueError(f"data has NaN or inf in sample {int(chosen[int(bad[0])])}; remove such samples")
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self.check(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
@@ -435,6 +445,8 @@ class ScoreDensity(Density):
         if key not in self._row_costs:
             self._row_costs[key] = cost_of_row(self.network, samples, reference)
             self._probe(samples)
+        for cond in samples.conds:
+            cond.remember(self.model, len(samples))
         points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples) == "sobol" else 0
         return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
 

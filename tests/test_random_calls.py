@@ -91,6 +91,7 @@ def part(given, chosen, count):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore:.*above target_stderr", "ignore:on these data the network")  # a random network
 @pytest.mark.parametrize("share", range(SHARES))
 def test_random_calls(share, one_thread):
     choose = random.Random(share)

@@ -183,3 +183,91 @@ def test_warnings_name_the_callers_line():
     with pytest.warns(UserWarning, match="1 constant") as caught:
         density().fit(torch.cat([X, torch.zeros(30, 1)], 1))
     assert [warning.filename for warning in caught] == [__file__]
+
+
+class Labelled(nn.Module):
+    """A network that takes whatever it is called with."""
+
+    def forward(self, x, t, **given):
+        y = given.get("y", torch.zeros(len(x)))
+        return torch.tanh(x) + 0.1 * y[:, None].expand(len(x), 1)
+
+
+def test_a_call_that_was_refused_says_nothing_of_the_next_one():
+    made = fs.ScoreDensity(Labelled(), fs.VP())
+    with pytest.raises(ValueError, match=r"y \(29,\) shared by all"):
+        made.estimate(X, nfe=16, y=torch.ones(29))
+    expected = made.estimate(X, nfe=16, y=fs.per_sample(torch.ones(30))).log_prob
+    assert torch.equal(made.estimate(X, nfe=16, y=torch.ones(30)).log_prob, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nfee", "nfee is no option of estimate, did you mean nfe"),
+        ("max_nfes", "max_nfes is no option of estimate, did you mean max_nfe"),
+        ("target_sterr", "did you mean target_stderr"),
+        ("samples", None),  # not near enough
+        ("backend", r"backend is an argument of ScoreDensity\(...\), not of estimate"),
+        ("predicts", "predicts is an argument of ScoreDensity"),
+    ],
+)
+def test_options_that_are_misspelt_do_not_go_to_the_network(name, message):
+    made = fs.ScoreDensity(Labelled(), fs.VP())
+    if message is None:
+        made.estimate(X, **{"nfe": 16, name: 1})
+        return
+    with pytest.raises(ValueError, match=message):
+        made.estimate(X, **{name: 1})
+    made.estimate(X, nfe=16, cond={name: 1})  # said to be the network's
+
+    class Spells(Labelled):
+        def forward(self, x, t, nfee=0, backend="", predicts="", max_nfes=0, target_sterr=0):
+            return torch.tanh(x)
+
+    fs.ScoreDensity(Spells(), fs.VP()).estimate(X, **{"nfe": 16, name: 1})
+
+
+def test_nodes_of_another_schedule_are_refused():
+    nodes = fs.AdaptiveNodes(fs.LogSNR(0.0, 1.0))
+    with pytest.raises(
+        ValueError, match=r"nodes cover log-SNR 0 to 1, the density's schedule -10 to 13.8; .*AdaptiveNodes"
+    ):
+        fs.density_loss(density(), X, seed=0, nodes=nodes)
+
+
+def test_an_error_that_was_not_reached_is_said():
+    with pytest.warns(UserWarning, match="30 of 30 samples are above target_stderr=1e-06 after max_nfe=64"):
+        density().estimate(X, nfe=16, target_stderr=1e-6, max_nfe=64)
+
+
+def test_fit_names_the_sample_by_its_place_in_the_data():
+    data = torch.zeros(400, 3)
+    data[37, 1] = torch.inf
+    with pytest.raises(ValueError, match="data has NaN or inf in sample 37; remove"):
+        density().fit(data)
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(ValueError, match="cond must be a dict of the network's keyword arguments"):
+        density().compare(X, torch.ones(30), torch.zeros(30))
+    with pytest.raises(ValueError, match=r"levels must be fastscore.Levels such as Levels\(256\), got int"):
+        fs.discrete_log_prob(density(), X.long(), 16)
+
+
+class Gaussian(nn.Module):
+    """The exact noise prediction of N(0, 0.25), called with the time that it was trained on."""
+
+    def forward(self, x, t):
+        alpha, sigma = (v[:, None].to(x) for v in fs.VP().alpha_sigma(t))
+        return sigma * x / (0.25 * alpha**2 + sigma**2)
+
+
+def test_fit_warns_of_a_network_that_explains_its_data_worse_than_a_gaussian(recwarn):
+    data = 0.5 * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    fs.ScoreDensity(Gaussian(), fs.VP()).fit(data, progress=False)
+    assert [str(warning.message) for warning in recwarn] == []
+    message = r"nats a sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
+    for wrong, scale in ((fs.ScoreDensity(Gaussian(), fs.VP(), "x0"), 1), (fs.ScoreDensity(Gaussian(), fs.VP()), 10)):
+        with pytest.warns(UserWarning, match=message):
+            wrong.fit(scale * data, progress=False)

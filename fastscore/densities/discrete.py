@@ -121,6 +121,8 @@ def discrete_log_prob(
         ValueError: if k does not fit the levels, if the network's levels are not equidistant, and as
             `ScoreDensity.estimate` does.
     """
+    if not isinstance(levels, Levels):
+        raise ValueError(f"levels must be fastscore.Levels such as Levels(256), got {type(levels).__name__}")
     z, width = _as_the_network_saw(check_density(density), k, levels)
     core = density.core
     single = core.reference.components == 1

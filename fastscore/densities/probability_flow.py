@@ -128,7 +128,8 @@ def probability_flow_log_prob(
     error = positive("error", error, "nats")
     if check_density(density).schedule.discrete:
         raise ValueError(
-            f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one the table came from"
+            f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one that the table came from, "
+            "such as VP() for DDPM.linear, and a module around the network that turns its time in (0, 1) into timesteps"
         )
     odeint = None if method in OWN else _torchdiffeq()
     refuse_inference_weights(density.model)

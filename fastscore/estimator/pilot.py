@@ -26,6 +26,7 @@ from ..reference.fitting import fit_diagonal, fit_mixture
 from ..reference.gaussians import Reference
 from ..support.memory import Chunks
 from ..support.untouched import uncompiled
+from ..support.warn import warn
 from . import calibration
 from .calibration import Replicates
 from .integrand import Draws, Network, Rows, evaluate, row_terms
@@ -250,3 +251,18 @@ def _network_flops(network: Network, samples: Samples) -> int:
     with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
     return max(1, counter.get_total_flops() // 2)
+
+
+def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
+    """Warn where a network explains the data that it is fitted to worse than the fitted reference does, by far.
+
+    Its mean log-density on the pilot's samples is then below the reference's by more than half a nat a dimension.
+    """
+    dims = samples.x.shape[1] if samples.mask is None else float(samples.mask.sum(1).double().mean())
+    below = 0.5 * nodes.curve_integral()
+    if below > max(1.0, 0.5 * dims):
+        warn(
+            f"on these data the network's log-density is {below:.3g} nats a sample below that of the fitted reference: "
+            "is predicts=, the time that the network gets (schedule=), or the scale of the data another than in "
+            "training, or is it not trained yet?"
+        )

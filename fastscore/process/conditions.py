@@ -6,9 +6,10 @@ caller does, with `shared` or `per_sample` around it. Inside, leaves go by their
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..support.host import layout_of
 from ..support.structure import Leaf, Marked, Structure, flatten, is_plain
 
+_OF_THE_DENSITY = {"schedule", "predicts", "reference", "noise", "backend", "time_dtype", "program"}
 # By network and path: whether the first call that could tell took it per sample, its first size, and the samples.
 _TAKEN: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bool, int, int]]] = weakref.WeakKeyDictionary()
 
@@ -70,6 +72,7 @@ class Conditions:
     shared: dict[str, object]
     structure: Structure | None = None
     guessed: tuple[str, ...] = ()
+    unsaid: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, object], batch: int, model: nn.Module | None = None) -> Conditions:
@@ -80,8 +83,8 @@ class Conditions:
         are the same in both ways.
 
         Arguments:
-            model: the network, of which is remembered how every condition was taken: one that the sizes of two calls
-                tell apart differently is refused.
+            model: the network, of which is remembered how every condition was taken in calls that it answered
+                (`remember`): one that the sizes of two calls tell apart differently is refused.
 
         Raises:
             ValueError: for a tensor marked per sample of another first size, a list as long as the batch, a condition
@@ -101,7 +104,15 @@ class Conditions:
         if model is not None:
             for path in unsaid:
                 _compare_with_earlier(model, path, leaves[path].value, verdicts[path], batch)
-        return cls(own, rest, structure, tuple(path for path in unsaid if verdicts[path]))
+        return cls(own, rest, structure, tuple(path for path in unsaid if verdicts[path]), tuple(unsaid))
+
+    def remember(self, model: nn.Module, batch: int) -> None:
+        """Keep how a network's conditions were taken, once it has answered a call with them."""
+        for path in self.unsaid:
+            own = path in self.per_sample
+            value = self.per_sample[path] if own else self.shared[path]
+            if isinstance(value, Tensor) and value.ndim and len(value) > 1 and batch > 1:
+                _TAKEN.setdefault(model, {}).setdefault(path, (own, len(value), batch))
 
     def select(self, samples: slice | Tensor) -> Conditions:
         """Return the conditions of some samples."""
@@ -179,7 +190,7 @@ def _compare_with_earlier(model: nn.Module, path: str, value: object, own: bool,
     """Refuse a tensor that its size makes another thing than at an earlier call."""
     if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1 or batch == 1:
         return  # either way the same
-    was, size, samples = _TAKEN.setdefault(model, {}).setdefault(path, (own, len(value), batch))
+    was, size, samples = _TAKEN.get(model, {}).get(path, (own, len(value), batch))
     if was != own:
         says = {True: "one entry a sample", False: "shared by all samples"}
         raise ValueError(
@@ -208,6 +219,22 @@ def merged(cond: Mapping[str, object] | None, named: dict[str, object]) -> dict[
     return {**cond, **named}
 
 
+def _refuse_misspelt(call: str, named: Iterable[str], options: set[str], owner: object) -> None:
+    """Refuse a name that looks like an option, and that the network does not spell out among its own."""
+    while hasattr(owner, "density"):
+        owner = owner.density
+    forward = getattr(getattr(owner, "model", None), "forward", None)
+    wanted = inspect.signature(forward).parameters if forward is not None else {}
+    for name in set(named) - set(wanted):
+        if name in _OF_THE_DENSITY:
+            raise ValueError(f"{name} is an argument of ScoreDensity(...), not of {call}")
+        near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+        if near:
+            raise ValueError(
+                f"{name} is no option of {call}, did you mean {near[0]}? The network gets it by cond={{{name!r}: ...}}"
+            )
+
+
 def takes_conditions(call: Callable) -> Callable:
     """Let a function take the network's keyword arguments by name, in the dict `cond`, or both; it gets the dict.
 
@@ -234,6 +261,7 @@ def takes_conditions(call: Callable) -> Callable:
                     f"network with this name goes as cond={{{name!r}: ...}}"
                 )
         named = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
+        _refuse_misspelt(call.__name__, named, own - {"self", "x", "data"}, args[0] if args else None)
         return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
 
     return with_conditions

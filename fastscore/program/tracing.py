@@ -45,7 +45,8 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
-_TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+_TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch._subclasses")
+_TRACERS += ("torch.fx.experimental.symbolic_shapes",)
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
 _NEVER = (
     *(nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.RNNBase),

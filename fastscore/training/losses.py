@@ -33,6 +33,7 @@ from ..process.predictions import coefficients
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
+MISSED = 0.1  # units of log-SNR at either end, which nodes may leave out
 
 
 @takes_conditions
@@ -75,6 +76,8 @@ def density_loss(
         raise ValueError(f"draws must be at least 1, got {draws}")
     z, log_det = check_density(density).to_network(x, mask)
     core = density.core
+    if nodes is not None:
+        _check_range(nodes.density, core)
     samples = core.check(z, None, cond, mask=mask)
     rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
@@ -84,6 +87,17 @@ def density_loss(
     integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
     loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
     return loss.mean() if reduction == "mean" else loss
+
+
+def _check_range(nodes: NodeDensity, density: ScoreDensity) -> None:
+    """Raise ValueError where nodes leave out a part of the schedule: there the loss would have no gradient."""
+    lo, hi = density.schedule.log_snr_range
+    first, last = float(nodes.edges[0]), float(nodes.edges[-1])
+    if first > lo + MISSED or last < hi - MISSED:
+        raise ValueError(
+            f"nodes cover log-SNR {first:.3g} to {last:.3g}, the density's schedule {lo:.3g} to {hi:.3g}; make them "
+            "with fastscore.AdaptiveNodes(density.schedule)"
+        )
 
 
 class _Rows(NamedTuple):
