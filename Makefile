@@ -86,4 +86,4 @@ $(FETCHED): csrc/compiler.txt .venv/base
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo .pytest_cache .ruff_cache .coverage
+	rm -rf .venv build dist demo .pytest_cache .ruff_cache .import_linter_cache .coverage
