@@ -90,8 +90,8 @@ def part(given, chosen, count):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings("ignore:.*above target_stderr", "ignore:on these data the network")  # a random network
+# A random network reaches few errors, and explains no data; any other warning is a failure.
+@pytest.mark.filterwarnings("error", "ignore:.*above target_stderr", "ignore:on these data the network")
 @pytest.mark.parametrize("share", range(SHARES))
 def test_random_calls(share, one_thread):
     choose = random.Random(share)
