@@ -18,6 +18,7 @@ from ..process.predictions import eps_from
 from .problems import Problem
 
 PROBES = 8
+GRID_ERROR = 0.1  # nats: below what the probes leave, and a few digits would need more than 2,048 steps for 0.01
 SAMPLES_AT_ONCE = 16
 
 
@@ -47,7 +48,9 @@ def compare_methods(density: ScoreDensity, problem: Problem, nfe: int, seed: int
 
     # The exact trace costs d backward passes a call: cheap in two dimensions, not in 64.
     trace, backward = ("exact", d) if d <= PROBES else ("hutchinson", PROBES)
-    flow, seconds = _timed(lambda: probability_flow_log_prob(density, x, trace=trace, probes=PROBES, seed=seed))
+    flow, seconds = _timed(
+        lambda: probability_flow_log_prob(density, x, trace=trace, probes=PROBES, seed=seed, error=GRID_ERROR)
+    )
     error = float(flow.stderr.square().mean().sqrt())
     calls = int(flow.nfe.double().mean())  # a trace for two, but one for each of the two ends
     passes = calls + (calls // 2 + 1) * backward
