@@ -54,7 +54,7 @@ def compare_methods(density: ScoreDensity, problem: Problem, nfe: int, seed: int
     error = float(flow.stderr.square().mean().sqrt())
     calls = int(flow.nfe.double().mean())  # a trace for two, but one for each of the two ends
     passes = calls + (calls // 2 + 1) * backward
-    rows.append(_row(problem, f"ODE, {trace} trace", flow.log_prob, error, passes, seconds))
+    rows.append(_row(problem, f"ODE, {trace} trace", flow.log_prob.detach(), error, passes, seconds))
     return rows
 
 
