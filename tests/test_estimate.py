@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from fastscore.estimator.curve import Curve
+from fastscore.estimator.curve import Curve, CurveSum
 from fastscore.estimator.estimate import Estimate
+from fastscore.estimator.rules import Rule
 
 
 def estimate(log_prob, stderr=0.5, dims=10):
@@ -50,3 +51,17 @@ def test_intervals_and_means():
 def test_bad_bins(arguments):
     with pytest.raises(ValueError, match="bins >= 2 and high > low"):
         estimate([0.0]).bits_per_dim(*arguments)
+
+
+def test_the_curve_is_the_mean_over_samples_with_its_error():
+    f = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    log_snr = torch.linspace(-3, 3, 12, dtype=torch.float64)
+    one = torch.ones_like(log_snr)
+    rule, summed = Rule.plain(log_snr, one, one, one > 2), CurveSum(12)
+    for part in f.split(13):
+        summed.add(part, rule)
+    half, found = -0.5 * f.double(), summed.curve()
+    # Sums of float64; the error is that of the population's spread with one degree of freedom taken off.
+    torch.testing.assert_close(found.log_snr, log_snr, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.mean, half.mean(0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.stderr, half.std(0) / 30**0.5, rtol=1e-10, atol=1e-12)

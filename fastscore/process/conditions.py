@@ -65,13 +65,12 @@ class Conditions:
     Without a structure the paths are the keywords themselves.
 
     Attributes:
-        guessed: paths that are taken per sample for their first size alone.
+        unsaid: paths that the caller has not marked, neither as per sample nor as shared.
     """
 
     per_sample: dict[str, Tensor]
     shared: dict[str, object]
     structure: Structure | None = None
-    guessed: tuple[str, ...] = ()
     unsaid: tuple[str, ...] = ()
 
     @classmethod
@@ -104,7 +103,12 @@ class Conditions:
         if model is not None:
             for path in unsaid:
                 _compare_with_earlier(model, path, leaves[path].value, verdicts[path], batch)
-        return cls(own, rest, structure, tuple(path for path in unsaid if verdicts[path]), tuple(unsaid))
+        return cls(own, rest, structure, tuple(unsaid))
+
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """Paths of what was taken to belong to the samples by its size alone."""
+        return tuple(path for path in self.unsaid if path in self.per_sample)
 
     def remember(self, model: nn.Module, batch: int) -> None:
         """Keep how a network's conditions were taken, once it has answered a call with them."""
@@ -261,7 +265,8 @@ def takes_conditions(call: Callable) -> Callable:
                     f"network with this name goes as cond={{{name!r}: ...}}"
                 )
         named = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
-        _refuse_misspelt(call.__name__, named, own - {"self", "x", "data"}, args[0] if args else None)
+        if named:
+            _refuse_misspelt(call.__name__, named, own - {"self", "x", "data"}, args[0] if args else None)
         return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
 
     return with_conditions

@@ -73,7 +73,7 @@ def predict(
         raise ValueError(_refusal(error, passed, times, cond)) from error
     prediction = read_output(output, passed)
     if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
-        _refuse_cut_graph(model, passed, time.repeat(batch), cond.repeated(rows), prediction)
+        _refuse_without_graph(model, passed, times, cond.repeated(rows), prediction)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
 
 
@@ -98,7 +98,7 @@ def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -
 
 
 @torch.no_grad()
-def _refuse_cut_graph(model: nn.Module, passed: Tensor, time: Tensor, given: dict, prediction: Tensor) -> None:
+def _refuse_without_graph(model: nn.Module, passed: Tensor, time: Tensor, given: dict, prediction: Tensor) -> None:
     """Raise ValueError where a prediction depends on x_t and autograd does not know: its derivative would be zero."""
     if not torch.equal(read_output(model(0.5 * passed + 0.1, time, **given), passed), prediction):
         raise ValueError(
