@@ -17,39 +17,38 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .estimator import probe
 from .estimator.calibration import uncalibrated
 from .estimator.coincidence import refuse_coincidences
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Comparison, Estimate
-from .estimator.integrand import Draws, Network, cost_of_row, evaluate
-from .estimator.methods import control_variate
+from .estimator.network import Network
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
+from .estimator.plan import Plan
+from .estimator.planner import Planner, Wanted
 from .estimator.protocol import Density
 from .estimator.rounds import Estimator
-from .estimator.rules import MAX_DRAWS, make_rules
+from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, check_samples
 from .estimator.statistics import draw_sum, draw_variance, widened
-from .ops.noise import POINT_BYTES, SOBOL_MAX_DIM
+from .ops.noise import SOBOL_MAX_DIM
 from .ops.select import check_name, select
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
 from .process.network import model_device, warn_if_training
 from .process.predictions import check_prediction
 from .process.schedules import Schedule
-from .program.row_program import ONE_AT_A_TIME, Programs
+from .program.row_program import Programs, RowProgram
 from .reference.gaussians import Reference
 from .support.buffers import Constants
 from .support.host import positive, whole
-from .support.memory import Chunks, plan_chunks
+from .support.memory import Chunks, parse_bytes
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
 from .support.untouched import evaluation
@@ -117,8 +116,7 @@ class ScoreDensity(Density):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self._row_costs: dict = {}
-        self._probed: set = set()
+        self._planner = Planner()
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -162,8 +160,8 @@ class ScoreDensity(Density):
         """
         if torch.is_grad_enabled():
             refuse_inference_weights(self.model)
-        samples, draws, chunks = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
-        parts = list(self._sums(samples, draws, chunks))
+        samples, plan, programs = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
+        parts = [(part.samples, draw_sum(part.f, part.rule)) for part in plan.run(samples, programs, self.reference)]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         log_prob = self.reference.log_prob(samples.x, samples.mask) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
@@ -221,28 +219,30 @@ class ScoreDensity(Density):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        first, number = self._draws(nfe, seed, samples, method), 0
-        if target_stderr is not None and not first.rules.nfe <= whole("max_nfe", max_nfe) <= MAX_DRAWS:
-            raise ValueError(
-                f"max_nfe must be between the {first.rules.nfe} evaluations to start from and {MAX_DRAWS}, got "
-                f"{max_nfe}; give a smaller nfe, or average over seeds"
-            )
-        chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
+        wanted = self._wanted(nfe, seed, samples, memory, method)
+        if target_stderr is not None:
+            wanted = wanted._replace(most=whole("max_nfe", max_nfe))
+            if not wanted.nfe <= max_nfe <= MAX_DRAWS:
+                raise ValueError(
+                    f"max_nfe must be between the {wanted.nfe} evaluations to start from and {MAX_DRAWS}, got "
+                    f"{max_nfe}; give a smaller nfe, or average over seeds"
+                )
+        plan, programs = self._plan(samples, wanted)
         warn_if_coupled(self.network, samples, self.reference)
-        estimator = Estimator(self.network, self.reference, self.nodes, method, chunks)
+        estimator = Estimator(self.network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
-            found = estimator.evaluate(samples, first, bar.update)
+            found = estimator.evaluate(samples, plan, bar.update)
             while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
-                number += 1
-                draws = self._draws(int(found.nfe[active].min()), seed, samples, method, number)
+                wanted = wanted._replace(nfe=int(found.nfe[active].min()), round=wanted.round + 1)
                 bar.reset(total=len(active))
-                found.average(active, estimator.evaluate(samples.select(active), draws, bar.update))
+                more, some = self._plan(samples, wanted)[0], samples.select(active)
+                found.average(active, estimator.evaluate(some, more, bar.update))
         if target_stderr is not None and (left := int((found.variance[0].sqrt() > target_stderr).sum())):
             warn(
                 f"{left} of {len(samples)} samples are above target_stderr={target_stderr:g} after "
                 f"max_nfe={max_nfe} evaluations; give a larger max_nfe, or fit the density first"
             )
-        return estimator.report(found, samples, first.noise)
+        return estimator.report(found, samples, wanted.noise)
 
     @ordinary
     @evaluation
@@ -274,11 +274,11 @@ class ScoreDensity(Density):
         """
         samples = self.check(x, sample_index, merged(cond_a, {}), merged(cond_b, {}), mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
-        nodes, nfe = self.nodes.density.without_curve(), self.nfe if nfe is None else nfe
-        draws = Draws(make_rules(nodes, nfe, self.schedule, seed=seed), "independent", whole("seed", seed))
-        chunks = self._chunks(samples, memory, len(draws))
+        nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated())
+        wanted = self._wanted(nfe, seed, samples, memory)._replace(noise="independent")
+        plan, programs = self._plan(samples, wanted, nodes)
         difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
-        for part in evaluate(self.network, samples, draws, self.reference, chunks):
+        for part in plan.run(samples, programs, self.reference):
             difference[part.samples] = draw_sum(part.f, part.rule)
             variance[part.samples] = widened(*draw_variance(part.f, part.rule))
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
@@ -332,14 +332,17 @@ class ScoreDensity(Density):
                 bar.update(count)
 
             def chunks(reference: Reference) -> Chunks:
-                return self._chunks(samples, memory, PILOT_DRAWS, reference)
+                wanted = self._wanted(None, seed, samples, memory)
+                return self._planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
 
+            self._make_ready(samples)
+            programs = self.network.find_programs(samples)
             plan = PilotPlan(evaluations, seed, chunks, step)
             fitted = run_pilot(self.network, samples, reference, plan)
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
-        self._row_costs.clear()
+        self._planner.forget_costs()
         if not degenerate:
             warn_if_out_of_range(fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)
@@ -383,11 +386,6 @@ class ScoreDensity(Density):
         other._programs = self._programs
         return other
 
-    def _sums(self, samples: Samples, draws: Draws, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield which samples, and their sums over draws."""
-        for part in evaluate(self.network, samples, draws, self.reference, chunks):
-            yield part.samples, draw_sum(part.f, part.rule)
-
     @property
     def log_snr_range(self) -> tuple[float, float]:
         """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
@@ -408,18 +406,35 @@ class ScoreDensity(Density):
         memory: int | str | None,
         cond: dict,
         mask: Tensor | None = None,
-    ) -> tuple[Samples, Draws, Chunks]:
-        """Check the data and plan an estimate with method "density": arguments as in `estimate`."""
-        samples = self.check(x, sample_index, cond, mask=mask)
-        draws = self._draws(nfe, seed, samples)
-        return samples, draws, self._chunks(samples, memory, len(draws))
+    ) -> tuple[Samples, Plan, tuple[RowProgram | None, ...]]:
+        """Check the data and plan an estimate with method "density"; arguments as in `estimate`.
 
-    def _draws(self, nfe: int | None, seed: int, samples: Samples, method: str = "density", round_: int = 0) -> Draws:
-        nodes, nfe = self.nodes.density, self.nfe if nfe is None else nfe
-        if control_variate(method, self.reference) is not self.reference:
-            nodes = nodes.without_curve()  # it belongs to the reference that it was measured with
-        rules = make_rules(nodes, nfe, self.schedule, method, seed, round_)
-        return Draws(rules, self._noise_kind(samples), whole("seed", seed), round_)
+        Returns:
+            The data, a plan for them, and the network's row programs.
+        """
+        samples = self.check(x, sample_index, cond, mask=mask)
+        return samples, *self._plan(samples, self._wanted(nfe, seed, samples, memory))
+
+    def _wanted(
+        self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = "density"
+    ) -> Wanted:
+        nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), whole("seed", seed)
+        if memory is not None:
+            parse_bytes(memory)
+        return Wanted(nfe, seed, self._noise_kind(samples), memory, method)
+
+    def _plan(
+        self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
+    ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
+        network = self.network
+        self._make_ready(samples)
+        programs = network.find_programs(samples)
+        return self._planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted), programs
+
+    def _make_ready(self, samples: Samples) -> None:
+        warn_if_training(self.model)
+        for cond in samples.conds:
+            cond.remember(self.model, len(samples))
 
     def _noise_kind(self, samples: Samples) -> str:
         d = samples.x.shape[1]
@@ -430,37 +445,10 @@ class ScoreDensity(Density):
             raise ValueError(f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {d}; use noise='independent'")
         return self.noise
 
-    def _chunks(self, samples: Samples, memory, draws: int, reference: Reference | None = None) -> Chunks:
-        reference = reference or self.reference
-        warn_if_training(self.model)
-        key = (
-            samples.shape,
-            samples.x.dtype,
-            torch.is_grad_enabled(),
-            len(samples.conds),
-            samples.mask is not None,
-            reference.flops(samples.x.shape[1]),
-            tuple(program is not None for program in self.network.find_programs(samples)),
-        )
-        if key not in self._row_costs:
-            self._row_costs[key] = cost_of_row(self.network, samples, reference)
-            self._probe(samples)
-        for cond in samples.conds:
-            cond.remember(self.model, len(samples))
-        points = POINT_BYTES * samples.x.shape[1] if self._noise_kind(samples) == "sobol" else 0
-        return plan_chunks(self._row_costs[key], points, draws, memory, samples.x.device)
-
     def _some_times(self) -> Tensor:
         """Return times at a quarter, half and three quarters of the range, shape (3,)."""
         lo, hi = self.log_snr_range
         return self.schedule.time(torch.linspace(lo, hi, 5, dtype=torch.float64, device="cpu")[1:-1])
-
-    def _probe(self, samples: Samples) -> None:
-        """Ask the network once, for each shape of data, whether its answers are its rows' own."""
-        if (samples.shape, samples.x.dtype) not in self._probed:
-            self._probed.add((samples.shape, samples.x.dtype))
-            with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
-                probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
     def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.

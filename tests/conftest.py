@@ -25,8 +25,8 @@ def in_chunks(monkeypatch):
 
     from fastscore.support.memory import Chunks  # after the variable above is set
 
-    def cut(rows, keep_tables=True):
-        chunks = Chunks(rows, rows, keep_tables)
-        monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: chunks)
+    def cut(rows, keep_tables=True, kept=1 << 20):
+        chunks = Chunks(rows, rows, int(keep_tables), kept=kept)
+        monkeypatch.setattr("fastscore.estimator.planner.plan_chunks", lambda *_: chunks)
 
     return cut

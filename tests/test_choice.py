@@ -11,7 +11,7 @@ from real_networks import MARHead
 from torch import nn
 
 import fastscore as fs
-from fastscore.estimator import integrand
+from fastscore.estimator import integrand, rows
 from fastscore.ops import choice, cuda, measured
 from fastscore.ops import triton as through_triton
 from fastscore.ops.choice import choose
@@ -151,7 +151,7 @@ def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
 def test_an_evaluation_makes_the_same_choice(monkeypatch):
     """Triton's kernel without gradients, PyTorch with them, and the same numbers."""
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(integrand, "runnable", lambda *a: ("triton", "torch"))
+    monkeypatch.setattr(rows, "runnable", lambda *a: ("triton", "torch"))
     fused, run = [], integrand._fused
     monkeypatch.setattr(integrand, "_fused", lambda *a: fused.append(1) or run(*a))
     torch.manual_seed(0)

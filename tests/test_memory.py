@@ -104,7 +104,7 @@ def test_a_network_of_many_small_operators_is_called_with_more_rows():
 def test_calls_of_a_chunk_are_equal(monkeypatch):
     net = Skips()
     chunks = Chunks(rows=21 * 16, per_call=15 * 16)
-    monkeypatch.setattr("fastscore.density.plan_chunks", lambda *_: chunks)
+    monkeypatch.setattr("fastscore.estimator.planner.plan_chunks", lambda *_: chunks)
     fs.ScoreDensity(net, fs.VP(), program=False).estimate(torch.randn(42, 32), nfe=16)
     assert net.rows[4:] == [11 * 16, 10 * 16] * 2  # and not 15 and 6
 

@@ -361,7 +361,9 @@ def test_memory_is_measured_on_the_program():
     on, off = (fs.ScoreDensity(net, SCHEDULE, "flow", program=program) for program in (True, False))
     with torch.no_grad():
         samples = on.check(x, None, shared)
-        program, module = (cost_of_row(d.network, samples, d.reference) for d in (on, off))
+        program, module = (
+            cost_of_row(d.network, samples, d.network.find_programs(samples), d.reference) for d in (on, off)
+        )
     assert program.row < module.row
     # Two blocks of three tables and a final layer's two, 24 floats wide, besides the evaluation's own tensors.
     assert program.draw >= 4 * 24 * 8

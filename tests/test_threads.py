@@ -9,6 +9,7 @@ from torch import nn
 import fastscore as fs
 from fastscore.program import row_program as program
 from fastscore.program.row_program import Programs
+from fastscore.support.untouched import uncompiled
 
 
 class InTime(nn.Module):
@@ -40,6 +41,25 @@ def test_threads_that_trace_at_once_do_not_disturb_each_other():
         thread.join()
     assert not errors
     assert len(found) == 24
+
+
+def test_threads_that_look_into_networks_at_once_leave_torch_compile_as_it_was():
+    """Each would put back what it found, and the second finds what the first has made."""
+    compiled = torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def second():
+        with uncompiled():
+            inside.set()
+            may_leave.wait()
+
+    other = threading.Thread(target=second)
+    with uncompiled():
+        other.start()
+        inside.wait()
+    may_leave.set()
+    other.join()
+    assert compiled(torch.zeros(())) == 1
 
 
 def test_a_trace_is_alone_until_its_symbolic_sizes_are_compared(monkeypatch):

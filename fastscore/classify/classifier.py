@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
-from ..estimator.integrand import Draws, evaluate
 from ..estimator.nodes import FittedNodes, NodeDensity
+from ..estimator.plan import Plan
 from ..estimator.protocol import Density, check_density
+from ..estimator.rows import Draws
 from ..estimator.rules import FixedRules, Rules, make_rules, uniform_in_time
 from ..estimator.samples import Samples
 from ..process.conditions import Conditions, takes_conditions
@@ -213,11 +214,11 @@ class DiffusionClassifier(nn.Module):
         own = {path: rows.to(which.device)[label] for path, rows in self.classes.per_sample.items()}
         conditions = replace(given, per_sample=given.per_sample | own)
         # The index of the sample keys the noise: all its classes see the same.
-        group = samples.group[which.cpu()]
         x, mask = samples.entries(which)
-        paired = Samples(x, samples.index[which], samples.shape, (conditions,), group, mask)
+        paired = Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
-        for part in evaluate(self.density.core.network, paired, draws, reference, chunks):
+        network = self.density.core.network
+        for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
             f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)
         return f, weight
 
@@ -238,8 +239,8 @@ class DiffusionClassifier(nn.Module):
         z, log_det = self.density.to_network(x, mask)
         rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
-        samples, _, chunks = self.density.core.prepare(z, nfe, seed, index, memory, cond | first, mask)
-        return samples, log_det, chunks._replace(rows=max(1, chunks.rows // 2))
+        samples, plan, _ = self.density.core.prepare(z, nfe, seed, index, memory, cond | first, mask)
+        return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
         if weighting == "uniform":

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..estimator.integrand import Network
+from ..estimator.network import Network
 from ..estimator.samples import Samples
 from ..process.network import model_dtype, predict
 from ..support.untouched import uncompiled

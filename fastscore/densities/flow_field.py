@@ -185,7 +185,7 @@ def time_of(log_snr: Tensor, scale: float) -> Tensor:
 def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
     """Return signs of shape (probes, B, d), keyed by sample as all noise is."""
     d = samples.x.shape[1]
-    drawn = [noise.words(seed, samples.index, p, noise.STREAM_PROBE, d) for p in range(probes)]
+    drawn = [noise.words(seed, samples.index.to(samples.device), p, noise.STREAM_PROBE, d) for p in range(probes)]
     return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
 
 

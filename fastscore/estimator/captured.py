@@ -20,9 +20,10 @@ from ..ops import noise
 from ..process.conditions import takes_conditions
 from ..support.modes import ordinary
 from .calibration import calibrated
-from .integrand import Rows, draw_values
+from .integrand import draw_values
 from .protocol import Density, check_density
 from .rounds import calibration_of, with_rounding
+from .rows import Rows
 from .rules import Rule
 from .samples import Samples
 from .statistics import Spread, draw_sum
@@ -79,12 +80,11 @@ class CapturedDensity:
     ):
         z, _ = check_density(density).to_network(x, mask)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
-        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
-        self.samples = replace(samples, x=samples.x.clone())
-        self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
+        samples, plan, self.programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
+        self.samples, self.draws = replace(samples, x=samples.x.clone()), plan.draws
+        self.at_once = max(1, plan.chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]
         self.keys = self._keys(seed)
-        self.programs = self.core.network.find_programs(self.samples)
         self.seed, self.graph, self.result = seed, None, None
         if samples.x.is_cuda:
             self._capture()
@@ -119,7 +119,8 @@ class CapturedDensity:
         return log_prob, stderr
 
     def _keys(self, seed: int) -> Tensor:
-        return noise.sample_keys(self.draws.noise, seed, self.samples.index, self.samples.x.shape[1])
+        index = self.samples.index.to(self.samples.device)
+        return noise.sample_keys(self.draws.noise, seed, index, self.samples.x.shape[1])
 
     def _group(self, number: int) -> _Group:
         x, rules, span = self.samples.x, self.draws.rules, range(len(self.draws))
@@ -127,7 +128,7 @@ class CapturedDensity:
         points = self.draws.points(span, x.shape[1], x.device)
         rows = Rows.of(self.core.network, rule, points, span, x)
         members = (self.samples.group == number).nonzero().flatten().split(self.at_once)
-        parts = tuple((m.to(x.device), self.samples.select(m.to(x.device))) for m in members)
+        parts = tuple((m.to(x.device), self.samples.select(m.to(x.device), m)) for m in members)
         moved = {name: getattr(rule, name).to(x.device) for name in ("weight", "curve", "remainder")}
         return _Group(number, parts, rows, replace(rule, **moved))
 

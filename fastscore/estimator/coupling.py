@@ -31,7 +31,7 @@ from ..process.predictions import coefficients
 from ..process.schedules import FlowMatching
 from ..reference.gaussians import Reference
 from ..support.warn import warn
-from .integrand import Network
+from .network import Network
 from .samples import Samples
 
 SIGNAL = 0.02  # signal-to-noise ratio, in units of the data's total variance, at which predictions are compared

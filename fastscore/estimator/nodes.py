@@ -152,6 +152,10 @@ class FittedNodes(FittedBuffers):
     def density(self) -> NodeDensity:
         return NodeDensity(self.edges, self.share, self.paired, self.curve)
 
+    def values(self) -> tuple[bytes, ...]:
+        """Return all numbers, to be compared with those of another time."""
+        return tuple(buffer.numpy().tobytes() for buffer in self._buffers.values())
+
     @property
     def log_snr_range(self) -> tuple[float, float]:
         """Lowest and highest log-SNR of the nodes."""

@@ -29,8 +29,11 @@ from ..support.untouched import uncompiled
 from ..support.warn import warn
 from . import calibration
 from .calibration import Replicates
-from .integrand import Draws, Network, Rows, evaluate, row_terms
+from .integrand import row_terms
+from .network import Network
 from .nodes import NodeDensity
+from .plan import Plan
+from .rows import Draws, Rows
 from .rules import FixedRules, Rule, make_rules
 from .samples import Samples
 from .statistics import draw_sum, draw_variance
@@ -171,7 +174,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     terms = []
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
-        keys = noise.sample_keys("independent", plan.seed, part.index, d)
+        keys = draws.keys(part.index.to(part.device), d)
         errors, controls = row_terms(network, part, keys, rows, tuple(references))
         terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
         plan.step("pilot", len(part) * rule.nfe)
@@ -198,13 +201,14 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
 def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
     """Measure how much smaller the error of low-discrepancy noise is than its successive differences say."""
     samples, chunks, found, truth = typical.joined(odd), plan.chunks(fitted.reference), [], None
+    programs = network.find_programs(samples)
     for nfe in sorted(CALIBRATION_NFE, reverse=True):
         parts = []
         for replicate in range(1, REPLICATES + 1):
             rules = make_rules(fitted.nodes, nfe, network.schedule, "density", plan.seed, replicate)
             draws = Draws(rules, "sobol", plan.seed, replicate)
             sums, variance, nu = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
-            for part in evaluate(network, samples, draws, fitted.reference, chunks):
+            for part in Plan(network, draws, chunks).run(samples, programs, fitted.reference):
                 sums[part.samples] = draw_sum(part.f, part.rule)
                 variance[part.samples], nu[part.samples] = draw_variance(part.f, part.rule)
             parts.append((sums, variance, nu))
@@ -246,10 +250,10 @@ def _network_flops(network: Network, samples: Samples) -> int:
 
     one = samples.select(slice(0, 1))
     rule = _pilot_rule(network, 1, 1)
-    points = Draws(FixedRules(rule), "independent", 0).points(range(1), one.x.shape[1], one.x.device)
-    rows = Rows.of(network, rule, points, range(1), one.x)
+    draws, d = Draws(FixedRules(rule), "independent", 0), one.x.shape[1]
+    rows = Rows.of(network, rule, draws.points(range(1), d, one.device), range(1), one.x)
     with uncompiled(), FlopCounterMode(display=False) as counter:
-        row_terms(network, one, noise.sample_keys("independent", 0, one.index, one.x.shape[1]), rows, ())
+        row_terms(network, one, draws.keys(one.index.to(one.device), d), rows, ())
     return max(1, counter.get_total_flops() // 2)
 
 

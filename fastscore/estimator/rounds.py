@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
-from ..support.memory import Chunks
 from .calibration import calibrated, uncalibrated
 from .curve import CurveSum, ends, table_error
 from .estimate import Estimate
-from .integrand import Draws, Network, evaluate
 from .methods import base, control_variate
+from .network import Network
 from .nodes import FittedNodes
+from .plan import Plan
+from .rows import Draws
 from .rules import method_table
 from .samples import Samples
 from .statistics import Spread, draw_sum
@@ -61,16 +63,16 @@ class Estimator:
     network: Network
     reference: Reference
     nodes: FittedNodes
+    programs: tuple[RowProgram | None, ...]
     method: str
-    chunks: Chunks
 
-    def evaluate(self, samples: Samples, draws: Draws, advance: Callable[[int], object]) -> Round:
-        """Evaluate one set of draws; `advance` is told of every chunk's samples."""
-        method, schedule = self.method, self.network.schedule
+    def evaluate(self, samples: Samples, plan: Plan, advance: Callable[[int], object]) -> Round:
+        """Evaluate the draws of a plan; `advance` is told of every chunk's samples."""
+        method, schedule, draws = self.method, self.network.schedule, plan.draws
         reference = control_variate(method, self.reference)
         calibration = calibration_of(self.nodes, samples, draws)
         found = Round.empty(len(samples), len(draws), samples.device)
-        for chosen, f, rule in evaluate(self.network, samples, draws, reference, self.chunks):
+        for chosen, f, rule in plan.run(samples, self.programs, reference):
             x, mask = samples.entries(chosen)
             value = base(method, reference, x, schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe

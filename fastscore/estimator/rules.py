@@ -111,16 +111,26 @@ class Rules:
 
     def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float):
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
-        self.paired = density.is_paired(
-            density.quantile((torch.arange(draws, dtype=torch.float64, device="cpu") + 0.5) / draws)
-        )
+        self._middles = density.quantile(_strata(draws, 0.5))
+        self.paired = density.is_paired(self._middles)
         self._table = None if not schedule.discrete and method == "density" else _Table.of(density, schedule, method)
         self._made: dict[int, Rule] = {}
+        self._told = self._ask()
 
     @property
     def nfe(self) -> int:
         """Network evaluations per sample."""
         return self.draws + int(self.paired.sum())
+
+    def hold(self) -> bool:
+        """Return whether the schedule is still what these rules were made of."""
+        (before, *told), (now, *telling) = self._told, self._ask()
+        return before == now and all(map(torch.equal, told, telling))
+
+    def _ask(self) -> tuple:
+        schedule, table = self.schedule, self._table
+        time = schedule.time(self._middles) if table is None else table.time
+        return schedule.time_range, time, schedule.log_snr(time), *schedule.alpha_sigma(time)
 
     def renewed(self, seed: int, round_: int = 0) -> Rules:
         """Return the same rules with the shifts of another seed or round."""
@@ -130,9 +140,7 @@ class Rules:
         """Return the rule of a group of samples."""
         if group not in self._made:
             shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
-            self._made[group] = self._place(
-                (torch.arange(self.draws, dtype=torch.float64, device="cpu") + shift) / self.draws
-            )
+            self._made[group] = self._place(_strata(self.draws, shift))
         return self._made[group]
 
     def _place(self, u: Tensor) -> Rule:

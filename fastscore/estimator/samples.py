@@ -18,7 +18,7 @@ from .rules import group_of
 class Samples:
     """Checked data: x (B, d) in the dtype of the sums, each sample's index, its shape, and conditions.
 
-    `group` says on the CPU which samples share their nodes (`rules.group_of`), without a question to the device.
+    `index` lies on the CPU, since it says which samples share their nodes (`group`), without a question to the device.
     `conds` holds one set of keyword arguments for a density, two for a comparison with common noise. `mask` says which
     entries count, (B, d); all of them without one.
     """
@@ -27,7 +27,6 @@ class Samples:
     index: Tensor
     shape: tuple[int, ...]
     conds: tuple[Conditions, ...]
-    group: Tensor
     mask: Tensor | None = None
 
     @property
@@ -39,6 +38,11 @@ class Samples:
         """How many entries of a sample count: d, or with a mask each sample's own number, int64, (B,)."""
         return self.x.shape[1] if self.mask is None else self.mask.sum(1)
 
+    @property
+    def group(self) -> Tensor:
+        """Which samples share their nodes, int64, shape (B,), on the CPU (`rules.group_of`)."""
+        return group_of(self.index)
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -46,19 +50,20 @@ class Samples:
         """Return x and the mask of some samples."""
         return self.x[samples], None if self.mask is None else self.mask[samples]
 
-    def select(self, samples: slice | Tensor) -> Samples:
+    def select(self, samples: slice | Tensor, on_host: Tensor | None = None) -> Samples:
+        """Return some of the samples; `on_host` are their numbers once more on the CPU, where these are known."""
         conds = tuple(cond.select(samples) for cond in self.conds)
-        chosen = samples if isinstance(samples, slice) else samples.cpu()
+        if on_host is None and isinstance(samples, Tensor):
+            on_host = samples.cpu()
         x, mask = self.entries(samples)
-        return Samples(x, self.index[samples], self.shape, conds, self.group[chosen], mask)
+        return Samples(x, self.index[samples if on_host is None else on_host], self.shape, conds, mask)
 
     def joined(self, other: Samples) -> Samples:
         """Return these samples and some others of the same shape and conditions."""
         conds = tuple(a.joined(b) for a, b in zip(self.conds, other.conds))
-        pairs = ((self.x, other.x), (self.index, other.index), (self.group, other.group))
-        x, index, group = (torch.cat(pair) for pair in pairs)
+        x, index = torch.cat([self.x, other.x]), torch.cat([self.index, other.index])
         mask = None if self.mask is None else torch.cat([self.mask, other.mask])
-        return Samples(x, index, self.shape, conds, group, mask)
+        return Samples(x, index, self.shape, conds, mask)
 
 
 def check_batch(x: Tensor) -> None:
@@ -104,13 +109,13 @@ def check_samples(
                 raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
     index = _check_index(sample_index, len(x))
     counted = None if mask is None else mask_rows(mask, x)
-    return Samples(flat, index.to(x.device), tuple(x.shape[1:]), told_apart, group_of(index).cpu(), counted)
+    return Samples(flat, index, tuple(x.shape[1:]), told_apart, counted)
 
 
 def _check_index(index: Tensor | None, count: int) -> Tensor:
     if index is None:
-        return torch.arange(count, device="cpu")  # `group_of` is asked there
-    index = as_tensor(index)
+        return torch.arange(count, device="cpu")
+    index = as_tensor(index).cpu()
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     if index.shape != (count,) or not whole or int(index.min()) < 0:
         raise ValueError(

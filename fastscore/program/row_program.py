@@ -12,9 +12,11 @@ once per sample, and the rest becomes straight-line code (`fastscore.ops.instruc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +136,13 @@ class RowProgram:
         """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""
         return Timed(self, self.hoisted.at(self.model, time, shared or {}), time.device)
 
+    def at_each(self, times: Sequence[Tensor], shared: dict[str, object] | None = None) -> list[Timed]:
+        """Return the program at several sets of times, all of which are evaluated together."""
+        if len(times) == 1 or any(_level(table) & SAMPLE for table, _ in self.matched.tables):
+            return [self.at(time, shared) for time in times]
+        whole, ends = self.at(torch.cat(list(times)), shared), list(accumulate(map(len, times)))
+        return [whole.part(slice(end - len(time), end)) for time, end in zip(times, ends)]
+
     def bind(
         self, time: Tensor, own: dict[str, Tensor] | None = None, shared: dict[str, object] | None = None
     ) -> Bound:
@@ -161,6 +170,13 @@ class Timed:
             None if _level(table) & SAMPLE else self._table(values, table, width)
             for table, width in program.matched.tables
         ]
+
+    def part(self, rows: slice) -> Timed:
+        """Return the same at some of the times, for a program none of whose tables need a sample's condition."""
+        found = copy(self)
+        pairs = zip(self.tables, self.program.levels)
+        found.tables = [table[:, rows] if level == "r" and table.shape[1] > 1 else table for table, level in pairs]
+        return found
 
     def bind(self, own: dict[str, Tensor]) -> Bound:
         """Return weights and all tables, given the conditions with one entry a sample."""

@@ -6,6 +6,7 @@ divided by its rows, is what a row costs. The same number bounds CPU and GPU run
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,8 @@ CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 32
 SHARING_SAMPLES = 64  # beyond, what a draw costs once is lost among its rows
 RULE_BYTES = 192  # of a draw: its time, weights and coefficients, and the curve's sums
+MOST_GROUPS = 16  # whose tables are evaluated together
+SHARES = 128  # of the budget: one plan keeps no more than one, so that eight of them stay within the headroom
 SUM_BYTES = 36  # of an f while it is summed over draws and over samples, in float64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -132,25 +135,33 @@ def steady_heap() -> None:
 
 
 class Chunks(NamedTuple):
-    """How much is evaluated at once.
+    """How much is evaluated at once, and kept.
 
     Arguments:
         rows: network evaluations at once.
         per_call: of these, how many the network gets in one call, if a whole sample is not more.
-        keep_tables: whether what row programs evaluate once per draw stays from one chunk of samples to the next.
-        samples: how many to take through some draws at once if it does not, so that they share it.
+        groups: for how many groups of nodes what row programs evaluate once per draw is there at once, and stays from
+            one chunk of samples to the next; 0 if not even that of one fits.
+        samples: how many to take through some draws at once in that case, so that they share it.
+        kept: bytes that may stay between two calls.
     """
 
     rows: int
     per_call: int
-    keep_tables: bool = True
+    groups: int = 1
     samples: int = 1
+    kept: int = 0
+
+
+def even(count: int, most: int) -> int:
+    """Return the length of the parts when `count` is cut into as few, equal ones of at most `most` as possible."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def plan_chunks(
     cost: RowCost, bytes_of_noise: int, draws: int, memory: int | str | None, device: torch.device
 ) -> Chunks:
-    """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
+    """Return how to cut an estimate of `draws` draws a sample; a quarter of the budget may hold tables that stay.
 
     Arguments:
         cost: as measured on the network.
@@ -162,12 +173,14 @@ def plan_chunks(
     """
     fixed = draws * (RULE_BYTES + bytes_of_noise)
     budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, SUM_BYTES * draws
-    keep = 4 * tables <= budget
+    groups = min(MOST_GROUPS, max(0, budget) // max(1, 4 * tables))
+    keep = groups > 0
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
     row = cost.row + SUM_BYTES + (0 if keep else cost.draw // samples)
-    rows = chunk_rows(row, memory, device, fixed + (tables if keep else samples * sums))
+    rows = chunk_rows(row, memory, device, fixed + (groups * tables if keep else samples * sums))
     near = max(CPU_CALL // row, CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)
-    return Chunks(rows, min(rows, near) if device.type == "cpu" else rows, keep, min(samples, rows))
+    per_call = min(rows, near) if device.type == "cpu" else rows
+    return Chunks(rows, per_call, groups, min(samples, rows), max(0, budget) // SHARES)
 
 
 def chunk_rows(bytes_per_row: int, memory: int | str | None, device: torch.device, kept: int = 0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -21,8 +22,34 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes a second
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    _STANCE.enter()
+    try:
         yield
+    finally:
+        _STANCE.leave()
+
+
+class _Stance:
+    """The stance of torch.compile, which the whole process has: the first thread changes it, the last puts it back."""
+
+    def __init__(self):
+        self._lock, self._inside, self._changed = threading.Lock(), 0, None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._changed = torch.compiler.set_stance("force_eager")
+                self._changed.__enter__()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._changed.__exit__(None, None, None)
+
+
+_STANCE = _Stance()
 
 
 def evaluation(call: Callable) -> Callable:

@@ -111,7 +111,8 @@ class _Rows(NamedTuple):
 def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
     """Draw log-SNRs from the nodes' density, stratified over all rows, and the noise of each row."""
     count, d = draws * len(samples), samples.x.shape[1]
-    w = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, d + 1) for draw in range(draws)])
+    index = samples.index.to(samples.device)
+    w = torch.cat([noise.words(seed, index, draw, noise.STREAM_LOSS, d + 1) for draw in range(draws)])
     u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(w[:, 0].cpu(), torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -1,0 +1,39 @@
+"""A network with all that is needed to read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..process.schedules import Schedule
+from ..program.row_program import Programs, RowProgram
+from .samples import Samples
+
+PROBE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with all that is needed to read it: what it predicts, on which schedule, and its row programs."""
+
+    model: nn.Module
+    schedule: Schedule
+    predicts: str
+    log_snr_range: tuple[float, float]
+    time_dtype: torch.dtype | None = None
+    programs: Programs | None = None
+    backend: str = "auto"
+
+    def find_programs(self, samples: Samples) -> tuple[RowProgram | None, ...]:
+        """Return the row program under each condition of the samples, None where the network itself must run."""
+        if self.programs is None:
+            return (None,) * len(samples.conds)
+
+        def times() -> Tensor:
+            log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
+            return self.schedule.time(log_snr).to(samples.x.device)
+
+        data = self.model, samples.shape, samples.x.dtype
+        return tuple(self.programs.find(*data, cond, times, self.time_dtype) for cond in samples.conds)

@@ -1,0 +1,187 @@
+r"""A plan: everything of an estimate that another call with the same options need not make again.
+
+Samples of a group share their nodes, so that a group's rows are tables; samples and draws are cut into chunks that fit
+the memory budget, and what leaves a chunk is one number a draw: nothing of size B x S x d is ever stored. What is kept
+between two calls depends on
+
+====================  ==================================================================
+kept                  depends on
+====================  ==================================================================
+nodes, rows           schedule, prediction, nodes, evaluations, method, seed and round
+points                kind of noise, seed and round
+cuts, keys            indices of the samples, seed and round
+====================  ==================================================================
+
+and on no parameter of the network: what the network makes of the times is evaluated in every run, so that a step of an
+optimizer counts, however it was written. `fastscore.estimator.planner` keeps the plans of a density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..program.row_program import RowProgram
+from ..reference.gaussians import Reference
+from ..support.memory import Chunks, even
+from .integrand import check_finite, chunk_values
+from .network import Network
+from .rows import Draws, Rows, with_programs
+from .rules import Rule
+from .samples import Samples
+
+KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
+
+
+class Part(NamedTuple):
+    """Evaluated samples: which (indices), f of shape (b, N), and the rule of the group that all of them belong to."""
+
+    samples: Tensor
+    f: Tensor
+    rule: Rule
+
+
+class Cut(NamedTuple):
+    """How the samples of one group are cut: which they are (None: all), how many at once, and which draws at once."""
+
+    group: int
+    members: Tensor | None
+    at_once: int
+    spans: tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a plan makes of the indices of some samples: groups in their order, and keys, where they are kept."""
+
+    index: Tensor
+    cuts: list[Cut]
+    keys: Tensor | None
+
+
+class Plan:
+    """The evaluations of one estimate, whatever the samples.
+
+    Arguments:
+        network: the network that is evaluated.
+        draws: where, and with which noise.
+        chunks: how much at once, and how much may be kept between two calls.
+    """
+
+    def __init__(self, network: Network, draws: Draws, chunks: Chunks):
+        self.network, self.draws, self.chunks = network, draws, chunks
+        self._rows: dict[tuple[int, range], Rows] = {}
+        self._points: dict[range, Tensor] = {}
+        self._layout: Layout | None = None
+
+    def run(self, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference) -> Iterator[Part]:
+        """Yield every sample's f of all draws, one group of samples after the other.
+
+        Under autograd each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row
+        program needs of the times alone is evaluated outside of the chunks, for as many groups at once as fit.
+
+        Arguments:
+            programs: the network's row program under each condition of the samples, None where it has none.
+            reference: whose residual is subtracted. With two conditions f is the difference of the network's residuals
+                under both and the reference cancels.
+
+        Raises:
+            ValueError: if an evaluation gives NaN or inf.
+        """
+        call, layout, together = _Call(samples, programs, reference), self.layout(samples), max(1, self.chunks.groups)
+        for start in range(0, len(layout.cuts), together):
+            cuts = layout.cuts[start : start + together]
+            tables = iter(self._tables(cuts, call) if self.chunks.groups else ())
+            for cut in cuts:
+                yield from self._group(layout, cut, call, list(islice(tables, len(cut.spans))))
+        if self.nbytes() > self.chunks.kept:
+            self._rows.clear()
+            self._points.clear()
+            self._layout = None
+
+    def layout(self, samples: Samples) -> Layout:
+        """Return how these samples are cut."""
+        layout = self._layout
+        if layout is None or not torch.equal(layout.index, samples.index):
+            group = samples.group
+            members = {number: (group == number).nonzero().flatten() for number in group.unique().tolist()}
+            cuts = [self._cut(number, own, len(group)) for number, own in members.items()]
+            keys = None
+            if 8 * samples.x.numel() <= self.chunks.kept:
+                keys = self.draws.keys(samples.index.to(samples.device), samples.x.shape[1])
+            self._layout = layout = Layout(samples.index, cuts, keys)
+        return layout
+
+    def nbytes(self) -> int:
+        """Return the bytes of all that is kept."""
+        layout = self._layout
+        keys = 0 if layout is None or layout.keys is None else layout.keys.nbytes
+        return keys + sum(p.nbytes for p in self._points.values()) + sum(rows.nbytes for rows in self._rows.values())
+
+    def _cut(self, number: int, members: Tensor, samples: int) -> Cut:
+        draws, rule, chunks = len(self.draws), self.draws.rules.of(number), self.chunks
+        evaluations = max(1, rule.nfe)
+        at_once = even(len(members), max(1 if chunks.groups else chunks.samples, chunks.rows // evaluations))
+        rows_per_draw = 1 + int(rule.paired.any())
+        span = draws if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
+        spans = tuple(range(start, min(start + span, draws)) for start in range(0, draws, span))
+        return Cut(number, None if len(members) == samples else members, at_once, spans)
+
+    def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
+        rule, own, device = self.draws.rules.of(cut.group), call.samples, call.samples.device
+        members = torch.arange(len(own), device=device) if cut.members is None else cut.members.to(device)
+        if cut.members is not None:
+            own = own.select(members, cut.members)
+            call = replace(call, samples=own)
+        keys = self._keys(layout, cut, own, members)
+        for start in range(0, len(own), cut.at_once):
+            chosen, key = slice(start, start + cut.at_once), next(keys)
+            part = own.select(chosen)
+            each = tables or (rows for span in cut.spans for rows in self._tables([cut._replace(spans=(span,))], call))
+            f = torch.cat([chunk_values(self.network, part, key, rows, call.reference) for rows in each], 1)
+            check_finite(f, part, rule)
+            yield Part(members[chosen], f, rule)
+
+    def _keys(self, layout: Layout, cut: Cut, own: Samples, members: Tensor) -> Iterator[Tensor]:
+        """Yield the keys of each chunk of a group's samples, made for several of them at once."""
+        if layout.keys is not None:
+            keys = layout.keys if cut.members is None else layout.keys[members]
+            yield from keys.split(cut.at_once)
+            return
+        d = own.x.shape[1]
+        many = cut.at_once * max(1, KEY_WORDS // (cut.at_once * d))
+        for index in own.index.to(own.device).split(many):
+            yield from self.draws.keys(index, d).split(cut.at_once)
+
+    def _tables(self, cuts: list[Cut], call: _Call) -> list[Rows]:
+        """Return the rows of every span of some groups, with what the programs make of their times."""
+        rows = [self._rows_of(cut.group, span, call.samples.x) for cut in cuts for span in cut.spans]
+        return with_programs(rows, self.network, call.programs, call.samples)
+
+    def _rows_of(self, group: int, span: range, x: Tensor) -> Rows:
+        found = self._rows.get((group, span))
+        if found is not None:
+            return found
+        points = self._points.get(span)
+        if points is None:
+            if not self.chunks.groups:
+                self._points.clear()
+            points = self._points[span] = self.draws.points(span, x.shape[1], x.device)
+        found = Rows.of(self.network, self.draws.rules.of(group), points, span, x, self.chunks.per_call)
+        if self.chunks.groups:
+            self._rows[group, span] = found
+        return found
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one run is about."""
+
+    samples: Samples
+    programs: tuple[RowProgram | None, ...]
+    reference: Reference

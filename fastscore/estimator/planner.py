@@ -1,0 +1,145 @@
+"""Who makes the plans of a density: measures what a row of its network costs, and keeps the newest plans."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+
+from ..ops.noise import POINT_BYTES
+from ..program.row_program import ONE_AT_A_TIME, RowProgram
+from ..reference.gaussians import Reference
+from ..support.host import whole
+from ..support.memory import Chunks, RowCost, plan_chunks
+from . import probe
+from .integrand import cost_of_row
+from .methods import control_variate
+from .network import Network
+from .nodes import FittedNodes
+from .plan import Plan
+from .rows import Draws
+from .rules import make_rules
+from .samples import Samples
+
+PLANS = 8
+
+
+class Wanted(NamedTuple):
+    """What a caller wants of an estimate.
+
+    Arguments:
+        nfe: evaluations a sample.
+        seed, round: of nodes and noise.
+        noise: "sobol" or "independent".
+        memory: bytes that tensors may take, see `fastscore.support.memory`.
+        method: one of `fastscore.estimator.rules.METHODS`.
+        most: draws that later rounds may have, which the memory has to hold.
+    """
+
+    nfe: int
+    seed: int
+    noise: str
+    memory: int | str | None = None
+    method: str = "density"
+    round: int = 0
+    most: int = 0
+
+
+class Planner:
+    """Makes plans, and keeps the newest of them, each under all that it depends on.
+
+    A plan is used while the schedule is what it was. Costs and plans are no state: a copy of a density makes its own.
+    """
+
+    def __init__(self):
+        self._costs: dict[Hashable, RowCost] = {}
+        self._probed: set[Hashable] = set()
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+
+    def __reduce__(self):
+        return Planner, ()
+
+    def plan(
+        self,
+        network: Network,
+        nodes: FittedNodes,
+        reference: Reference,
+        samples: Samples,
+        programs: tuple[RowProgram | None, ...],
+        wanted: Wanted,
+    ) -> Plan:
+        """Return a plan for such samples.
+
+        Raises:
+            ValueError: as `make_rules` and `plan_chunks`; if the network cannot be called with such data.
+        """
+        options = network.predicts, network.log_snr_range, network.time_dtype, network.backend
+        key = (
+            *(id(network.schedule), id(network.programs), *options, wanted),
+            nodes.values(),
+            samples.device,
+            self._kind(network, samples, reference, programs),
+        )
+        plan = self._plans.get(key)
+        if plan is None or not plan.draws.rules.hold():
+            density = nodes.density
+            if control_variate(wanted.method, reference) is not reference:
+                density = density.without_curve()  # it belongs to the reference that it was measured with
+            rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
+            draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
+            most = max(len(draws), wanted.most)
+            plan = Plan(network, draws, self.chunks(network, samples, programs, reference, wanted, most))
+        self._keep(key, plan)
+        return plan
+
+    def chunks(
+        self,
+        network: Network,
+        samples: Samples,
+        programs: tuple[RowProgram | None, ...],
+        reference: Reference,
+        wanted: Wanted,
+        draws: int,
+    ) -> Chunks:
+        """Return how much fits into memory at once, by what a row of such samples costs; ask the network's rows too."""
+        kind = self._kind(network, samples, reference, programs)
+        if kind not in self._costs:
+            self._costs[kind] = cost_of_row(network, samples, programs, reference)
+            self._probe(network, samples)
+        points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
+        return plan_chunks(self._costs[kind], points, draws, wanted.memory, samples.x.device)
+
+    def forget_costs(self) -> None:
+        """Measure rows anew: another reference was fitted."""
+        self._costs.clear()
+
+    @staticmethod
+    def _kind(
+        network: Network, samples: Samples, reference: Reference, programs: tuple[RowProgram | None, ...]
+    ) -> Hashable:
+        return (
+            id(network.model),
+            samples.shape,
+            samples.x.dtype,
+            torch.is_grad_enabled(),
+            samples.mask is None,
+            reference.flops(samples.x.shape[1]),
+            tuple(program is not None for program in programs),
+        )
+
+    def _probe(self, network: Network, samples: Samples) -> None:
+        """Ask the network once, for each shape of data, whether its answers are its rows' own."""
+        kind = id(network.model), samples.shape, samples.x.dtype
+        if kind not in self._probed:
+            self._probed.add(kind)
+            with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
+                options = network.schedule, network.log_snr_range, network.time_dtype
+                probe.warn_of_coupling(network.model, samples, *options)
+
+    def _keep(self, key: Hashable, plan: Plan) -> None:
+        self._plans.pop(key, None)
+        self._plans[key] = plan
+        while len(self._plans) > PLANS:
+            self._plans.popitem(last=False)

@@ -1,0 +1,237 @@
+"""A plan used again gives what a density without any plan gives, to the bit, whatever has changed in between."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastscore as fs
+from fastscore.estimator import planner
+from fastscore.estimator.plan import Plan
+from fastscore.reference.gaussians import Reference
+
+D, B, NFE = 5, 70, 16  # samples of two groups
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.time, self.first, self.last = nn.Linear(1, width), nn.Linear(D, width), nn.Linear(width, D)
+        self.gain = 1.0
+
+    def forward(self, x, t):
+        return self.gain * self.last(torch.tanh(self.first(x) + self.time(t[:, None].to(x))))
+
+
+def make(schedule=None, **options):
+    torch.manual_seed(0)
+    return fs.ScoreDensity(Net().eval(), schedule or fs.VP(), **options)
+
+
+def data(count=B, seed=1):
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(density, x, **options):
+    found = density.estimate(x, nfe=NFE, progress=False, **options)
+    curve = found.log_snr_curve
+    return [found.log_prob, found.stderr, found.variance, found.truncation_per_sample, curve.mean, curve.log_snr]
+
+
+def same(density, x, **options):
+    """Assert that a density that has plans answers as one that has none, and twice the same."""
+    fresh = copy.deepcopy(density)  # whose plans and programs are its own
+    expected = numbers(fresh, x, **options)
+    for _ in range(3):
+        assert all(map(torch.equal, numbers(density, x, **options), expected))
+    with torch.no_grad():
+        log_prob = fresh.log_prob(x, nfe=NFE, **options)
+        assert torch.equal(density.log_prob(x, nfe=NFE, **options), log_prob)
+
+
+def optimizer_step(kind, **options):
+    def change(density):
+        optimizer = kind(density.model.parameters(), lr=0.1, **options)
+        density.log_prob(data(3), nfe=NFE).sum().backward()
+        optimizer.step()
+
+    return change
+
+
+def write_data(density):
+    for parameter in density.model.parameters():
+        parameter.data.mul_(1.1)
+
+
+def through_numpy(density):
+    density.model.first.weight.detach().numpy()[:] *= np.float32(0.9)
+
+
+def load(density, **options):
+    density.model.load_state_dict({k: 0.5 * v for k, v in density.model.state_dict().items()}, **options)
+
+
+def to_a_vector_and_back(density):
+    vector = nn.utils.parameters_to_vector(density.model.parameters())
+    nn.utils.vector_to_parameters(0.7 * vector, density.model.parameters())
+
+
+def swap_an_average_in(density):
+    average = torch.optim.swa_utils.AveragedModel(Net().eval())
+    for own, other in zip(density.model.parameters(), average.module.parameters()):
+        own.data, other.data = other.data, own.data
+
+
+def add_a_hook(density):
+    density.model.last.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def replace_a_layer(density):
+    density.model.first = nn.Linear(D, 8)
+
+
+def change_a_number(density):
+    density.model.gain = 2.0
+
+
+def replace_the_network(density):
+    torch.manual_seed(5)
+    density.model = Net().eval()
+
+
+def other_reference(density):
+    density.reference = Reference.isotropic(2.0)
+
+
+def write_the_reference(density):
+    density.reference.variance.data.mul_(2)
+
+
+def write_the_nodes(density):
+    density.nodes.edges.numpy()[-1] = 12.0
+
+
+def other_nodes(density):
+    density.load_state_dict(make(fs.LogSNR(-6, 8)).state_dict())
+
+
+def fit(density):
+    density.fit(data(100, seed=3), evaluations=30_000, progress=False)
+
+
+def change_the_schedule(density):
+    density.schedule.beta_max *= 1.5
+
+
+def replace_the_schedule(density):
+    density.schedule = fs.VP(beta_max=15.0)
+
+
+CHANGES = {
+    "AdamW": optimizer_step(torch.optim.AdamW),
+    "fused AdamW": optimizer_step(torch.optim.AdamW, fused=True),
+    "fused SGD": optimizer_step(torch.optim.SGD, fused=True),
+    "weights written through .data": write_data,
+    "weights written through numpy": through_numpy,
+    "load_state_dict": load,
+    "load_state_dict(assign=True)": lambda density: load(density, assign=True),
+    "vector_to_parameters": to_a_vector_and_back,
+    "an average swapped in": swap_an_average_in,
+    "a hook": add_a_hook,
+    "a layer replaced": replace_a_layer,
+    "a number of the network": change_a_number,
+    "the network replaced": replace_the_network,
+    "train mode": lambda density: density.train(),
+    "float64": lambda density: density.double(),
+    "another reference": other_reference,
+    "the reference written": write_the_reference,
+    "the nodes written": write_the_nodes,
+    "other nodes": other_nodes,
+    "a fit": fit,
+    "the schedule changed": change_the_schedule,
+    "the schedule replaced": replace_the_schedule,
+    "another prediction": lambda density: setattr(density, "predicts", "x0"),
+    "another dtype of time": lambda density: setattr(density, "time_dtype", torch.float64),
+    "another noise": lambda density: setattr(density, "noise", "sobol"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("program", ["auto", False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_stale_remains_after(change, program):
+    density, x = make(program=program), data()
+    before = numbers(density, x)
+    same(density, x)
+    CHANGES[change](density)
+    same(density, x)
+    changes_numbers = change not in ("train mode", "float64", "another dtype of time")
+    assert torch.equal(numbers(density, x)[0], before[0]) is not changes_numbers or change == "float64"
+
+
+@pytest.mark.parametrize("schedule", [fs.VP, lambda: fs.DDPM.linear(100)], ids=["continuous", "table"])
+def test_seeds_samples_and_shapes_in_turns(schedule):
+    density = make(schedule())
+    calls = [
+        {}, {"seed": 1}, {}, {"sample_index": torch.arange(60, 60 + B)}, {}, {"sample_index": torch.randperm(5000)[:B]},
+        {"seed": 1}, {"method": "elbo"}, {"method": "discrete"}, {"method": "elbo", "seed": 2}, {"memory": "40KB"},
+    ]  # fmt: skip
+    for options in calls:
+        if "method" in options:
+            expected = numbers(copy.deepcopy(density), data(), **options)
+            assert all(map(torch.equal, numbers(density, data(), **options), expected))
+        else:
+            same(density, data(), **options)
+    for count in range(1, 2 * planner.PLANS):
+        same(density, data(count))
+    assert len(density._planner._plans) <= planner.PLANS
+
+
+def test_a_table_that_is_written_in_place_makes_new_rules():
+    density = make(fs.DDPM.linear(100))
+    same(density, data())
+    name, table = next((k, v) for k, v in vars(density.schedule).items() if isinstance(v, torch.Tensor))
+    table.data.mul_(0.9)
+    same(density, data())
+    assert name
+
+
+def test_rows_are_made_once(monkeypatch):
+    made = []
+    keep = Plan._rows_of
+    monkeypatch.setattr(Plan, "_rows_of", lambda plan, *args: made.append(id(rows := keep(plan, *args))) or rows)
+    density, x = make(), data()
+    for _ in range(3):
+        density.estimate(x, nfe=NFE, progress=False)
+    assert len(made) == 6  # a row table for each of two groups, three times
+    assert len(set(made)) == 2
+
+
+def test_a_plan_keeps_no_more_than_its_share_of_the_memory():
+    density, x = make(), data(2)
+    density.estimate(x, nfe=1024, memory="2MB", progress=False)  # a share is 16 KB, and 1,024 points take 20 KB
+    (plan,) = density._planner._plans.values()
+    assert plan.nbytes() == 0
+    density.estimate(x, nfe=1024, memory="200MB", progress=False)
+    assert density._planner._plans.popitem()[1].nbytes() > 20 << 10
+
+
+def test_two_threads_share_a_density():
+    density, failures = make(), []
+    expected = {seed: numbers(copy.deepcopy(density), data(), seed=seed) for seed in range(3)}
+
+    def run(seed):
+        for i in range(20):
+            found = numbers(density, data(), seed=(seed + i) % 3)
+            if not all(map(torch.equal, found, expected[(seed + i) % 3])):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
