@@ -35,7 +35,7 @@ from .estimator.planner import Planner, Wanted
 from .estimator.protocol import Density
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
-from .estimator.samples import Samples, check_batch, check_samples
+from .estimator.samples import Samples, check_batch, check_samples, deferred
 from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.noise import SOBOL_MAX_DIM
 from .ops.select import check_name, select
@@ -155,13 +155,16 @@ class ScoreDensity(Density):
             x: data, floating point, shape (B, *shape).
             nfe, seed, sample_index, mask, memory, cond, named: as in `estimate`.
 
+        On a GPU NaN of the network is NaN of its sample here, and no error: asking would wait for the device.
+
         Raises:
             ValueError: as in `estimate`; for second derivatives, and for others than those in x, under torch.func.
         """
         if torch.is_grad_enabled():
             refuse_inference_weights(self.model)
         samples, plan, programs = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
-        parts = [(part.samples, draw_sum(part.f, part.rule)) for part in plan.run(samples, programs, self.reference)]
+        run = plan.run(samples, programs, self.reference, check=not deferred(samples.device))
+        parts = [(part.samples, draw_sum(part.f, part.rule)) for part in run]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         log_prob = self.reference.log_prob(samples.x, samples.mask) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
@@ -213,8 +216,9 @@ class ScoreDensity(Density):
 
         Raises:
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
-                returns the wrong shape, NaN or inf (named by sample and log-SNR); if a mask does not fit x, leaves
-                nothing of a sample, or meets a reference with full covariances.
+                returns the wrong shape, NaN or inf (named by sample and log-SNR; on a GPU when a number is read on the
+                host, see `Estimate.check`, or at once with FASTSCORE_CHECK=now in the environment); if a mask does not
+                fit x, leaves nothing of a sample, or meets a reference with full covariances.
         """
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:

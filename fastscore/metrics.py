@@ -107,7 +107,7 @@ class NegativeLogLikelihood(Metric):
             sample_index = self._arrivals(x)
         with evaluating(density.model):
             options = {"nfe": self.nfe, "seed": self.seed, "sample_index": sample_index, "progress": False}
-            found = density.estimate(x, **options, mask=mask, cond=cond)
+            found = density.estimate(x, **options, mask=mask, cond=cond).check()
         if mask is None and int(self.dims) not in (0, found.dims):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"

@@ -5,21 +5,19 @@ import math
 import pytest
 import torch
 
-from fastscore.estimator.curve import Curve, CurveSum
+from fastscore.estimator.curve import CurveSum
 from fastscore.estimator.estimate import Estimate
 from fastscore.estimator.rules import Rule
 
 
 def estimate(log_prob, stderr=0.5, dims=10):
     log_prob = torch.as_tensor(log_prob)
-    curve = Curve(*torch.zeros(3, 200))
     return Estimate(
         log_prob,
         torch.full_like(log_prob, stderr),
         torch.full_like(log_prob, stderr).square(),
         torch.full((len(log_prob),), 64),
-        curve,
-        0.0,
+        CurveSum(200),
         dims,
         "density",
         "sobol",

@@ -205,3 +205,33 @@ def test_faults_of_the_first_run_on_a_gpu_are_caught_when_they_are_put_back(devi
     with pytest.raises((RuntimeError, ValueError), match="Expected all tensors to be on the same device") as caught:
         call()
     print(f"\n{fault}: {caught.value}")
+
+
+class NaNAbove(nn.Module):
+    """A network that fails at low noise, for samples far out alone."""
+
+    def forward(self, x_t, t):
+        bad = (t > 0.5) & (x_t[:, 0].abs() > 50)
+        return torch.where(bad[:, None], torch.nan, x_t)
+
+
+def test_nan_is_told_when_a_number_is_read_and_nothing_waits_before(device, monkeypatch):
+    density, x = fs.ScoreDensity(NaNAbove(), fs.LogSNR(-8, 8)), torch.zeros(3, 4, device="cuda")
+    density.estimate(x, nfe=16)
+    x = x.clone()
+    x[1] = 100.0
+    with device.counting() as counts:
+        found = density.estimate(x, nfe=16)
+    assert (counts.waits, counts.to_host) == (0, 0)
+    for read in (lambda: found.mean(), lambda: repr(found), lambda: found.log_snr_curve, lambda: found.truncation):
+        with pytest.raises(ValueError, match=r"NaN or inf for sample 1 at log-SNR (0\.[5-9]|1\.)"):
+            read()
+    assert density.log_prob(x, nfe=16).isnan().cpu().tolist() == [False, True, False]
+    x[2, 0] = torch.inf
+    with pytest.raises(ValueError, match="x has NaN or inf in 1 of 3 samples, first in sample 2; remove"):
+        density.estimate(x, nfe=16).check()
+    monkeypatch.setenv("FASTSCORE_CHECK", "now")
+    with pytest.raises(ValueError, match="x has NaN or inf"):
+        density.estimate(x, nfe=16)
+    with pytest.raises(ValueError, match="NaN or inf for sample 1 at log-SNR"):
+        density.estimate(x[:2], nfe=16)

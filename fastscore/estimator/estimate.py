@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curve import Curve, truncation
+from .curve import Curve, CurveSum, table_error, truncation
+from .faults import Faults
 from .statistics import GroupSums
 
 
@@ -31,28 +32,60 @@ class Estimate:
         variance: of log_prob by its draws, nats squared, float64, shape (B,): what means over samples add up. `stderr`
             is wider where draws are few, since a single sample's interval needs more than the right variance.
         nfe: network evaluations spent on each sample, int64, shape (B,).
-        log_snr_curve: where in log-SNR the integral comes from (`Curve`), averaged over the batch.
-        discretization: for method "density" an estimate of the trapezoid rule's error over a table, in nats, averaged
-            over the batch; zero on a continuous schedule, where nodes have no bias and their error is in `stderr`. For
-            "discrete" and "elbo" their difference to the integral on the same evaluations.
+        curve_sum: what `log_snr_curve` is made of.
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
         group: which samples share their nodes, int64 in 0 .. 15, shape (B,); see `fastscore.estimator.rules`.
         ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
+        offset: for "discrete" and "elbo" their difference to the integral on the same evaluations, nats, averaged over
+            the batch; 0 for "density".
+        table: the log-SNRs of a table that "density" integrates over by the trapezoid rule, None elsewhere.
+        faults: what is told when a number is read on the host; see `fastscore.estimator.faults`.
+
+    All tensors stay where the data are, and nothing waits for a GPU, until one of them or a number is read.
     """
 
     log_prob: Tensor
     stderr: Tensor
     variance: Tensor
     nfe: Tensor
-    log_snr_curve: Curve
-    discretization: float
+    curve_sum: CurveSum
     dims: int | Tensor
     method: str
     noise: str
     group: Tensor
     ends: Tensor
+    offset: float | Tensor = 0.0
+    table: Tensor | None = None
+    faults: Faults | None = None
+
+    def check(self) -> Estimate:
+        """Return the estimate itself, once the device has said that all numbers are finite.
+
+        On a CPU `ScoreDensity.estimate` has asked before; on a GPU the first number that is read on the host asks.
+
+        Raises:
+            ValueError: if the data or an evaluation had NaN or inf, with the first sample and where it arose.
+        """
+        if self.faults is not None:
+            self.faults.tell()
+        return self
+
+    @cached_property
+    def log_snr_curve(self) -> Curve:
+        """Where in log-SNR the integral comes from, averaged over the batch."""
+        self.check()
+        return self.curve_sum.curve()
+
+    @cached_property
+    def discretization(self) -> float:
+        """What the method's sum is off the integral, nats, averaged over the batch.
+
+        For method "density" an estimate of the trapezoid rule's error over a table; zero on a continuous schedule,
+        where nodes have no bias and their error is in `stderr`. For "discrete" and "elbo" their `offset`.
+        """
+        return float(self.offset) if self.table is None else table_error(self.log_snr_curve, self.table)
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:
@@ -62,6 +95,7 @@ class Estimate:
     @cached_property
     def truncation(self) -> float:
         """The largest of `truncation_per_sample`, nats."""
+        self.check()
         return float(self.truncation_per_sample.max())
 
     def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -93,6 +127,7 @@ class Estimate:
         The spread between samples contains both their own variation and the estimates' noise; what the samples of a
         group have in common is added to it. The error of a single sample's mean is NaN.
         """
+        self.check()
         sums = GroupSums.of(self.log_prob, self.group)
         variance = sums.spread() / len(self.log_prob) + sums.common_variance()
         return float(sums.mean()), float(variance.sqrt())

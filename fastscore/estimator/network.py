@@ -33,7 +33,7 @@ class Network:
 
         def times() -> Tensor:
             log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
-            return self.schedule.time(log_snr).to(samples.x.device)
+            return self.schedule.time(log_snr)
 
-        data = self.model, samples.shape, samples.x.dtype
+        data = self.model, samples.shape, samples.x.dtype, samples.device
         return tuple(self.programs.find(*data, cond, times, self.time_dtype) for cond in samples.conds)

@@ -75,11 +75,14 @@ class Plan:
 
     def __init__(self, network: Network, draws: Draws, chunks: Chunks):
         self.network, self.draws, self.chunks = network, draws, chunks
+        self._rules: dict[int, Rule] = {}
         self._rows: dict[tuple[int, range], Rows] = {}
         self._points: dict[range, Tensor] = {}
         self._layout: Layout | None = None
 
-    def run(self, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference) -> Iterator[Part]:
+    def run(
+        self, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference, check: bool = True
+    ) -> Iterator[Part]:
         """Yield every sample's f of all draws, one group of samples after the other.
 
         Under autograd each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row
@@ -89,11 +92,16 @@ class Plan:
             programs: the network's row program under each condition of the samples, None where it has none.
             reference: whose residual is subtracted. With two conditions f is the difference of the network's residuals
                 under both and the reference cancels.
+            check: whether to wait for every chunk and look for NaN.
 
         Raises:
-            ValueError: if an evaluation gives NaN or inf.
+            ValueError: if an evaluation gives NaN or inf, and this is to be checked.
         """
-        call, layout, together = _Call(samples, programs, reference), self.layout(samples), max(1, self.chunks.groups)
+        call, layout, together = (
+            _Call(samples, programs, reference, check),
+            self.layout(samples),
+            max(1, self.chunks.groups),
+        )
         for start in range(0, len(layout.cuts), together):
             cuts = layout.cuts[start : start + together]
             tables = iter(self._tables(cuts, call) if self.chunks.groups else ())
@@ -133,7 +141,8 @@ class Plan:
         return Cut(number, None if len(members) == samples else members, at_once, spans)
 
     def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
-        rule, own, device = self.draws.rules.of(cut.group), call.samples, call.samples.device
+        own, device = call.samples, call.samples.device
+        rule = self._rule_of(cut.group, device)
         members = torch.arange(len(own), device=device) if cut.members is None else cut.members.to(device)
         if cut.members is not None:
             own = own.select(members, cut.members)
@@ -144,7 +153,8 @@ class Plan:
             part = own.select(chosen)
             each = tables or (rows for span in cut.spans for rows in self._tables([cut._replace(spans=(span,))], call))
             f = torch.cat([chunk_values(self.network, part, key, rows, call.reference) for rows in each], 1)
-            check_finite(f, part, rule)
+            if call.check:
+                check_finite(f, part, rule)
             yield Part(members[chosen], f, rule)
 
     def _keys(self, layout: Layout, cut: Cut, own: Samples, members: Tensor) -> Iterator[Tensor]:
@@ -162,6 +172,11 @@ class Plan:
         """Return the rows of every span of some groups, with what the programs make of their times."""
         rows = [self._rows_of(cut.group, span, call.samples.x) for cut in cuts for span in cut.spans]
         return with_programs(rows, self.network, call.programs, call.samples)
+
+    def _rule_of(self, group: int, device: torch.device) -> Rule:
+        if group not in self._rules:
+            self._rules[group] = self.draws.rules.of(group).on(device)
+        return self._rules[group]
 
     def _rows_of(self, group: int, span: range, x: Tensor) -> Rows:
         found = self._rows.get((group, span))
@@ -185,3 +200,4 @@ class _Call:
     samples: Samples
     programs: tuple[RowProgram | None, ...]
     reference: Reference
+    check: bool

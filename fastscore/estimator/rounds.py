@@ -11,15 +11,16 @@ from torch import Tensor
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
 from .calibration import calibrated, uncalibrated
-from .curve import CurveSum, ends, table_error
+from .curve import CurveSum, ends
 from .estimate import Estimate
+from .faults import Faults
 from .methods import base, control_variate
 from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
 from .rows import Draws
 from .rules import method_table
-from .samples import Samples
+from .samples import Samples, deferred
 from .statistics import Spread, draw_sum
 
 
@@ -35,7 +36,7 @@ class Round:
     nfe: Tensor
     ends: Tensor
     curve_sum: CurveSum
-    offset: float = 0.0
+    offset: float | Tensor = 0.0
 
     @classmethod
     def empty(cls, samples: int, draws: int, device: torch.device) -> Round:
@@ -72,7 +73,7 @@ class Estimator:
         reference = control_variate(method, self.reference)
         calibration = calibration_of(self.nodes, samples, draws)
         found = Round.empty(len(samples), len(draws), samples.device)
-        for chosen, f, rule in plan.run(samples, self.programs, reference):
+        for chosen, f, rule in plan.run(samples, self.programs, reference, not deferred(samples.device)):
             x, mask = samples.entries(chosen)
             value = base(method, reference, x, schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
@@ -82,28 +83,28 @@ class Estimator:
             found.curve_sum.add(f, rule)
             if method != "density":
                 integral = base("density", reference, x, schedule, mask) + draw_sum(f, rule, density=True)
-                found.offset += float((value - integral).sum()) / len(samples)
+                found.offset = found.offset + (value - integral).sum() / len(samples)
             advance(len(f))
         return found
 
     def report(self, found: Round, samples: Samples, noise: str) -> Estimate:
         """Return the estimate of all rounds; its curve and its offset are those of the first."""
-        curve, offset = found.curve_sum.curve(), found.offset
-        if self.method == "density" and self.network.schedule.discrete:
-            offset = table_error(curve, method_table(self.network.schedule)[1])
+        by_trapezoids = self.method == "density" and self.network.schedule.discrete
         variance = with_rounding(found.variance, found.value, samples, self.nodes.log_snr_range)
         return Estimate(
             log_prob=found.value.to(samples.x.dtype),
             stderr=variance[0].sqrt().to(samples.x.dtype),
             variance=variance[1],
             nfe=found.nfe,
-            log_snr_curve=curve,
-            discretization=offset,
+            curve_sum=found.curve_sum,
             dims=samples.dims,
             method=self.method,
             noise=noise,
             group=samples.group,
             ends=found.ends,
+            offset=found.offset,
+            table=method_table(self.network.schedule)[1] if by_trapezoids else None,
+            faults=Faults(samples, found.value, found.curve_sum) if deferred(samples.device) else None,
         )
 
 

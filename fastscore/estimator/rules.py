@@ -40,7 +40,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,16 @@ class Rule:
     def nfe(self) -> int:
         """Network evaluations per sample."""
         return len(self.paired) + int(self.paired.sum())
+
+    def on(self, device: torch.device) -> Rule:
+        """Return the rule with all that is multiplied with f on a device; where the draws are stays on the CPU."""
+        if device.type == "cpu":
+            return self
+        names = "weight", "density_weight", "curve", "remainder", "density_remainder"
+        sizes = [getattr(self, name).numel() for name in names]
+        block = torch.cat([getattr(self, name).flatten() for name in names]).to(device)  # one copy
+        parts = zip(names, block.split(sizes))
+        return replace(self, **{name: part.reshape(getattr(self, name).shape) for name, part in parts})
 
     @classmethod
     def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:

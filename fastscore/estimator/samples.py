@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +98,8 @@ def check_samples(
     if device != x.device:
         raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")
     flat = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
-    bad = (~torch.isfinite(flat)).any(1).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
-        )
+    if not deferred(x.device):
+        refuse_not_finite(flat)
     told_apart = tuple(Conditions.of(cond, len(x), model) for cond in conds)
     for cond in told_apart:
         for name, value in cond.per_sample.items():
@@ -110,6 +108,23 @@ def check_samples(
     index = _check_index(sample_index, len(x))
     counted = None if mask is None else mask_rows(mask, x)
     return Samples(flat, index, tuple(x.shape[1:]), told_apart, counted)
+
+
+def refuse_not_finite(x: Tensor) -> None:
+    """Raise ValueError if rows have NaN or inf; this waits for the device."""
+    bad = (~torch.isfinite(x)).any(1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
+        )
+
+
+def deferred(device: torch.device) -> bool:
+    """Return whether NaN and inf are told when a number is read, since asking would wait for the device.
+
+    The environment variable FASTSCORE_CHECK=now brings them at once.
+    """
+    return device.type == "cuda" and os.environ.get("FASTSCORE_CHECK") != "now"
 
 
 def _check_index(index: Tensor | None, count: int) -> Tensor:

@@ -30,7 +30,7 @@ KNOWN = 20  # draws, that a norm's skewness counts for
 def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
     """Return -1/2 of the rule's sum of f, shape (B,), float64; with the weights of "density" if asked."""
     weight, remainder = (rule.density_weight, rule.density_remainder) if density else (rule.weight, rule.remainder)
-    return -0.5 * (f.to(torch.float64) @ weight.to(f.device) + remainder.to(f.device))
+    return -0.5 * (f.to(torch.float64) @ weight + remainder)
 
 
 def draw_variance(f: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -79,8 +79,7 @@ class Spread(NamedTuple):
 
 
 def _terms(f: Tensor, rule: Rule) -> Tensor:
-    weight, curve = (0.5 * rule.weight).to(f.device), rule.curve.to(f.device)
-    return (f.to(torch.float64) - curve) * weight
+    return (f.to(torch.float64) - rule.curve) * (0.5 * rule.weight)
 
 
 def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def explain(
     points = torch.linspace(*span, EXAMPLE_TIMES, dtype=torch.float64, device="cpu")
     time = points if schedule is None else schedule.time(points)
     try:
-        program = Programs(True).find(model, tuple(shape), dtype, conditions, lambda: time.to(device), None)
+        program = Programs(True).find(model, tuple(shape), dtype, device, conditions, lambda: time, None)
     except NoProgram as reason:
         return f"no row program: {reason}"
     lines = [_line(program, instruction, core) for instruction, core in zip(program.code, program.matched.cores)]

@@ -250,6 +250,7 @@ class Programs:
         model: nn.Module,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        device: torch.device,
         cond: Conditions,
         times: Callable[[], Tensor],
         time_dtype: torch.dtype | None,
@@ -258,8 +259,9 @@ class Programs:
 
         Arguments:
             dtype: of the sums; the network gets x_t in the dtype of its parameters.
+            device: of the data.
             cond: conditions of a batch.
-            times: gives four times of the schedule, on the device of the data.
+            times: gives four times of the schedule, on the CPU, since most calls need nothing but their dtype.
 
         Raises:
             NoProgram: in mode True, with the reason.
@@ -269,9 +271,9 @@ class Programs:
             return None
         try:
             time = cast_time(times(), dtype, time_dtype)
-            if torch.is_autocast_enabled(time.device.type):
+            if torch.is_autocast_enabled(device.type):
                 raise NoProgram("autocast chooses dtypes layer by layer")
-            found = self._look_up(model, shape, model_dtype(model, dtype), cond, time)
+            found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, time)
             if found.program is None:
                 raise NoProgram(found.reason)
             if self.mode == "auto" and not found.program.pays:
@@ -282,9 +284,9 @@ class Programs:
             return None
         return found.program
 
-    def _look_up(self, model, shape, dtype, cond, time):
+    def _look_up(self, model, shape, dtype, device, cond, time):
         training = tuple(module.training for module in model.modules())
-        where = (time.dtype, time.device, torch.is_grad_enabled(), torch.get_default_dtype())
+        where = (time.dtype, device, torch.is_grad_enabled(), torch.get_default_dtype())
         key = (id(model), shape, dtype, where, training, _structure(cond))
         found = self._found.get(key)
         if found is not None and not found.changed():
@@ -293,7 +295,7 @@ class Programs:
             found = self._found.get(key)
             stale = found and found.changed()
             if found is None or stale:
-                self._found[key] = found = self._trace(model, shape, time, cond, dtype, found, stale)
+                self._found[key] = found = self._trace(model, shape, time.to(device), cond, dtype, found, stale)
         return found
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
-from ..estimator.curve import Curve, CurveSum, table_error
+from ..estimator.curve import Curve, CurveSum
 from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density
 from ..estimator.rules import group_of, make_rules, method_table
@@ -124,7 +124,7 @@ class Work:
     def estimate(self, number: int) -> Block:
         index = self.blocks[number]
         given = {"cond": self.conditions_at(index), "progress": False, **self.options}
-        result = self.density.estimate(self.rows(index), sample_index=index, **given)
+        result = self.density.estimate(self.rows(index), sample_index=index, **given).check()
         return {
             "sample_index": index.numpy(),
             **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},
@@ -148,20 +148,16 @@ class Work:
             curve = Curve(*(torch.from_numpy(block[f"curve_{name}"]) for name in Curve._fields))
             total.add_curve(curve, len(block["log_prob"]))
             offset += len(block["log_prob"]) * float(block["discretization"])
-        curve = total.curve()
         joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in PER_SAMPLE}
-        if method == "density":
-            discretization = table_error(curve, method_table(schedule)[1]) if schedule.discrete else 0.0
-        else:
-            discretization = offset / total.count
         return Estimate(
             **joined,
-            log_snr_curve=curve,
-            discretization=discretization,
+            curve_sum=total,
             dims=math.prod(self.data.shape[1:]),
             method=method,
             noise=str(blocks[0]["noise"]),
             group=group_of(torch.from_numpy(np.concatenate([b["sample_index"] for b in blocks]))),
+            offset=0.0 if method == "density" else offset / total.count,
+            table=method_table(schedule)[1] if method == "density" and schedule.discrete else None,
         )
 
 

@@ -86,4 +86,8 @@ REFERENCES = {
 
 def summary(found):
     """Return what an estimate says, in tensors and numbers."""
-    return {f.name: getattr(found, f.name) for f in fields(found)}
+    names = {f.name for f in fields(found)}
+    if "curve_sum" in names:  # an Estimate
+        found.check()
+        names = names - {"curve_sum", "faults"} | {"log_snr_curve", "discretization"}
+    return {name: getattr(found, name) for name in sorted(names)}

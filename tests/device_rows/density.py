@@ -12,7 +12,7 @@ from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, mixture_data,
 from .spaces import TRANSFORMS
 
 
-@row("ScoreDensity", "ScoreDensity.estimate", "Estimate", "Curve", each=list(SCHEDULES))
+@row("ScoreDensity", "ScoreDensity.estimate", "Estimate", "Estimate.check", "Curve", each=list(SCHEDULES))
 def estimate_on_a_schedule(on, name):
     return summary(of(on, SCHEDULES[name]()).estimate(on(X), nfe=NFE))
 
@@ -174,11 +174,11 @@ def fit_to_the_hosts_data_under_what_all_share(on, name):
      "ScoreDensity.core", "ScoreDensity.to_network")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
-    samples, draws, _ = made.prepare(on(X), NFE, 0, None, None, {})
+    samples, plan, _ = made.prepare(on(X), NFE, 0, None, None, {})
     parts = (
         samples.x,
         samples.index,
-        draws.rules.of(0).weight,
+        plan.draws.rules.of(0).weight,
         made.check(on(X), None, {}).x,
         made.network.predicts,
         made.log_snr_range,
