@@ -33,6 +33,7 @@ from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_
 from .estimator.plan import Plan
 from .estimator.planner import Planner, Wanted
 from .estimator.protocol import Density
+from .estimator.replay import Replays
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, check_samples, deferred
@@ -116,7 +117,7 @@ class ScoreDensity(Density):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self._planner = Planner()
+        self._planner, self._replays = Planner(), Replays()
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -235,7 +236,8 @@ class ScoreDensity(Density):
         warn_if_coupled(self.network, samples, self.reference)
         estimator = Estimator(self.network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
-            found = estimator.evaluate(samples, plan, bar.update)
+            replay = self._replays.find(estimator, samples, plan) if target_stderr is None else None
+            found, numbers = replay(samples, plan) if replay else (estimator.evaluate(samples, plan, bar.update), None)
             while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
                 wanted = wanted._replace(nfe=int(found.nfe[active].min()), round=wanted.round + 1)
                 bar.reset(total=len(active))
@@ -246,7 +248,7 @@ class ScoreDensity(Density):
                 f"{left} of {len(samples)} samples are above target_stderr={target_stderr:g} after "
                 f"max_nfe={max_nfe} evaluations; give a larger max_nfe, or fit the density first"
             )
-        return estimator.report(found, samples, wanted.noise)
+        return estimator.report(found, samples, wanted.noise, numbers)
 
     @ordinary
     @evaluation

@@ -86,6 +86,7 @@ class PretendedDevice:
         self._tracing = False
         self._in_an_op = False  # of fastscore, whose body runs without modes unless it is given them again
         self.graph: PretendedGraph | None = None  # that captures
+        self._stream = _Stream()
 
     def __enter__(self) -> PretendedDevice:
         if torch.cuda.is_available():
@@ -178,7 +179,8 @@ class PretendedDevice:
         yield torch.cuda, "device", lambda device: contextlib.nullcontext()
         yield torch.cuda, "stream", lambda stream: contextlib.nullcontext()
         yield torch.cuda, "Stream", _Stream
-        yield torch.cuda, "current_stream", _Stream
+        yield torch.cuda, "current_stream", lambda device=None: self._stream
+        yield torch.cuda, "is_current_stream_capturing", lambda: self.graph is not None
         yield torch.cuda, "CUDAGraph", lambda: PretendedGraph(self)
         yield torch.cuda, "graph", lambda graph: graph
         yield program, "trace", self._traced(program.trace)
@@ -394,6 +396,7 @@ class PretendedGraph:
         self.steps.append((func, *step))
 
     def replay(self) -> None:
+        self.device.counts.launches += 1
         with _disable_current_modes():
             for func, args, kwargs, found in self.steps:
                 for old, new in zip(tensors_of(found), tensors_of(func(*args, **kwargs)), strict=True):

@@ -17,7 +17,7 @@ def estimate(log_prob, stderr=0.5, dims=10):
         torch.full_like(log_prob, stderr),
         torch.full_like(log_prob, stderr).square(),
         torch.full((len(log_prob),), 64),
-        CurveSum(200),
+        CurveSum.empty(200),
         dims,
         "density",
         "sobol",
@@ -55,7 +55,7 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
     f = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     log_snr = torch.linspace(-3, 3, 12, dtype=torch.float64)
     one = torch.ones_like(log_snr)
-    rule, summed = Rule.plain(log_snr, one, one, one > 2), CurveSum(12)
+    rule, summed = Rule.plain(log_snr, one, one, one > 2), CurveSum.empty(12)
     for part in f.split(13):
         summed.add(part, rule)
     half, found = -0.5 * f.double(), summed.curve()

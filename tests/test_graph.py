@@ -47,7 +47,7 @@ def test_general_networks_in_chunks():
     density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
     x = target.sample(9).float()
     captured = fs.CapturedDensity(density, x, nfe=64, memory="60KB")
-    assert captured.at_once < 9
+    assert len(captured.plan.layout(captured.samples).cuts[0].spans) > 1 or captured.plan.chunks.rows < 9 * 64
     assert torch.allclose(captured(x)[0], density.estimate(x, nfe=64).log_prob, rtol=1e-5, atol=1e-4)
 
 
@@ -58,7 +58,7 @@ def test_another_shape_and_nan_are_errors():
         captured(torch.zeros(3, 5, device=DEVICE))
     with torch.no_grad():
         density.model.out.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="names sample and log-SNR"):
+    with pytest.raises(ValueError, match=r"NaN or inf for sample 0 at log-SNR"):
         captured(torch.zeros(4, 5, device=DEVICE))
 
 

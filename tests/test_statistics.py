@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastscore as fs
-from fastscore.estimator.curve import Curve, CurveSum, ends, table_error, truncation
+from fastscore.estimator.curve import Curve, CurveSum, EndTable, ends, table_error, truncation
 from fastscore.estimator.nodes import NodeDensity
 from fastscore.estimator.rules import GROUPS, Rules, make_rules, method_table, method_weights
 from fastscore.estimator.statistics import GroupSums, draw_sum, draw_variance, widened
@@ -48,10 +48,10 @@ def test_a_known_curve_is_added_as_a_whole_and_taken_off_the_differences():
 
 
 def test_curve_sum_is_the_mean_over_chunks():
-    f, sums, merged = noisy(30, 1.0), CurveSum(200), CurveSum(200)
+    f, sums, merged = noisy(30, 1.0), CurveSum.empty(200), CurveSum.empty(200)
     for chunk in f.split(7):
         sums.add(chunk, RULE)
-        own = CurveSum(200)
+        own = CurveSum.empty(200)
         own.add(chunk, RULE)
         merged.add_curve(own.curve(), len(chunk))
     for curve in (sums.curve(), merged.curve()):
@@ -74,7 +74,7 @@ def test_curve_sum_is_the_mean_over_chunks():
 def test_truncation_is_the_tail_of_a_known_course(course, tail, clean):
     toward = RULE.log_snr if clean else -RULE.log_snr
     f = -2 * torch.where(toward > 0, course(toward), 0.0)[None]
-    found = float(truncation(ends(f.expand(5, -1), RULE, (-10.0, 10.0), (1.0, 1.0)))[0])
+    found = float(truncation(ends(f.expand(5, -1), EndTable.of(RULE.log_snr, (-10.0, 10.0)), (1.0, 1.0)))[0])
     # The end value is a mean over one unit of log-SNR, and its successive differences count as noise.
     assert 0.95 * tail < found < 2.2 * tail
 
@@ -83,7 +83,7 @@ def test_truncation_knows_how_wide_the_reference_is():
     # A plateau says nothing of where it ends; a reference of width e^3 beyond the end does: 6 units of log-SNR.
     f = -2 * torch.ones(4, 200).double()
     slowest = 1 / (1 + math.exp(6))
-    found = truncation(ends(f, RULE, (-10.0, 10.0), (1.0, slowest)))
+    found = truncation(ends(f, EndTable.of(RULE.log_snr, (-10.0, 10.0)), (1.0, slowest)))
     # The noisy end has no decay either, and nothing but the slowest that draws can tell: -log(0.02) / 0.98.
     assert float(found[0]) == pytest.approx(6 + 4, rel=0.05)
 
@@ -92,10 +92,10 @@ def test_truncation_tells_samples_apart_as_far_as_their_noise_lets():
     generator = torch.Generator().manual_seed(0)
     noise = 0.3 * torch.randn(400, 200, generator=generator).double()
     decay = torch.where(RULE.log_snr > 5, torch.exp(10 - RULE.log_snr), 0.0)[None]
-    same = truncation(ends(noise + decay, RULE, (-10.0, 10.0), (1.0, 1.0)))
+    same = truncation(ends(noise + decay, EndTable.of(RULE.log_snr, (-10.0, 10.0)), (1.0, 1.0)))
     assert float(same.std()) < 0.02  # of equal samples the mean is as good as any
     size = torch.linspace(-40, 40, 400).double()[:, None]
-    own = truncation(ends(noise + size * decay, RULE, (-10.0, 10.0), (1.0, 1.0)))
+    own = truncation(ends(noise + size * decay, EndTable.of(RULE.log_snr, (-10.0, 10.0)), (1.0, 1.0)))
     exact = 0.5 * size[:, 0].abs()
     assert float((own > 0.9 * exact).double().mean()) > 0.97
     assert float(own.median()) < 2 * float(exact.median())

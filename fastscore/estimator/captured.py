@@ -11,40 +11,17 @@ step between two calls counts; what `fit` learned is fixed at capture.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import noise
 from ..process.conditions import takes_conditions
+from ..support.host import whole
 from ..support.modes import ordinary
-from .calibration import calibrated
-from .integrand import draw_values
 from .protocol import Density, check_density
-from .rounds import calibration_of, with_rounding
-from .rows import Rows
-from .rules import Rule
-from .samples import Samples
-from .statistics import Spread, draw_sum
-
-
-class _Group(NamedTuple):
-    """The samples that share their nodes, in chunks, with the rows and the rule that a graph reads where they lie."""
-
-    number: int
-    parts: tuple[tuple[Tensor, Samples], ...]  # their indices, and all of them but x
-    rows: Rows
-    rule: Rule
-
-    def copy_(self, other: _Group) -> None:
-        """Take over another seed's nodes and noise."""
-        for name in ("points", "time", "alpha", "sigma"):
-            getattr(self.rows, name).copy_(getattr(other.rows, name))
-        for own, new in zip(self.rows.coefficients, other.rows.coefficients):
-            own.copy_(new)
-        for name in ("weight", "curve", "remainder"):
-            getattr(self.rule, name).copy_(getattr(other.rule, name))
+from .replay import Replay
+from .rounds import Estimator
+from .samples import deferred
 
 
 class CapturedDensity:
@@ -80,14 +57,10 @@ class CapturedDensity:
     ):
         z, _ = check_density(density).to_network(x, mask)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
-        samples, plan, self.programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
-        self.samples, self.draws = replace(samples, x=samples.x.clone()), plan.draws
-        self.at_once = max(1, plan.chunks.rows // self.draws.rules.nfe)
-        self.groups = [self._group(number) for number in samples.group.unique().tolist()]
-        self.keys = self._keys(seed)
-        self.seed, self.graph, self.result = seed, None, None
-        if samples.x.is_cuda:
-            self._capture()
+        self.samples, self.plan, programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
+        core = self.core
+        estimator = Estimator(core.network, core.reference, core.nodes, programs, "density")
+        self.replay = Replay(estimator, self.samples, self.plan)
 
     @ordinary
     @torch.no_grad()
@@ -101,60 +74,11 @@ class CapturedDensity:
                 "shape"
             )
         z, log_det = self.density.to_network(x, self.mask)
-        self.samples.x.copy_(z.reshape(len(z), -1))
-        if seed is not None and seed != self.seed:
-            self.seed = seed
-            self.keys.copy_(self._keys(seed))
-            self.draws = replace(self.draws, rules=self.draws.rules.renewed(seed), seed=seed)
-            for group in self.groups:
-                group.copy_(self._group(group.number))
-        if self.graph is None:
-            self.result = self._estimate()
-        else:
-            self.graph.replay()
-        log_prob, stderr = self.result[0] - log_det.to(self.samples.device), self.result[1].clone()
-        log_prob, stderr = log_prob.to(self.samples.x.dtype), stderr.to(self.samples.x.dtype)
-        if not bool(torch.isfinite(log_prob).all()):
+        samples = replace(self.samples, x=z.reshape(len(z), -1).to(self.samples.x))
+        if seed is not None and whole("seed", seed) != self.plan.draws.seed:
+            self.plan = self.plan.renewed(seed)
+        _, numbers = self.replay(samples, self.plan)
+        log_prob, stderr = numbers.told
+        if not deferred(samples.device) and not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
-        return log_prob, stderr
-
-    def _keys(self, seed: int) -> Tensor:
-        index = self.samples.index.to(self.samples.device)
-        return noise.sample_keys(self.draws.noise, seed, index, self.samples.x.shape[1])
-
-    def _group(self, number: int) -> _Group:
-        x, rules, span = self.samples.x, self.draws.rules, range(len(self.draws))
-        rule = rules.of(number)
-        points = self.draws.points(span, x.shape[1], x.device)
-        rows = Rows.of(self.core.network, rule, points, span, x)
-        members = (self.samples.group == number).nonzero().flatten().split(self.at_once)
-        parts = tuple((m.to(x.device), self.samples.select(m.to(x.device), m)) for m in members)
-        moved = {name: getattr(rule, name).to(x.device) for name in ("weight", "curve", "remainder")}
-        return _Group(number, parts, rows, replace(rule, **moved))
-
-    def _estimate(self) -> tuple[Tensor, Tensor]:
-        density = self.core
-        network, calibration = density.network, calibration_of(density.nodes, self.samples, self.draws)
-        x, mask = self.samples.x, self.samples.mask
-        log_prob, variance = density.reference.log_prob(x, mask), torch.empty_like(x[:, 0]).double()
-        for group in self.groups:
-            rows = group.rows.with_programs(network, self.programs, self.samples)
-            for members, part in group.parts:
-                part = replace(part, x=x[members])
-                f = draw_values(network, part, self.keys[members], rows, density.reference)
-                log_prob = log_prob.index_add(0, members, draw_sum(f, group.rule))
-                spread = Spread.of(f, group.rule, part.dims)
-                variance[members] = calibrated(spread, self.draws.rules.nfe, calibration)[0]
-        return log_prob, with_rounding(variance, log_prob, self.samples, density.log_snr_range).sqrt()
-
-    def _capture(self) -> None:
-        with torch.cuda.device(self.samples.x.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
-                for _ in range(2):
-                    self._estimate()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self._estimate()
+        return (log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr

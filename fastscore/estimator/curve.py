@@ -7,6 +7,7 @@ that was evaluated can bound what a network would say where nobody asked it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,13 +34,25 @@ class Curve(NamedTuple):
     stderr: Tensor
 
 
+@dataclass
 class CurveSum:
-    """Accumulates the curve over chunks of samples where these are; only the sums go to the CPU, when they are read."""
+    """Accumulates the curve over chunks of samples where these are; only the sums go to the CPU, when they are read.
 
-    def __init__(self, draws: int, device: torch.device | str = "cpu"):
-        self.count = 0
-        self.log_snr = torch.zeros(draws, dtype=torch.float64, device="cpu")
-        self.total, self.squares = torch.zeros(2, draws, dtype=torch.float64, device=device)
+    Arguments:
+        log_snr: of each draw, summed over the samples, float64, shape (N,), on the CPU.
+        total, squares: of -f/2, float64, shape (N,).
+        count: of samples.
+    """
+
+    log_snr: Tensor
+    total: Tensor
+    squares: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, draws: int, device: torch.device | str = "cpu") -> CurveSum:
+        total, squares = torch.zeros(2, draws, dtype=torch.float64, device=device)
+        return cls(torch.zeros(draws, dtype=torch.float64, device="cpu"), total, squares)
 
     def add(self, f: Tensor, rule: Rule) -> None:
         half = -0.5 * f.to(torch.float64)
@@ -63,28 +76,58 @@ class CurveSum:
         return Curve(self.log_snr / self.count, mean, variance.sqrt())
 
 
-def ends(f: Tensor, rule: Rule, log_snr_range: tuple[float, float], slowest: tuple[float, float]) -> Tensor:
+class EndTable(NamedTuple):
+    """What `ends` sums up of the draws at both ends of the range: weights of f and of its squared differences.
+
+    Outermost are the draws within one unit of log-SNR of the first of them, two at least; next to them come as many. In
+    this order, at the noisy end and then at the clean one.
+
+    Attributes:
+        mean: weights of -f/2 in the means over these draws, float64, shape (N, 4).
+        spread: weights of its squared successive differences in the variances of these means, shape (N - 1, 4).
+        at: the distance of the two stretches in log-SNR, and that of the outer one to the end, shape (2, 2).
+    """
+
+    mean: Tensor
+    spread: Tensor
+    at: Tensor
+
+    @classmethod
+    def of(cls, log_snr: Tensor, log_snr_range: tuple[float, float]) -> EndTable:
+        lo, hi = log_snr_range
+        n = len(log_snr)
+        mean, spread = torch.zeros(n, 4, dtype=torch.float64), torch.zeros(n - 1, 4, dtype=torch.float64)
+        at = torch.empty(2, 2, dtype=torch.float64)
+        for end, (first, away) in enumerate(((lo, log_snr), (-hi, -log_snr.flip(0)))):
+            count = int((away < away[0] + END).sum().clamp(2, max(2, n // 4)))
+            outer, inner = away[:count].mean(), away[count : 2 * count].mean()
+            at[end] = torch.stack([inner - outer, outer - first])
+            for k, start in ((2 * end, 0), (2 * end + 1, count)):
+                here = slice(start, start + count) if end == 0 else slice(n - start - count, n - start)
+                mean[here, k] = 1 / count
+                spread[here.start : here.stop - 1, k] = 1 / (2 * (count - 1) * count)
+        return cls(mean, spread, at)
+
+    def on(self, device: torch.device) -> EndTable:
+        """Return the table on a device."""
+        return EndTable(*(tensor.to(device) for tensor in self))
+
+
+def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:
     """Return what `truncation` needs of each sample: float64, shape (B, 2, 7), the noisy end before the clean one.
 
     The seven are the mean of -f/2 over the outermost draws and its variance, the same over the draws next to them, the
     distance of the two in log-SNR, that of the outermost draws to the end, and the slowest decay to be reckoned with
-    there. Outermost are the draws within one unit of log-SNR of the first of them, two at least.
+    there.
     """
     half = -0.5 * f.to(torch.float64)
-    lo, hi = log_snr_range
-    rows = []
-    for end, at, h, least in (
-        (lo, rule.log_snr, half, slowest[0]),
-        (-hi, -rule.log_snr.flip(0), half.flip(1), slowest[1]),
-    ):
-        most = max(2, len(at) // 4)
-        count = int((at < at[0] + END).sum().clamp(2, most))
-        outer, inner = h[:, :count], h[:, count : 2 * count]
-        inside, distance = at[:count].mean() - end, at[count : 2 * count].mean() - at[:count].mean()
-        parts = [outer.mean(1), _variance_of_mean(outer), inner.mean(1), _variance_of_mean(inner)]
-        parts += [torch.full_like(parts[0], float(v)) for v in (distance, inside, least)]
-        rows.append(torch.stack(parts, 1))
-    return torch.stack(rows, 1)
+    found = half.new_empty(len(f), 2, 7)
+    found[:, :, 0:4:2] = (half @ table.mean).unflatten(1, (2, 2))
+    found[:, :, 1:4:2] = (half.diff(dim=1).square() @ table.spread).unflatten(1, (2, 2))
+    found[:, :, 4:6] = table.at
+    for end, rate in enumerate(slowest):
+        found[:, end, 6] = rate
+    return found
 
 
 def truncation(ends: Tensor) -> Tensor:
@@ -151,9 +194,3 @@ def table_error(curve: Curve, table: Tensor) -> float:
     middle = (table[1:] + table[:-1]) / 2
     nearest = torch.searchsorted((at[2:-1] + at[1:-2]) / 2, middle) if len(at) > 3 else torch.zeros_like(middle).long()
     return float((table.diff() ** 3 / 12 * second[nearest]).sum())
-
-
-def _variance_of_mean(values: Tensor) -> Tensor:
-    """Return the variance of the mean of neighbouring draws by their successive differences, shape (B,)."""
-    n = values.shape[1]
-    return values.diff(dim=1).square().sum(1) / (2 * (n - 1) * n)

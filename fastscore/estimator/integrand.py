@@ -98,7 +98,7 @@ def cost_of_row(
     one = samples.select(slice(0, 1))
     draws = Draws(FixedRules(rule), "independent", 0)
     span = range(PROBE_ROWS)
-    rows = Rows.of(network, rule, draws.points(span, one.x.shape[1], one.x.device), span, one.x)
+    (rows,) = Rows.of(network, [rule], draws.points(span, one.x.shape[1], one.x.device), span, one.x)
     keys = draws.keys(one.index.to(one.device), one.x.shape[1])
     timed = rows.with_programs(network, programs, one)
     with uncompiled():

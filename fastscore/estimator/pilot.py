@@ -167,7 +167,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     """Choose reference and nodes on held-out samples; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
-    rows = Rows.of(network, rule, draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
+    (rows,) = Rows.of(network, [rule], draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
     rows = rows.with_programs(network, network.find_programs(samples), samples)
     d = samples.x.shape[1]
     at_once = max(1, min(plan.chunks(q).rows for q in references) // rule.nfe)
@@ -251,7 +251,7 @@ def _network_flops(network: Network, samples: Samples) -> int:
     one = samples.select(slice(0, 1))
     rule = _pilot_rule(network, 1, 1)
     draws, d = Draws(FixedRules(rule), "independent", 0), one.x.shape[1]
-    rows = Rows.of(network, rule, draws.points(range(1), d, one.device), range(1), one.x)
+    (rows,) = Rows.of(network, [rule], draws.points(range(1), d, one.device), range(1), one.x)
     with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, draws.keys(one.index.to(one.device), d), rows, ())
     return max(1, counter.get_total_flops() // 2)

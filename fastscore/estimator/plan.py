@@ -18,7 +18,8 @@ optimizer counts, however it was written. `fastscore.estimator.planner` keeps th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
 from ..support.memory import Chunks, even
+from .curve import EndTable
 from .integrand import check_finite, chunk_values
 from .network import Network
 from .rows import Draws, Rows, with_programs
@@ -39,18 +41,23 @@ KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls t
 
 
 class Part(NamedTuple):
-    """Evaluated samples: which (indices), f of shape (b, N), and the rule of the group that all of them belong to."""
+    """Evaluated samples: which (indices), f of shape (b, N), and the group that all of them belong to with its rule."""
 
     samples: Tensor
     f: Tensor
     rule: Rule
+    group: int
 
 
 class Cut(NamedTuple):
-    """How the samples of one group are cut: which they are (None: all), how many at once, and which draws at once."""
+    """How the samples of one group are cut: which they are, how many at once, and which draws at once.
+
+    Their numbers are on the device (`here`) and once more on the CPU (`members`), where None stands for all samples.
+    """
 
     group: int
     members: Tensor | None
+    here: Tensor
     at_once: int
     spans: tuple[range, ...]
 
@@ -71,11 +78,13 @@ class Plan:
         network: the network that is evaluated.
         draws: where, and with which noise.
         chunks: how much at once, and how much may be kept between two calls.
+        family: what all but the seed comes from.
     """
 
-    def __init__(self, network: Network, draws: Draws, chunks: Chunks):
-        self.network, self.draws, self.chunks = network, draws, chunks
+    def __init__(self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None):
+        self.network, self.draws, self.chunks, self.family = network, draws, chunks, family
         self._rules: dict[int, Rule] = {}
+        self._ends: dict[int, EndTable] = {}
         self._rows: dict[tuple[int, range], Rows] = {}
         self._points: dict[range, Tensor] = {}
         self._layout: Layout | None = None
@@ -97,19 +106,16 @@ class Plan:
         Raises:
             ValueError: if an evaluation gives NaN or inf, and this is to be checked.
         """
-        call, layout, together = (
-            _Call(samples, programs, reference, check),
-            self.layout(samples),
-            max(1, self.chunks.groups),
-        )
+        call, layout = _Call(samples, programs, reference, check), self.layout(samples)
+        together = max(1, self.chunks.groups)
         for start in range(0, len(layout.cuts), together):
             cuts = layout.cuts[start : start + together]
             tables = iter(self._tables(cuts, call) if self.chunks.groups else ())
             for cut in cuts:
                 yield from self._group(layout, cut, call, list(islice(tables, len(cut.spans))))
         if self.nbytes() > self.chunks.kept:
-            self._rows.clear()
-            self._points.clear()
+            for kept in (self._rules, self._ends, self._rows, self._points):
+                kept.clear()
             self._layout = None
 
     def layout(self, samples: Samples) -> Layout:
@@ -118,36 +124,82 @@ class Plan:
         if layout is None or not torch.equal(layout.index, samples.index):
             group = samples.group
             members = {number: (group == number).nonzero().flatten() for number in group.unique().tolist()}
-            cuts = [self._cut(number, own, len(group)) for number, own in members.items()]
+            cuts = [self._cut(number, own, samples) for number, own in members.items()]
             keys = None
             if 8 * samples.x.numel() <= self.chunks.kept:
                 keys = self.draws.keys(samples.index.to(samples.device), samples.x.shape[1])
             self._layout = layout = Layout(samples.index, cuts, keys)
         return layout
 
+    def end_table(self, group: int, device: torch.device) -> EndTable:
+        """Return what the draws of a group say of both ends of the range."""
+        if group not in self._ends:
+            log_snr = self.draws.rules.of(group).log_snr
+            self._ends[group] = EndTable.of(log_snr, self.network.log_snr_range).on(device)
+        return self._ends[group]
+
+    def log_snr(self, samples: Samples) -> Tensor:
+        """Return the log-SNR of every draw, averaged over some samples."""
+        groups = self.layout(samples).cuts
+        parts = (len(cut.here) * self.draws.rules.of(cut.group).log_snr for cut in groups)
+        return sum(parts) / len(samples)
+
+    def renewed(self, seed: int) -> Plan:
+        """Return the same plan for another seed."""
+        draws = replace(self.draws, rules=self.draws.rules.renewed(seed), seed=seed)
+        return Plan(self.network, draws, self.chunks)
+
+    def copy(self, samples: Samples) -> Plan:
+        """Return the same plan for some samples, with memory of its own that stays where it is."""
+        found = Plan(self.network, self.draws, self.chunks._replace(kept=sys.maxsize))
+        found._tensors(samples)
+        return found
+
+    def copy_(self, other: Plan, samples: Samples) -> None:
+        """Take the tables of another seed for the same samples."""
+        pairs = list(zip(self._tensors(samples), other._tensors(samples), strict=True))
+        for dtype in {own.dtype for own, _ in pairs}:
+            own, given = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
+            torch._foreach_copy_(own, given)
+        self.draws = other.draws
+
     def nbytes(self) -> int:
         """Return the bytes of all that is kept."""
-        layout = self._layout
-        keys = 0 if layout is None or layout.keys is None else layout.keys.nbytes
-        return keys + sum(p.nbytes for p in self._points.values()) + sum(rows.nbytes for rows in self._rows.values())
+        keys = [] if self._layout is None or self._layout.keys is None else [self._layout.keys]
+        tables = (*self._rows.values(), *self._rules.values())
+        each = [tensor for table in tables for tensor in table.tensors()]
+        ends = [tensor for table in self._ends.values() for tensor in table]
+        return sum(tensor.nbytes for tensor in (*keys, *self._points.values(), *each, *ends))
 
-    def _cut(self, number: int, members: Tensor, samples: int) -> Cut:
+    def _tensors(self, samples: Samples) -> list[Tensor]:
+        """Return everything that another seed changes, in the order of groups and draws, made where it is missing."""
+        layout, device = self.layout(samples), samples.device
+        found = [layout.keys]
+        for span in dict.fromkeys(span for cut in layout.cuts for span in cut.spans):
+            for rows in self._rows_of([cut.group for cut in layout.cuts], span, samples.x).values():
+                found += rows.tensors() + [rows.points] * (rows.points is not self._points[span])
+            found.append(self._points[span])
+        for cut in layout.cuts:
+            found += [*self._rule_of(cut.group, device).tensors(), *self.end_table(cut.group, device)]
+        return found
+
+    def _cut(self, number: int, members: Tensor, samples: Samples) -> Cut:
         draws, rule, chunks = len(self.draws), self.draws.rules.of(number), self.chunks
         evaluations = max(1, rule.nfe)
         at_once = even(len(members), max(1 if chunks.groups else chunks.samples, chunks.rows // evaluations))
         rows_per_draw = 1 + int(rule.paired.any())
         span = draws if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
         spans = tuple(range(start, min(start + span, draws)) for start in range(0, draws, span))
-        return Cut(number, None if len(members) == samples else members, at_once, spans)
+        here = members.to(samples.device)
+        return Cut(number, None if len(members) == len(samples) else members, here, at_once, spans)
 
     def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
         own, device = call.samples, call.samples.device
         rule = self._rule_of(cut.group, device)
-        members = torch.arange(len(own), device=device) if cut.members is None else cut.members.to(device)
         if cut.members is not None:
-            own = own.select(members, cut.members)
+            own = own.select(cut.here, cut.members)
             call = replace(call, samples=own)
-        keys = self._keys(layout, cut, own, members)
+        keys = self._keys(layout, cut, own)
         for start in range(0, len(own), cut.at_once):
             chosen, key = slice(start, start + cut.at_once), next(keys)
             part = own.select(chosen)
@@ -155,12 +207,12 @@ class Plan:
             f = torch.cat([chunk_values(self.network, part, key, rows, call.reference) for rows in each], 1)
             if call.check:
                 check_finite(f, part, rule)
-            yield Part(members[chosen], f, rule)
+            yield Part(cut.here[chosen], f, rule, cut.group)
 
-    def _keys(self, layout: Layout, cut: Cut, own: Samples, members: Tensor) -> Iterator[Tensor]:
+    def _keys(self, layout: Layout, cut: Cut, own: Samples) -> Iterator[Tensor]:
         """Yield the keys of each chunk of a group's samples, made for several of them at once."""
         if layout.keys is not None:
-            keys = layout.keys if cut.members is None else layout.keys[members]
+            keys = layout.keys if cut.members is None else layout.keys[cut.here]
             yield from keys.split(cut.at_once)
             return
         d = own.x.shape[1]
@@ -170,27 +222,33 @@ class Plan:
 
     def _tables(self, cuts: list[Cut], call: _Call) -> list[Rows]:
         """Return the rows of every span of some groups, with what the programs make of their times."""
-        rows = [self._rows_of(cut.group, span, call.samples.x) for cut in cuts for span in cut.spans]
+        found = {}
+        for span in dict.fromkeys(span for cut in cuts for span in cut.spans):
+            found |= self._rows_of([cut.group for cut in cuts if span in cut.spans], span, call.samples.x)
+        rows = [found[cut.group, span] for cut in cuts for span in cut.spans]
         return with_programs(rows, self.network, call.programs, call.samples)
+
+    def _rows_of(self, groups: list[int], span: range, x: Tensor) -> dict[tuple[int, range], Rows]:
+        """Return the rows of some draws by group; those that are missing are made together."""
+        kept = {(group, span): self._rows.get((group, span)) for group in groups}
+        missing = [group for (group, _), rows in kept.items() if rows is None]
+        if missing:
+            points = self._points.get(span)
+            if points is None:
+                if not self.chunks.groups:
+                    self._points.clear()
+                points = self._points[span] = self.draws.points(span, x.shape[1], x.device)
+            rules = [self.draws.rules.of(group) for group in missing]
+            made = Rows.of(self.network, rules, points, span, x, self.chunks.per_call)
+            kept |= {(group, span): rows for group, rows in zip(missing, made)}
+            if self.chunks.groups:
+                self._rows |= kept
+        return kept
 
     def _rule_of(self, group: int, device: torch.device) -> Rule:
         if group not in self._rules:
             self._rules[group] = self.draws.rules.of(group).on(device)
         return self._rules[group]
-
-    def _rows_of(self, group: int, span: range, x: Tensor) -> Rows:
-        found = self._rows.get((group, span))
-        if found is not None:
-            return found
-        points = self._points.get(span)
-        if points is None:
-            if not self.chunks.groups:
-                self._points.clear()
-            points = self._points[span] = self.draws.points(span, x.shape[1], x.device)
-        found = Rows.of(self.network, self.draws.rules.of(group), points, span, x, self.chunks.per_call)
-        if self.chunks.groups:
-            self._rows[group, span] = found
-        return found
 
 
 @dataclass(frozen=True)

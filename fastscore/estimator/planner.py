@@ -76,12 +76,13 @@ class Planner:
             ValueError: as `make_rules` and `plan_chunks`; if the network cannot be called with such data.
         """
         options = network.predicts, network.log_snr_range, network.time_dtype, network.backend
-        key = (
-            *(id(network.schedule), id(network.programs), *options, wanted),
+        family = (
+            *(id(network.schedule), id(network.programs), *options, wanted._replace(seed=0)),
             nodes.values(),
             samples.device,
             self._kind(network, samples, reference, programs),
         )
+        key = wanted.seed, family
         plan = self._plans.get(key)
         if plan is None or not plan.draws.rules.hold():
             density = nodes.density
@@ -90,7 +91,7 @@ class Planner:
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
-            plan = Plan(network, draws, self.chunks(network, samples, programs, reference, wanted, most))
+            plan = Plan(network, draws, self.chunks(network, samples, programs, reference, wanted, most), family)
         self._keep(key, plan)
         return plan
 

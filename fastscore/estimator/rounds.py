@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +37,27 @@ class Round:
     nfe: Tensor
     ends: Tensor
     curve_sum: CurveSum
-    offset: float | Tensor = 0.0
+    offset: float | Tensor
+    block: Tensor
 
     @classmethod
     def empty(cls, samples: int, draws: int, device: torch.device) -> Round:
-        value, variance = torch.empty(3, samples, dtype=torch.float64, device=device).split([1, 2])
-        at_ends = torch.empty(samples, 2, 7, dtype=torch.float64, device=device)
-        nfe = torch.empty(samples, dtype=torch.int64, device=device)
-        return cls(value[0], variance, nfe, at_ends, CurveSum(draws, device))
+        block = torch.zeros(17 * samples + 2 * draws, dtype=torch.float64, device=device)
+        log_snr = torch.zeros(draws, dtype=torch.float64, device="cpu")
+        return cls._of(block, torch.empty(samples, dtype=torch.int64, device=device), log_snr, 0, 0.0)
+
+    @classmethod
+    def _of(cls, block: Tensor, nfe: Tensor, log_snr: Tensor, count: int, offset: float | Tensor) -> Round:
+        """Return a round whose numbers lie in one block, so that one copy takes them all."""
+        samples, draws = len(nfe), len(log_snr)
+        value, variance, at_ends, total, squares = block.split([samples, 2 * samples, 14 * samples, draws, draws])
+        curve_sum = CurveSum(log_snr, total, squares, count)
+        return cls(value, variance.view(2, samples), nfe, at_ends.view(samples, 2, 7), curve_sum, offset, block)
+
+    def copy(self, log_snr: Tensor) -> Round:
+        """Return the same in other memory, with draws at these log-SNRs."""
+        count = self.curve_sum.count
+        return Round._of(self.block.clone(), self.nfe.clone(), count * log_snr, count, self.offset)
 
     def above(self, target: float, most: int) -> Tensor:
         """Return which samples have a larger standard error than `target`, and may spend as much again."""
@@ -55,6 +69,16 @@ class Round:
         self.value[chosen] += share * (extra.value - self.value[chosen])
         self.variance[:, chosen] = (1 - share) ** 2 * self.variance[:, chosen] + share**2 * extra.variance
         self.nfe[chosen] += extra.nfe
+
+
+class Numbers(NamedTuple):
+    """Log-density and standard error in the dtype of the data, (2, B), and the variance that means add up, (B,)."""
+
+    told: Tensor
+    variance: Tensor
+
+    def copy(self) -> Numbers:
+        return Numbers(self.told.clone(), self.variance.clone())
 
 
 @dataclass(frozen=True)
@@ -73,13 +97,13 @@ class Estimator:
         reference = control_variate(method, self.reference)
         calibration = calibration_of(self.nodes, samples, draws)
         found = Round.empty(len(samples), len(draws), samples.device)
-        for chosen, f, rule in plan.run(samples, self.programs, reference, not deferred(samples.device)):
+        for chosen, f, rule, group in plan.run(samples, self.programs, reference, not deferred(samples.device)):
             x, mask = samples.entries(chosen)
             value = base(method, reference, x, schedule, mask) + draw_sum(f, rule)
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
             spread = Spread.of(f, rule, x.shape[1] if mask is None else mask.sum(1))
             found.variance[:, chosen] = calibrated(spread, draws.rules.nfe, calibration)
-            found.ends[chosen] = ends(f, rule, self.nodes.log_snr_range, self.nodes.slowest_decay)
+            found.ends[chosen] = ends(f, plan.end_table(group, f.device), self.nodes.slowest_decay)
             found.curve_sum.add(f, rule)
             if method != "density":
                 integral = base("density", reference, x, schedule, mask) + draw_sum(f, rule, density=True)
@@ -87,14 +111,20 @@ class Estimator:
             advance(len(f))
         return found
 
-    def report(self, found: Round, samples: Samples, noise: str) -> Estimate:
-        """Return the estimate of all rounds; its curve and its offset are those of the first."""
-        by_trapezoids = self.method == "density" and self.network.schedule.discrete
+    def numbers(self, found: Round, samples: Samples) -> Numbers:
+        """Return what rounds say, with the rounding of the data's dtype."""
         variance = with_rounding(found.variance, found.value, samples, self.nodes.log_snr_range)
+        told = torch.stack([found.value, variance[0].sqrt()]).to(samples.x.dtype)
+        return Numbers(told, variance[1])
+
+    def report(self, found: Round, samples: Samples, noise: str, numbers: Numbers | None = None) -> Estimate:
+        """Return the estimate of all rounds; its curve and its offset are those of the first."""
+        told, variance = numbers or self.numbers(found, samples)
+        by_trapezoids = self.method == "density" and self.network.schedule.discrete
         return Estimate(
-            log_prob=found.value.to(samples.x.dtype),
-            stderr=variance[0].sqrt().to(samples.x.dtype),
-            variance=variance[1],
+            log_prob=told[0],
+            stderr=told[1],
+            variance=variance,
             nfe=found.nfe,
             curve_sum=found.curve_sum,
             dims=samples.dims,

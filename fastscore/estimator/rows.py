@@ -45,57 +45,92 @@ class Draws:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per-row tables of some consecutive draws, on the device of the data; a paired draw owns two rows."""
+    """Per-row tables of some consecutive draws, on the device of the data; a paired draw owns two rows.
+
+    Arguments:
+        draws: how many.
+        draw: index of the row's draw among these, int64, (R,).
+        points: the row's noise words, int32, (R, d).
+        time: the schedule's own time, (R,).
+        exact: alpha, sigma, the three coefficients of the prediction, sign (-1 for an antithetic twin) and share (1, or
+            1/2 for the rows of a pair) of every row, float64, (7, R).
+        rounded: the same in the dtype of the data.
+        backends: that can run, in order.
+        per_call: how many rows the network gets in one call; all if 0.
+        timed: row programs with what they need at these times, one a condition.
+    """
 
     draws: int
-    draw: Tensor  # index of the row's draw among these, int64, (R,)
-    share: Tensor  # 1, or 1/2 for the rows of a pair, (R,)
-    points: Tensor  # the row's noise words, int32, (R, d)
-    sign: Tensor  # -1 for an antithetic twin, (R,)
+    draw: Tensor
+    points: Tensor
     time: Tensor
-    alpha: Tensor  # float64, as sigma
-    sigma: Tensor
-    coefficients: tuple[Tensor, Tensor, Tensor]
-    backends: tuple[str, ...]  # that can run, in order
-    per_call: int  # how many rows the network gets in one call; all if 0
-    timed: tuple[Timed | None, ...] = ()  # row programs with what they need at these times, one a condition
+    exact: Tensor
+    rounded: Tensor
+    backends: tuple[str, ...]
+    per_call: int
+    timed: tuple[Timed | None, ...] = ()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of what every row has, without the words that the rows of all groups share."""
-        own = self.draw, self.share, self.sign, self.time, self.alpha, self.sigma, *self.coefficients
-        return sum(tensor.nbytes for tensor in own)
+    def alpha(self) -> Tensor:
+        return self.exact[0]
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.exact[1]
+
+    @property
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(self.rounded[2:5])
+
+    @property
+    def sign(self) -> Tensor:
+        return self.rounded[5]
+
+    @property
+    def share(self) -> Tensor:
+        return self.rounded[6]
 
     @property
     def backend(self) -> str:
         """Who makes the noise, and the residual where no kernel does everything."""
         return self.backends[0]
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that another seed changes, without the words that the rows of all groups share."""
+        return [self.time, self.exact] + [self.rounded] * (self.rounded is not self.exact)
+
     @classmethod
-    def of(cls, network: Network, rule: Rule, points: Tensor, span: range, x: Tensor, per_call: int = 0) -> Rows:
-        """Return the rows of some draws of a rule; `points` are the draws' noise words, (len(span), d)."""
+    def of(
+        cls, network: Network, rules: Sequence[Rule], points: Tensor, span: range, x: Tensor, per_call: int = 0
+    ) -> list[Rows]:
+        """Return the rows of some draws by several rules that have the same of them in pairs.
+
+        Arguments:
+            points: the draws' noise words, (len(span), d).
+        """
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
-        paired, time = rule.paired[part], rule.time[part]
-        alpha, sigma = schedule.alpha_sigma(time)
-        numbers = torch.stack([alpha, sigma, *coefficients(network.predicts, schedule, time)])
-        draw, twin = _rows_of(paired)
-        share = (1 / (1 + paired.to(torch.float64)))[draw]
-        # One copy to the device for everything that is a number.
-        table = torch.cat([numbers[:, draw], torch.where(twin, -1.0, 1.0)[None].double(), share[None]]).to(device)
-        rounded, draw_here = table.to(x), draw.to(device)
-        return cls(
-            draws=len(span),
-            draw=draw_here,
-            share=rounded[6],
-            points=points[draw_here] if len(draw) > len(span) else points,
-            sign=rounded[5],
-            time=time[draw].to(device),
-            alpha=table[0],
-            sigma=table[1],
-            coefficients=tuple(rounded[2:5]),
-            backends=runnable(device, x.dtype, network.backend),
-            per_call=per_call,
-        )
+        time = torch.cat([rule.time[part] for rule in rules])
+        draw, twin = _rows_of(rules[0].paired[part])
+        count, groups = len(draw), len(rules)
+        every = (draw + len(span) * torch.arange(groups, device="cpu")[:, None]).flatten()
+        numbers = torch.stack([*schedule.alpha_sigma(time), *coefficients(network.predicts, schedule, time)])[:, every]
+        share = (1 / (1 + rules[0].paired[part].to(torch.float64)))[draw]
+        own = torch.stack([torch.where(twin, -1.0, 1.0).double(), share]).repeat(1, groups)
+        exact = torch.cat([numbers, own]).to(device)  # one copy to the device for everything that is a number
+        rounded, here, times = exact.to(x), draw.to(device), time[every].to(device)
+        return [
+            cls(
+                draws=len(span),
+                draw=here,
+                points=points[here] if count > len(span) else points,
+                time=times[start : start + count],
+                exact=exact[:, start : start + count],
+                rounded=rounded[:, start : start + count],
+                backends=runnable(device, x.dtype, network.backend),
+                per_call=per_call,
+            )
+            for start in range(0, groups * count, count)
+        ]
 
     def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
         """Return the same rows with the programs' tables at their times, differentiable if autograd is on."""

@@ -92,11 +92,14 @@ class Rule:
         """Return the rule with all that is multiplied with f on a device; where the draws are stays on the CPU."""
         if device.type == "cpu":
             return self
+        block = torch.cat([tensor.flatten() for tensor in self.tensors()]).to(device)  # one copy
+        parts = block.split([tensor.numel() for tensor in self.tensors()])
         names = "weight", "density_weight", "curve", "remainder", "density_remainder"
-        sizes = [getattr(self, name).numel() for name in names]
-        block = torch.cat([getattr(self, name).flatten() for name in names]).to(device)  # one copy
-        parts = zip(names, block.split(sizes))
-        return replace(self, **{name: part.reshape(getattr(self, name).shape) for name, part in parts})
+        return replace(self, **{k: v.reshape(o.shape) for k, v, o in zip(names, parts, self.tensors())})
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is multiplied with f."""
+        return [self.weight, self.density_weight, self.curve, self.remainder, self.density_remainder]
 
     @classmethod
     def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:

@@ -131,6 +131,19 @@ class Conditions:
         rest = {k: v.to(device) if _lies_on(v, source) else v for k, v in self.shared.items()}
         return replace(self, per_sample=own, shared=rest)
 
+    def copy(self) -> Conditions:
+        """Return the same conditions in memory of their own."""
+        own = {k: v.clone() for k, v in self.per_sample.items()}
+        rest = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.shared.items()}
+        return replace(self, per_sample=own, shared=rest)
+
+    def copy_(self, other: Conditions) -> None:
+        """Write other conditions of the same shapes into these."""
+        for own, given in ((self.per_sample, other.per_sample), (self.shared, other.shared)):
+            for name, value in own.items():
+                if isinstance(value, Tensor):
+                    value.copy_(given[name])
+
     def joined(self, other: Conditions) -> Conditions:
         """Return the conditions of these samples and of some others, which share the same."""
         return replace(self, per_sample={k: torch.cat([v, other.per_sample[k]]) for k, v in self.per_sample.items()})

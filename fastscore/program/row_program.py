@@ -29,7 +29,7 @@ from ..support.structure import is_plain
 from ..support.untouched import uncompiled
 from .chain import Matched
 from .code_reader import watch_code, watch_global_hooks
-from .hoisting import BOTH, Hoisted, Values
+from .hoisting import BOTH, Hoisted, Values, state
 from .matching import match
 from .module_state import restored
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
@@ -131,6 +131,10 @@ class RowProgram:
             if level and matrix and "val" in node.meta:
                 found[level] += node.args[matrix].meta["val"].numel()
         return found
+
+    def reads(self) -> list[Tensor]:
+        """Return the parameters and buffers that the program reads, as the network has them now."""
+        return [state(self.model, name) for kind, name in self.hoisted.leaves.values() if kind == "state"]
 
     def at(self, time: Tensor, shared: dict[str, object] | None = None) -> Timed:
         """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""

@@ -143,7 +143,7 @@ class Work:
     def merge(self, blocks: Sequence[Block]) -> Estimate:
         """Return the estimate of all blocks, with the curve and the bounds of all samples together."""
         method, schedule = self.options["method"], self.density.schedule
-        total, offset = CurveSum(len(blocks[0]["curve_mean"])), 0.0
+        total, offset = CurveSum.empty(len(blocks[0]["curve_mean"])), 0.0
         for block in blocks:
             curve = Curve(*(torch.from_numpy(block[f"curve_{name}"]) for name in Curve._fields))
             total.add_curve(curve, len(block["log_prob"]))

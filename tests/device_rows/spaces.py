@@ -142,7 +142,7 @@ def captured(on, name):
         made.fit(on(mixture_data(100)), evaluations=120_000, progress=False)
     memory = "60KB" if "chunks" in name else None
     graph = fs.CapturedDensity(made, on(X), nfe=NFE, memory=memory, **given)
-    assert (graph.graph is not None) == on(X).is_cuda
+    assert (graph.replay.graph is not None) == on(X).is_cuda
     found = [graph(on(X)), graph(on(X + 0.1)), graph(on(X), seed=3), graph(X)]
     with torch.no_grad():
         for p in made.model.parameters():

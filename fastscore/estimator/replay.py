@@ -1,0 +1,169 @@
+"""An estimate in one CUDA graph: the launches of a whole call become one.
+
+A graph runs the same kernels on the same memory again. Everything that may be another at the next call therefore has
+memory of its own here: the data, their conditions, and the tables of a plan, into which those of another seed are
+copied. Parameters of the network and of the reference are read where they lie, and what the network makes of the times
+and of its weights is evaluated inside the graph, so that a step of an optimizer counts, however it was written.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..support.memory import SUM_BYTES
+from .plan import Plan
+from .rounds import Estimator, Numbers, Round
+from .samples import Samples
+
+KEPT = 8
+FIRST = "it was called for the first time"
+
+
+class Replay:
+    """One estimate of a fixed shape, again and again; on a CPU without a graph, with the same answer.
+
+    Arguments:
+        estimator: what is evaluated; it stays.
+        samples: data of the shape to come, and the conditions.
+        plan: of the first seed.
+    """
+
+    def __init__(self, estimator: Estimator, samples: Samples, plan: Plan):
+        self.estimator, self.graph = estimator, None
+        if samples.x.is_cuda:
+            self.samples = replace(samples, x=samples.x.clone(), conds=tuple(cond.copy() for cond in samples.conds))
+            self.plan, self._loaded = plan.copy(samples), plan
+            self._lock = threading.Lock()
+            self._capture()
+
+    def __call__(self, samples: Samples, plan: Plan) -> tuple[Round, Numbers]:
+        """Return a round and its numbers, the caller's own, for other data and conditions of the same shape."""
+        if self.graph is None:
+            return self._run(samples, plan)
+        with self._lock:
+            self._follow()
+            self.samples.x.copy_(samples.x)
+            for own, given in zip(self.samples.conds, samples.conds):
+                own.copy_(given)
+            if plan is not self._loaded:
+                self.plan.copy_(plan, samples)
+                self._loaded = plan
+            self.graph.replay()
+            found, numbers = self._found
+            return found.copy(self.plan.log_snr(self.samples)), numbers.copy()
+
+    def _run(self, samples: Samples, plan: Plan) -> tuple[Round, Numbers]:
+        found = self.estimator.evaluate(samples, plan, lambda _: None)
+        return found, self.estimator.numbers(found, samples)
+
+    def _capture(self) -> None:
+        with torch.cuda.device(self.samples.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
+                for _ in range(2):
+                    self._run(self.samples, self.plan)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._found = self._run(self.samples, self.plan)
+            self.graph = graph
+
+    def _follow(self) -> None:
+        """Let what the caller's stream does next come after the last call's copies on another one."""
+        now = torch.cuda.current_stream(self.samples.device)
+        if now != self._stream:
+            now.wait_stream(self._stream)
+            self._stream = now
+
+
+class Replays:
+    """The newest replays of a density: a call that comes for the second time is captured, and replayed from then on.
+
+    A graph is used once its first replay has given what the call itself gives. They are no state: a copy of a density
+    makes its own.
+    """
+
+    def __init__(self):
+        self._seen: OrderedDict[Hashable, Replay | str] = OrderedDict()
+
+    def __reduce__(self):
+        return Replays, ()
+
+    def find(self, estimator: Estimator, samples: Samples, plan: Plan) -> Replay | None:
+        """Return the replay of such a call, None where it has to run by itself."""
+        if why_not(estimator, samples, plan) is not None:
+            return None
+        key = _key(estimator, samples, plan)
+        found = self._seen.get(key)
+        if found == FIRST:
+            found = _capture(estimator, samples, plan)
+        self._seen.pop(key, None)
+        self._seen[key] = FIRST if found is None else found
+        while len(self._seen) > KEPT:
+            self._seen.popitem(last=False)
+        return found if isinstance(found, Replay) else None
+
+
+def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
+    """Return the reason why such a call is not replayed as one CUDA graph, None if there is none."""
+    if not samples.x.is_cuda:
+        return "the data are not on a GPU"
+    if os.environ.get("FASTSCORE_GRAPHS") == "0":
+        return "FASTSCORE_GRAPHS=0 is set"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller captures a graph already"
+    if estimator.method != "density":
+        return f"the method is {estimator.method!r}"
+    if samples.mask is not None:
+        return "a mask is given"
+    if any(program is None for program in estimator.programs):
+        return "the network is no row program, and what it reads may change between two calls"
+    if any(isinstance(v, Tensor) and not v.is_cuda for cond in samples.conds for v in cond.shared.values()):
+        return "a condition lies on the host"
+    cuts = plan.layout(samples).cuts
+    if any(len(cut.spans) > 1 or cut.at_once < len(cut.here) for cut in cuts):
+        return "it is evaluated in several chunks"
+    if SUM_BYTES * len(samples) * len(plan.draws) + plan.nbytes() > plan.chunks.kept:
+        return "it would keep more than its share of the memory"
+    return None
+
+
+def _key(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
+    """Return what the graph of a call depends on, beside the numbers that it reads where they lie."""
+    read = [tensor for program in estimator.programs for tensor in program.reads()]
+    conditions = tuple(
+        (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, type(value), value)
+        for cond in samples.conds
+        for name, value in sorted((cond.per_sample | cond.shared).items())
+    )
+    return (
+        plan.family,
+        samples.index.numpy().tobytes(),
+        tuple(map(id, estimator.programs)),
+        tuple(tensor.data_ptr() for tensor in read),
+        tuple((tensor.data_ptr(), tensor._version) for tensor in estimator.reference.tensors()),
+        conditions,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str:
+    """Return a replay that gives what the call gives, or the reason why there is none."""
+    try:
+        found = Replay(estimator, samples, plan)
+    except RuntimeError as problem:  # what synchronizes, or does not fit into memory
+        return f"the capture failed: {str(problem).splitlines()[0]}"
+    _, (expected, _) = found._run(samples, plan)
+    _, (told, _) = found(samples, plan)
+    if not torch.allclose(told, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
+        return "its replay gave other numbers"
+    return found
