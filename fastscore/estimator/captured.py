@@ -20,6 +20,7 @@ from ..ops import noise
 from ..process.conditions import takes_conditions
 from ..support.modes import ordinary
 from .calibration import calibrated
+from .estimate import mean_in_words
 from .integrand import Rows, draw_values
 from .protocol import Density, check_density
 from .rounds import calibration_of, with_rounding
@@ -44,6 +45,17 @@ class _Group(NamedTuple):
             own.copy_(new)
         for name in ("weight", "curve", "remainder"):
             getattr(self.rule, name).copy_(getattr(other.rule, name))
+
+
+class CapturedEstimate(NamedTuple):
+    """Log-densities (nats) and their standard errors, each of shape (B,), in the dtype of the sums."""
+
+    log_prob: Tensor
+    stderr: Tensor
+
+    def __repr__(self):
+        mean = mean_in_words("log_prob", self.log_prob, self.stderr)
+        return f"CapturedEstimate({len(self.log_prob)} samples, {mean})"
 
 
 class CapturedDensity:
@@ -91,7 +103,7 @@ class CapturedDensity:
 
     @ordinary
     @torch.no_grad()
-    def __call__(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, seed: int | None = None) -> CapturedEstimate:
         """Return (log_prob, stderr) in nats, each (B,), for data of the captured shape, in the dtype of the sums."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -116,7 +128,7 @@ class CapturedDensity:
         log_prob, stderr = log_prob.to(self.samples.x.dtype), stderr.to(self.samples.x.dtype)
         if not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
-        return log_prob, stderr
+        return CapturedEstimate(log_prob, stderr)
 
     def _keys(self, seed: int) -> Tensor:
         return noise.sample_keys(self.draws.noise, seed, self.samples.index, self.samples.x.shape[1])
