@@ -35,6 +35,7 @@ from ..support.host import positive, whole
 from ..support.modes import differentiable, refuse_inference_weights
 from ..support.untouched import undisturbed
 from ..support.warn import warn
+from .between_timesteps import between_timesteps
 from .cut_graph import refuse_cut_graph
 from .flow_field import learned
 from .flow_path import ADAPTIVE, Flow
@@ -104,7 +105,9 @@ def probability_flow_log_prob(
     Under torch.func it is a function of x alone; in inference mode it has no gradient.
 
     Arguments:
-        density: network, schedule (continuous) and reference; `density.fit(data)` makes the reference a close one.
+        density: network, schedule and reference; `density.fit(data)` makes the reference a close one. A table of
+            timesteps is taken as the continuous process through it (`ContinuousDDPM`), where the network answers
+            between timesteps, which it is asked once.
         x: data, shape (B, *shape).
         trace: "exact" (d vector-Jacobian products an evaluation) or "hutchinson" (one a probe, Rademacher signs).
         probes: number of Hutchinson probes, averaged; two at least give a standard error.
@@ -122,8 +125,9 @@ def probability_flow_log_prob(
     Raises:
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
-        ValueError: for an unknown trace, a schedule that is a table, steps that no method takes, a network whose answer
-            has no graph or only a part of it, and where no sample has a number: all are NaN or inf, or do not settle.
+        ValueError: for an unknown trace, steps that no method takes, a table whose network does not answer between
+            timesteps, a network whose answer has no graph or only a part of it, and where no sample has a number: all
+            are NaN or inf, or do not settle.
     """
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
@@ -138,16 +142,11 @@ def probability_flow_log_prob(
             "cond={'mask': ...} for a keyword of the network that is called mask"
         )
     error = positive("error", error, "nats")
-    if check_density(density).schedule.discrete:
-        raise ValueError(
-            f"the ODE needs a continuous schedule, got {density.schedule!r}; give the one that the table came from, "
-            "such as VP() for DDPM.linear, and a module around the network that turns its time in (0, 1) into timesteps"
-        )
+    refuse_inference_weights(check_density(density).model)
     odeint = None if method in OWN else _torchdiffeq()
-    refuse_inference_weights(density.model)
     z, log_det = density.to_network(x)
     core = density.core
-    flow = Flow(core, core.check(z, None, cond), trace, probes, seed)
+    samples = core.check(z, None, cond)
 
     def solve(flow: Flow) -> Solved:
         if method == "auto":
@@ -157,6 +156,8 @@ def probability_flow_log_prob(
         return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
 
     with undisturbed(core.model):
+        core = between_timesteps(core, samples) if core.schedule.discrete else core
+        flow = Flow(core, samples, trace, probes, seed)
         refuse_cut_graph(core.network, flow.samples, flow.scale)
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
