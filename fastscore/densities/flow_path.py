@@ -80,10 +80,10 @@ class Flow:
         return torch.linspace(*self.ends.sqrt().tolist(), steps + 1, dtype=torch.float64, device="cpu").square()
 
     def _start(self) -> tuple[Tensor, Tensor]:
-        x = self.samples.x
-        return x * float((1 - self.ends[0]) / self.scale), x.new_zeros(
-            len(x), 1 if self.trace == "exact" else self.probes
-        )
+        x, mask = self.samples.x, self.samples.mask
+        y = x * float((1 - self.ends[0]) / self.scale)
+        columns = 1 if self.trace == "exact" else self.probes
+        return y if mask is None else torch.where(mask, y, x), x.new_zeros(len(x), columns)
 
     def _log_prob(self, change: Tensor) -> Tensor:
-        return (self.clean.log_prob(self.samples.x)[:, None] + change).to(self.samples.x.dtype)
+        return (self.clean.log_prob(self.samples.x, self.samples.mask)[:, None] + change).to(self.samples.x.dtype)

@@ -119,7 +119,8 @@ def probability_flow_log_prob(
             a warning; NaN stands where the answer does not settle.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...); others choose their own.
         rtol, atol: of torchdiffeq's adaptive solvers.
-        mask: refused; `ScoreDensity.estimate` takes one.
+        mask: which entries count, as in `ScoreDensity.estimate`: the ODE is that of these, the others stand still and
+            the network sees them as they are.
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
@@ -136,17 +137,12 @@ def probability_flow_log_prob(
         raise ValueError(f"trace must be one of {', '.join(TRACES)} with probes >= 1; got {trace!r}, probes={probes}")
     if steps < 1 or (steps > 1 and method in (*ADAPTIVE, "auto")):
         raise ValueError(f"steps must be >= 1, and method one with a fixed grid; got steps={steps}, method={method!r}")
-    if mask is not None:
-        raise ValueError(
-            "the ODE moves all entries of x and takes no mask; use density.estimate(x, mask=mask), and "
-            "cond={'mask': ...} for a keyword of the network that is called mask"
-        )
     error = positive("error", error, "nats")
     refuse_inference_weights(check_density(density).model)
     odeint = None if method in OWN else _torchdiffeq()
-    z, log_det = density.to_network(x)
+    z, log_det = density.to_network(x, mask)
     core = density.core
-    samples = core.check(z, None, cond)
+    samples = core.check(z, None, cond, mask=mask)
 
     def solve(flow: Flow) -> Solved:
         if method == "auto":
