@@ -101,14 +101,19 @@ class Estimate:
         variance = sums.spread() / len(self.log_prob) + sums.common_variance()
         return float(sums.mean()), float(variance.sqrt())
 
+    @property
+    def dims_in_words(self) -> str:
+        """`dims`, or from the least to the most where samples have their own."""
+        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
+        return f"{most}" if least == most else f"{least} to {most}"
+
     def __repr__(self):
         mean, error = self.mean()
-        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
-        dims = f"{most}" if least == most else f"{least} to {most}"
         nfe = float(self.nfe.double().mean())
         return (
-            f"Estimate({len(self.log_prob)} samples, {dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} a sample, {nfe:.0f} evaluations a sample, "
+            f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
+            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} a sample, "
+            f"{nfe:.0f} evaluations a sample, "
             f"truncation at most about {self.truncation:.2g})"
         )
 
