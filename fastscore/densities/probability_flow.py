@@ -141,6 +141,7 @@ def probability_flow_log_prob(
     refuse_inference_weights(check_density(density).model)
     odeint = None if method in OWN else _torchdiffeq()
     z, log_det = density.to_network(x, mask)
+    mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
     samples = core.check(z, None, cond, mask=mask)
 

@@ -59,7 +59,7 @@ class CapturedEstimate(NamedTuple):
 
 
 class CapturedDensity:
-    """`estimate` of a `ScoreDensity` or `Transformed` with method "density" for one shape of data, without gradients.
+    """`estimate` of a density with method "density" for one shape of data, without gradients.
 
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
@@ -90,8 +90,9 @@ class CapturedDensity:
         **named,
     ):
         z, _ = check_density(density).to_network(x, mask)
+        own_mask, cond = density.network_arguments(x, mask, cond)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
-        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
+        samples, self.draws, chunks = self.core.prepare(z, nfe, seed, sample_index, memory, cond, own_mask)
         self.samples = replace(samples, x=samples.x.clone())
         self.at_once = max(1, chunks.rows // self.draws.rules.nfe)
         self.groups = [self._group(number) for number in samples.group.unique().tolist()]

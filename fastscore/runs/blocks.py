@@ -189,7 +189,9 @@ def _of_mask(mask: DataMask | None, index: Tensor) -> str:
 
 def _check_network(density: Density, x: Tensor, cond: dict[str, object], mask: Tensor | None) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    density, (z, _) = density.core, density.to_network(x, mask)
+    z, _ = density.to_network(x, mask)
+    mask, cond = density.network_arguments(x, mask, cond)
+    density = density.core
     samples = density.check(z, None, cond, mask=mask)
     ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
     time = density.schedule.time(ends).to(x.device)
