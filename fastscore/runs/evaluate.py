@@ -193,7 +193,7 @@ def _fit(
         # Where they are: `fit` takes those that it uses to the network's device.
         x, where = take(data, slice(None)), torch.device("cpu")
         cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
-        given = {"cond": cond, "mask": None if mask is None else mask.at(slice(None), where)}
+        given = {"cond": cond, "mask": None if mask is None else mask.at(slice(None), x.device)}
         work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, **given)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
         run.write_arrays(run.fitted, stored)
