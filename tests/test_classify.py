@@ -339,7 +339,9 @@ def test_errors_name_the_remedy(call, message):
 
 
 def test_the_density_is_checked():
-    with pytest.raises(TypeError, match="density must be a ScoreDensity or a Transformed one, got Linear"):
+    with pytest.raises(
+        TypeError, match="density must be a ScoreDensity, a Transformed one or a ZeroMeanDensity, got Linear"
+    ):
         fs.DiffusionClassifier(nn.Linear(2, 2), CLASSES)
 
 
