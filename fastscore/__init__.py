@@ -13,6 +13,7 @@ from .estimator.estimate import Comparison, Curve, Estimate
 from .process.conditional_flow import ConditionalFlow
 from .process.conditions import per_sample, shared
 from .process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .process.table_twin import ContinuousDDPM
 from .program.explain import explain
 from .reference.gaussians import Reference
 from .training.diffusion_loss import DiffusionLoss
@@ -32,6 +33,7 @@ __all__ = [
     "Classification",
     "Comparison",
     "ConditionalFlow",
+    "ContinuousDDPM",
     "Cosine",
     "Curve",
     "DiffusionClassifier",

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from analytic import ExactNet, mixture
 
+import fastscore as fs
 from fastscore.estimator.curve import CurveSum
 from fastscore.estimator.estimate import Estimate
 from fastscore.estimator.rules import Rule
@@ -63,3 +65,17 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
     torch.testing.assert_close(found.log_snr, log_snr, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.mean, half.mean(0), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.stderr, half.std(0) / 30**0.5, rtol=1e-10, atol=1e-12)
+
+
+def test_comparisons_and_captured_estimates_are_one_readable_line():
+    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), mixture(2).sample(3)
+    found = density.compare(x, {"shift": torch.zeros(3, 2)}, {"shift": torch.ones(3, 2)}, nfe=16)
+    assert repr(found) == f"Comparison(3 samples, {in_words('difference', *found)})"
+    found = fs.CapturedDensity(density, x, nfe=16)(x)
+    assert repr(found) == f"CapturedEstimate(3 samples, {in_words('log_prob', *found)})"
+    assert "truncation at most about" in repr(density.estimate(x, nfe=16))
+
+
+def in_words(name, value, stderr):
+    error = value.double().std() / 3**0.5
+    return f"{name} {value.double().mean():.4g} +- {error:.2g} nats, stderr {stderr.double().mean():.2g} a sample"

@@ -54,6 +54,7 @@ ON_THE_HOST = {
     "command_line",
     "data_set",
     "data_set_under_conditions",
+    "data_set_under_masks",
     "metric",
     "words",
     "training_with_nodes_on_the_host",

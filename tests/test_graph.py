@@ -69,5 +69,5 @@ def test_data_of_other_dtypes():
     assert captured(x.half())[0].dtype == torch.float32
     with pytest.raises(ValueError, match=r"floating point tensor, got torch\.int64"):
         captured(x.long())
-    with pytest.raises(TypeError, match="must be a ScoreDensity or a Transformed one, got Net"):
+    with pytest.raises(TypeError, match="must be a ScoreDensity, a Transformed one or a ZeroMeanDensity, got Net"):
         fs.CapturedDensity(density.model, x)

@@ -209,7 +209,7 @@ def test_bad_data_is_explained(transform, x, message):
         (
             lambda: Transformed(density().model, zscore(0.0, 1.0)),
             TypeError,
-            "density must be a ScoreDensity or a Transformed one, got ExactNet; wrap the network in a ScoreDensity",
+            "a Transformed one or a ZeroMeanDensity, got ExactNet; wrap the network in a ScoreDensity",
         ),
         (lambda: Transformed(density(), torch.exp), TypeError, "must be a torch.distributions Transform"),
         (lambda: Transformed(density(), AbsTransform()), ValueError, "must be bijective"),

@@ -55,7 +55,7 @@ class DiffusionClassifier(nn.Module):
     """Classify data with a class-conditional network.
 
     Arguments:
-        density: the network's density, also `Transformed`; its reference is used, its nodes are not: those here are for
+        density: the network's density, of any kind; its reference is used, its nodes are not: those here are for
             differences.
         classes: keyword arguments of the network that name the class, one row a class: `{"y": torch.arange(10)}`, or
             `{"text": embeddings}` of shape (C, tokens, width), also nested as conditions may be; what is the same for
@@ -239,7 +239,8 @@ class DiffusionClassifier(nn.Module):
         z, log_det = self.density.to_network(x, mask)
         rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
-        samples, plan, _ = self.density.core.prepare(z, nfe, seed, index, memory, cond | first, mask)
+        mask, given = self.density.network_arguments(x, mask, cond | first)
+        samples, plan, _ = self.density.core.prepare(z, nfe, seed, index, memory, given, mask)
         return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:

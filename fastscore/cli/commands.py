@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -50,7 +50,9 @@ def main() -> None:
 @click.option("--fit", metavar="FILE", help="Training data; fitting to some thousand samples makes errors smaller.")
 @click.option("--cond", multiple=True, metavar="NAME=FILE", help="Condition: an entry a sample, or a number.")
 @click.option("--shared", multiple=True, metavar="NAME=FILE", help="Condition that all samples share.")
+@click.option("--mask", metavar="FILE", help="1 where an entry counts: of shape (N, ...), or one for all samples.")
 @click.option("--fit-cond", multiple=True, metavar="NAME=FILE", help="Condition of the training data.")
+@click.option("--fit-mask", metavar="FILE", help="Mask of the training data.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Key of the noise.")
 @click.option("--method", type=click.Choice(METHODS), default="density", show_default=True)
 @click.option("--memory", metavar="BYTES", help="Budget for tensors, such as 512MB.")
@@ -70,6 +72,8 @@ def evaluate(
     cond: tuple[str, ...],
     shared: tuple[str, ...],
     fit_cond: tuple[str, ...],
+    mask: str | None,
+    fit_mask: str | None,
     **options,
 ) -> None:
     """Write the log-density of every sample of DATA under MODEL to a file.
@@ -86,7 +90,8 @@ def evaluate(
     try:
         with Ranks.of_environment() as ranks:
             density, identity = load_density(model, schedule, predicts, _device(device, ranks.local))
-            arrays = {"data": load_array(data), "fit": None if fit is None else load_array(fit)}
+            files = {"data": data, "fit": fit, "mask": mask, "fit_mask": fit_mask}
+            arrays = {name: None if file is None else load_array(file) for name, file in files.items()}
             arrays["cond"] = load_conditions(cond, shared)
             arrays["fit_cond"] = load_conditions(fit_cond, () if fit is None else shared)
             result = evaluate_dataset(density, **arrays, identity=identity, ranks=ranks, **options)
@@ -143,11 +148,12 @@ def _device(name: str, local_rank: int = 0) -> torch.device:
 def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
     mean, error = result.mean()
     yield f"samples         {len(result.log_prob)}"
-    yield f"dims            {result.dims}"
+    yield f"dims            {result.dims_in_words}"
     yield f"log_prob        {mean:.6g} +- {error:.2g} nats"
     if options["bins"] is not None:
-        bits = float(result.bits_per_dim(options["bins"], options["low"], options["high"]).double().mean())
-        yield f"bits/dim        {bits:.6g} +- {error / (result.dims * math.log(2)):.2g}"
+        bits = result.bits_per_dim(options["bins"], options["low"], options["high"])
+        mean, error = replace(result, log_prob=bits.double()).mean()
+        yield f"bits/dim        {mean:.6g} +- {error:.2g}"
     yield f"stderr          {float(result.stderr.double().mean()):.3g} nats, mean over samples"
     yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"
     yield f"seconds         {seconds:.1f}"

@@ -18,7 +18,7 @@ from ..process.predictions import eps_from
 from .problems import Problem
 
 PROBES = 8
-GRID_ERROR = 0.1  # nats: below what the probes leave, and a few digits would need more than 2,048 steps for 0.01
+GRID_ERROR = 0.1  # nats: below what the probes leave
 SAMPLES_AT_ONCE = 16
 
 

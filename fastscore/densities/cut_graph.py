@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..estimator.network import Network
 from ..estimator.samples import Samples
+from ..process.masks import inside
 from ..process.network import model_dtype, predict
 from ..support.untouched import uncompiled
 from .flow_field import log_snr_of
@@ -78,11 +79,13 @@ def _check(network: Network, samples: Samples, time: Tensor) -> None:
     noise = torch.randn(shape, generator=generator, device="cpu").to(rows.x)
     v = (2.0 * torch.randint(2, shape, generator=generator, device="cpu") - 1).to(rows.x)
     alpha, sigma = (value.to(rows.x) for value in network.schedule.alpha_sigma(time))
-    x = (alpha * rows.x + sigma * noise).detach().requires_grad_()
+    v, x = inside(v, rows.mask), alpha * rows.x + sigma * noise
+    x = (x if rows.mask is None else torch.where(rows.mask, x, rows.x)).detach().requires_grad_()
 
     def answer(x_t: Tensor) -> Tensor:  # one time for all rows, as the ODE asks
         here = time.to(x_t.device)
-        return predict(network.model, x_t[:, None], here, rows.conds[0], rows.shape, network.time_dtype)[:, 0]
+        answers = predict(network.model, x_t[:, None], here, rows.conds[0], rows.shape, network.time_dtype)
+        return inside(answers[:, 0], rows.mask)
 
     middle = answer(x)
     if not middle.requires_grad:  # a constant

@@ -123,7 +123,12 @@ def discrete_log_prob(
     """
     if not isinstance(levels, Levels):
         raise ValueError(f"levels must be fastscore.Levels such as Levels(256), got {type(levels).__name__}")
-    z, width = _as_the_network_saw(check_density(density), k, levels)
+    if check_density(density).subspace:
+        raise ValueError(
+            f"discrete_log_prob needs levels of each entry, which {density.subspace} do not have; dequantize them and "
+            "take estimate"
+        )
+    z, width = _as_the_network_saw(density, k, levels)
     core = density.core
     single = core.reference.components == 1
     plain = core if single else core.with_reference(core.reference.gaussian())

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..process.masks import inside
 from .flow_field import COLUMNS, Field, vjp
 
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
@@ -58,20 +59,20 @@ def truncation(field: Field, clean: Tensor, noisy: Tensor) -> Tensor:
         clean, noisy: where the path of each sample starts and ends, (B, d).
     """
     at_clean, at_noisy = field.table(torch.tensor(field.ends, dtype=torch.float64, device="cpu"))
-    d = clean.shape[1]
+    d, mask = field.samples.dims, field.samples.mask
     with torch.enable_grad():
         y = clean.detach().requires_grad_()
-        noise = _shape(field, y + (1 - at_clean.t) * field.velocity(at_clean, y), y, at_clean.t)
+        noise = _shape(field, inside(y, mask) + (1 - at_clean.t) * field.velocity(at_clean, y), y, at_clean.t)
         y = noisy.detach().requires_grad_()
-        p = _shape(field, y + (1 - at_noisy.t) * field.velocity(at_noisy, y), y, at_noisy.t)
-        eps_q, _ = field.reference.eps_and_divergence(y, 1 - at_noisy.t, at_noisy.t)
+        p = _shape(field, inside(y, mask) + (1 - at_noisy.t) * field.velocity(at_noisy, y), y, at_noisy.t)
+        eps_q, _ = field.reference.eps_and_divergence(y, 1 - at_noisy.t, at_noisy.t, mask)
         q = _shape(field, eps_q, y, at_noisy.t)
     (log_det_p, form_p), (log_det_q, form_q) = _of_the_rest(p.rest(), d), _of_the_rest(q.rest(), d)
     log_det, form = _of_the_rest(noise, d)
     return 0.5 * ((log_det + form).abs() + (log_det_p - form_p - log_det_q + form_q).abs())
 
 
-def _of_the_rest(shape: _Shape, d: int) -> tuple[Tensor, Tensor]:
+def _of_the_rest(shape: _Shape, d: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return log det (1 - M) and eps^T (1 - M)^-1 eps."""
     node, weight = _node(shape.mean, shape.mean_square)
     seen_node, seen_weight = _node(shape.seen, shape.seen_square)
@@ -88,14 +89,15 @@ def _node(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
     """Return what is known of a Gaussian from the noise seen in y, (B, d)."""
+    mask = field.samples.mask
     mean, mean_square = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
     for v in field.cotangents.split(COLUMNS):
         v = v.expand(-1, *y.shape)
-        product = vjp(eps, y, v, create_graph=False)
+        product = inside(vjp(eps, y, v, create_graph=False), mask)
         mean += torch.linalg.vecdot(product, v).sum(0)
         mean_square += product.square().sum((0, 2))
-    (product,) = torch.autograd.grad(eps, y, eps.detach())
-    count = y.shape[1] * (1 if field.exact else len(field.cotangents))
+    product = inside(torch.autograd.grad(eps, y, eps.detach())[0], mask)
+    count = field.samples.dims * (1 if field.exact else len(field.cotangents))
     eps, product = eps.detach().double(), product.double()
     square = eps.square().sum(1)
     total = square.clamp(min=torch.finfo(torch.float64).tiny)

@@ -7,6 +7,9 @@ v_q = (eps_q - y) / (1 - t) with the score -eps_q / t, and log(p / q) changes al
 .. math:: \nabla\cdot(v - v_q) + (v - v_q)\cdot\nabla\log q_t(y)
     = \frac{\nabla\cdot(\hat\epsilon - \epsilon_q) - (\hat\epsilon - \epsilon_q)\cdot\epsilon_q / t}{1 - t}
 
+With a mask the path is that of the entries that count, and the others stand still where x has them: y = x there, with
+the velocity zero, so that traces and products are those of the part that moves.
+
 References:
     FFJORD (Grathwohl et al., 2019), https://arxiv.org/abs/1810.01367
 """
@@ -25,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from ..density import ScoreDensity
 from ..estimator.samples import Samples
 from ..ops import noise
+from ..process.masks import inside
 from ..process.network import predict
 from ..process.predictions import eps_from
 from ..support.untouched import uncompiled
@@ -97,10 +101,10 @@ class Field:
         """Return the velocity alone, (B, d)."""
         self.nfe += 1
         density, samples = self.density, self.samples
-        x_t = (time.scale * y)[:, None]
+        x_t = time.scale * y if samples.mask is None else torch.where(samples.mask, time.scale * y, y)
         with uncompiled():  # compiled code does not keep its graph for more than one backward pass
-            output = predict(density.model, x_t, time.own, samples.conds[0], samples.shape, density.time_dtype)
-        return torch.add(time.c_f * output[:, 0], y, alpha=time.c_y)
+            output = predict(density.model, x_t[:, None], time.own, samples.conds[0], samples.shape, density.time_dtype)
+        return inside(torch.add(time.c_f * output[:, 0], y, alpha=time.c_y), samples.mask)
 
     def terms(self, time: Time, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,).
@@ -109,13 +113,14 @@ class Field:
             at: y, or a copy of it without its graph.
         """
         velocity = self.velocity(time, y)
-        eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t)
-        gap = velocity - (eps_q - at) / (1 - time.t)
+        mask = self.samples.mask
+        eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t, mask)
+        gap = velocity - inside(eps_q - at, mask) / (1 - time.t)
         rest = -torch.linalg.vecdot(gap, eps_q) / time.t
         # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
         if not self.exact:
             return velocity, gap, rest
-        return velocity, velocity, rest - (divergence_q - y.shape[1]) / (1 - time.t)
+        return velocity, velocity, rest - (divergence_q - self.samples.dims) / (1 - time.t)
 
     def traces(self, field: Tensor, y: Tensor, create_graph: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield parts of the trace, each with the columns that it adds to: all, or some probes' own estimates of it."""
@@ -125,7 +130,7 @@ class Field:
             if self.exact:  # of row i of the Jacobian, element i
                 yield slice(0, 1), torch.diagonal(found[..., first:last], dim1=0, dim2=2).sum(1, keepdim=True)
             else:
-                yield slice(first, last), torch.linalg.vecdot(found, v).T
+                yield slice(first, last), torch.linalg.vecdot(inside(found, self.samples.mask), v).T
             first = last
 
 

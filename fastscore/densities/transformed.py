@@ -18,7 +18,7 @@ from torch.distributions import Transform
 
 from ..density import ScoreDensity
 from ..estimator.estimate import Comparison, Estimate
-from ..estimator.protocol import Density, check_density
+from ..estimator.protocol import Density, check_density, of_core
 from ..estimator.samples import check_batch
 from ..process import masks
 from ..process.network import model_device
@@ -27,10 +27,6 @@ from ..support.modes import differentiable, ordinary
 from ..transforms import moved
 
 FIT_BATCH = 4096
-
-
-def _of_core(name: str) -> property:
-    return property(lambda density: getattr(density.core, name), doc=f"`{name}` of the `core`.")
 
 
 class Transformed(Density):
@@ -44,7 +40,7 @@ class Transformed(Density):
 
     Raises:
         TypeError: if either is something else.
-        ValueError: if the transform is not bijective.
+        ValueError: if the transform is not bijective, or the density one in a subspace.
 
     Example:
         >>> density = ScoreDensity(model, VP(), predicts="eps")  # trained on (x - mean) / std
@@ -53,7 +49,12 @@ class Transformed(Density):
 
     def __init__(self, density: Density, transform: Transform):
         super().__init__()
-        check_density(density)
+        if check_density(density).subspace:
+            raise ValueError(
+                f"a transform changes the density of every entry, and {density.subspace} have fewer dimensions than "
+                "entries; give the density positions in the network's own scale, and for a factor s of them add "
+                "dims * log(1 / s) to log_prob"
+            )
         if not isinstance(transform, Transform):
             raise TypeError(
                 f"transform must be a torch.distributions Transform such as fastscore.transforms.zscore(mean, std), "
@@ -65,8 +66,8 @@ class Transformed(Density):
             )
         self.density, self.transform = density, transform
 
-    model, schedule, predicts = _of_core("model"), _of_core("schedule"), _of_core("predicts")
-    nfe, log_snr_range = _of_core("nfe"), _of_core("log_snr_range")
+    model, schedule, predicts = of_core("model"), of_core("schedule"), of_core("predicts")
+    nfe, log_snr_range = of_core("nfe"), of_core("log_snr_range")
 
     @property
     def core(self) -> ScoreDensity:

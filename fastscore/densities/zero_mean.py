@@ -17,24 +17,33 @@ References:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..estimator.estimate import Comparison, Estimate
+from ..estimator.protocol import Density, of_core
+from ..estimator.samples import check_batch
 from ..process.conditions import merged, per_sample
 from ..process.masks import broadcast_mask, inside
 from ..process.network import read_output
 from ..process.schedules import Schedule
+from ..reference.gaussians import Reference
+from ..support.modes import differentiable, ordinary
 
 # Of the largest coordinate. What is left of a mean below it is projected away and counts for nothing.
 TOLERANCE = 1e-3
 
 
-class ZeroMeanDensity(nn.Module):
+class ZeroMeanDensity(Density):
     r"""Log-density of centred positions under a network of positions: (n - 1) D dimensions for n atoms in D.
 
-    Positions alone are noised: features of the atoms are conditions; a joint density of both is out of scope.
+    All that takes a `ScoreDensity` takes it, with positions x and masks of atoms: metrics, losses, the ODE, the
+    classifier, data sets, CUDA graphs. Not so `Transformed` and `discrete_log_prob`, which know entries with densities
+    of their own. Positions alone are noised: features of the atoms are conditions; a joint density of both is out of
+    scope.
 
     Arguments:
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, M, D), where the atoms have mean
@@ -52,25 +61,37 @@ class ZeroMeanDensity(nn.Module):
         >>> density.estimate(x, mask=atoms, node_mask=node_mask).log_prob
     """
 
+    subspace = "centred positions"
+
     def __init__(self, model: nn.Module, schedule: Schedule, predicts: str = "eps", **options):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
         self.density = ScoreDensity(_OfCoordinates(model), schedule, predicts, **options)
 
+    model, schedule, predicts = of_core("model"), of_core("schedule"), of_core("predicts")
+    nfe, log_snr_range = of_core("nfe"), of_core("log_snr_range")
+
+    @property
+    def core(self) -> ScoreDensity:
+        """The `ScoreDensity` of z."""
+        return self.density
+
+    @differentiable
     def log_prob(self, x: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
 
         Arguments:
-            x, mask, cond: as in `coordinates`.
-            options: as in `ScoreDensity.log_prob`, keyword arguments of the network among them.
+            x, mask: as in `to_network`.
+            cond, options: as in `ScoreDensity.log_prob`, keyword arguments of the network among them.
 
         Raises:
-            ValueError: as `coordinates` and `ScoreDensity.log_prob`.
+            ValueError: as `to_network` and `ScoreDensity.log_prob`.
         """
         z, given = self.coordinates(x, mask, cond)
         return self.density.log_prob(z, **given, **options)
 
+    @ordinary
     def estimate(self, x: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> Estimate:
         """Return log p(x) with its standard error; `dims` are (n - 1) D. Arguments and errors as in `log_prob`."""
         z, given = self.coordinates(x, mask, cond)
@@ -78,9 +99,9 @@ class ZeroMeanDensity(nn.Module):
 
     def compare(self, x: Tensor, cond_a: dict, cond_b: dict, *, mask: Tensor | None = None, **options) -> Comparison:
         """Return log p(x | a) - log p(x | b), as `ScoreDensity.compare`."""
-        z, given = self.coordinates(x, mask)
-        own = given.pop("cond")
-        return self.density.compare(z, merged(cond_a, own), merged(cond_b, own), **given, **options)
+        z, given = self.coordinates(x, mask, cond_a)
+        _, other = self.network_arguments(x, mask, merged(cond_b, {}))
+        return self.density.compare(z, given["cond"], other, mask=given["mask"], **options)
 
     def fit(self, data: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> ZeroMeanDensity:
         """Fit the reference and the nodes to centred positions, as `ScoreDensity.fit`; return self."""
@@ -88,18 +109,21 @@ class ZeroMeanDensity(nn.Module):
         self.density.fit(z, **given, **options)
         return self
 
-    def coordinates(
-        self, x: Tensor, mask: Tensor | None = None, cond: dict | None = None
-    ) -> tuple[Tensor, dict[str, object]]:
-        """Return z, shape (B, M - 1, D), and the keyword arguments mask and cond that `self.density` takes with it.
+    def with_reference(self, reference: Reference | None) -> ZeroMeanDensity:
+        """Return the density of the same network with another reference of z, as `ScoreDensity` does."""
+        other = ZeroMeanDensity(self.model.model, self.schedule, self.predicts)
+        other.density = self.density.with_reference(reference)
+        return other
 
-        They go to `density_loss(self.density, z, seed=step, **given)` and to what else takes a `ScoreDensity`.
+    def to_network(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return z, shape (B, M - 1, D), and zero: H is orthonormal.
+
+        Its first n - 1 rows are coordinates of the atoms; the others, which do not count, are the other positions.
 
         Arguments:
             x: positions, floating point, shape (B, M, D), centred: those of a sample's atoms have mean zero.
             mask: which atoms there are, shape (B, M) or (B, M, 1), bool or 0 and 1: at least two a sample, at any
                 place; all by default. At the other places the network sees what x has there.
-            cond: keyword arguments of the network.
 
         Raises:
             ValueError: if x is no batch of positions, or not centred; if a sample has fewer than two atoms; if the mask
@@ -108,17 +132,63 @@ class ZeroMeanDensity(nn.Module):
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] < 2 or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be floating-point positions of shape (B, M, D) with M >= 2 atoms, got {got}")
+        check_batch(x)
+        basis, nothing = helmert(x.shape[1], x.device), torch.zeros(len(x), dtype=torch.float64, device=x.device)
         if mask is None:
             _check_centred(x, None)
-            return (helmert(x.shape[1], x.device).mT @ x.to(torch.float64)).to(x.dtype), {"cond": merged(cond, {})}
+            return (basis.mT @ x.to(torch.float64)).to(x.dtype), nothing
+        places = _Places.of(mask, x)
+        _check_centred(x, places.atoms)
+        ordered = x.to(torch.float64).gather(1, _along(places.order, x))
+        of_atoms = basis.mT @ inside(ordered, places.first(x.shape[1]))
+        return torch.where(places.counted, of_atoms, ordered[:, 1:]).to(x.dtype), nothing
+
+    def network_arguments(
+        self, x: Tensor, mask: Tensor | None, cond: dict[str, object]
+    ) -> tuple[Tensor | None, dict[str, object]]:
+        """Return which rows of z count, (B, M - 1, 1), and the keyword arguments with the places of the atoms."""
+        if mask is None:
+            return None, cond
+        places = _Places.of(mask, x)
+        return places.counted, merged(cond, {"_order": per_sample(places.order), "_atoms": per_sample(places.atoms)})
+
+    def coordinates(
+        self, x: Tensor, mask: Tensor | None = None, cond: dict | None = None
+    ) -> tuple[Tensor, dict[str, object]]:
+        """Return z and the keyword arguments mask and cond that `self.density` takes with it.
+
+        Arguments:
+            x, mask: as in `to_network`.
+            cond: keyword arguments of the network.
+
+        Raises:
+            ValueError: as `to_network`.
+        """
+        z, _ = self.to_network(x, mask)
+        counted, given = self.network_arguments(x, mask, merged(cond, {}))
+        return z, {"mask": counted, "cond": given}
+
+
+class _Places(NamedTuple):
+    """Where the atoms stand: which places have one, (B, M), and all places in order, those of atoms first, (B, M)."""
+
+    atoms: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, x: Tensor) -> _Places:
         atoms = _atoms(mask, x)
-        _check_centred(x, atoms)
-        order = (~atoms).to(torch.uint8).argsort(dim=1, stable=True)  # the atoms first, as they come
-        ordered = inside(x, atoms[..., None]).to(torch.float64).gather(1, _along(order, x))
-        counted = (torch.arange(1, x.shape[1], device=x.device) < atoms.sum(1, keepdim=True))[..., None]
-        z = inside(helmert(x.shape[1], x.device).mT @ ordered, counted).to(x.dtype)
-        own = {"_order": per_sample(order), "_atoms": per_sample(atoms), "_others": per_sample(x.detach())}
-        return z, {"mask": counted, "cond": merged(cond, own)}
+        return cls(atoms, (~atoms).to(torch.uint8).argsort(dim=1, stable=True))
+
+    def first(self, count: int, less: int = 0) -> Tensor:
+        """Return which of `count` rows are among the first n - less, (B, count, 1)."""
+        rows = torch.arange(count, device=self.atoms.device)
+        return (rows < self.atoms.sum(1, keepdim=True) - less)[..., None]
+
+    @property
+    def counted(self) -> Tensor:
+        """Which rows of z are coordinates of atoms, (B, M - 1, 1)."""
+        return self.first(self.atoms.shape[1] - 1, less=1)
 
 
 class _OfCoordinates(nn.Module):
@@ -129,23 +199,19 @@ class _OfCoordinates(nn.Module):
         self.model = model
 
     def forward(
-        self,
-        z: Tensor,
-        t: Tensor,
-        *,
-        _order: Tensor | None = None,
-        _atoms: Tensor | None = None,
-        _others: Tensor | None = None,
-        **cond,
+        self, z: Tensor, t: Tensor, *, _order: Tensor | None = None, _atoms: Tensor | None = None, **cond
     ) -> Tensor:
-        """Arguments: which atoms come first, (rows, M); where there are any; and what stands where there are none."""
+        """Arguments: where the atoms stand, as in `_Places`, both (rows, M); without them all places have one."""
         basis = helmert(z.shape[1] + 1, z.device).to(z.dtype)
-        x = basis @ z
-        if _order is not None:
-            along = _along(_order, x)
-            x = torch.where(_atoms[..., None], torch.zeros_like(x).scatter(1, along, x), _others.to(x.dtype))
-        answer = read_output(self.model(x, t, **cond), x)
-        return basis.mT @ (answer if _order is None else answer.gather(1, along))
+        if _order is None:
+            x = basis @ z
+            return basis.mT @ read_output(self.model(x, t, **cond), x)
+        places = _Places(_atoms, _order)
+        of_atoms, others = basis @ inside(z, places.counted), torch.cat([z[:, :1], z], 1)
+        ordered = torch.where(places.first(len(basis)), of_atoms, others)
+        along = _along(_order, ordered)
+        x = torch.zeros_like(ordered).scatter(1, along, ordered)
+        return basis.mT @ read_output(self.model(x, t, **cond), x).gather(1, along)
 
 
 def helmert(atoms: int, device: torch.device) -> Tensor:

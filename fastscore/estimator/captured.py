@@ -11,6 +11,7 @@ step between two calls counts; what `fit` learned is fixed at capture.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,26 @@ from torch import Tensor
 from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
+from .estimate import mean_in_words
 from .protocol import Density, check_density
 from .replay import Replay
 from .rounds import Estimator
 from .samples import deferred
 
 
+class CapturedEstimate(NamedTuple):
+    """Log-densities (nats) and their standard errors, each of shape (B,), in the dtype of the sums."""
+
+    log_prob: Tensor
+    stderr: Tensor
+
+    def __repr__(self):
+        mean = mean_in_words("log_prob", self.log_prob, self.stderr)
+        return f"CapturedEstimate({len(self.log_prob)} samples, {mean})"
+
+
 class CapturedDensity:
-    """`estimate` of a `ScoreDensity` or `Transformed` with method "density" for one shape of data, without gradients.
+    """`estimate` of a density with method "density" for one shape of data, without gradients.
 
     Arguments:
         density: the density to capture; on a CPU every call computes afresh, with the same answer.
@@ -56,15 +69,16 @@ class CapturedDensity:
         **named,
     ):
         z, _ = check_density(density).to_network(x, mask)
+        own_mask, cond = density.network_arguments(x, mask, cond)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
-        self.samples, self.plan, programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, mask)
+        self.samples, self.plan, programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, own_mask)
         core = self.core
         estimator = Estimator(core.network, core.reference, core.nodes, programs, "density")
         self.replay = Replay(estimator, self.samples, self.plan)
 
     @ordinary
     @torch.no_grad()
-    def __call__(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, seed: int | None = None) -> CapturedEstimate:
         """Return (log_prob, stderr) in nats, each (B,), for data of the captured shape, in the dtype of the sums."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"x must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -81,4 +95,4 @@ class CapturedDensity:
         log_prob, stderr = numbers.told
         if not deferred(samples.device) and not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
-        return (log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr
+        return CapturedEstimate((log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr)

@@ -21,6 +21,10 @@ class Comparison(NamedTuple):
     difference: Tensor
     stderr: Tensor
 
+    def __repr__(self):
+        mean = mean_in_words("difference", self.difference, self.stderr)
+        return f"Comparison({len(self.difference)} samples, {mean})"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -132,16 +136,29 @@ class Estimate:
         variance = sums.spread() / len(self.log_prob) + sums.common_variance()
         return float(sums.mean()), float(variance.sqrt())
 
+    @property
+    def dims_in_words(self) -> str:
+        """`dims`, or from the least to the most where samples have their own."""
+        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
+        return f"{most}" if least == most else f"{least} to {most}"
+
     def __repr__(self):
         mean, error = self.mean()
-        least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
-        dims = f"{most}" if least == most else f"{least} to {most}"
         nfe = float(self.nfe.double().mean())
         return (
-            f"Estimate({len(self.log_prob)} samples, {dims} dims, log_prob {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} a sample, {nfe:.0f} evaluations a sample, "
-            f"truncation about {self.truncation:.2g})"
+            f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
+            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} a sample, "
+            f"{nfe:.0f} evaluations a sample, "
+            f"truncation at most about {self.truncation:.2g})"
         )
+
+
+def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:
+    """Return the mean of numbers (nats) with its error by their spread, and the mean of their own errors, if any."""
+    value, stderr = (each.detach().double() for each in (value, stderr))
+    spread = f" +- {float(value.std()) / math.sqrt(len(value)):.2g}" if len(value) > 1 else ""
+    own = f", stderr {float(stderr.mean()):.2g} a sample" if bool((stderr > 0).any()) else ""
+    return f"{name} {float(value.mean()):.4g}{spread} nats{own}"
 
 
 def log_width(bins: int | None, low: float, high: float) -> float:

@@ -6,7 +6,8 @@ A density knows the user's data x through a network that knows z, and the exact 
 
 What is computed with the network is computed on z, by the `core`; `to_network` says what z is, and what the determinant
 adds. So there is one way for data that the network saw as they are, where the two are the same and the determinant is
-one, and for data that it saw standardized, squashed or whitened.
+one, and for data that it saw standardized, squashed or whitened; and for centred point clouds, whose z has fewer
+dimensions than x, where mask and conditions of the network are others too (`network_arguments`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Self = TypeVar("Self", bound="Density")
 
 
 class Density(nn.Module, ABC):
-    """log p(x) of a network's data in the user's space: `ScoreDensity`, and `Transformed` around one.
+    """log p(x) of a network's data in the user's space: `ScoreDensity`, `Transformed` around one, `ZeroMeanDensity`.
 
     Attributes:
         model: the network, a function of z.
@@ -32,7 +33,10 @@ class Density(nn.Module, ABC):
         predicts: what it returns, see `fastscore.process.predictions`.
         nfe: network evaluations a sample, where a call does not say.
         log_snr_range: range (lowest, highest) of the log-SNR that estimates integrate over.
+        subspace: why entries of x have no densities of their own, in words, where z has fewer dimensions; empty else.
     """
+
+    subspace: str = ""
 
     model: nn.Module
     schedule: Schedule
@@ -55,6 +59,12 @@ class Density(nn.Module, ABC):
             ValueError: if x is no batch of floating-point data, or no data of this density.
         """
 
+    def network_arguments(
+        self, x: Tensor, mask: Tensor | None, cond: dict[str, object]
+    ) -> tuple[Tensor | None, dict[str, object]]:
+        """Return the mask of z and the keyword arguments that the network gets with it; here they are those of x."""
+        return mask, cond
+
     @abstractmethod
     def log_prob(self, x: Tensor, **options) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable; options as in `ScoreDensity.log_prob`."""
@@ -76,6 +86,11 @@ class Density(nn.Module, ABC):
         """Return a density with the same network and another reference, which is one of z."""
 
 
+def of_core(name: str) -> property:
+    """Return a property of a density that is its core's."""
+    return property(lambda density: getattr(density.core, name), doc=f"`{name}` of the `core`.")
+
+
 def check_density(density: object) -> Density:
     """Return a density.
 
@@ -85,4 +100,5 @@ def check_density(density: object) -> Density:
     if isinstance(density, Density):
         return density
     remedy = "wrap the network in a ScoreDensity" if isinstance(density, nn.Module) else "give one"
-    raise TypeError(f"density must be a ScoreDensity or a Transformed one, got {type(density).__name__}; {remedy}")
+    kinds = "a ScoreDensity, a Transformed one or a ZeroMeanDensity"
+    raise TypeError(f"density must be {kinds}, got {type(density).__name__}; {remedy}")

@@ -142,8 +142,12 @@ class Reference(FittedBuffers):
         """
         return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma, mask)
 
-    def eps_and_divergence(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def eps_and_divergence(
+        self, x_t: Tensor, alpha: float, sigma: float, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\epsilon_q(x_t)`, shape (B, d), and its divergence, shape (B,), at one time.
+
+        Both are of the entries that count, if a mask (B, d) says which; the others are zero.
 
         With r_k = (alpha^2 C_k + sigma^2)^{-1} (x_t - alpha m_k) and r the mean of r_k under the posterior,
 
@@ -154,13 +158,14 @@ class Reference(FittedBuffers):
         All components at once, K x B x d numbers: as many as an exact trace of the network has in hand anyway.
         """
         gain = 1 / (alpha**2 * self.variance + sigma**2).expand(-1, x_t.shape[1])  # (K, d)
-        bias = self.weight.log() + 0.5 * gain.log().sum(1)
-        trace, bias, gain, mean = (v.to(x_t.dtype) for v in (gain.sum(1), bias, gain, alpha * self.mean))
-        r_k = x_t - mean[:, None]  # (K, B, d)
+        counted = torch.ones_like(gain[:1]) if mask is None else mask.to(gain)
+        trace, bias = gain @ counted.mT, self.weight.log()[:, None] + 0.5 * gain.log() @ counted.mT  # (K, 1) or (K, B)
+        trace, bias, gain, mean = (v.to(x_t.dtype) for v in (trace, bias, gain, alpha * self.mean))
+        r_k = inside(x_t - mean[:, None], mask)  # (K, B, d)
         r_k = r_k @ self.basis.to(x_t.dtype) if self.full else r_k
-        posterior = (bias[:, None] - 0.5 * (r_k.square() @ gain[..., None])[..., 0]).softmax(0)  # (K, B)
+        posterior = (bias - 0.5 * (r_k.square() @ gain[..., None])[..., 0]).softmax(0)  # (K, B)
         r_k = r_k * gain[:, None]
-        inner = (posterior * (trace[:, None] - r_k.square().sum(2))).sum(0)
+        inner = (posterior * (trace - r_k.square().sum(2))).sum(0)
         r_k = r_k @ self.basis.to(x_t.dtype).mT if self.full else r_k
         r = torch.einsum("kb,kbd->bd", posterior, r_k)
         return sigma * r, sigma * (inner + r.square().sum(1))

@@ -5,9 +5,8 @@ A sample's noise is keyed by its index in the data set: blocks, and who works on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -22,11 +21,12 @@ from ..estimator.rules import group_of, make_rules, method_table
 from ..process.network import model_dtype, predict
 from ..support.host import positive
 from .condition_data import DataConditions
+from .data_mask import DataMask
 from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .run_folder import RunFolder
 
 Block = dict[str, np.ndarray]
-PER_SAMPLE = ("log_prob", "stderr", "variance", "nfe", "ends")
+PER_SAMPLE = ("log_prob", "stderr", "variance", "nfe", "ends", "dims")
 ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
 FIT_BLOCK = 4096
 
@@ -41,6 +41,7 @@ class Work:
     device: torch.device
     options: dict
     conditions: DataConditions
+    mask: DataMask | None = None
 
     @classmethod
     def check(
@@ -52,6 +53,7 @@ class Work:
         device: torch.device,
         options: dict,
         cond: dict | None = None,
+        mask: Array | None = None,
     ) -> Work:
         """Raise ValueError where data, indices, network and options do not fit together, before work begins."""
         check_data("data", data)
@@ -65,8 +67,9 @@ class Work:
             positive("target_stderr", options["target_stderr"], "nats")
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
         conditions = DataConditions.of("cond", cond, len(data))
-        work = cls(density, data, index.split(batch), device, options, conditions)
-        _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]))
+        counted = DataMask.of("mask", mask, tuple(data.shape))
+        work = cls(density, data, index.split(batch), device, options, conditions, counted)
+        _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]), work.mask_at(index[:1]))
         return work
 
     def rows(self, index: Tensor) -> Tensor:
@@ -76,14 +79,21 @@ class Work:
         """Return the keyword arguments of the network for these samples."""
         return self.conditions.at(index, self.device, model_dtype(self.density.model, torch.float32))
 
-    def digests(self, blocks: Sequence[Tensor]) -> list[tuple[str, str]]:
-        """Return the digests of data and conditions in each of some blocks; raise ValueError for NaN or inf in data."""
-        return [(digest_rows("data", self.data, index), self.conditions.digest_rows(index)) for index in blocks]
+    def mask_at(self, index: Tensor) -> Tensor | None:
+        """Return which entries of these samples count."""
+        return None if self.mask is None else self.mask.at(index, self.device)
+
+    def digests(self, blocks: Sequence[Tensor]) -> list[tuple[str, str, str]]:
+        """Return the digests of data, conditions and mask in each of some blocks; raise ValueError for bad rows."""
+        return [
+            (digest_rows("data", self.data, index), self.conditions.digest_rows(index), _of_mask(self.mask, index))
+            for index in blocks
+        ]
 
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""
-        density = self.density.core
-        seen, log_det = self.density.to_network(self.rows(self.blocks[0][:1]))
+        density, first = self.density.core, self.blocks[0][:1]
+        seen, log_det = self.density.to_network(self.rows(first), self.mask_at(first))
         return {
             "transform": digest({"z": seen, "log_det": log_det}),  # of the first sample, which tells transforms apart
             "network": digest(density.model.state_dict()),
@@ -101,15 +111,20 @@ class Work:
         }
 
     def fingerprint(
-        self, digests: Sequence[tuple[str, str]], fit: Array | None, fit_conditions: DataConditions | None = None
+        self,
+        digests: Sequence[tuple[str, str, str]],
+        fit: Array | None,
+        fit_conditions: DataConditions | None = None,
+        fit_mask: DataMask | None = None,
     ) -> dict:
         """Return by name all that the numbers depend on, so that a resumed run can say what differs."""
         shape, chosen = tuple(self.data.shape), torch.cat(self.blocks)
         kind = str(self.data.dtype).removeprefix("torch.")
         found = self.setting() | {
             "fit data": digest_of([]),
-            "data": f"{kind} {shape} {digest_of([of_data for of_data, _ in digests])}",
-            "conditions": f"{self.conditions.setting()} {digest_of([of_conditions for _, of_conditions in digests])}",
+            "data": f"{kind} {shape} {digest_of([of_data for of_data, *_ in digests])}",
+            "conditions": f"{self.conditions.setting()} {digest_of([of_cond for _, of_cond, _ in digests])}",
+            "mask": None if self.mask is None else digest_of([of_mask for *_, of_mask in digests]),
             "indices": f"{len(chosen)} {digest({'index': chosen})}",
         }
         if fit is not None:
@@ -118,16 +133,19 @@ class Work:
             found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
             of_conditions = [fit_conditions.digest_rows(part) for part in parts] if fit_conditions else []
             found["fit conditions"] = digest_of([fit_conditions.setting() if fit_conditions else "", *of_conditions])
+            found["fit mask"] = digest_of([_of_mask(fit_mask, part) for part in parts]) if fit_mask else None
             found["reference and nodes"] = "from fit data"
         return found
 
     def estimate(self, number: int) -> Block:
         index = self.blocks[number]
         given = {"cond": self.conditions_at(index), "progress": False, **self.options}
-        result = self.density.estimate(self.rows(index), sample_index=index, **given).check()
+        options = {"sample_index": index, "mask": self.mask_at(index), **given}
+        result = self.density.estimate(self.rows(index), **options).check()
+        dims = torch.as_tensor(result.dims, device="cpu").expand(len(index))
         return {
             "sample_index": index.numpy(),
-            **{name: getattr(result, name).cpu().numpy() for name in PER_SAMPLE},
+            **{name: getattr(replace(result, dims=dims), name).cpu().numpy() for name in PER_SAMPLE},
             **{f"curve_{name}": value.numpy() for name, value in result.log_snr_curve._asdict().items()},
             "discretization": np.float64(result.discretization),
             "noise": np.array(result.noise),
@@ -149,10 +167,11 @@ class Work:
             total.add_curve(curve, len(block["log_prob"]))
             offset += len(block["log_prob"]) * float(block["discretization"])
         joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in PER_SAMPLE}
+        if self.mask is None:
+            joined["dims"] = int(joined["dims"][0])
         return Estimate(
             **joined,
             curve_sum=total,
-            dims=math.prod(self.data.shape[1:]),
             method=method,
             noise=str(blocks[0]["noise"]),
             group=group_of(torch.from_numpy(np.concatenate([b["sample_index"] for b in blocks]))),
@@ -161,10 +180,16 @@ class Work:
         )
 
 
-def _check_network(density: Density, x: Tensor, cond: dict[str, object]) -> None:
+def _of_mask(mask: DataMask | None, index: Tensor) -> str:
+    return "" if mask is None else mask.digest_rows(index)
+
+
+def _check_network(density: Density, x: Tensor, cond: dict[str, object], mask: Tensor | None) -> None:
     """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    density, (z, _) = density.core, density.to_network(x)
-    samples = density.check(z, None, cond)
+    z, _ = density.to_network(x, mask)
+    mask, cond = density.network_arguments(x, mask, cond)
+    density = density.core
+    samples = density.check(z, None, cond, mask=mask)
     ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
     time = density.schedule.time(ends).to(x.device)
     try:

@@ -27,6 +27,7 @@ from ..support.memory import parse_bytes
 from ..support.progress import progress_bar
 from .blocks import Work, fitted_state
 from .condition_data import DataConditions
+from .data_mask import DataMask
 from .dataset import Array, take
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
@@ -49,8 +50,10 @@ def evaluate_dataset(
     memory: int | str | None = None,
     batch: int = 256,
     cond: dict[str, object] | None = None,
+    mask: Array | None = None,
     fit: Array | None = None,
     fit_cond: dict[str, object] | None = None,
+    fit_mask: Array | None = None,
     bins: int | None = None,
     low: float = -1.0,
     high: float = 1.0,
@@ -65,14 +68,19 @@ def evaluate_dataset(
     Arguments:
         density: `ScoreDensity` or `Transformed`, on the device to use; fitted in place if `fit` is given.
         data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
-        out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, and with `bins` bits_per_dim.
+        out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, with `bins` bits_per_dim, and with a
+            mask dims.
         nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
         batch: samples in a block: what an interruption may cost.
         cond: keyword arguments of the network: arrays with one entry a sample of the data, shape (N, ...), which go
             along in blocks; what all samples share is a number, a text, or in `fastscore.shared`. Fractions come in the
             dtype of the network's parameters.
+        mask: True (or 1) for the entries that count, as in `ScoreDensity.estimate`: of each sample, with a first size
+            of N, or one for all; fewer dimensions than the data are those of places, (N, L) for data (N, L, D). Bits
+            per dimension are by each sample's own number of entries.
         fit: training data, shape (M, *shape), for `ScoreDensity.fit` with this seed.
         fit_cond: keyword arguments of the network for these, as `cond`, with M entries.
+        fit_mask: which entries of these count; it has to be given with a mask, unless that is one for all.
         bins, low, high: as in `Estimate.bits_per_dim`.
         indices: which samples, all by default.
         identity: further names and values that a resumed run must share, such as the hash of a model file.
@@ -104,16 +112,20 @@ def evaluate_dataset(
         "max_nfe": max_nfe,
     }
     fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
+    fitted_mask = _mask_of_fit(mask, data, fit_mask, fit)
     log_width(bins, low, high)  # what is wrong with them is better said before the work than after it
     with run.locked() if ranks.first else nullcontext():
         options["memory"] = ranks.on_first(lambda: _budget(memory, device, run))
         try:
-            work, digests = _agree(ranks, lambda: Work.check(density, data, indices, batch, device, options, cond))
+            work, digests = _agree(
+                ranks, lambda: Work.check(density, data, indices, batch, device, options, cond, mask)
+            )
 
             def begin() -> tuple[str, list[int]]:
-                key = run.open({**(identity or {}), **work.fingerprint(digests, fit, fit_conditions)}, restart)
+                found = work.fingerprint(digests, fit, fit_conditions, fitted_mask)
+                key = run.open({**(identity or {}), **found}, restart)
                 if fit is not None:
-                    _fit(work, fit, fit_conditions, run, progress)
+                    _fit(work, fit, fit_conditions, fitted_mask, run, progress)
                 return key, [i for i in range(len(work.blocks)) if work.read(run, i, key) is None]
 
             key, missing = ranks.on_first(begin)
@@ -132,11 +144,11 @@ def evaluate_dataset(
     return result
 
 
-def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
-    """Return the checked work and every block's digests of data and conditions, of which each rank reads its share."""
+def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str, str]]]:
+    """Return the checked work and every block's digests, of which each rank reads its share."""
     work = None
 
-    def look() -> tuple[dict, list[tuple[str, str]]]:
+    def look() -> tuple[dict, list[tuple[str, str, str]]]:
         nonlocal work
         work = check()
         return work.setting(), work.digests(ranks.share(work.blocks))
@@ -153,13 +165,36 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str]]]:
     return work, [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
 
 
-def _fit(work: Work, data: Array, conditions: DataConditions, run: RunFolder, progress: bool | None) -> None:
+def _mask_of_fit(mask: Array | None, data: Array, fit_mask: Array | None, fit: Array | None) -> DataMask | None:
+    """Return which entries of the training data count: as in the data, if all of these have the same mask."""
+    if fit is None:
+        return None
+    if fit_mask is not None or mask is None:
+        return DataMask.of("fit_mask", fit_mask, tuple(fit.shape))
+    same = DataMask.of("mask", mask, tuple(data.shape))
+    if same.shared:
+        return same
+    raise ValueError(
+        "the data have a mask for each sample and the fit data none; give fit_mask (--fit-mask), with ones where all "
+        "of their entries count"
+    )
+
+
+def _fit(
+    work: Work,
+    data: Array,
+    conditions: DataConditions,
+    mask: DataMask | None,
+    run: RunFolder,
+    progress: bool | None,
+) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density.core, run):
         # Where they are: `fit` takes those that it uses to the network's device.
         x, where = take(data, slice(None)), torch.device("cpu")
         cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
-        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, cond=cond)
+        given = {"cond": cond, "mask": None if mask is None else mask.at(slice(None), x.device)}
+        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, **given)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
         run.write_arrays(run.fitted, stored)
 
@@ -199,7 +234,8 @@ def _count(data: Array, indices: Sequence[int] | None) -> int:
 
 def _write_result(run: RunFolder, work: Work, result: Estimate, bits: dict[str, Tensor]) -> None:
     columns = {"sample_index": torch.cat(work.blocks), "log_prob": result.log_prob, "stderr": result.stderr}
-    arrays = {name: column.numpy() for name, column in {**columns, "nfe": result.nfe, **bits}.items()}
+    own = {"dims": result.dims} if isinstance(result.dims, Tensor) else {}
+    arrays = {name: column.numpy() for name, column in {**columns, "nfe": result.nfe, **own, **bits}.items()}
     if run.out.suffix == ".npz":
         run.write_arrays(run.out, arrays)
         return

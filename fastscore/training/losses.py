@@ -75,6 +75,7 @@ def density_loss(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     z, log_det = check_density(density).to_network(x, mask)
+    mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
     if nodes is not None:
         _check_range(nodes.density, core)

@@ -72,6 +72,7 @@ SCHEDULES = {
     "DDPM": lambda: fs.DDPM(torch.linspace(0.99, 0.01, 20)), "VP": fs.VP, "Cosine": fs.Cosine, "VE": fs.VE,
     "EDM": fs.EDM, "FlowMatching": fs.FlowMatching, "LiYan": fs.LiYan, "LogSNR": fs.LogSNR,
     "ConditionalFlow": lambda: fs.ConditionalFlow(0.1),
+    "ContinuousDDPM": lambda: fs.ContinuousDDPM(fs.DDPM.linear(100)),
 }  # fmt: skip
 REFERENCES = {
     "isotropic": lambda: fs.Reference.isotropic(0.8),

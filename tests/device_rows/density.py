@@ -193,7 +193,13 @@ def words(on):
     return [repr(made), *(text.replace(f"on {on(X).device}", "") for text in texts)]
 
 
-@row("Estimate.bits_per_dim", "Estimate.bits_per_dim_stderr", "Estimate.interval", "Estimate.mean")
+@row(
+    "Estimate.bits_per_dim",
+    "Estimate.bits_per_dim_stderr",
+    "Estimate.interval",
+    "Estimate.mean",
+    "Estimate.dims_in_words",
+)
 def of_an_estimate(on):
     found = of(on).estimate(on(X), nfe=NFE)
     return found.bits_per_dim(256), found.bits_per_dim_stderr(), found.interval(0.9), found.mean(), repr(found)

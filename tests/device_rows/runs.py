@@ -57,6 +57,16 @@ def data_set(on, name, folder):
     return summary(found), take(X, torch.arange(2))
 
 
+@row("evaluate_dataset", each=["masks there", "masks on the host"])
+def data_set_under_masks(on, name, folder):
+    data, fitted = X, mixture_data(40)
+    mask, fit_mask = (torch.arange(v.numel()).reshape(v.shape) % 4 > 0 for v in (data, fitted))
+    arrays = [on(v) if name == "masks there" else v.numpy() for v in (data, mask, fit_mask)]
+    options = {"mask": arrays[1], "fit_mask": arrays[2], "fit": on(fitted) if name == "masks there" else fitted}
+    found = evaluate_dataset(of(on), arrays[0], folder / "found.npz", nfe=NFE, batch=4, restart=True, **options)
+    return summary(found)
+
+
 @row("evaluate_dataset")
 def data_set_under_conditions(on, folder):
     labels, shift = torch.arange(40) % 4, fs.shared(SHIFT)

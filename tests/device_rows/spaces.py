@@ -39,7 +39,10 @@ class Centred(nn.Module):
 
 
 @row("ZeroMeanDensity", "ZeroMeanDensity.compare", "ZeroMeanDensity.coordinates", "ZeroMeanDensity.estimate",
-     "ZeroMeanDensity.fit", "ZeroMeanDensity.log_prob")  # fmt: skip
+     "ZeroMeanDensity.fit", "ZeroMeanDensity.log_prob", "ZeroMeanDensity.core", "ZeroMeanDensity.log_snr_range",
+     "ZeroMeanDensity.model", "ZeroMeanDensity.nfe", "ZeroMeanDensity.predicts", "ZeroMeanDensity.schedule",
+     "ZeroMeanDensity.with_reference", "ZeroMeanDensity.to_network", "ZeroMeanDensity.network_arguments",
+     "ScoreDensity.network_arguments", "Transformed.network_arguments")  # fmt: skip
 def centred_points(on):
     made, x = fs.ZeroMeanDensity(Centred(), fs.VP(), program=False), random(30, 4, 2)
     x = on(x - x.mean(1, keepdim=True))
@@ -47,8 +50,19 @@ def centred_points(on):
     found = made.estimate(x[:4], nfe=NFE)
     return [
         summary(found), made.log_prob(x[:4], nfe=NFE), made.compare(x[:4], {}, {}, nfe=NFE),
-        made.coordinates(x[:4])[0],
+        made.coordinates(x[:4])[0], made.core.predicts, made.predicts, made.nfe, made.log_snr_range,
+        repr(made.schedule), type(made.model).__name__,
+        *under_masks(made.with_reference(fs.Reference.isotropic(0.7)), x[:4]),
     ]  # fmt: skip
+
+
+def under_masks(made, x):
+    """Two atoms of four, of which the mean is taken away; the network sees the others where they are."""
+    atoms = torch.arange(4, device=x.device)[:, None] % 4 != torch.arange(4, device=x.device)
+    x = torch.where(atoms[..., None], x - (x * atoms[..., None]).sum(1, keepdim=True) / 3, x)
+    flow = fs.probability_flow_log_prob(made, x, method="midpoint", steps=4, mask=atoms)
+    z, (counted, given) = made.to_network(x, atoms)[0], made.network_arguments(x, atoms, {"label": 1})
+    return summary(made.estimate(x, nfe=NFE, mask=atoms)), tuple(flow), z, counted, sorted(given)
 
 
 @row("ScoreDensity.estimate", each=["a mask"])
@@ -118,6 +132,8 @@ ODE = {
     "midpoint": {"method": "midpoint", "steps": 4},
     "dopri5": {"method": "dopri5", "rtol": 1e-2, "atol": 1e-2},
     "rk4": {"method": "rk4", "steps": 2},
+    "masked": {"method": "midpoint", "steps": 4},
+    "of a table": {"method": "midpoint", "steps": 4},
 }
 
 
@@ -126,8 +142,9 @@ def ode(on, name):
     options = ODE[name.removeprefix("ODE ")]
     if options.get("method") not in (None, "midpoint"):
         pytest.importorskip("torchdiffeq")
-    made = of(on, reference=REFERENCES["mixture"]())
-    return tuple(fs.probability_flow_log_prob(made, on(X), **options, label=on(LABELS)))
+    made = of(on, fs.DDPM.linear(100) if "table" in name else fs.VP(), reference=REFERENCES["mixture"]())
+    mask = on(torch.arange(6 * D).reshape(6, D) % 4 > 0) if "masked" in name else None
+    return tuple(fs.probability_flow_log_prob(made, on(X), **options, mask=mask, label=on(LABELS)))
 
 
 @row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks",
