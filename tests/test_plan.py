@@ -52,10 +52,14 @@ def same(density, x, **options):
         assert torch.equal(density.log_prob(x, nfe=NFE, **options), log_prob)
 
 
+def device_of(density):
+    return next(density.model.parameters()).device
+
+
 def optimizer_step(kind, **options):
     def change(density):
         optimizer = kind(density.model.parameters(), lr=0.1, **options)
-        density.log_prob(data(3), nfe=NFE).sum().backward()
+        density.log_prob(data(3).to(device_of(density)), nfe=NFE).sum().backward()
         optimizer.step()
 
     return change
@@ -80,7 +84,7 @@ def to_a_vector_and_back(density):
 
 
 def swap_an_average_in(density):
-    average = torch.optim.swa_utils.AveragedModel(Net().eval())
+    average = torch.optim.swa_utils.AveragedModel(Net().eval().to(device_of(density)))
     for own, other in zip(density.model.parameters(), average.module.parameters()):
         own.data, other.data = other.data, own.data
 
@@ -90,7 +94,7 @@ def add_a_hook(density):
 
 
 def replace_a_layer(density):
-    density.model.first = nn.Linear(D, 8)
+    density.model.first = nn.Linear(D, 8).to(device_of(density))
 
 
 def change_a_number(density):
@@ -99,7 +103,7 @@ def change_a_number(density):
 
 def replace_the_network(density):
     torch.manual_seed(5)
-    density.model = Net().eval()
+    density.model = Net().eval().to(device_of(density))
 
 
 def other_reference(density):

@@ -176,9 +176,9 @@ def philox_of_the_host(counter, key):
 
 
 def sample_keys_with_a_constant_of_the_host(kind, seed, sample_index, d, round_=0):
-    streams = torch.tensor([noise.STREAM_SHIFT, noise.STREAM_MULTIPLIER])
+    streams = range(noise.STREAM_SHIFT, noise.STREAM_MULTIPLIER + 1)
     odd = torch.tensor([[0], [1]], dtype=torch.int32)
-    return noise.words(seed, sample_index, round_, streams.to(sample_index.device), d) | odd
+    return noise.words(seed, sample_index, round_, streams, d) | odd
 
 
 def candidates_with_one_on_the_host(train, held_out, kind, data_std, seed):

@@ -110,7 +110,9 @@ class EndTable(NamedTuple):
 
     def on(self, device: torch.device) -> EndTable:
         """Return the table on a device."""
-        return EndTable(*(tensor.to(device) for tensor in self))
+        block = torch.cat([tensor.flatten() for tensor in self]).to(device)  # one copy
+        parts = block.split([tensor.numel() for tensor in self])
+        return EndTable(*(part.view(tensor.shape) for part, tensor in zip(parts, self)))
 
 
 def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:

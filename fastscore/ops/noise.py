@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..support.host import whole
+from .select import implementation, runnable
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
 POINT_BYTES = 4  # of an element of a draw's point
@@ -67,18 +68,24 @@ def _word(value: Tensor | int, device: torch.device) -> Tensor:
     return torch.full((), value & _MASK, dtype=torch.int64, device=device)
 
 
-def words(seed: int, index: Tensor, draw: int, stream: int | Tensor, d: int) -> Tensor:
+def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> Tensor:
     """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
 
     Element i is word i % 4 of counter (i // 4, index mod 2^32, draw, stream + 16 (index // 2^32)) under the key
-    (seed mod 2^32, seed // 2^32). Several streams, a tensor (n,), give shape (len(index), n, d).
+    (seed mod 2^32, seed // 2^32). A range of S streams gives shape (len(index), S, d). On a GPU a kernel of Triton's
+    makes the same words in one launch.
     """
-    seed, group = whole("seed", seed), torch.arange((d + 3) // 4, device=index.device)
-    low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
-    streams = stream.reshape(-1, 1) if isinstance(stream, Tensor) else stream
-    quad = philox((group, low, draw, streams + 16 * high), (seed, seed >> 32))
-    found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
-    return found if isinstance(stream, Tensor) else found[:, 0]
+    seed, streams = whole("seed", seed), stream if isinstance(stream, range) else range(stream, stream + 1)
+    if index.is_cuda and "triton" in runnable(index.device, torch.float32):
+        found = implementation("triton").words(seed, index, draw, streams, d)
+    else:
+        group = torch.arange((d + 3) // 4, device=index.device)
+        low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
+        # A range needs no copy to a device.
+        each = torch.arange(streams.start, streams.stop, device=index.device)[:, None]
+        quad = philox((group, low, draw, each + 16 * high), (seed, seed >> 32))
+        found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
+    return found if isinstance(stream, range) else found[:, 0]
 
 
 def unit(seed: int, draw: int, stream: int) -> float:
@@ -94,9 +101,9 @@ def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int 
         if kind == "sobol":
             shift = words(seed, index, round_, STREAM_SHIFT, d)
             return torch.stack([shift, torch.ones_like(shift)], 1)
-        # The streams are 0 and 1, and so is the bit that makes the second word odd; a range needs no copy to a device.
-        both = torch.arange(STREAM_SHIFT, STREAM_MULTIPLIER + 1, device=index.device)
-        return words(seed, index, round_, both, d) | both[:, None].to(torch.int32)
+        both = words(seed, index, round_, range(STREAM_SHIFT, STREAM_MULTIPLIER + 1), d)
+        both[:, 1] |= 1  # odd
+        return both
 
     return torch.cat([block(part) for part in _blocks(sample_index, d)])
 

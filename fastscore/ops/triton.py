@@ -16,11 +16,17 @@ from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import launch, packing
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
+from ..kernels import words as words_kernel
 from ..support.warn import warn
 from . import torch as torch_backend
 from .instructions import decode
 from .interpreting import interpreting
 from .task import Task, plain
+
+
+def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
+    """Return `fastscore.ops.noise.words` of several streams, int32, (n, S, d), bit for bit."""
+    return words_kernel.words(seed, index, draw, streams, d)
 
 
 def perturb(

@@ -424,3 +424,12 @@ def test_without_any_launch_pytorch_evaluates(refusing):
     assert "no Triton kernel fits this network, PyTorch evaluates it" in str(warned[-1].message)
     assert close(found, want)
     assert asked == [32, 32, 16]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -3, (1 << 63) - 5, (1 << 64) - 1, 1 << 63, 0x1234567890ABCDEF])
+@pytest.mark.parametrize(("d", "streams"), [(1, 1), (4, 2), (7, 2), (130, 1), (601, 2)])
+def test_words_are_the_definitions_to_the_bit(seed, d, streams):
+    index = torch.tensor([0, 5, 2**32 - 1, 2**32, 2**40 + 3], device=DEVICE)
+    streams = range(2, 2 + streams)
+    found = backend.words(seed, index, 9, streams, d)
+    assert torch.equal(found.cpu(), noise.words(seed, index.cpu(), 9, streams, d))
