@@ -34,6 +34,7 @@ from .estimator.methods import control_variate
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.protocol import Density
+from .estimator.resolution import warn_if_unresolved
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS, make_rules
 from .estimator.samples import Samples, check_batch, check_samples
@@ -229,6 +230,8 @@ class ScoreDensity(Density):
             )
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         warn_if_coupled(self.network, samples, self.reference)
+        if method == "density" and self._first("resolution", samples):
+            warn_if_unresolved(self.network, samples, self.reference, chunks.rows)
         estimator = Estimator(self.network, self.reference, self.nodes, method, chunks)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             found = estimator.evaluate(samples, first, bar.update)
@@ -340,8 +343,9 @@ class ScoreDensity(Density):
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
         self._row_costs.clear()
+        self._probed = {key for key in self._probed if key[0] != "resolution"}  # which is also the reference's
         if not degenerate:
-            warn_if_out_of_range(fitted.reference.scales(), self.log_snr_range)
+            warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)
         return self
 
@@ -455,10 +459,16 @@ class ScoreDensity(Density):
         lo, hi = self.log_snr_range
         return self.schedule.time(torch.linspace(lo, hi, 5, dtype=torch.float64, device="cpu")[1:-1])
 
+    def _first(self, question: str, samples: Samples) -> bool:
+        """Return whether a question is asked for the first time about data of this shape."""
+        key = question, samples.shape, samples.x.dtype
+        new = key not in self._probed
+        self._probed.add(key)
+        return new
+
     def _probe(self, samples: Samples) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
-        if (samples.shape, samples.x.dtype) not in self._probed:
-            self._probed.add((samples.shape, samples.x.dtype))
+        if self._first("coupling", samples):
             with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
                 probe.warn_of_coupling(self.model, samples, self.schedule, self.log_snr_range, self.time_dtype)
 
