@@ -68,7 +68,8 @@ def density_loss(
 
     Raises:
         TypeError: if the density is none.
-        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw.
+        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw; if
+            the loss of a sample is NaN or inf (named by sample).
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
@@ -82,10 +83,11 @@ def density_loss(
     rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
     difference, pull = _evaluate(core, samples, rows, signs)
-    if nodes is not None:
-        nodes.observe(rows.log_snr, pull)
     integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
     loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
+    _check_finite(loss, samples)
+    if nodes is not None:  # which learn nothing from what is refused
+        nodes.observe(rows.log_snr, pull)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -98,6 +100,22 @@ def _check_range(nodes: NodeDensity, density: ScoreDensity) -> None:
             f"nodes cover log-SNR {first:.3g} to {last:.3g}, the density's schedule {lo:.3g} to {hi:.3g}; make them "
             "with fastscore.AdaptiveNodes(density.schedule)"
         )
+
+
+def _check_finite(loss: Tensor, samples: Samples) -> None:
+    """Raise ValueError for a loss that is no number: `core.check` has waited for the device already, to look at x."""
+    loss = loss.detach()
+    bad = (~torch.isfinite(loss)).nonzero()
+    if not len(bad):
+        return
+    first, largest = int(bad[0]), float(samples.x.abs().max())
+    remedy = "check its weights, and use a wider dtype than half"
+    if largest > torch.finfo(samples.x.dtype).max ** 0.25:
+        remedy = f"x has values up to {largest:.3g}, too large for squares in {samples.x.dtype}: scale the data"
+    raise ValueError(
+        f"the loss is {float(loss[first])} for sample {int(samples.index[first])}, the first of {len(bad)} among "
+        f"{len(loss)}: the network returned NaN or inf, or numbers whose squares overflow; {remedy}"
+    )
 
 
 class _Rows(NamedTuple):
