@@ -231,7 +231,7 @@ class ScoreDensity(Density):
         chunks = self._chunks(samples, memory, len(first) if target_stderr is None else max(len(first), max_nfe))
         warn_if_coupled(self.network, samples, self.reference)
         if method == "density" and self._first("resolution", samples):
-            warn_if_unresolved(self.network, samples, self.reference, chunks.rows)
+            warn_if_unresolved(self.network, samples, self.reference, chunks.per_call or chunks.rows)
         estimator = Estimator(self.network, self.reference, self.nodes, method, chunks)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             found = estimator.evaluate(samples, first, bar.update)
