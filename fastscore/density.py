@@ -34,6 +34,7 @@ from .estimator.plan import Plan
 from .estimator.planner import Planner, Wanted
 from .estimator.protocol import Density
 from .estimator.replay import Replays
+from .estimator.resolution import warn_if_unresolved
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, check_samples, deferred
@@ -234,6 +235,8 @@ class ScoreDensity(Density):
                 )
         plan, programs = self._plan(samples, wanted)
         warn_if_coupled(self.network, samples, self.reference)
+        if method == "density" and self._planner.first("resolution", self.network, samples):
+            warn_if_unresolved(self.network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(self.network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             replay = self._replays.find(estimator, samples, plan) if target_stderr is None else None
@@ -348,9 +351,9 @@ class ScoreDensity(Density):
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
-        self._planner.forget_costs()
+        self._planner.forget_reference()
         if not degenerate:
-            warn_if_out_of_range(fitted.reference.scales(), self.log_snr_range)
+            warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)
         return self
 

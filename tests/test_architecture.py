@@ -1,4 +1,4 @@
-"""docs/architecture.md is the house as it is: files exist, all rooms are drawn, a call walks through the stations."""
+"""docs/architecture.md is the package as it is: files exist, all folders are listed, a call takes its steps."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ import fastscore as fs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-STATIONS = re.search(r"in twelve stations:\n\n(.*?)\n\n", PAGE, re.S)[1]
+STATIONS = re.search(r"in twelve steps:\n\n(.*?)\n\n", PAGE, re.S)[1]
 
 
 def test_every_file_that_is_named_exists():

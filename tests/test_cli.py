@@ -204,10 +204,79 @@ def test_errors_are_one_sentence(folder, arguments, message):
     assert not (folder / "r.npz.partial").exists()
 
 
-def test_a_failing_factory_keeps_its_traceback(folder):
-    result = evaluate("zoo:fails", *ARGUMENTS[1:], "--out", "r.npz", code=1)
-    assert isinstance(result.exception, RuntimeError)
-    assert isinstance(result.exception.__cause__, KeyError)
+LABELLED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line, self.label = nn.Linear(2, 2), nn.Embedding(3, 2)
+
+    def forward(self, x, t, y):
+        return self.line(x) + self.label(y)
+
+class Free(Net):
+    def forward(self, x, t, **cond):
+        return super().forward(x, t, **cond)
+
+class Crash(Net):
+    def forward(self, x, t, y=None):
+        raise ArithmeticError("of its own")
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("labelled:Net", "", "labelled:Net needs the condition 'y', which --cond does not give; add --cond y=FILE"),
+        ("labelled:Net", "--cond z=y.npy", "labelled:Net takes no condition 'z'; it takes y; drop --cond z"),
+        ("zoo:Net", "--cond y=1", "zoo:Net takes no condition 'y'; it takes none; drop --cond y"),
+        (
+            "labelled:Net",
+            "--cond y=y.npy --fit data.npy",
+            "needs the condition 'y', which --fit-cond does not give; add",
+        ),
+        (
+            "labelled:Net",
+            "--cond y=y.npy --fit-cond y=y.npy",
+            "--fit-cond y=y.npy is of training data, which --fit",
+        ),
+        ("labelled:Net", "--cond y=texts.npy", "condition 'y' must hold numbers, got <U1 in texts.npy; convert them"),
+        ("labelled:Net", "--cond y=many.npy", r"the evaluation stopped at IndexError: index out of range in self \(.*"),
+        ("labelled:Free", "", "does not take data of shape .* missing 1 required positional argument: 'y'"),
+        ("labelled:Crash", "--cond y=y.npy", "the network does not take data of shape .*: ArithmeticError: of its own"),
+        ("plain.pt2", "--cond y=1", "plain.pt2 takes no condition 'y'; it takes none; drop --cond y"),
+        ("own.pt2", "", "own.pt2 needs the condition 'y', which --cond does not give; add --cond y=FILE"),
+        ("own.pt2", "--cond y=1", "condition 'y' of own.pt2 was exported as a tensor, got the number 1; give it as a"),
+        ("own.pt2", "--cond y=y.npy --fit data.npy", "own.pt2 needs the condition 'y', which --fit-cond does not give"),
+        ("zoo:fails", "", r"zoo:fails was called without arguments and raised KeyError: 'weights\.bin' \(.*, line"),
+    ],
+)
+def test_models_and_conditions_that_do_not_fit_get_one_sentence(folder, model, options, message):
+    (folder / "labelled.py").write_text(LABELLED)
+    np.save("y.npy", np.arange(N) % 3)
+    np.save("many.npy", np.arange(N))
+    np.save("texts.npy", np.array(["a"] * N))
+    if model.endswith(".pt2"):
+        names = {}
+        exec(LABELLED, names)
+        rows, example = {0: Dim("rows")}, (torch.randn(5, 2), torch.rand(5))
+        net, given, shapes = names["Net"]().eval(), {"y": torch.arange(5) % 3}, {"x": rows, "t": rows, "y": rows}
+        if model == "plain.pt2":
+            net, given, shapes = Plain().eval(), {}, {"x": rows, "t": rows}
+        torch.export.save(torch.export.export(net, example, given, dynamic_shapes=shapes), model)
+    try:
+        result = evaluate(model, *ARGUMENTS[1:], "--out", "r.npz", *options.split(), code=1)
+    finally:
+        sys.modules.pop("labelled", None)
+    assert isinstance(result.exception, SystemExit)
+    assert re.match(f"Error: .*{message}", result.stderr.splitlines()[-1]), result.stderr
+    assert result.stdout == ""
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x, t):
+        return 0.5 * x
 
 
 def start_and_stop(folder, how):

@@ -207,7 +207,7 @@ class Added(nn.Module):
 
 
 ARRAY = r"must be a tensor, a number or text, got an array of numpy of shape \(12,\); give torch.as_tensor"
-LIST = "'added' is a list or tuple of 12 entries and there are 12 samples; give one tensor if .* or fs.shared"
+LIST = "'added' is a list or tuple of 12 entries and there are 12 samples; give one tensor in .* fs.shared"
 SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
 
 
@@ -329,7 +329,7 @@ def test_conditions_of_a_data_set(tmp_path):
 def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
     def stop(added, more):
         calls.append(1)
-        if len(calls) > 7:  # five calls or six are the probes
+        if len(calls) > 9:  # seven calls or eight are the probes
             raise KeyboardInterrupt
         return added + more["shift"] if "shift" in more else added
 

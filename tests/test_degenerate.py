@@ -8,6 +8,7 @@ from analytic import ExactNet, mixture
 
 import fastscore as fs
 from fastscore.estimator.degenerate import count_degenerate
+from fastscore.reference.fitting import fit_mixture
 from fastscore.transforms import zscore
 
 G = torch.Generator().manual_seed(0)
@@ -86,6 +87,30 @@ def test_fit_says_where_data_lie_beyond_the_noise(schedule, std, said):
         warnings.simplefilter("always")
         density.fit(std * BASE, evaluations=0, progress=False)
     assert [said in str(w.message) for w in found] == ([] if said is None else [True])
+
+
+def test_fit_says_where_a_direction_across_the_dimensions_is_narrow():
+    """No column is: each has a standard deviation of 0.5. Scales that are apart both ways are both named."""
+    basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))
+    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        density.fit((BASE * torch.tensor([5e-5, 1.0, 1.0])) @ basis, evaluations=0, progress=False)
+    assert [f"{w.message}"[:51] for w in found] == ["the data have a standard deviation of 5e-05, below "]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        density.fit(BASE * torch.tensor([5e-5, 1.0, 1e4]), evaluations=0, progress=False)
+    assert ["above the most" in str(w.message) for w in found] == [True, False]
+    assert "below the least" in str(found[1].message)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-5, 1e5])
+def test_a_fitted_reference_follows_the_scale_of_the_data(scale):
+    for fit in (fit_mixture(BASE * scale), fit_mixture(BASE * scale, 5, full=True)):
+        plain = fit_mixture(BASE) if fit.components == 1 else fit_mixture(BASE, 5, full=True)
+        expected = plain.log_prob(BASE) - 3 * torch.tensor(scale, dtype=torch.float64).log()
+        # The k-means start of small data is another one, whose mixture differs by a tenth of a nat.
+        assert float((fit.log_prob((BASE * scale).double()) - expected).mean().abs()) < 0.2
 
 
 def test_fit_is_silent_about_data_that_fill_their_space():

@@ -1,6 +1,7 @@
 """Schedules, arrays and networks by name: what is loaded, and the sentence where it cannot be."""
 
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -224,6 +225,7 @@ def ready(): return fastscore.ScoreDensity(Net(), fastscore.EDM(), "denoiser", n
 def number(): return 3
 def fails(): raise KeyError("weights.bin")
 def demands(path): return Net()
+value = 3
 """
 
 
@@ -231,6 +233,9 @@ def demands(path): return Net()
 def zoo(tmp_path, monkeypatch):
     """A module `zoo` of factories in the working directory."""
     (tmp_path / "zoo.py").write_text(ZOO)
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    with zipfile.ZipFile(tmp_path / "zipped.pt2", "w") as archive:
+        archive.writestr("a", "b")
     (tmp_path / "hungry.py").write_text("import missing_dependency\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -263,9 +268,14 @@ def test_density_from_a_factory(zoo):
         ("zoo.cage:Net", ValueError, r"there is no module 'zoo\.cage'"),
         ("zoo:Lion", ValueError, "module 'zoo' has no 'Lion'; expected a function without arguments"),
         ("zoo:number", ValueError, r"zoo:number must return a torch\.nn\.Module or a ScoreDensity, got int"),
-        ("zoo:fails", RuntimeError, r"zoo:fails was called without arguments and raised KeyError: 'weights\.bin'"),
-        ("zoo:demands", RuntimeError, r"raised TypeError: demands\(\) missing 1 required positional argument: 'path'"),
-        ("hungry:Net", ModuleNotFoundError, "missing_dependency"),
+        ("zoo:fails", ValueError, r"raised KeyError: 'weights\.bin' \(.*zoo\.py, line \d+\)"),
+        ("zoo:demands", ValueError, "zoo:demands needs the argument path, expected a function without any; write one"),
+        ("zoo:value", ValueError, "zoo:value is a int, expected a function without arguments that returns the network"),
+        ("hungry:Net", ModuleNotFoundError, "hungry:Net imports 'missing_dependency', which is not installed"),
+        ("torn:Net", ValueError, r"the module of torn:Net cannot be imported: SyntaxError.*torn\.py, line 1\)"),
+        (":Net", ValueError, r"must be a \.pt2 file of torch\.export or package\.module:factory, got ':Net'"),
+        ("zoo:", ValueError, r"must be a \.pt2 file of torch\.export or package\.module:factory, got 'zoo:'"),
+        ("zipped.pt2", ValueError, "zipped.pt2 is not a file that torch.export.save wrote: "),
     ],
 )
 def test_factory_errors(zoo, spec, error, message):

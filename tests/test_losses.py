@@ -322,3 +322,43 @@ def test_bad_data_get_the_errors_of_an_estimate():
         density_loss(loss_of(), torch.zeros(4, 2, dtype=torch.int64), seed=0)
     with pytest.raises(ValueError, match="NaN or inf in 1 of 2 samples, first in sample 1"):
         density_loss(loss_of(), torch.tensor([[0.0, 0.0], [0.0, torch.inf]]), seed=0)
+
+
+@pytest.mark.parametrize("schedule", [fs.VP(), fs.DDPM.linear(100), fs.EDM()])
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e30, 1e38])
+def test_a_loss_is_a_number_or_a_sentence(schedule, size):
+    """Where an estimate refuses squares that overflow, so does the loss; its nodes learn nothing from them."""
+    density = fs.ScoreDensity(ExactNet(mixture(3), schedule), schedule, "eps")
+    x = torch.randn(4, 3)
+    x[1] *= size
+    nodes = AdaptiveNodes(schedule)
+    for loss in (
+        lambda: density_loss(density, x, seed=0, nodes=nodes),
+        lambda: density_loss(density, x.double(), seed=0),
+        lambda: fs.DiffusionLoss(WithCondition(density.model), schedule, "eps")(x, torch.zeros(4, 1), seed=0),
+    ):
+        try:
+            assert bool(torch.isfinite(loss()))
+        except ValueError as error:
+            assert "for sample 1, the first of 1 among 4" in str(error)  # noqa: PT017
+            assert size > 1e18
+            assert "too large for squares in torch.float" in str(error)  # noqa: PT017
+    assert bool(torch.isfinite(nodes.density.quantile(torch.linspace(0.1, 0.9, 5, dtype=torch.float64))).all())
+
+
+class WithCondition(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_t, t, c):
+        return self.net(x_t, t)
+
+
+def test_a_network_that_answers_nan_has_no_loss():
+    class NaN(nn.Module):
+        def forward(self, x_t, t):
+            return x_t * torch.nan
+
+    with pytest.raises(ValueError, match=r"the loss is nan for sample 0, the first of 4 among 4: .*check its weights"):
+        density_loss(fs.ScoreDensity(NaN(), fs.VP()), torch.randn(4, 3), seed=0)

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.probe import COPIES, NetworkWarning
+from fastscore.estimator.resolution import ROWS
 
 SCHEDULE = fs.VP()
 
@@ -43,6 +44,12 @@ class Net(nn.Module):
             h = self.norm(h)
         if self.wrong == "attention over the batch":
             h = torch.softmax(0.1 * h @ h.T, 1) @ h
+        if self.wrong == "a weak mean":
+            h = h + 1e-3 * h.mean(0)
+        if self.wrong == "a mean of three hundredths":
+            h = h + 0.03 * h.mean(0)
+        if self.wrong == "a weaker largest entry":
+            h = h + 1e-4 * h.amax(0)
         if self.wrong == "one random shift a call":
             h = h + torch.randn((), generator=self.generator)
         return self.last(torch.tanh(h))
@@ -57,6 +64,8 @@ class Net(nn.Module):
         ("label dropout", "the same row in one batch: it draws random numbers, as dropout and label dropout"),
         ("batch norm", "lets the rows of a batch see each other.*call model.eval"),
         ("attention over the batch", "lets the rows of a batch see each other"),
+        ("a weak mean", "lets the rows of a batch see each other"),
+        ("a weaker largest entry", "lets the rows of a batch see each other"),
         ("one random shift a call", "the same batch is evaluated again: it draws random numbers"),
     ],
 )
@@ -121,8 +130,39 @@ def test_the_cost_in_forward_passes():
     density.estimate(torch.randn(4, 3), nfe=8)
     first, net.rows = sum(net.rows), []
     density.estimate(torch.randn(4, 3), nfe=8)
-    # Two batches of four rows' copies and one of three; the other rows measure the memory of one.
-    assert first - sum(net.rows) <= 8 * COPIES + 3 + 24
+    # Two batches of four rows' copies and one of three; two samples' rows at the least noise; the others measure the
+    # memory of one.
+    assert first - sum(net.rows) <= 8 * COPIES + 3 + 2 * ROWS + 24
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [("a mean of three hundredths", torch.bfloat16), ("a weak mean", torch.float64)]
+)
+def test_a_weak_coupling_is_seen_in_every_dtype(wrong, dtype):
+    """As far as the dtype holds it: bfloat16 has three digits."""
+    torch.manual_seed(0)
+    net = Net(wrong).to(dtype)
+    with pytest.warns(NetworkWarning, match="lets the rows of a batch see each other"):
+        fs.ScoreDensity(net, SCHEDULE, program=False, time_dtype=dtype).estimate(torch.randn(4, 3), nfe=8)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_alarm_for_real_networks_in_bfloat16(name):
+    make, shape, own, shared = NETWORKS[name]
+    torch.manual_seed(0)
+    net, schedule = make().eval().bfloat16(), fs.EDM() if "EDM" in name else SCHEDULE
+
+    def cast(value):
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.bfloat16() if floats else value
+
+    cond = {k: fs.per_sample(cast(f(4))) for k, f in own.items()} | {
+        k: fs.shared(cast(f(1))) for k, f in shared.items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=NetworkWarning)
+        density = fs.ScoreDensity(net, schedule, program=False, time_dtype=torch.bfloat16)
+        density.estimate(torch.randn(4, *shape), nfe=8, **cond)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

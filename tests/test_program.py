@@ -3,9 +3,9 @@
 import copy
 import io
 import pickle
-import random
 import subprocess
 import sys
+import uuid
 
 import pytest
 import real_networks as nets
@@ -214,7 +214,7 @@ class Moody(nn.Module):
 
     class Layer(nn.Module):
         def forward(self, x):
-            return x * random.random()
+            return x * (1 + uuid.uuid1().time % 97)
 
     def forward(self, x, t):
         return self.last(self.second(self.first(x)))

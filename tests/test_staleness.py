@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import pathlib
+import random
 import sys
 import time
 import types
@@ -117,11 +118,15 @@ class Net(nn.Module):
             Sampler(),
             Callable(),
         )
+        self.kept = self.sampler.factor
         self.number, self.text, self.numpy, self.array = 1.0, "one", np.float32(1.0), np.ones(3, np.float32)
         self.list, self.deque, self.fraction = [[1.0]], collections.deque([1.0]), fractions.Fraction(1)
         self.ordered, self.default = collections.OrderedDict(scale=1.0), collections.defaultdict(float, scale=1.0)
         self.set, self.tuple, self.free = {1.0}, (1.0, [1.0]), torch.ones(())
         self.partial, self.unregistered = functools.partial(torch.mul, other=1.0), [nn.Linear(3, 3)]
+        self.unregistered.append(nn.BatchNorm1d(2000).eval())
+        self.turned, self.gaps, self.repeated = torch.ones(3, 4).mT, torch.ones(90)[::30], torch.ones(1).expand(9000)
+        self.large, self.spread = torch.ones(6000), torch.ones(9000)[::3000]
 
     @property
     def strength(self):
@@ -203,6 +208,51 @@ CASES = {
         lambda m, n: TENSOR.data.fill_(2.0),
     ),
     "number of a tensor, by numpy": (lambda n, h: h * float(n.free), lambda m, n: n.free.numpy().fill(2.0)),
+    "number of a tensor that is turned, by .data": (
+        lambda n, h: h * n.turned.tolist()[0][0],
+        lambda m, n: n.turned.data.mul_(2),
+    ),
+    "number of a tensor with gaps, by numpy": (
+        lambda n, h: h * n.gaps.tolist()[0],
+        lambda m, n: n.gaps.numpy().__imul__(2),
+    ),
+    "number of a tensor that repeats itself, by .data": (
+        lambda n, h: h * n.repeated.tolist()[0],
+        lambda m, n: n.repeated[0].data.mul_(2),
+    ),
+    "large tensor, by .data": (lambda n, h: h * n.large[:3], lambda m, n: n.large.data.mul_(2)),
+    "large tensor, by numpy": (lambda n, h: h * n.large[:3], lambda m, n: n.large.numpy().__imul__(2)),
+    "large tensor, other data": (lambda n, h: h * n.large[:3], lambda m, n: setattr(n.large, "data", 2 * n.large)),
+    "large buffer of a layer in a list": (
+        lambda n, h: h * n.unregistered[1].running_var[:3],
+        lambda m, n: n.unregistered[1].running_var.data.fill_(3.0),
+    ),
+    "tf32": (
+        lambda n, h: h * (2.0 if torch.backends.cuda.matmul.allow_tf32 else 1.0),
+        lambda m, n: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    ),
+    "setting of a backend": (
+        lambda n, h: h * (2.0 if torch.backends.cudnn.benchmark else 1.0),
+        lambda m, n: m.setattr(torch.backends.cudnn, "benchmark", True),
+    ),
+    "setting of attention": (
+        lambda n, h: h * (1.0 if torch.backends.cuda.flash_sdp_enabled() else 2.0),
+        lambda m, n: torch.backends.cuda.enable_flash_sdp(False),
+    ),
+    "threads": (lambda n, h: h * torch.get_num_threads(), lambda m, n: torch.set_num_threads(3)),
+    "precision": (
+        lambda n, h: h * len(torch.get_float32_matmul_precision()),
+        lambda m, n: torch.set_float32_matmul_precision("high"),
+    ),
+    "deterministic": (
+        lambda n, h: h * (2.0 if torch.are_deterministic_algorithms_enabled() else 1.0),
+        lambda m, n: torch.use_deterministic_algorithms(True),
+    ),
+    "dtype of autocast": (
+        lambda n, h: h * (2.0 if torch.get_autocast_dtype("cpu") == torch.float16 else 1.0),
+        lambda m, n: torch.set_autocast_dtype("cpu", torch.float16),
+    ),
+    "seed": (lambda n, h: h * (2.0 if torch.initial_seed() == 77 else 1.0), lambda m, n: torch.manual_seed(77)),
     "class of a class": (lambda n, h: h * OfMeta.level, setter(lambda n: Meta, "level")),
     "other module": (lambda n, h: h * MODULE.scale, setter(lambda n: MODULE, "scale")),
     "module imported inside": (lambda n, h: importing(h), setter(lambda n: MODULE, "scale")),
@@ -226,6 +276,7 @@ CASES = {
     "list of an object": (lambda n, h: h * n.sampler.factor(), first(lambda n: n.sampler.table)),
     "global in an object's method": (lambda n, h: h * n.sampler.factor(), entry(lambda n: SETTINGS["inner"], "scale")),
     "dict of a callable object": (lambda n, h: n.called(h), entry(lambda n: n.called.config, "scale")),
+    "method of an object, kept": (lambda n, h: h * n.kept(), first(lambda n: n.sampler.table)),
     "deque": (lambda n, h: h * n.deque[0], first(lambda n: n.deque)),
     "ordered dict": (lambda n, h: h * n.ordered["scale"], entry(lambda n: n.ordered, "scale")),
     "default dict": (lambda n, h: h * n.default["scale"], entry(lambda n: n.default, "scale")),
@@ -282,10 +333,17 @@ CASES = {
 @pytest.fixture(autouse=True)
 def unchanged():
     """Put back what no monkeypatch does."""
+    threads = torch.get_num_threads()
     yield
     with_default.__defaults__[0][0] = 1.0
     TENSOR.fill_(1.0)
     PUT(1.0)
+    torch.set_num_threads(threads)
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
 
 
 def estimates(net, density):
@@ -315,7 +373,15 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
     ("operation", "reason"),
     [
         (lambda n, h: h * next(n.counter), "'counter' of layer 'forward' is a itertools.count, whose changes"),
-        (lambda n, h: h * float(n.large[0]), "'large' of layer 'forward' is an array of 800,000 bytes"),
+        (lambda n, h: h * float(n.long[0]), "'long' of layer 'forward' is an array of 800,000 bytes"),
+        (lambda n, h: h * n.large.tolist()[0], "a tensor of 24,000 bytes on cpu, of which the code takes numbers"),
+        (lambda n, h: h * n.large.cpu().tolist()[0], "'large' of layer 'forward' is a tensor of 24,000 bytes"),
+        (lambda n, h: h * float(n.large.numpy()[0]), "'large' of layer 'forward' is a tensor of 24,000 bytes"),
+        (lambda n, h: h * n.spread.tolist()[0], "'spread' of layer 'forward' is a tensor of 12 bytes on cpu"),
+        (lambda n, h: h * n.sparse.to_dense(), "'sparse' of layer 'forward' is a sparse_coo tensor"),
+        (lambda n, h: h * (random.random() > 2), "gives another answer at every call"),
+        (lambda n, h: h * (np.random.rand() > 2), "gives another answer at every call"),  # noqa: NPY002
+        (lambda n, h: h * len(os.urandom(3)), "gives another answer at every call"),
         (lambda n, h: h * (time.time() > 0), "gives another answer at every call"),
         (lambda n, h: h * len(open(__file__).read()), "calls open, which gives another answer"),  # noqa: SIM115
         (lambda n, h: h * eval("SCALE"), "calls eval, so that what it reads cannot be followed"),
@@ -332,11 +398,18 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
 )
 def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, reason):
     net = Net(operation).eval()
-    net.counter, net.large = itertools.count(), np.ones(100_000)
+    net.counter, net.long, net.sparse = itertools.count(), np.ones(100_000), torch.ones(3).to_sparse()
     settings, entries, names = copy.deepcopy(SETTINGS), copy.deepcopy(net.list), set(vars(net.cfg))
     with pytest.raises(NoProgram, match=reason):
         fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)
     assert (SETTINGS, net.list, set(vars(net.cfg))) == (settings, entries, names)
+
+
+def test_a_sparse_buffer_is_no_reason_to_fail():
+    net = Net(lambda n, h: h).eval()
+    net.register_buffer("sparse", torch.ones(3).to_sparse())
+    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE))
+    assert torch.allclose(found, right, rtol=1e-4)
 
 
 def test_a_number_that_is_read_of_a_weight_is_read_again():

@@ -21,7 +21,8 @@ from ..ops.select import BACKENDS, native
 from ..process.predictions import PREDICTIONS
 from ..runs.evaluate import Interrupted, evaluate_dataset
 from ..runs.ranks import OtherRankFailed, Ranks
-from .loading import SCHEDULES, load_array, load_conditions, load_density
+from .keywords import check_conditions
+from .loading import SCHEDULES, load_array, load_conditions, load_density, raised_as
 
 EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
@@ -94,6 +95,11 @@ def evaluate(
             arrays = {name: None if file is None else load_array(file) for name, file in files.items()}
             arrays["cond"] = load_conditions(cond, shared)
             arrays["fit_cond"] = load_conditions(fit_cond, () if fit is None else shared)
+            check_conditions(model, density.core.model, arrays["cond"], "--cond")
+            if fit is not None:
+                check_conditions(model, density.core.model, arrays["fit_cond"], "--fit-cond")
+            elif fit_cond:
+                raise ValueError(f"--fit-cond {fit_cond[0]} is of training data, which --fit FILE gives; add it")
             result = evaluate_dataset(density, **arrays, identity=identity, ranks=ranks, **options)
     except (KeyboardInterrupt, OtherRankFailed) as stop:
         saved = str(stop) if isinstance(stop, Interrupted | OtherRankFailed) else _NOTHING_COMPUTED
@@ -102,6 +108,10 @@ def evaluate(
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from error
+    except click.ClickException:
+        raise
+    except Exception as error:  # of a network's code, mostly
+        raise click.ClickException(f"the evaluation stopped at {raised_as(error)}") from error
     if result is not None:
         for line in _summary(result, time.perf_counter() - start, options):
             click.echo(line)

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -122,7 +123,12 @@ def load_conditions(own: Sequence[str], all_share: Sequence[str]) -> dict[str, o
         if not isinstance(inside, dict) or parts[-1] in inside:
             raise ValueError(f"condition {name!r} is given twice; give it once")
         if _ARRAY.fullmatch(value):
-            inside[parts[-1]] = shared(load_array(value)) if is_shared else load_array(value)
+            array = load_array(value)
+            if not isinstance(array, Tensor) and array.dtype.kind not in "biufc":
+                raise ValueError(
+                    f"condition {name!r} must hold numbers, got {array.dtype} in {value}; convert them first"
+                )
+            inside[parts[-1]] = shared(array) if is_shared else array
             continue
         try:
             inside[parts[-1]] = _number(value)
@@ -185,7 +191,12 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
     if not zipfile.is_zipfile(path):
         what = "is not a file that torch.export.save wrote" if Path(path).exists() else "does not exist"
         raise ValueError(f"the model {path} {what}; expected a .pt2 file, check the path")
-    program = torch.export.load(path)
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # a zip file of something else raises whatever its reader meets first
+        raise ValueError(
+            f"the model {path} is not a file that torch.export.save wrote: {_first_line(error)}"
+        ) from error
     names = program.graph_signature.user_inputs
     inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
     positional = len(tree_leaves(tree_unflatten(range(len(names)), program.call_spec.in_spec)[0]))
@@ -223,28 +234,60 @@ def _in_train_mode(node: torch.fx.Node) -> bool:
 
 def _call_factory(spec: str) -> nn.Module:
     module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"the model must be a .pt2 file of torch.export or package.module:factory, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         factory = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module was found, what it imports was not
-        raise ValueError(
-            f"there is no module {error.name!r} for the model {spec}; it must lie in {os.getcwd()} or be installed"
-        ) from None
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"there is no module {error.name!r} for the model {spec}; it must lie in {os.getcwd()} or be installed"
+            ) from None
+        raise ModuleNotFoundError(f"{spec} imports {error.name!r}, which is not installed; install it") from error
+    except Exception as error:
+        raise ValueError(f"the module of {spec} cannot be imported: {raised_as(error)}") from error
     try:
         for part in name.split("."):
             factory = getattr(factory, part)
     except AttributeError:
         raise ValueError(f"module {module_name!r} has no {name!r}; expected a function without arguments") from None
+    _check_factory(spec, factory)
     try:
         model = factory()
     except Exception as error:
-        raise RuntimeError(f"{spec} was called without arguments and raised {_first_line(error)}") from error
+        raise ValueError(f"{spec} was called without arguments and raised {raised_as(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} must return a torch.nn.Module or a ScoreDensity, got {type(model).__name__}")
     return model
+
+
+def _check_factory(spec: str, factory: object) -> None:
+    """Raise ValueError for what is no function, or one that has to be given something."""
+    if not callable(factory):
+        raise ValueError(
+            f"{spec} is a {type(factory).__name__}, expected a function without arguments that returns the network"
+        )
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # some built-in functions have no signature
+        return
+    fixed = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in fixed if p.default is p.empty]
+    if needed:
+        raise ValueError(
+            f"{spec} needs the argument{'s' * (len(needed) > 1)} {', '.join(needed)}, expected a function without any; "
+            "write one that calls it, such as def build(): return ..., and name that"
+        )
+
+
+def raised_as(error: BaseException) -> str:
+    """Return an error's kind, the first line of its message, and the line of code that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    if isinstance(error, SyntaxError):
+        return f"{_first_line(error)} ({error.filename}, line {error.lineno})"
+    return _first_line(error) + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in place)
 
 
 class _KeyProblem(ValueError):

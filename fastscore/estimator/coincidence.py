@@ -44,8 +44,8 @@ def refuse_coincidences(
                 if both:
                     raise ValueError(
                         f"condition {path!r} has as many entries as there are samples, {len(samples)}, and the network "
-                        "takes all of them with another number of rows, but not to the same answer; say fs.shared(...) "
-                        "around it if all samples share it, or fs.per_sample(...) if each has its own"
+                        "takes all of them, or one a sample, with different answers; mark it with fs.shared(...) or "
+                        "fs.per_sample(...)"
                     )
                 if both is not None:
                     seen.add(key)

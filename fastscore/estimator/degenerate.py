@@ -18,28 +18,39 @@ from ..support.warn import warn
 # Range of a column, of its largest value, and spread of a direction, at which float32 data are constant.
 RELATIVE = 1e-6
 COPY = 1e-5  # of a column's spread, by which a copy in float32, scaled and shifted, may differ
+FAR = 10.0  # times, by which a direction is narrower than the least noise; decorrelated pixels come near to it
 MAX_DIM = 1024  # for linear dependence, an eigenvalue problem of d x d
 ROWS = 4096  # that linear dependence is looked for in
 
 
-def warn_if_out_of_range(scales: tuple[float, float], log_snr_range: tuple[float, float]) -> None:
-    """Warn where data are narrower than the least noise of a range of log-SNR, or wider than the most.
+def warn_if_out_of_range(x: Tensor, scales: tuple[float, float], log_snr_range: tuple[float, float]) -> None:
+    """Warn where data (N, d) are narrower than the least noise of a range of log-SNR, and where wider than the most.
 
-    There the network is asked about next to nothing, and no integrand shows how far the reference is from the data.
+    There the network is asked about next to nothing, and no integrand shows how far the reference is from the data. A
+    direction across the dimensions counts where it is narrower than a tenth of the least noise.
 
     Arguments:
         scales: standard deviations of the data in their narrowest and their widest dimension.
     """
     (smallest, largest), (most, least) = scales, (math.exp(-end / 2) for end in log_snr_range)
-    if smallest >= least and largest <= most:
-        return
-    narrow = smallest < least
-    size, noise = (smallest, least) if narrow else (largest, most)
-    warn(
-        f"the data have a standard deviation of {size:.2g}, {'below the least' if narrow else 'above the most'} noise "
-        f"of the schedule, {noise:.2g}: there log_prob is the fitted reference's and not the network's, with an error "
-        "that neither stderr nor truncation shows; scale the data as they were in training"
-    )
+    across = narrowest_direction(x)
+    beyond = [(largest, f"above the most noise of the schedule, {most:.2g}")] * (largest > most)
+    if smallest < least or across < least / FAR:
+        beyond.append((min(smallest, across), f"below the least noise of the schedule, {least:.2g}"))
+    for size, where in beyond:
+        warn(
+            f"the data have a standard deviation of {size:.2g}, {where}: there log_prob is the fitted reference's and "
+            "not the network's, with an error that neither stderr nor truncation shows; scale the data as they were in "
+            "training"
+        )
+
+
+def narrowest_direction(x: Tensor) -> float:
+    """Return the least standard deviation of data (N, d) along any direction, inf where they are too few to tell."""
+    n, d = len(x), x.shape[1]
+    if not 1 < d <= min(MAX_DIM, n - 1):
+        return math.inf
+    return max(float(torch.linalg.eigvalsh(x.detach().double().mT.cov())[0]), 0.0) ** 0.5
 
 
 def warn_if_degenerate(x: Tensor, schedule: Schedule) -> bool:

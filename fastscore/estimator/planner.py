@@ -55,7 +55,7 @@ class Planner:
 
     def __init__(self):
         self._costs: dict[Hashable, RowCost] = {}
-        self._probed: set[Hashable] = set()
+        self._asked: set[tuple] = set()
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def __reduce__(self):
@@ -112,9 +112,17 @@ class Planner:
         points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
         return plan_chunks(self._costs[kind], points, draws, wanted.memory, samples.x.device)
 
-    def forget_costs(self) -> None:
-        """Measure rows anew: another reference was fitted."""
+    def first(self, question: str, network: Network, samples: Samples) -> bool:
+        """Return whether something is asked of a network for the first time with data of this shape."""
+        key = question, id(network.model), samples.shape, samples.x.dtype
+        new = key not in self._asked
+        self._asked.add(key)
+        return new
+
+    def forget_reference(self) -> None:
+        """Measure rows, and ask about resolution, anew: another reference was fitted."""
         self._costs.clear()
+        self._asked = {key for key in self._asked if key[0] != "resolution"}
 
     @staticmethod
     def _kind(
@@ -132,9 +140,7 @@ class Planner:
 
     def _probe(self, network: Network, samples: Samples) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
-        kind = id(network.model), samples.shape, samples.x.dtype
-        if kind not in self._probed:
-            self._probed.add(kind)
+        if self.first("coupling", network, samples):
             with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
                 options = network.schedule, network.log_snr_range, network.time_dtype
                 probe.warn_of_coupling(network.model, samples, *options)

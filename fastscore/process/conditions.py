@@ -97,7 +97,7 @@ class Conditions:
             if length == batch > 1 and not any(name.startswith(f"{path}[") for name in own):
                 raise ValueError(
                     f"condition {path!r} is a list or tuple of {length} entries and there are {batch} samples; give "
-                    f"one tensor if it has an entry a sample, or fs.shared(...) around it if all samples share it"
+                    f"one tensor in fs.per_sample(...), or mark it with fs.shared(...)"
                 )
         unsaid = [path for path, leaf in leaves.items() if leaf.per_sample is None]
         if model is not None:
@@ -185,20 +185,20 @@ def _is_per_sample(path: str, leaf: Leaf, batch: int) -> bool:
     if leaf.per_sample is False or is_plain(value):
         return False
     if not isinstance(value, Tensor):
-        remedy = "pass its tensors in a dict or a dataclass, or fs.shared(...) around it if all samples use all of it"
+        remedy = "pass its tensors in a dict, each in fs.per_sample(...), or mark it with fs.shared(...)"
         if isinstance(value, np.ndarray):
             remedy = "give torch.as_tensor(...) of it, on the device of x"
         raise ValueError(f"condition {path!r} must be a tensor, a number or text, got {_described(value)}; {remedy}")
     if (kind := layout_of(value)) is not None:
         raise ValueError(
-            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; give it dense, or "
-            "fs.shared(...) around it if all samples use all of it"
+            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; give it dense in "
+            "fs.per_sample(...), or mark it with fs.shared(...)"
         )
     own = value.ndim > 0 and value.shape[0] == batch
     if leaf.per_sample and not own:
         raise ValueError(
             f"condition {path!r} is marked per_sample and must have the shape ({batch}, ...) for {batch} samples, got "
-            f"{tuple(value.shape)}; give one entry a sample, or fs.shared(...)"
+            f"{tuple(value.shape)}; give one entry a sample, or mark it with fs.shared(...)"
         )
     return own
 
@@ -211,9 +211,8 @@ def _compare_with_earlier(model: nn.Module, path: str, value: object, own: bool,
     if was != own:
         says = {True: "one entry a sample", False: "shared by all samples"}
         raise ValueError(
-            f"condition {path!r} is ambiguous: {tuple(value.shape)} with {batch} samples looks {says[own]}, and at an "
-            f"earlier call its first size {size} with {samples} samples looked {says[was]}; say which it is with "
-            f"fs.per_sample(...) or fs.shared(...) around it"
+            f"condition {path!r} is ambiguous: {tuple(value.shape)} with {batch} samples looks {says[own]}, and size "
+            f"{size} with {samples} samples looked {says[was]}; mark it with fs.shared(...) or fs.per_sample(...)"
         )
 
 

@@ -18,10 +18,12 @@ import functools
 import inspect
 import logging
 import os
+import random
 import sys
 import threading
 import time
 import types
+import uuid
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
+from ..support.host import layout_of
+from .settings import SETTINGS
 from .watch import Watch, is_value
 
 MOST = 20_000  # things to look at; a network that reaches more reaches a framework
@@ -41,7 +45,9 @@ FIXED = frozenset({"torch", "numpy", "scipy", "einops", "triton", "functorch", "
 DYNAMIC = frozenset({"getattr", "vars", "__dict__", "attrgetter", "eval", "exec", "globals", "locals"})
 # What gives another answer at every call.
 OUTSIDE = (open, input, time.time, time.perf_counter, time.monotonic, time.process_time)
-OUTSIDE += (datetime.datetime, datetime.date)
+OUTSIDE += (datetime.datetime, datetime.date, torch.get_rng_state, os.urandom, uuid.uuid4)
+# Whose methods give another answer at every call.
+RANDOM = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 # Through these, code reads names that stand in texts, or files.
 HIDDEN = (eval, exec, globals)
 FILES = frozenset({"load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes"})
@@ -109,6 +115,8 @@ class _Reader:
         for hooks in _global_hooks():
             self.names.append(_Names("all layers", hooks, every=True, watched=True))
         self._follow()
+        for name in sorted(self.words & SETTINGS.keys()):
+            self.watch.reading("torch", name, SETTINGS[name])
         for names in self.names:
             if not names.watched:
                 keys = [key for key in names.now if key in names.done]
@@ -129,14 +137,15 @@ class _Reader:
 
     def _visit(self, place: str, thing: object) -> None:
         """Watch what may change of a thing, and go on with what it leads to."""
-        if is_value(thing) and not isinstance(thing, tuple | frozenset | types.BuiltinFunctionType):
+        leads_on = isinstance(thing, tuple | frozenset | types.MethodType | types.BuiltinFunctionType)
+        if is_value(thing) and not leads_on:
             return
         if id(thing) in self.seen:
             return
         self.seen[id(thing)] = thing
         if len(self.seen) > MOST:
             raise NoProgram(f"its code reaches more than {MOST} objects, the last as {place}")
-        if any(thing is outside for outside in OUTSIDE):
+        if isinstance(thing, RANDOM) or any(thing is outside for outside in OUTSIDE):
             raise NoProgram(f"{place} gives another answer at every call")
         for kinds, follow in self._KINDS:
             if isinstance(thing, kinds):
@@ -254,6 +263,8 @@ class _Reader:
         self.watch.array(place, array)
 
     def _tensor(self, place: str, tensor: Tensor) -> None:
+        if (kind := layout_of(tensor)) is not None:
+            raise NoProgram(f"{place} is a {kind} tensor, whose values are not compared; make it a buffer, or dense")
         self.watch.tensor(place, tensor)
 
     def _bound(self, place: str, method) -> None:
@@ -338,7 +349,7 @@ def _content(cell: types.CellType) -> object:
 
 
 def _root(module: str | None) -> str:
-    return (module or "").partition(".")[0]
+    return module.partition(".")[0] if isinstance(module, str) else ""  # some built in another way have descriptors
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
+from ..support.host import layout_of
 from ..support.untouched import contents, put_back
 from .watch import Watch
 
@@ -21,7 +22,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     layer that learns would learn from its rows."""
     before = [(vars(module), _plain_attributes(module)) for module in model.modules()]
     plain = (value for _, old in before for value, _ in old.values() if isinstance(value, Tensor))
-    kept = contents([*model.buffers(), *plain])
+    kept = contents(value for value in (*model.buffers(), *plain) if layout_of(value) is None)
     try:
         yield
     finally:

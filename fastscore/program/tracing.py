@@ -28,7 +28,9 @@ from functools import reduce
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.node import map_arg
+from torch.overrides import TorchFunctionMode
 
 from ..ops.instructions import NoProgram
 from ..process.conditions import Conditions
@@ -45,6 +47,9 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
+# Methods that make Python's numbers, or numpy's, of a tensor.
+_TO_PYTHON = frozenset({"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"})
+_TO_PYTHON |= frozenset({"__complex__", "__contains__", "__format__", "__repr__", "data_ptr", "__dlpack__"})
 _TRACERS = ("torch.export", "torch._export", "torch._dynamo", "torch._subclasses")
 _TRACERS += ("torch.fx.experimental.symbolic_shapes",)
 # Layers that no row program holds: found before the export, which takes long for the networks they are in.
@@ -84,9 +89,26 @@ class _Call(nn.Module):
         self.network, self.constants, self.build, self.watch = model, constants, build, watch
 
     def forward(self, x_t, time, own, shared):
-        output = self.network(x_t, time, **self.build(own | shared | self.constants))
+        with _Numbers(self.watch.unseen):
+            output = self.network(x_t, time, **self.build(own | shared | self.constants))
         refuse_changes(self.watch)
         return read_output(output, x_t)
+
+
+class _Numbers(TorchFunctionMode):
+    """Refuses numbers that are taken out of tensors whose values nobody compares: a trace would keep them."""
+
+    def __init__(self, unseen: dict[int, str]):
+        super().__init__()
+        self.unseen = unseen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        first = args[0] if args else None
+        if getattr(function, "__name__", "") in _TO_PYTHON and isinstance(first, Tensor) and not is_fake(first):
+            what = self.unseen.get(first.untyped_storage().data_ptr())
+            if what is not None:
+                raise NoProgram(f"{what}, of which the code takes numbers: too large to compare; make it a buffer")
+        return function(*args, **kwargs or {})
 
 
 def layer_of(node: fx.Node) -> str:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..support.host import layout_of
 from ..support.structure import is_plain
 
 FEW_BYTES = 1 << 12  # of a tensor whose values are compared, in a few microseconds
@@ -67,6 +66,7 @@ class Watch:
         self._hollow: list[Mapping] = []  # empty dicts, most of which are a layer's hooks
         self._read: list[tuple[str, str, Callable[[], tuple], tuple]] = []  # place, name, what to ask, and its answer
         self._copies: list[tuple[object, object]] = []
+        self.unseen: dict[int, str] = {}  # where tensors lie that are not compared, and what they are
         self._caches: list[tuple[Callable, int]] = []
 
     def space(
@@ -99,14 +99,20 @@ class Watch:
         self._copies.append((now, list(now)))
 
     def tensor(self, place: str, now: Tensor) -> None:
-        """Watch a tensor's values: themselves where they are few and on the CPU, else their version and where they lie.
+        """Watch a dense tensor's values: themselves where they are few and on the CPU, else their version and place.
 
-        What writes through `.data` or `.numpy()` leaves the version as it was.
+        What writes through `.data` or `.numpy()` leaves the version as it was. A trace reads a tensor's values anew for
+        every call, and keeps a number that code takes out of it: of a tensor in `unseen` it must keep none.
         """
-        if now.device.type == "cpu" and layout_of(now) is None and now.nbytes <= FEW_BYTES and now.is_contiguous():
-            self.reading(place, "values", lambda: (now.shape, _bytes_of(now)))
-        elif not now.is_inference():
-            self.reading(place, "values", lambda: (now._version, now.data_ptr()))
+        storage = now.untyped_storage()
+        if now.device.type == "cpu" and now.is_contiguous() and now.nbytes <= FEW_BYTES:
+            self.reading(place, "values", lambda: (now.shape, _bytes_at(now.data_ptr(), now.nbytes)))
+        elif now.device.type == "cpu" and storage.nbytes() <= FEW_BYTES:  # what lies in it in another order
+            self.reading(place, "values", lambda: (now.shape, now.stride(), now.data_ptr(), _bytes_in(now)))
+        else:
+            self.unseen[storage.data_ptr()] = f"{place} is a tensor of {now.nbytes:,} bytes on {now.device}"
+            if not now.is_inference():
+                self.reading(place, "values", lambda: (now._version, now.data_ptr()))
 
     def array(self, place: str, now: np.ndarray) -> None:
         """Watch an array's values."""
@@ -145,8 +151,13 @@ class Watch:
                 function.cache_clear()
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # no operator, which a trace would take note of
+def _bytes_at(place: int, size: int) -> bytes:
+    return ctypes.string_at(place, size)  # no operator, which a trace would take note of
+
+
+def _bytes_in(tensor: Tensor) -> bytes:
+    storage = tensor.untyped_storage()
+    return _bytes_at(storage.data_ptr(), storage.nbytes())
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:

@@ -19,6 +19,7 @@ from ..process.masks import inside
 from .gaussians import Reference
 
 ITERATIONS = 60
+CONSTANT = 1e-12  # variance for data that have none
 TOLERANCE = 1e-3  # nats per sample between two steps
 
 
@@ -72,8 +73,13 @@ def fit_diagonal(data: Tensor, mask: Tensor) -> Reference:
     pooled = y.square().sum() / count.sum()
     mean = y.sum(0) / (count + 1)
     variance = (y.square().sum(0) + pooled) / (count + 1) - mean.square()
-    floor = 1e-6 * pooled + 1e-12
+    floor = _floor(pooled)
     return Reference(x.new_ones(1).to(x), (center + mean)[None], variance.clamp(min=floor)[None])
+
+
+def _floor(average: Tensor) -> Tensor:
+    """Return the least variance of a component: in units of the data's own, whatever their scale."""
+    return torch.where(average > 0, 1e-6 * average, CONSTANT)
 
 
 def _kmeans(x: Tensor, components: int, seed: int, steps: int = 10) -> Tensor:
@@ -101,7 +107,7 @@ def _maximize(x: Tensor, responsibility: Tensor, full: bool) -> Reference:
     variance = (second - mean**2).clamp(min=0)
     weight = count / count.sum()
     pooled = weight @ variance
-    floor = 1e-6 * pooled.mean() + 1e-12
+    floor = _floor(pooled.mean())
     if not full:
         shrunk = (1 - share)[:, None] * variance + share[:, None] * pooled
         return Reference(weight, mean, shrunk.clamp(min=floor))

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..density import ScoreDensity
 from ..estimator.nodes import NodeDensity
 from ..estimator.protocol import Density, check_density
-from ..estimator.samples import Samples
+from ..estimator.samples import Samples, deferred
 from ..ops import noise
 from ..process.conditions import takes_conditions
 from ..process.masks import inside
@@ -68,7 +68,9 @@ def density_loss(
 
     Raises:
         TypeError: if the density is none.
-        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw.
+        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw; if
+            the loss of a sample is NaN or inf (named by sample; on a GPU with `nodes`, which wait for it anyway, or
+            FASTSCORE_CHECK=now in the environment: else such a loss is NaN, and nothing waits).
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
@@ -83,10 +85,12 @@ def density_loss(
     rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
     difference, pull = _evaluate(core, samples, rows, signs)
-    if nodes is not None:
-        nodes.observe(rows.log_snr, pull)
     integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
     loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
+    if nodes is not None or not deferred(samples.device):
+        _check_finite(loss, samples)
+    if nodes is not None:  # which learn nothing from what is refused
+        nodes.observe(rows.log_snr, pull)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -99,6 +103,22 @@ def _check_range(nodes: NodeDensity, density: ScoreDensity) -> None:
             f"nodes cover log-SNR {first:.3g} to {last:.3g}, the density's schedule {lo:.3g} to {hi:.3g}; make them "
             "with fastscore.AdaptiveNodes(density.schedule)"
         )
+
+
+def _check_finite(loss: Tensor, samples: Samples) -> None:
+    """Raise ValueError for a loss that is no number; this waits for the device."""
+    loss = loss.detach()
+    bad = (~torch.isfinite(loss)).nonzero()
+    if not len(bad):
+        return
+    first, largest = int(bad[0]), float(samples.x.abs().max())
+    remedy = "check its weights, and use a wider dtype than half"
+    if largest > torch.finfo(samples.x.dtype).max ** 0.25:
+        remedy = f"x has values up to {largest:.3g}, too large for squares in {samples.x.dtype}: scale the data"
+    raise ValueError(
+        f"the loss is {float(loss[first])} for sample {int(samples.index[first])}, the first of {len(bad)} among "
+        f"{len(loss)}: the network returned NaN or inf, or numbers whose squares overflow; {remedy}"
+    )
 
 
 class _Rows(NamedTuple):
