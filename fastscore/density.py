@@ -166,7 +166,7 @@ class ScoreDensity(Density):
             refuse_inference_weights(self.model)
         samples, plan, programs = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
         run = plan.run(samples, programs, self.reference, check=not deferred(samples.device))
-        parts = [(part.samples, draw_sum(part.f, part.rule)) for part in run]
+        parts = [(part.samples, part.flat(draw_sum(part.block(part.f), part.rule))) for part in run]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         log_prob = self.reference.log_prob(samples.x, samples.mask) + torch.cat([total for _, total in parts])[order]
         return log_prob.to(samples.x.dtype)
@@ -288,8 +288,9 @@ class ScoreDensity(Density):
         plan, programs = self._plan(samples, wanted, nodes)
         difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
         for part in plan.run(samples, programs, self.reference):
-            difference[part.samples] = draw_sum(part.f, part.rule)
-            variance[part.samples] = widened(*draw_variance(part.f, part.rule))
+            f = part.block(part.f)
+            difference[part.samples] = part.flat(draw_sum(f, part.rule))
+            variance[part.samples] = part.flat(widened(*draw_variance(f, part.rule)))
         return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
 
     @takes_conditions

@@ -59,7 +59,7 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
     one = torch.ones_like(log_snr)
     rule, summed = Rule.plain(log_snr, one, one, one > 2), CurveSum.empty(12)
     for part in f.split(13):
-        summed.add(part, rule)
+        summed.add(part, rule.log_snr)
     half, found = -0.5 * f.double(), summed.curve()
     # Sums of float64; the error is that of the population's spread with one degree of freedom taken off.
     torch.testing.assert_close(found.log_snr, log_snr, rtol=1e-12, atol=1e-12)

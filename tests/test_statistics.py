@@ -50,9 +50,9 @@ def test_a_known_curve_is_added_as_a_whole_and_taken_off_the_differences():
 def test_curve_sum_is_the_mean_over_chunks():
     f, sums, merged = noisy(30, 1.0), CurveSum.empty(200), CurveSum.empty(200)
     for chunk in f.split(7):
-        sums.add(chunk, RULE)
+        sums.add(chunk, RULE.log_snr)
         own = CurveSum.empty(200)
-        own.add(chunk, RULE)
+        own.add(chunk, RULE.log_snr)
         merged.add_curve(own.curve(), len(chunk))
     for curve in (sums.curve(), merged.curve()):
         assert torch.allclose(curve.mean, -0.5 * f.double().mean(0))

@@ -219,7 +219,8 @@ class DiffusionClassifier(nn.Module):
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
         network = self.density.core.network
         for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
-            f[part.samples], weight[part.samples] = part.f.double(), part.rule.weight.to(f.device)
+            own = part.block(part.f.double())
+            f[part.samples], weight[part.samples] = part.f.double(), part.flat(part.rule.weight.expand_as(own))
         return f, weight
 
     def _prepare(

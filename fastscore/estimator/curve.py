@@ -7,13 +7,12 @@ that was evaluated can bound what a network would say where nobody asked it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .rules import Rule
 
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
 TABLE_BINS = 48
@@ -54,10 +53,11 @@ class CurveSum:
         total, squares = torch.zeros(2, draws, dtype=torch.float64, device=device)
         return cls(torch.zeros(draws, dtype=torch.float64, device="cpu"), total, squares)
 
-    def add(self, f: Tensor, rule: Rule) -> None:
+    def add(self, f: Tensor, log_snr: Tensor) -> None:
+        """Take in f of some samples, whose draws have these log-SNRs in the mean."""
         half = -0.5 * f.to(torch.float64)
         self.count += len(half)
-        self.log_snr += len(half) * rule.log_snr
+        self.log_snr += len(half) * log_snr
         self.total += half.sum(0)
         self.squares += half.square().sum(0)
 
@@ -108,6 +108,14 @@ class EndTable(NamedTuple):
                 spread[here.start : here.stop - 1, k] = 1 / (2 * (count - 1) * count)
         return cls(mean, spread, at)
 
+    @classmethod
+    def stacked(cls, tables: Sequence[EndTable]) -> EndTable:
+        """Return the tables of several groups of samples as one, for a block (G, m, N) of f."""
+        if len(tables) == 1:
+            return tables[0]
+        mean, spread, at = (torch.stack(each) for each in zip(*tables))
+        return cls(mean, spread, at[:, None])
+
     def on(self, device: torch.device) -> EndTable:
         """Return the table on a device."""
         block = torch.cat([tensor.flatten() for tensor in self]).to(device)  # one copy
@@ -116,19 +124,19 @@ class EndTable(NamedTuple):
 
 
 def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:
-    """Return what `truncation` needs of each sample: float64, shape (B, 2, 7), the noisy end before the clean one.
+    """Return what `truncation` needs of each sample: float64, (B, 2, 7) or (G, m, 2, 7), the noisy end first.
 
     The seven are the mean of -f/2 over the outermost draws and its variance, the same over the draws next to them, the
     distance of the two in log-SNR, that of the outermost draws to the end, and the slowest decay to be reckoned with
     there.
     """
     half = -0.5 * f.to(torch.float64)
-    found = half.new_empty(len(f), 2, 7)
-    found[:, :, 0:4:2] = (half @ table.mean).unflatten(1, (2, 2))
-    found[:, :, 1:4:2] = (half.diff(dim=1).square() @ table.spread).unflatten(1, (2, 2))
-    found[:, :, 4:6] = table.at
+    found = half.new_empty(*half.shape[:-1], 2, 7)
+    found[..., 0:4:2] = (half @ table.mean).unflatten(-1, (2, 2))
+    found[..., 1:4:2] = (half.diff(dim=-1).square() @ table.spread).unflatten(-1, (2, 2))
+    found[..., 4:6] = table.at
     for end, rate in enumerate(slowest):
-        found[:, end, 6] = rate
+        found[..., end, 6] = rate
     return found
 
 

@@ -209,8 +209,9 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
             draws = Draws(rules, "sobol", plan.seed, replicate)
             sums, variance, nu = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
             for part in Plan(network, draws, chunks).run(samples, programs, fitted.reference):
-                sums[part.samples] = draw_sum(part.f, part.rule)
-                variance[part.samples], nu[part.samples] = draw_variance(part.f, part.rule)
+                f = part.block(part.f)
+                sums[part.samples] = part.flat(draw_sum(f, part.rule))
+                variance[part.samples], nu[part.samples] = map(part.flat, draw_variance(f, part.rule))
             parts.append((sums, variance, nu))
             plan.step(f"calibration at {nfe}", len(samples) * rules.nfe)
         sums, variance, nu = (torch.stack(each) for each in zip(*parts))

@@ -33,20 +33,12 @@ from ..support.memory import Chunks, even
 from .curve import EndTable
 from .integrand import check_finite, chunk_values
 from .network import Network
+from .part import Part, Stack
 from .rows import Draws, Rows, with_programs
 from .rules import Rule
 from .samples import Samples
 
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
-
-
-class Part(NamedTuple):
-    """Evaluated samples: which (indices), f of shape (b, N), and the group that all of them belong to with its rule."""
-
-    samples: Tensor
-    f: Tensor
-    rule: Rule
-    group: int
 
 
 class Cut(NamedTuple):
@@ -64,11 +56,16 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a plan makes of the indices of some samples: groups in their order, and keys, where they are kept."""
+    """What a plan makes of the indices of some samples: groups in their order, and keys, where they are kept.
+
+    Where all groups together are one chunk, `stack` says how they are one block, and `members` which samples it has.
+    """
 
     index: Tensor
     cuts: list[Cut]
     keys: Tensor | None
+    members: Tensor
+    stack: Stack | None
 
 
 class Plan:
@@ -83,8 +80,8 @@ class Plan:
 
     def __init__(self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None):
         self.network, self.draws, self.chunks, self.family = network, draws, chunks, family
-        self._rules: dict[int, Rule] = {}
-        self._ends: dict[int, EndTable] = {}
+        self._rules: dict[int, tuple[Rule, EndTable]] = {}
+        self._joint: tuple[Layout, Rule, EndTable] | None = None
         self._rows: dict[tuple[int, range], Rows] = {}
         self._points: dict[range, Tensor] = {}
         self._layout: Layout | None = None
@@ -92,7 +89,7 @@ class Plan:
     def run(
         self, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference, check: bool = True
     ) -> Iterator[Part]:
-        """Yield every sample's f of all draws, one group of samples after the other.
+        """Yield every sample's f of all draws: one group of samples after the other, or all if they are one chunk.
 
         Under autograd each chunk is recomputed in the backward pass, so memory stays that of one chunk. What a row
         program needs of the times alone is evaluated outside of the chunks, for as many groups at once as fit.
@@ -107,16 +104,24 @@ class Plan:
             ValueError: if an evaluation gives NaN or inf, and this is to be checked.
         """
         call, layout = _Call(samples, programs, reference, check), self.layout(samples)
+        parts = self._parts(layout, call)
+        if layout.stack is None:
+            yield from parts
+        else:
+            f = torch.cat([part.f for part in parts])
+            yield Part(layout.members, f, *self._stacked(layout, samples.device), layout.stack)
+        if self.nbytes() > self.chunks.kept:
+            for kept in (self._rules, self._rows, self._points):
+                kept.clear()
+            self._layout = self._joint = None
+
+    def _parts(self, layout: Layout, call: _Call) -> Iterator[Part]:
         together = max(1, self.chunks.groups)
         for start in range(0, len(layout.cuts), together):
             cuts = layout.cuts[start : start + together]
             tables = iter(self._tables(cuts, call) if self.chunks.groups else ())
             for cut in cuts:
                 yield from self._group(layout, cut, call, list(islice(tables, len(cut.spans))))
-        if self.nbytes() > self.chunks.kept:
-            for kept in (self._rules, self._ends, self._rows, self._points):
-                kept.clear()
-            self._layout = None
 
     def layout(self, samples: Samples) -> Layout:
         """Return how these samples are cut."""
@@ -128,15 +133,13 @@ class Plan:
             keys = None
             if 8 * samples.x.numel() <= self.chunks.kept:
                 keys = self.draws.keys(samples.index.to(samples.device), samples.x.shape[1])
-            self._layout = layout = Layout(samples.index, cuts, keys)
+            stack, sizes = None, [len(cut.here) for cut in cuts]
+            whole = all(len(cut.spans) == 1 and cut.at_once == len(cut.here) for cut in cuts)
+            if len(cuts) > 1 and whole and len(cuts) * max(sizes) * self.draws.rules.nfe <= self.chunks.rows:
+                stack = Stack.of(sizes, samples.device)
+            everyone = torch.cat([cut.here for cut in cuts])
+            self._layout = layout = Layout(samples.index, cuts, keys, everyone, stack)
         return layout
-
-    def end_table(self, group: int, device: torch.device) -> EndTable:
-        """Return what the draws of a group say of both ends of the range."""
-        if group not in self._ends:
-            log_snr = self.draws.rules.of(group).log_snr
-            self._ends[group] = EndTable.of(log_snr, self.network.log_snr_range).on(device)
-        return self._ends[group]
 
     def log_snr(self, samples: Samples) -> Tensor:
         """Return the log-SNR of every draw, averaged over some samples."""
@@ -165,11 +168,14 @@ class Plan:
 
     def nbytes(self) -> int:
         """Return the bytes of all that is kept."""
-        keys = [] if self._layout is None or self._layout.keys is None else [self._layout.keys]
-        tables = (*self._rows.values(), *self._rules.values())
-        each = [tensor for table in tables for tensor in table.tensors()]
-        ends = [tensor for table in self._ends.values() for tensor in table]
-        return sum(tensor.nbytes for tensor in (*keys, *self._points.values(), *each, *ends))
+        found = [*self._points.values()]
+        if self._layout is not None and self._layout.keys is not None:
+            found.append(self._layout.keys)
+        for rows in self._rows.values():
+            found += rows.tensors()
+        for rule, ends in (*self._rules.values(), *([self._joint[1:]] if self._joint else [])):
+            found += [*rule.tensors(), *ends]
+        return sum(tensor.nbytes for tensor in found)
 
     def _tensors(self, samples: Samples) -> list[Tensor]:
         """Return everything that another seed changes, in the order of groups and draws, made where it is missing."""
@@ -179,9 +185,25 @@ class Plan:
             for rows in self._rows_of([cut.group for cut in layout.cuts], span, samples.x).values():
                 found += rows.tensors() + [rows.points] * (rows.points is not self._points[span])
             found.append(self._points[span])
+        if layout.stack is not None:
+            rule, ends = self._stacked(layout, device)
+            return [*found, *rule.tensors(), *ends]
         for cut in layout.cuts:
-            found += [*self._rule_of(cut.group, device).tensors(), *self.end_table(cut.group, device)]
+            rule, ends = self._rule_of(cut.group, device)
+            found += [*rule.tensors(), *ends]
         return found
+
+    def _stacked(self, layout: Layout, device: torch.device) -> tuple[Rule, EndTable]:
+        """Return the rules of all groups as one."""
+        if self._joint is None or self._joint[0] is not layout:
+            rules, ends = zip(*(self._on_host(cut.group) for cut in layout.cuts))
+            rule, ends = Rule.stacked(rules, [len(cut.here) for cut in layout.cuts]), EndTable.stacked(ends)
+            self._joint = layout, rule.on(device), ends.on(device)
+        return self._joint[1:]
+
+    def _on_host(self, group: int) -> tuple[Rule, EndTable]:
+        rule = self.draws.rules.of(group)
+        return rule, EndTable.of(rule.log_snr, self.network.log_snr_range)
 
     def _cut(self, number: int, members: Tensor, samples: Samples) -> Cut:
         draws, rule, chunks = len(self.draws), self.draws.rules.of(number), self.chunks
@@ -194,8 +216,8 @@ class Plan:
         return Cut(number, None if len(members) == len(samples) else members, here, at_once, spans)
 
     def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
-        own, device = call.samples, call.samples.device
-        rule = self._rule_of(cut.group, device)
+        own = call.samples
+        rule, ends = self._rule_of(cut.group, own.device)
         if cut.members is not None:
             own = own.select(cut.here, cut.members)
             call = replace(call, samples=own)
@@ -207,7 +229,7 @@ class Plan:
             f = torch.cat([chunk_values(self.network, part, key, rows, call.reference) for rows in each], 1)
             if call.check:
                 check_finite(f, part, rule)
-            yield Part(cut.here[chosen], f, rule, cut.group)
+            yield Part(cut.here[chosen], f, rule, ends)
 
     def _keys(self, layout: Layout, cut: Cut, own: Samples) -> Iterator[Tensor]:
         """Yield the keys of each chunk of a group's samples, made for several of them at once."""
@@ -245,10 +267,12 @@ class Plan:
                 self._rows |= kept
         return kept
 
-    def _rule_of(self, group: int, device: torch.device) -> Rule:
-        if group not in self._rules:
-            self._rules[group] = self.draws.rules.of(group).on(device)
-        return self._rules[group]
+    def _rule_of(self, group: int, device: torch.device) -> tuple[Rule, EndTable]:
+        found = self._rules.get(group)
+        if found is None:
+            rule, ends = self._on_host(group)
+            found = self._rules[group] = rule.on(device), ends.on(device)
+        return found
 
 
 @dataclass(frozen=True)

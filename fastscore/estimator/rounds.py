@@ -97,18 +97,20 @@ class Estimator:
         reference = control_variate(method, self.reference)
         calibration = calibration_of(self.nodes, samples, draws)
         found = Round.empty(len(samples), len(draws), samples.device)
-        for chosen, f, rule, group in plan.run(samples, self.programs, reference, not deferred(samples.device)):
+        for part in plan.run(samples, self.programs, reference, not deferred(samples.device)):
+            chosen, rule, f = part.samples, part.rule, part.block(part.f)
             x, mask = samples.entries(chosen)
-            value = base(method, reference, x, schedule, mask) + draw_sum(f, rule)
+            value = base(method, reference, x, schedule, mask) + part.flat(draw_sum(f, rule))
             found.value[chosen], found.nfe[chosen] = value, rule.nfe
-            spread = Spread.of(f, rule, x.shape[1] if mask is None else mask.sum(1))
-            found.variance[:, chosen] = calibrated(spread, draws.rules.nfe, calibration)
-            found.ends[chosen] = ends(f, plan.end_table(group, f.device), self.nodes.slowest_decay)
-            found.curve_sum.add(f, rule)
+            spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)))
+            found.variance[:, chosen] = calibrated(Spread(*map(part.flat, spread)), draws.rules.nfe, calibration)
+            found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
+            found.curve_sum.add(part.f, rule.log_snr)
             if method != "density":
-                integral = base("density", reference, x, schedule, mask) + draw_sum(f, rule, density=True)
+                integral = part.flat(draw_sum(f, rule, density=True))
+                integral += base("density", reference, x, schedule, mask)
                 found.offset = found.offset + (value - integral).sum() / len(samples)
-            advance(len(f))
+            advance(len(chosen))
         return found
 
     def numbers(self, found: Round, samples: Samples) -> Numbers:

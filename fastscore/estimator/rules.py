@@ -40,6 +40,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,6 +97,20 @@ class Rule:
         parts = block.split([tensor.numel() for tensor in self.tensors()])
         names = "weight", "density_weight", "curve", "remainder", "density_remainder"
         return replace(self, **{k: v.reshape(o.shape) for k, v, o in zip(names, parts, self.tensors())})
+
+    @classmethod
+    def stacked(cls, rules: Sequence[Rule], sizes: Sequence[int]) -> Rule:
+        """Return the rules of several groups of samples as one, with weights (G, 1, N), for a block (G, m, N) of f.
+
+        Its log-SNRs are the mean over the samples, of which there are `sizes`.
+        """
+        if len(rules) == 1:
+            return rules[0]
+        stacked = (torch.stack(each)[:, None] for each in zip(*(rule.tensors() for rule in rules)))
+        log_snr = sum(size * rule.log_snr for rule, size in zip(rules, sizes)) / sum(sizes)
+        weight, density_weight, curve, remainder, density_remainder = stacked
+        paired, time = rules[0].paired, rules[0].time
+        return cls(log_snr, time, weight, density_weight, paired, curve, remainder, density_remainder)
 
     def tensors(self) -> list[Tensor]:
         """Return all that is multiplied with f."""

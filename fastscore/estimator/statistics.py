@@ -28,9 +28,14 @@ KNOWN = 20  # draws, that a norm's skewness counts for
 
 
 def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
-    """Return -1/2 of the rule's sum of f, shape (B,), float64; with the weights of "density" if asked."""
+    """Return -1/2 of the rule's sum of f, float64; with the weights of "density" if asked.
+
+    Arguments:
+        f: shape (B, N), or (G, m, N) with a rule of G groups; the sum has no last dimension.
+    """
     weight, remainder = (rule.density_weight, rule.density_remainder) if density else (rule.weight, rule.remainder)
-    return -0.5 * (f.to(torch.float64) @ weight + remainder)
+    f = f.to(torch.float64)
+    return -0.5 * ((f @ weight if weight.ndim == 1 else (f * weight).sum(-1)) + remainder)
 
 
 def draw_variance(f: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ class Spread(NamedTuple):
         terms = _terms(f, rule)
         variance, nu = successive_variance(terms)
         draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
-        bend = terms[:, 1:-1] - 0.5 * (terms[:, :-2] + terms[:, 2:])
+        bend = terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
         third = bend.pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         share = KNOWN / (KNOWN + draws)
