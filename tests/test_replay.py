@@ -222,3 +222,27 @@ def test_two_threads_replay_one_graph(device):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_training_step_waits_for_nothing(device, monkeypatch):
+    """The loss, with its backward pass: beside the network's own launches some for noise, levels, reference and sums."""
+    density, x = make(), data(6).cuda()
+
+    def step():
+        fs.density_loss(density, x, seed=1).backward()
+
+    def plain():
+        noised = x.repeat(1, 1)
+        (density.model(noised, noised[:, 0]) - noised).square().sum(1).mean().backward()
+
+    step()
+    plain()
+    with device.counting() as bare:
+        plain()
+    with device.counting() as words:
+        noise.words(1, torch.arange(6, device=CUDA), 0, noise.STREAM_LOSS, 6)
+    with device.counting() as counts:
+        step()
+    assert (counts.waits, counts.to_host) == (0, 0)
+    assert counts.to_device <= 3  # indices, times, and one table of numbers
+    assert counts.launches - words.launches <= bare.launches + 90

@@ -140,7 +140,13 @@ class Reference(FittedBuffers):
             x_t, alpha, sigma: as in `residual`.
             mask: broadcasts to x_t, in its last dimension d.
         """
-        return self._full_eps(x_t, alpha, sigma) if self.full else self._diagonal_eps(x_t, alpha, sigma, mask)
+        if self.full:
+            return self._full_eps(x_t, alpha, sigma)
+        if self.components > 1:
+            return self._diagonal_eps(x_t, alpha, sigma, mask)
+        alpha, sigma = alpha[:, None], sigma[:, None]
+        gain = sigma / (alpha**2 * self.variance + sigma**2)
+        return inside(gain.to(x_t.dtype) * (x_t - (alpha * self.mean).to(x_t.dtype)), mask)
 
     def eps_and_divergence(
         self, x_t: Tensor, alpha: float, sigma: float, mask: Tensor | None = None

@@ -85,7 +85,7 @@ def density_loss(
     rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
     signs = (1, -1) if antithetic else (1,)
     difference, pull = _evaluate(core, samples, rows, signs)
-    integral = (rows.weight.to(difference) * difference).reshape(draws, len(samples)).mean(0)
+    integral = difference.reshape(draws, len(samples)).mean(0)
     loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
     if nodes is not None or not deferred(samples.device):
         _check_finite(loss, samples)
@@ -122,7 +122,7 @@ def _check_finite(loss: Tensor, samples: Samples) -> None:
 
 
 class _Rows(NamedTuple):
-    """R draws, those of one number for all samples after the other: log-SNR and 1/p float64 (R,), noise (R, d)."""
+    """R draws, those of one number for all samples after the other: log-SNR and 1/p on the CPU, (R,), noise (R, d)."""
 
     log_snr: Tensor
     weight: Tensor
@@ -134,7 +134,9 @@ def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
     count, d = draws * len(samples), samples.x.shape[1]
     index = samples.index.to(samples.device)
     w = torch.cat([noise.words(seed, index, draw, noise.STREAM_LOSS, d + 1) for draw in range(draws)])
-    u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(w[:, 0].cpu(), torch.float64)) / count
+    # The first word of each again, where the samples' indices lie anyway: reading it would wait for the device.
+    first = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, 1) for draw in range(draws)])[:, 0]
+    u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(first, torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     log_snr = nodes.quantile(u[order])
@@ -142,7 +144,7 @@ def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
 
 
 def _evaluate(core: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    r"""Return each row's integrand and its squared gradient with respect to the prediction, both (R,).
+    r"""Return each row's integrand over p, and its squared gradient with respect to the prediction, both (R,).
 
     The integrand is the mean over the signs of :math:`\|\epsilon-\hat\epsilon\|^2 - \|\epsilon-\epsilon_q\|^2`; the
     gradient is that of its half, :math:`c\,(\hat\epsilon - \epsilon)`, averaged over the signs.
@@ -154,15 +156,18 @@ def _evaluate(core: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[in
     eps = inside(torch.cat([sign * rows.eps for sign in signs]), mask)
     time = schedule.time(rows.log_snr).repeat(len(signs))
     alpha, sigma = schedule.alpha_sigma(time)
-    a, b, c = (v.to(like)[:, None] for v in coefficients(core.predicts, schedule, time))
-    x_t = alpha.to(like)[:, None] * x + sigma.to(like)[:, None] * eps
+    weight = rows.weight.repeat(len(signs))
+    # One copy to the device for everything that is a number.
+    exact = torch.stack([alpha, sigma, *coefficients(core.predicts, schedule, time), weight]).to(like.device)
+    scale, noise_scale, a, b, c, weight = exact.to(like)[..., None]
+    x_t = scale * x + noise_scale * eps
     x_t = x_t if mask is None else torch.where(mask, x_t, x)
     # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
     (own,) = samples.conds
     prediction = predict(core.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, core.time_dtype)[0]
     residual = inside(c * (a * eps + b * x - prediction), mask)
     seen = None if mask is None else mask[None]
-    control = eps - core.reference.eps(x_t[None], alpha.to(x.device), sigma.to(x.device), seen)[0]
-    difference = (residual.square().sum(1) - control.square().sum(1)).reshape(len(signs), -1).mean(0)
+    control = eps - core.reference.eps(x_t[None], exact[0], exact[1], seen)[0]
+    difference = (weight[:, 0] * (residual.square() - control.square()).sum(1)).reshape(len(signs), -1).mean(0)
     pull = (c * residual.detach()).unflatten(0, (len(signs), -1)).mean(0).square().sum(1)
     return difference, pull
