@@ -27,30 +27,26 @@ from .estimator.coincidence import refuse_coincidences
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Comparison, Estimate
-from .estimator.network import Network
+from .estimator.network_density import NetworkDensity
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
-from .estimator.plan import Plan
-from .estimator.planner import Planner, Wanted
-from .estimator.protocol import Density
+from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.resolution import warn_if_unresolved
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
-from .estimator.samples import Samples, check_batch, check_samples, deferred
+from .estimator.samples import Samples, check_batch, deferred
 from .estimator.statistics import draw_sum, draw_variance, widened
-from .ops.noise import SOBOL_MAX_DIM
-from .ops.select import check_name, select
+from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
-from .process.network import model_device, warn_if_training
+from .process.network import model_device
 from .process.predictions import check_prediction
 from .process.schedules import Schedule
-from .program.row_program import Programs, RowProgram
+from .program.row_program import Programs
 from .reference.gaussians import Reference
-from .support.buffers import Constants
 from .support.host import positive, whole
-from .support.memory import Chunks, parse_bytes
+from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
 from .support.untouched import evaluation
@@ -59,7 +55,7 @@ from .support.warn import warn
 NOISES = ("auto", "sobol", "independent")
 
 
-class ScoreDensity(Density):
+class ScoreDensity(NetworkDensity):
     r"""Log-density of data under a diffusion or score network.
 
     Arguments:
@@ -122,16 +118,6 @@ class ScoreDensity(Density):
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
-
-    @property
-    def core(self) -> ScoreDensity:
-        """Itself: the network's data are the user's."""
-        return self
-
-    def to_network(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x itself, and a log-determinant of zero, float64, shape (B,)."""
-        check_batch(x)
-        return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     @takes_conditions
     @differentiable
@@ -395,94 +381,6 @@ class ScoreDensity(Density):
         other.nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated(), other.reference.scales())
         other._programs = self._programs
         return other
-
-    @property
-    def log_snr_range(self) -> tuple[float, float]:
-        """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
-        return self.nodes.log_snr_range
-
-    @property
-    def network(self) -> Network:
-        """The network with all that is needed to read it."""
-        options = self.time_dtype, self._programs, self.backend
-        return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
-
-    def prepare(
-        self,
-        x: Tensor,
-        nfe: int | None,
-        seed: int,
-        sample_index: Tensor | None,
-        memory: int | str | None,
-        cond: dict,
-        mask: Tensor | None = None,
-    ) -> tuple[Samples, Plan, tuple[RowProgram | None, ...]]:
-        """Check the data and plan an estimate with method "density"; arguments as in `estimate`.
-
-        Returns:
-            The data, a plan for them, and the network's row programs.
-        """
-        samples = self.check(x, sample_index, cond, mask=mask)
-        return samples, *self._plan(samples, self._wanted(nfe, seed, samples, memory))
-
-    def _wanted(
-        self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = "density"
-    ) -> Wanted:
-        nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), whole("seed", seed)
-        if memory is not None:
-            parse_bytes(memory)
-        return Wanted(nfe, seed, self._noise_kind(samples), memory, method)
-
-    def _plan(
-        self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
-    ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
-        network = self.network
-        self._make_ready(samples)
-        programs = network.find_programs(samples)
-        return self._planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted), programs
-
-    def _make_ready(self, samples: Samples) -> None:
-        warn_if_training(self.model)
-        for cond in samples.conds:
-            cond.remember(self.model, len(samples))
-
-    def _noise_kind(self, samples: Samples) -> str:
-        d = samples.x.shape[1]
-        if self.noise == "auto":
-            known = self.nodes.calibration.numel() and samples.mask is None
-            return "sobol" if d <= SOBOL_MAX_DIM and known else "independent"
-        if self.noise == "sobol" and d > SOBOL_MAX_DIM:
-            raise ValueError(f"noise='sobol' goes to {SOBOL_MAX_DIM} dimensions, got {d}; use noise='independent'")
-        return self.noise
-
-    def _some_times(self) -> Tensor:
-        """Return times at a quarter, half and three quarters of the range, shape (3,)."""
-        lo, hi = self.log_snr_range
-        return self.schedule.time(torch.linspace(lo, hi, 5, dtype=torch.float64, device="cpu")[1:-1])
-
-    def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
-        """Return checked data; the reference goes where they lie, which is where the network is.
-
-        Raises:
-            ValueError: as `estimate` for bad data.
-        """
-        samples = check_samples(x, sample_index, conds, self.model, mask)
-        self.reference = self.reference.on(samples.device)
-        if isinstance(self.model, Constants):
-            self.model.follow(samples.device)
-        select(samples.x.device, samples.x.dtype, self.backend)
-        own = self.reference.mean.shape[1]
-        if own not in (1, samples.x.shape[1]):
-            raise ValueError(
-                f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
-            )
-        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
-        if self.reference.full and samples.mask is not None and not bool(samples.mask.all()):
-            raise ValueError(
-                "a mask needs a reference without full covariances, of which marginals are not known at every noise "
-                f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"
-            )
-        return samples
 
     def extra_repr(self) -> str:
         return f"{self.schedule!r}, predicts={self.predicts!r}, noise={self.noise!r}, nfe={self.nfe}"

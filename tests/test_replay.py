@@ -225,7 +225,7 @@ def test_two_threads_replay_one_graph(device):
 
 
 def test_a_training_step_waits_for_nothing(device, monkeypatch):
-    """The loss, with its backward pass: beside the network's own launches some for noise, levels, reference and sums."""
+    """The loss and its backward pass: beside the network some launches for noise, levels, reference and sums."""
     density, x = make(), data(6).cuda()
 
     def step():
