@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from fastscore.kernels import launch, packing
-from fastscore.kernels.activations import ACTIVATIONS
+from fastscore.kernels.names import ACTIVATIONS
 from torch import Tensor
 
 WIDTHS = (1, 16, 20, 32, 48, 64, 96, 100, 128, 128, 160, 200, 256, 256, 256)

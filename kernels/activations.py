@@ -8,8 +8,7 @@ rounding to a bf16 operand loses.
 import triton
 import triton.language as tl
 
-# Numbers, because Triton before 3.7 takes no text inside a constexpr tuple.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "mish", "elu", "selu", "tanh", "sigmoid", "softplus")
+# Numbers of `names.ACTIVATIONS`, because Triton before 3.7 takes no text inside a constexpr tuple.
 SILU, GELU, GELU_TANH, RELU, MISH = (tl.constexpr(i) for i in range(5))
 ELU, SELU, TANH, SIGMOID, SOFTPLUS = (tl.constexpr(i) for i in range(5, 10))
 

@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .activations import ACTIVATIONS, activate
+from .activations import activate
 from .control import control_residual
 from .launch import OPERANDS, Config, Device, Work, refuse
+from .names import ACTIVATIONS
 from .noise import load_normals
 from .packing import Layout, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile

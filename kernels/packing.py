@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .blocks import LEVELS, blocks
+from .names import ACTIVATIONS, INSTRUCTIONS
 
 MAX_BLOCK_D = 128
 CHUNK_D = 64
@@ -43,6 +44,10 @@ def why_not(code: tuple, widths: list[tuple[int, int]], d: int, max_width: int) 
     if out[-1] != d:
         return f"the last linear map returns {out[-1]} values for {d} dimensions"
     x_slots = {op[1] for op in code[: linear[0]] if op[0] == "save"}
+    unknown = [op[0] for op in code if op[0] not in INSTRUCTIONS]
+    unknown += [op[1] for op in code if op[0] == "act" and op[1] not in ACTIVATIONS]
+    if unknown:
+        return f"its kernels have no {unknown[0]}"
     for i, op in enumerate(code):
         outside = i < linear[0] or i > linear[-1]
         if outside and op[0] in ("act", "norm"):

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels import packing
+from ..kernels.names import ACTIVATIONS, INSTRUCTIONS
 from . import triton as through_triton
-from .instructions import ACTIVATIONS, decode
+from .instructions import decode
 from .select import native
 from .task import Task
 from .triton import control, density_mlp_dx, perturb, residual, residual_backward, why_not_control, why_not_dx
@@ -34,7 +35,6 @@ __all__ = [
 WIDTHS = (64, 128, 256, 512)
 DATA = (16, 64, 128)
 MAX_INSTRUCTIONS = 160
-CODES = ("linear", "affine", "act", "norm", "save", "add")
 LEVEL_SHIFT = 28
 
 
@@ -224,7 +224,7 @@ def _instruction(op: tuple, slots: list[int]) -> bytes:
         argument = slots.index(arguments[0])
     elif name == "add":
         argument, scale = slots.index(arguments[0]), _operand(arguments[1])
-    return struct.pack("<iiiif", CODES.index(name), argument, scale, shift, value)
+    return struct.pack("<iiiif", INSTRUCTIONS.index(name), argument, scale, shift, value)
 
 
 @cache

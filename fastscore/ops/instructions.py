@@ -5,7 +5,7 @@ instruction               meaning
 ========================  ==================================================================================
 ``Linear(weight)``        h = h weights[weight]^T; a bias is the shift of the next `Affine`
 ``Affine(scale, shift)``  h = h tables[scale] + tables[shift]; -1 means absent
-``Act(name)``             h = act(h), one of `ACTIVATIONS`
+``Act(name)``             h = act(h), one of `fastscore.ops.activations`
 ``Norm(eps)``             h = (h - mean) / sqrt(var + eps) over the last dimension, biased variance
 ``Save(slot)``            saved[slot] = h
 ``Add(slot, scale)``      h = h + saved[slot] tables[scale]; -1 means 1
@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "mish", "elu", "selu", "tanh", "sigmoid", "softplus")
 SLOTS = 2
 
 

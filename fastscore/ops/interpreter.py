@@ -6,38 +6,14 @@ instruction makes a new tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
-
-_ACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "relu": torch.relu,
-    "mish": F.mish,
-    "elu": F.elu,
-    "selu": torch.selu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-}
-_ACT_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": lambda h: F.silu(h, inplace=True),
-    "gelu": lambda h: torch.ops.aten.gelu_(h),
-    "gelu_tanh": lambda h: torch.ops.aten.gelu_(h, approximate="tanh"),
-    "relu": torch.relu_,
-    "mish": lambda h: F.mish(h, inplace=True),
-    "elu": lambda h: F.elu(h, inplace=True),
-    "selu": torch.selu_,
-    "tanh": torch.tanh_,
-    "sigmoid": torch.sigmoid_,
-    "softplus": lambda h: torch.ops.aten.softplus.out(h, out=h),
-}
 
 
 def run(code: Sequence[Instruction], weights: Sequence[Tensor], tables: Sequence[Tensor], x_t: Tensor) -> Tensor:
@@ -56,7 +32,7 @@ def _run_differentiably(code, weights, tables, h):
             h = h if op.scale < 0 else h * tables[op.scale]
             h = h if op.shift < 0 else h + tables[op.shift]
         elif isinstance(op, Act):
-            h = _ACT[op.name](h)
+            h = ACTIVATIONS[op.name].compute(h)
         elif isinstance(op, Norm):
             h = F.layer_norm(h, h.shape[-1:], eps=op.eps)
         elif isinstance(op, Save):
@@ -89,7 +65,7 @@ def _run_in_place(code, weights, tables, h):
         elif isinstance(op, Affine):
             h, owned = _affine(op, tables, h, owned), True
         elif isinstance(op, Act):
-            h, owned = (_ACT_IN_PLACE if owned else _ACT)[op.name](h), True
+            h, owned = ACTIVATIONS[op.name][int(owned)](h), True
         elif isinstance(op, Save):
             saved[op.slot], owned = h, False
         else:

@@ -95,7 +95,8 @@ def _line(program: RowProgram, instruction: Instruction, core: Core | None) -> t
         return f"{instruction.name} {core.width}", core.layer
     if isinstance(instruction, Norm):
         return f"norm {core.width}, eps {instruction.eps:g}", core.layer
-    assert isinstance(instruction, Add)
+    if not isinstance(instruction, Add):
+        return f"{type(instruction).__name__.lower()} {core.width}", core.layer
     scale = "" if instruction.scale < 0 else f" * {_table(program, instruction.scale)}"
     return f"add {instruction.slot}{scale}", core.layer
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from ..ops.activations import ACTIVATIONS
 from ..ops.instructions import Act, Add, Linear, NoProgram, Norm
 from .chain import Concat, Core, Matched, Split, Value, emit
 from .tables import Tables
@@ -19,7 +20,6 @@ from .tracing import Traced, X, layer_of, operation_of, refuse
 
 _SAME = {"view", "_unsafe_view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 _SAME |= {"expand", "broadcast_to", "clone", "contiguous", "to", "_to_copy", "alias", "dropout"}
-_ACTIVATIONS = {"silu", "relu", "mish", "selu", "tanh", "sigmoid"}
 
 
 def match(traced: Traced) -> Matched:
@@ -53,8 +53,8 @@ class _Matcher:
         name, value = operation_of(node), node.meta["val"]
         if isinstance(value, Tensor) and value.dtype != self.x_dtype:
             raise refuse(node, f"computes in {value.dtype}, not in the {self.x_dtype} of x")
-        method = "same" if name in _SAME else "act" if name in _ACTIVATIONS else name
-        found = getattr(self, f"on_{method}", None)
+        own = getattr(self, "on_same" if name in _SAME else f"on_{name}", None)
+        found = own or (self.on_act if name in ACTIVATIONS and len(node.args) == 1 else None)
         if found is None:
             raise refuse(node, "is no instruction of a row program")
         value = found(node)

@@ -17,7 +17,8 @@ from fastscore.ops import definitions as ops
 from fastscore.ops import noise
 from fastscore.ops import torch as truth
 from fastscore.ops import triton as backend
-from fastscore.ops.instructions import ACTIVATIONS, Act, Add, Affine, Linear, Norm, Save, decode, encode
+from fastscore.ops.activations import ACTIVATIONS
+from fastscore.ops.instructions import Act, Add, Affine, Linear, Norm, Save, decode, encode
 from fastscore.ops.interpreting import interpreting
 from fastscore.ops.task import Task
 
