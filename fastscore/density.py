@@ -40,7 +40,7 @@ from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
-from .process.network import model_device
+from .process.network import model_device, warn_if_training
 from .process.predictions import check_prediction
 from .process.schedules import Schedule
 from .program.row_program import Programs
@@ -331,10 +331,12 @@ class ScoreDensity(NetworkDensity):
                 wanted = self._wanted(None, seed, samples, memory)
                 return self._planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
 
-            self._make_ready(samples)
+            warn_if_training(self.model)
             programs = self.network.find_programs(samples)
             plan = PilotPlan(evaluations, seed, chunks, step)
             fitted = run_pilot(self.network, samples, reference, plan)
+            for cond in samples.conds:
+                cond.remember(self.model, len(samples))
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())

@@ -55,7 +55,7 @@ def _check(density: ScoreDensity, twin: ScoreDensity, samples: Samples) -> None:
     noise = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(rows.x)
     rounding = ROUNDINGS * torch.finfo(model_dtype(density.model, rows.x.dtype)).eps
     off = apart = size = 0.0
-    for i in torch.linspace(0, density.schedule.time_range[1] - 1, PLACES).long().unique().tolist():
+    for i in torch.linspace(0, density.schedule.time_range[1] - 1, PLACES, device="cpu").long().unique().tolist():
         alpha, sigma = (v.to(rows.x) for v in twin.schedule.alpha_sigma(torch.tensor(i + 0.5, device="cpu")))
         x_t = alpha * rows.x + sigma * noise
         x_t = x_t if rows.mask is None else torch.where(rows.mask, x_t, rows.x)

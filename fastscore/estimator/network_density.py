@@ -97,14 +97,12 @@ class NetworkDensity(Density):
         self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
     ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
         network = self.network
-        self._make_ready(samples)
-        programs = network.find_programs(samples)
-        return self._planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted), programs
-
-    def _make_ready(self, samples: Samples) -> None:
         warn_if_training(self.model)
-        for cond in samples.conds:
+        programs = network.find_programs(samples)
+        plan = self._planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
+        for cond in samples.conds:  # with which the network has answered, if it never had before
             cond.remember(self.model, len(samples))
+        return plan, programs
 
     def _noise_kind(self, samples: Samples) -> str:
         d = samples.x.shape[1]

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
-from ..support.memory import Chunks, even
+from ..support.memory import RULE_BYTES, Chunks, even
 from .curve import EndTable
 from .integrand import check_finite, chunk_values
 from .network import Network
 from .part import Part, Stack
 from .rows import Draws, Rows, with_programs
-from .rules import Rule
+from .rules import GROUPS, Rule
 from .samples import Samples
 
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
@@ -271,7 +271,9 @@ class Plan:
         found = self._rules.get(group)
         if found is None:
             rule, ends = self._on_host(group)
-            found = self._rules[group] = rule.on(device), ends.on(device)
+            found = rule.on(device), ends.on(device)
+            if RULE_BYTES * len(self.draws) * GROUPS <= self.chunks.kept:
+                self._rules[group] = found
         return found
 
 

@@ -31,7 +31,7 @@ HEAP_HINT = (32 << 20) - (64 << 10)
 CPU_BUDGET = 1 << 30
 MIN_AUTO_ROWS = 32
 SHARING_SAMPLES = 64  # beyond, what a draw costs once is lost among its rows
-RULE_BYTES = 192  # of a draw: its time, weights and coefficients, and the curve's sums
+RULE_BYTES = 320  # of a draw: its time, weights and coefficients, the sums at both ends, and the curve's
 MOST_GROUPS = 16  # whose tables are evaluated together
 SHARES = 128  # of the budget: one plan keeps no more than one, so that eight of them stay within the headroom
 SUM_BYTES = 36  # of an f while it is summed over draws and over samples, in float64
@@ -161,7 +161,9 @@ def even(count: int, most: int) -> int:
 def plan_chunks(
     cost: RowCost, bytes_of_noise: int, draws: int, memory: int | str | None, device: torch.device
 ) -> Chunks:
-    """Return how to cut an estimate of `draws` draws a sample; a quarter of the budget may hold tables that stay.
+    """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
+
+    Those of further groups are there together as far as a sixteenth of it holds them.
 
     Arguments:
         cost: as measured on the network.
@@ -173,8 +175,8 @@ def plan_chunks(
     """
     fixed = draws * (RULE_BYTES + bytes_of_noise)
     budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, SUM_BYTES * draws
-    groups = min(MOST_GROUPS, max(0, budget) // max(1, 4 * tables))
-    keep = groups > 0
+    keep = 4 * tables <= budget
+    groups = max(1, min(MOST_GROUPS, budget // max(1, 16 * tables))) if keep else 0
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
     row = cost.row + SUM_BYTES + (0 if keep else cost.draw // samples)
     rows = chunk_rows(row, memory, device, fixed + (groups * tables if keep else samples * sums))
