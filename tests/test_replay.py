@@ -168,6 +168,10 @@ def test_what_is_not_replayed_says_why(device, monkeypatch, reason, options, cal
     for _ in range(3):
         density.estimate(x, nfe=NFE, progress=False)
     assert said[-1] == "FASTSCORE_GRAPHS=0 is set"
+    monkeypatch.delenv("FASTSCORE_GRAPHS")
+    monkeypatch.setenv("FASTSCORE_CHECK", "now")
+    density.estimate(x, nfe=NFE, progress=False)
+    assert said[-1] == "FASTSCORE_CHECK=now is set, and looks at every chunk"
     assert not replays(density)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..support.memory import SUM_BYTES
 from .plan import Plan
 from .rounds import Estimator, Numbers, Round
-from .samples import Samples
+from .samples import Samples, deferred
 
 KEPT = 8
 FIRST = "it was called for the first time"
@@ -72,7 +72,8 @@ class Replay:
                     self._run(self.samples, self.plan)
             torch.cuda.current_stream().wait_stream(stream)
             self._stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # What other threads do with the device meanwhile, such as pinning memory, is no part of the graph.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._found = self._run(self.samples, self.plan)
             self.graph = graph
 
@@ -118,6 +119,8 @@ def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
         return "the data are not on a GPU"
     if os.environ.get("FASTSCORE_GRAPHS") == "0":
         return "FASTSCORE_GRAPHS=0 is set"
+    if not deferred(samples.device):
+        return "FASTSCORE_CHECK=now is set, and looks at every chunk"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph already"
     if estimator.method != "density":
