@@ -96,8 +96,8 @@ class EndTable(NamedTuple):
     def of(cls, log_snr: Tensor, log_snr_range: tuple[float, float]) -> EndTable:
         lo, hi = log_snr_range
         n = len(log_snr)
-        mean, spread = torch.zeros(n, 4, dtype=torch.float64), torch.zeros(n - 1, 4, dtype=torch.float64)
-        at = torch.empty(2, 2, dtype=torch.float64)
+        exact = {"dtype": torch.float64, "device": "cpu"}
+        mean, spread, at = torch.zeros(n, 4, **exact), torch.zeros(n - 1, 4, **exact), torch.empty(2, 2, **exact)
         for end, (first, away) in enumerate(((lo, log_snr), (-hi, -log_snr.flip(0)))):
             count = int((away < away[0] + END).sum().clamp(2, max(2, n // 4)))
             outer, inner = away[:count].mean(), away[count : 2 * count].mean()
