@@ -182,7 +182,7 @@ class PretendedDevice:
         yield torch.cuda, "current_stream", lambda device=None: self._stream
         yield torch.cuda, "is_current_stream_capturing", lambda: self.graph is not None
         yield torch.cuda, "CUDAGraph", lambda: PretendedGraph(self)
-        yield torch.cuda, "graph", lambda graph: graph
+        yield torch.cuda, "graph", lambda graph, **_: graph
         yield program, "trace", self._traced(program.trace)
         # While a trace goes on, tensors show where they really are, and would look as if the network had moved them.
         changes = tracing.refuse_changes
