@@ -89,9 +89,10 @@ class CapturedDensity:
             )
         z, log_det = self.density.to_network(x, self.mask)
         samples = replace(self.samples, x=z.reshape(len(z), -1).to(self.samples.x))
-        if seed is not None and whole("seed", seed) != self.plan.draws.seed:
-            self.plan = self.plan.renewed(seed)
-        _, numbers = self.replay(samples, self.plan)
+        plan = self.plan  # another thread may go on to another seed meanwhile
+        if seed is not None and whole("seed", seed) != plan.draws.seed:
+            self.plan = plan = plan.renewed(whole("seed", seed))
+        _, numbers = self.replay(samples, plan)
         log_prob, stderr = numbers.told
         if not deferred(samples.device) and not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")

@@ -67,6 +67,15 @@ class Layout:
     members: Tensor
     stack: Stack | None
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that is kept."""
+        found = [self.index, self.keys, self.members]
+        for cut in self.cuts:
+            found += [cut.members, cut.here]
+        if self.stack is not None:
+            found += [self.stack.place, self.stack.back]
+        return [tensor for tensor in found if tensor is not None]
+
 
 class Plan:
     """The evaluations of one estimate, whatever the samples.
@@ -114,6 +123,7 @@ class Plan:
             for kept in (self._rules, self._rows, self._points):
                 kept.clear()
             self._layout = self._joint = None
+            self.draws.rules.forget()
 
     def _parts(self, layout: Layout, call: _Call) -> Iterator[Part]:
         together = max(1, self.chunks.groups)
@@ -129,7 +139,8 @@ class Plan:
         if layout is None or not torch.equal(layout.index, samples.index):
             group = samples.group
             members = {number: (group == number).nonzero().flatten() for number in group.unique().tolist()}
-            cuts = [self._cut(number, own, samples) for number, own in members.items()]
+            rules = self.draws.rules.made_of(members)
+            cuts = [self._cut(number, rule, own, samples) for (number, own), rule in zip(members.items(), rules)]
             keys = None
             if 8 * samples.x.numel() <= self.chunks.kept:
                 keys = self.draws.keys(samples.index.to(samples.device), samples.x.shape[1])
@@ -169,18 +180,21 @@ class Plan:
     def nbytes(self) -> int:
         """Return the bytes of all that is kept."""
         found = [*self._points.values()]
-        if self._layout is not None and self._layout.keys is not None:
-            found.append(self._layout.keys)
+        layout = self._layout
+        if layout is not None:
+            found += layout.tensors()
         for rows in self._rows.values():
             found += rows.tensors()
         for rule, ends in (*self._rules.values(), *([self._joint[1:]] if self._joint else [])):
             found += [*rule.tensors(), *ends]
-        return sum(tensor.nbytes for tensor in found)
+        return self.draws.rules.nbytes() + sum(tensor.nbytes for tensor in found)
 
     def _tensors(self, samples: Samples) -> list[Tensor]:
         """Return everything that another seed changes, in the order of groups and draws, made where it is missing."""
-        layout, device = self.layout(samples), samples.device
-        found = [layout.keys]
+        layout, device, keys = self.layout(samples), samples.device, self.layout(samples).keys
+        if keys is None:  # they are more than this plan may keep
+            keys = self.draws.keys(samples.index.to(device), samples.x.shape[1])
+        found = [keys]
         for span in dict.fromkeys(span for cut in layout.cuts for span in cut.spans):
             for rows in self._rows_of([cut.group for cut in layout.cuts], span, samples.x).values():
                 found += rows.tensors() + [rows.points] * (rows.points is not self._points[span])
@@ -195,18 +209,19 @@ class Plan:
 
     def _stacked(self, layout: Layout, device: torch.device) -> tuple[Rule, EndTable]:
         """Return the rules of all groups as one."""
-        if self._joint is None or self._joint[0] is not layout:
+        joint = self._joint  # another thread may set its own meanwhile
+        if joint is None or joint[0] is not layout:
             rules, ends = zip(*(self._on_host(cut.group) for cut in layout.cuts))
             rule, ends = Rule.stacked(rules, [len(cut.here) for cut in layout.cuts]), EndTable.stacked(ends)
-            self._joint = layout, rule.on(device), ends.on(device)
-        return self._joint[1:]
+            self._joint = joint = layout, rule.on(device), ends.on(device)
+        return joint[1:]
 
     def _on_host(self, group: int) -> tuple[Rule, EndTable]:
         rule = self.draws.rules.of(group)
         return rule, EndTable.of(rule.log_snr, self.network.log_snr_range)
 
-    def _cut(self, number: int, members: Tensor, samples: Samples) -> Cut:
-        draws, rule, chunks = len(self.draws), self.draws.rules.of(number), self.chunks
+    def _cut(self, number: int, rule: Rule, members: Tensor, samples: Samples) -> Cut:
+        draws, chunks = len(self.draws), self.chunks
         evaluations = max(1, rule.nfe)
         at_once = even(len(members), max(1 if chunks.groups else chunks.samples, chunks.rows // evaluations))
         rows_per_draw = 1 + int(rule.paired.any())

@@ -92,7 +92,8 @@ class Planner:
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
             plan = Plan(network, draws, self.chunks(network, samples, programs, reference, wanted, most), family)
-        self._keep(key, plan)
+        if not (plan.draws.rules.learned and torch.is_grad_enabled()):
+            self._keep(key, plan)
         return plan
 
     def chunks(
@@ -134,7 +135,9 @@ class Planner:
             samples.x.dtype,
             torch.is_grad_enabled(),
             samples.mask is None,
-            reference.flops(samples.x.shape[1]),
+            reference.components,
+            reference.full,
+            tuple(cond.shapes() for cond in samples.conds),
             tuple(program is not None for program in programs),
         )
 

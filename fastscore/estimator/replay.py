@@ -17,12 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..support.memory import SUM_BYTES
+from ..program.settings import of_matrix_products
+from ..support.memory import peak_bytes
 from .plan import Plan
 from .rounds import Estimator, Numbers, Round
 from .samples import Samples, deferred
 
 KEPT = 8
+ONE_CAPTURE = threading.Lock()  # what a second thread warms up meanwhile would have to wait for the first
 FIRST = "it was called for the first time"
 
 
@@ -60,7 +62,7 @@ class Replay:
             return found.copy(self.plan.log_snr(self.samples)), numbers.copy()
 
     def _run(self, samples: Samples, plan: Plan) -> tuple[Round, Numbers]:
-        found = self.estimator.evaluate(samples, plan, lambda _: None)
+        found = self.estimator.evaluate(samples, plan, _nobody)
         return found, self.estimator.numbers(found, samples)
 
     def _capture(self) -> None:
@@ -134,8 +136,6 @@ def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
     cuts = plan.layout(samples).cuts
     if any(len(cut.spans) > 1 or cut.at_once < len(cut.here) for cut in cuts):
         return "it is evaluated in several chunks"
-    if SUM_BYTES * len(samples) * len(plan.draws) + plan.nbytes() > plan.chunks.kept:
-        return "it would keep more than its share of the memory"
     return None
 
 
@@ -150,19 +150,34 @@ def _key(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
     return (
         plan.family,
         samples.index.numpy().tobytes(),
+        plan.layout(samples).stack is None,
         tuple(map(id, estimator.programs)),
-        tuple(tensor.data_ptr() for tensor in read),
-        tuple((tensor.data_ptr(), tensor._version) for tensor in estimator.reference.tensors()),
+        tuple(map(_where, read)),
+        tuple((_where(tensor), tensor._version) for tensor in estimator.reference.tensors()),
         conditions,
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        of_matrix_products(),
     )
+
+
+def _nobody(count: int) -> None:
+    """Hear of a chunk's samples, for a call that shows no progress."""
+
+
+def _where(tensor: Tensor) -> Hashable:
+    """Return what a graph has of a tensor that it reads: where and how it lies; of a number on the host, its value."""
+    place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return place if tensor.is_cuda else (*place, str(tensor.tolist()))
 
 
 def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str:
     """Return a replay that gives what the call gives, or the reason why there is none."""
+    kept = plan.nbytes() + peak_bytes(lambda: estimator.numbers(estimator.evaluate(samples, plan, _nobody), samples))
+    if kept > plan.chunks.kept:
+        return f"it would keep {kept:,} bytes, and {plan.chunks.kept:,} are its share of the memory"
     try:
-        found = Replay(estimator, samples, plan)
+        with ONE_CAPTURE:
+            found = Replay(estimator, samples, plan)
     except RuntimeError as problem:  # what synchronizes, or does not fit into memory
         return f"the capture failed: {str(problem).splitlines()[0]}"
     _, (expected, _) = found._run(samples, plan)

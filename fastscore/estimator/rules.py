@@ -40,7 +40,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,7 +143,12 @@ class Rules:
         self.paired = density.is_paired(self._middles)
         self._table = None if not schedule.discrete and method == "density" else _Table.of(density, schedule, method)
         self._made: dict[int, Rule] = {}
-        self._told = self._ask()
+        self._ask_everywhere()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the schedule's answers have gradients, which one backward pass uses up."""
+        return any(told.requires_grad for told in self._told[1:])
 
     @property
     def nfe(self) -> int:
@@ -151,14 +156,35 @@ class Rules:
         return self.draws + int(self.paired.sum())
 
     def hold(self) -> bool:
-        """Return whether the schedule is still what these rules were made of."""
+        """Return whether the schedule still says of all draws what these rules were made of."""
         (before, *told), (now, *telling) = self._told, self._ask()
         return before == now and all(map(torch.equal, told, telling))
 
     def _ask(self) -> tuple:
         schedule, table = self.schedule, self._table
-        time = schedule.time(self._middles) if table is None else table.time
+        time = schedule.time(self._asked) if table is None else table.time
         return schedule.time_range, time, schedule.log_snr(time), *schedule.alpha_sigma(time)
+
+    def made_of(self, groups: Iterable[int]) -> list[Rule]:
+        """Return the rules of some groups; whether the schedule changes is from now on asked at their draws too."""
+        before = len(self._made)
+        found = [self.of(group) for group in groups]
+        if len(self._made) > before:
+            self._ask_everywhere()
+        return found
+
+    def forget(self) -> None:
+        """Let go of the rules, which are made again when they are asked for."""
+        self._made.clear()
+        self._ask_everywhere()
+
+    def nbytes(self) -> int:
+        """Return the bytes of the rules that are kept."""
+        return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in vars(rule).values())
+
+    def _ask_everywhere(self) -> None:
+        self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
+        self._told = self._ask()
 
     def renewed(self, seed: int, round_: int = 0) -> Rules:
         """Return the same rules with the shifts of another seed or round."""
@@ -166,10 +192,11 @@ class Rules:
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""
-        if group not in self._made:
+        found = self._made.get(group)
+        if found is None:
             shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
-            self._made[group] = self._place(_strata(self.draws, shift))
-        return self._made[group]
+            self._made[group] = found = self._place(_strata(self.draws, shift))
+        return found
 
     def _place(self, u: Tensor) -> Rule:
         density, schedule = self.density, self.schedule
@@ -189,6 +216,15 @@ class FixedRules:
 
     def of(self, group: int) -> Rule:
         return self.rule
+
+    def made_of(self, groups: Iterable[int]) -> list[Rule]:
+        return [self.rule for _ in groups]
+
+    def forget(self) -> None:
+        """Keep the rule, which was given."""
+
+    def nbytes(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

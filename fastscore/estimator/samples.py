@@ -137,4 +137,4 @@ def _check_index(index: Tensor | None, count: int) -> Tensor:
             f"sample_index must be {count} non-negative integers, shape ({count},), "
             f"got {index.dtype} of shape {tuple(index.shape)}"
         )
-    return index.to(torch.int64)
+    return index.to(torch.int64, copy=True)  # the caller's own may be counted up for the next batch

@@ -118,6 +118,11 @@ class Conditions:
             if isinstance(value, Tensor) and value.ndim and len(value) > 1 and batch > 1:
                 _TAKEN.setdefault(model, {}).setdefault(path, (own, len(value), batch))
 
+    def shapes(self) -> tuple:
+        """Return of every tensor its path, dtype and shape, without the number of samples."""
+        own = tuple((path, v.dtype, v.shape[1:]) for path, v in sorted(self.per_sample.items()))
+        return own, tuple((k, v.dtype, v.shape) for k, v in sorted(self.shared.items()) if isinstance(v, Tensor))
+
     def select(self, samples: slice | Tensor) -> Conditions:
         """Return the conditions of some samples."""
         return replace(self, per_sample={k: v[samples] for k, v in self.per_sample.items()})

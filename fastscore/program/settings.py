@@ -79,6 +79,11 @@ def _answer(holder: object, name: str) -> object:
     return value if isinstance(value, bool | int | str) else None
 
 
+def of_matrix_products() -> tuple:
+    """Return how a GPU's matrix products are to be rounded and summed: which kernels a call takes."""
+    return tuple(_answer(torch.backends.cuda.matmul, name) for name in _OF_MATMUL)
+
+
 def _group() -> tuple:
     group = torch.distributed
     return (group.get_rank(), group.get_world_size()) if group.is_initialized() else ()
