@@ -221,6 +221,15 @@ def test_forward_mode_tensors_are_refused_and_jvp_is_the_gradient(kind, name):
         torch.testing.assert_close(found, (gradient * tangent).sum(1), rtol=1e-9, atol=1e-9)  # the same sums, float64
 
 
+@pytest.mark.parametrize("name", [*CALLS, "estimate"])
+def test_a_compiled_step_around_a_call_gives_its_numbers(name):
+    """The first call of a density looks into its network, which raised a RuntimeError of torch.compile."""
+    call = {**CALLS, **EVALUATIONS}[name]
+    density, x = plain(), Z
+    found = torch.compile(lambda z: 2 * call(density, z), backend="eager")(x)
+    torch.testing.assert_close(found, 2 * call(plain(), x), rtol=1e-12, atol=1e-12)  # the same operations
+
+
 def test_a_dual_tensor_in_the_place_of_a_weight_is_refused():
     density, x = DENSITIES["program"]()
     layer = density.model.last

@@ -22,14 +22,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 def ordinary(call: Callable) -> Callable:
     """Let a call compute outside of inference mode: nothing that it keeps is a tensor that autograd refuses.
 
-    Gradients stay off where inference mode had them off; tensors made in inference mode are copied.
+    Gradients stay off where inference mode had them off; tensors made in inference mode are copied. A `torch.compile`
+    around it leaves it as it is: what looks into a network does not run under a trace.
 
     Raises:
         ValueError: under a transform of torch.func, and for tensors of forward-mode AD, weights included.
     """
 
     @wraps(call)
-    def called(*args, **kwargs):
+    def outside(*args, **kwargs):
         if torch._C._are_functorch_transforms_active():
             raise ValueError(
                 f"{call.__name__} does not run under the transforms of torch.func, which take derivatives of log_prob "
@@ -40,6 +41,12 @@ def ordinary(call: Callable) -> Callable:
             args, kwargs = tree_map(_own, (args, kwargs))
             _refuse_tangents(call.__name__, tree_leaves((args, kwargs)))
             return call(*args, **kwargs)
+
+    @wraps(call)
+    def called(*args, **kwargs):
+        if torch.compiler.is_compiling():  # a step around it: its trace stops here, and goes on with the result
+            return torch.compiler.disable(outside)(*args, **kwargs)
+        return outside(*args, **kwargs)
 
     return called
 
