@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from analytic import ExactNet, mixture
+from torch.autograd import forward_ad
 
 import fastscore as fs
 from fastscore.metrics import NegativeLogLikelihood
@@ -202,3 +203,39 @@ class Called(torch.nn.Module):
 
     def forward(self, x):
         return self.call(self.of, x)
+
+
+@pytest.mark.parametrize("kind", ["plain", "transformed", "program"])
+@pytest.mark.parametrize("name", [*CALLS, "estimate"])
+def test_forward_mode_tensors_are_refused_and_jvp_is_the_gradient(kind, name):
+    """A part of the tangent got through: that of the reference, without the network's."""
+    density, x = DENSITIES[kind]()
+    call = {**CALLS, **EVALUATIONS}[name]
+    tangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=r"dual tensor; use torch\.func\.jvp"):
+        call(density, forward_ad.make_dual(x, tangent))
+    if name in CALLS:
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(call(density, leaf).sum(), leaf)
+        found = torch.func.jvp(partial(call, density), (x,), (tangent,))[1]
+        torch.testing.assert_close(found, (gradient * tangent).sum(1), rtol=1e-9, atol=1e-9)  # the same sums, float64
+
+
+@pytest.mark.parametrize("name", [*CALLS, "estimate"])
+def test_a_compiled_step_around_a_call_gives_its_numbers(name):
+    """The first call of a density looks into its network, which raised a RuntimeError of torch.compile."""
+    call = {**CALLS, **EVALUATIONS}[name]
+    density, x = plain(), Z
+    found = torch.compile(lambda z: 2 * call(density, z), backend="eager")(x)
+    torch.testing.assert_close(found, 2 * call(plain(), x), rtol=1e-12, atol=1e-12)  # the same operations
+
+
+def test_a_dual_tensor_in_the_place_of_a_weight_is_refused():
+    density, x = DENSITIES["program"]()
+    layer = density.model.last
+    weight = layer.weight.detach()
+    with forward_ad.dual_level():
+        del layer.weight
+        layer.weight = forward_ad.make_dual(weight, torch.ones_like(weight))
+        with pytest.raises(ValueError, match="dual tensor"):
+            density.log_prob(x, nfe=16)

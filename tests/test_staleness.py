@@ -3,7 +3,9 @@
 import argparse
 import collections
 import copy
+import ctypes
 import dataclasses
+import enum
 import fractions
 import functools
 import itertools
@@ -52,6 +54,17 @@ class Meta(type):
 
 class OfMeta(metaclass=Meta):
     pass
+
+
+class Member(enum.Enum):
+    ONE = 1
+
+
+Member.ONE.scale = 1.0
+
+
+class Number(float):
+    """A number with an attribute beside it."""
 
 
 class Static:
@@ -119,6 +132,8 @@ class Net(nn.Module):
             Callable(),
         )
         self.kept = self.sampler.factor
+        self.own_number = Number(1.0)
+        self.own_number.scale = 1.0
         self.number, self.text, self.numpy, self.array = 1.0, "one", np.float32(1.0), np.ones(3, np.float32)
         self.list, self.deque, self.fraction = [[1.0]], collections.deque([1.0]), fractions.Fraction(1)
         self.ordered, self.default = collections.OrderedDict(scale=1.0), collections.defaultdict(float, scale=1.0)
@@ -179,6 +194,15 @@ CASES = {
     "attribute of an object's object": (lambda n, h: h * n.cfg.inner.scale, setter(lambda n: n.cfg.inner, "scale")),
     "field of a dataclass": (lambda n, h: h * n.options.scale, setter(lambda n: n.options, "scale")),
     "field inside a field": (lambda n, h: h * n.options.inner.scale, setter(lambda n: n.options.inner, "scale")),
+    "attribute of a member of an enumeration": (
+        lambda n, h: h * Member.ONE.scale,
+        setter(lambda n: Member.ONE, "scale"),
+    ),
+    "attribute of a number": (lambda n, h: h * n.own_number.scale, setter(lambda n: n.own_number, "scale")),
+    "whether a weight is frozen": (
+        lambda n, h: h * (1.0 if n.b.weight.requires_grad else 2.0),
+        lambda m, n: n.b.weight.requires_grad_(False),
+    ),
     "another dataclass": (
         lambda n, h: h * n.options.scale,
         lambda m, n: setattr(n, "options", dataclasses.replace(n.options, scale=2.0)),
@@ -373,6 +397,8 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
     ("operation", "reason"),
     [
         (lambda n, h: h * next(n.counter), "'counter' of layer 'forward' is a itertools.count, whose changes"),
+        (lambda n, h: h * n.view[0], "'view' of layer 'forward' is a memoryview, whose changes"),
+        (lambda n, h: h * n.foreign.value, "'foreign' of layer 'forward' is a ctypes.c_double, whose changes"),
         (lambda n, h: h * float(n.long[0]), "'long' of layer 'forward' is an array of 800,000 bytes"),
         (lambda n, h: h * n.large.tolist()[0], "a tensor of 24,000 bytes on cpu, of which the code takes numbers"),
         (lambda n, h: h * n.large.cpu().tolist()[0], "'large' of layer 'forward' is a tensor of 24,000 bytes"),
@@ -399,6 +425,7 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
 def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, reason):
     net = Net(operation).eval()
     net.counter, net.long, net.sparse = itertools.count(), np.ones(100_000), torch.ones(3).to_sparse()
+    net.view, net.foreign = memoryview(bytearray(b"\x01")), ctypes.c_double(1.0)
     settings, entries, names = copy.deepcopy(SETTINGS), copy.deepcopy(net.list), set(vars(net.cfg))
     with pytest.raises(NoProgram, match=reason):
         fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)

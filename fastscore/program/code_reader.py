@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import builtins
 import collections
+import ctypes
 import datetime
 import dis
+import enum
 import functools
 import inspect
 import logging
@@ -60,9 +62,11 @@ _FIXED_CALLS += (
     torch.finfo,
     torch.iinfo,
     types.MemberDescriptorType,
+    types.UnionType,
     torch._ops.OpOverload,
     torch._ops.OpOverloadPacket,
 )
+_FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has
 _HARMLESS = (logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
 
 
@@ -179,6 +183,8 @@ class _Reader:
                 self.waiting += [(place, v) for v in (*part._parameters.values(), *part._buffers.values())]
 
     def _class(self, place: str, kind: type) -> None:
+        if issubclass(kind, enum.Enum):
+            self.waiting += [(f"{name!r} of {place}", member) for name, member in kind.__members__.items()]
         for base in kind.__mro__:
             if base is not kind and id(base) in self.seen:
                 continue
@@ -289,7 +295,7 @@ class _Reader:
 
     def _object(self, place: str, thing: object) -> None:
         kind = type(thing)
-        if kind is not object and not self._attributes(place, thing):
+        if isinstance(thing, _FOREIGN_MEMORY) or (kind is not object and not self._attributes(place, thing)):
             name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
             raise NoProgram(f"{place} is a {name}, whose changes cannot be followed")
 

@@ -7,6 +7,7 @@ can take its place. Asking costs some microseconds a layer, since every evaluati
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import is_
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class Space(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """Tensors that are read anew for every call, as parameters and buffers are: only their shapes count."""
+    """Tensors that are read anew for every call, as parameters and buffers are: only shapes and the like count."""
 
     place: str
     now: Mapping[str, Tensor | None]
@@ -161,7 +162,7 @@ def _bytes_in(tensor: Tensor) -> bytes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
-    return tuple((name, v.shape, v.dtype, v.device) for name, v in tensors.items() if v is not None)
+    return tuple((name, v.shape, v.dtype, v.device, v.requires_grad) for name, v in tensors.items() if v is not None)
 
 
 def _same(a: object, b: object) -> bool:
@@ -175,9 +176,16 @@ def _same(a: object, b: object) -> bool:
 
 
 def is_value(thing: object) -> bool:
-    """Return whether a thing is no more than its value, as numbers, texts and paths are: it cannot change."""
+    """Return whether a thing is no more than its value, as numbers, texts and paths are: it cannot change.
+
+    A member of an enumeration, and a number or text of a class of its own, may have attributes beside it. A memoryview
+    has a hash, and shows what others write.
+    """
     kind = type(thing)
+    if isinstance(thing, memoryview) or (isinstance(thing, _VALUED) and kind.__module__ not in _VALUES):
+        return False
     return is_plain(thing) or (kind.__hash__ not in (None, object.__hash__) and kind.__module__ in _VALUES)
 
 
+_VALUED = (int, float, complex, str, bytes, enum.Enum)
 _VALUES = ("datetime", "decimal", "fractions", "pathlib", "re", "uuid", "numpy", "numpy.dtypes", "builtins")

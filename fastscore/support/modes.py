@@ -2,7 +2,8 @@
 
 A density is made of autograd: traces of the ODE, checkpoints, custom operators. Inside `torch.inference_mode`, where
 the test and predict loops of trainers run, and under `torch.func` these do not work as they stand. A call therefore
-leaves inference mode, and hands torch.func an operation of its own, whose derivative comes with its value.
+leaves inference mode, and hands torch.func an operation of its own, whose derivative comes with its value. The tensors
+of `torch.autograd.forward_ad` would lose their tangents on the way, in part and without a word; they are refused.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 
 def ordinary(call: Callable) -> Callable:
     """Let a call compute outside of inference mode: nothing that it keeps is a tensor that autograd refuses.
 
-    Gradients stay off where inference mode had them off; tensors made in inference mode are copied.
+    Gradients stay off where inference mode had them off; tensors made in inference mode are copied. A `torch.compile`
+    around it leaves it as it is: what looks into a network does not run under a trace.
 
     Raises:
-        ValueError: under a transform of torch.func.
+        ValueError: under a transform of torch.func, and for tensors of forward-mode AD, weights included.
     """
 
     @wraps(call)
-    def called(*args, **kwargs):
+    def outside(*args, **kwargs):
         if torch._C._are_functorch_transforms_active():
             raise ValueError(
                 f"{call.__name__} does not run under the transforms of torch.func, which take derivatives of log_prob "
@@ -36,7 +39,14 @@ def ordinary(call: Callable) -> Callable:
         gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             args, kwargs = tree_map(_own, (args, kwargs))
+            _refuse_tangents(call.__name__, tree_leaves((args, kwargs)))
             return call(*args, **kwargs)
+
+    @wraps(call)
+    def called(*args, **kwargs):
+        if torch.compiler.is_compiling():  # a step around it: its trace stops here, and goes on with the result
+            return torch.compiler.disable(outside)(*args, **kwargs)
+        return outside(*args, **kwargs)
 
     return called
 
@@ -143,6 +153,21 @@ def refuse_inference_weights(model: nn.Module) -> None:
                 f"the network's {name!r} was made in inference mode and takes part in no derivative; build and load "
                 "the network outside of torch.inference_mode()"
             )
+
+
+def _refuse_tangents(name: str, values: list[object]) -> None:
+    """Raise ValueError if one of some values, or a tensor of a network among them, has a tangent of forward-mode AD."""
+    if forward_ad._current_level < 0:
+        return
+    layers = [layer for value in values if isinstance(value, nn.Module) for layer in value.modules()]
+    # A dual tensor in the place of a parameter is a plain attribute of its layer.
+    held = [held for layer in layers for held in (vars(layer), layer._parameters, layer._buffers)]
+    values = [*values, *(value for each in held for value in each.values())]
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values):
+        raise ValueError(
+            f"{name} has no tangents of torch.autograd.forward_ad, and got a dual tensor; use torch.func.jvp around "
+            "log_prob or probability_flow_log_prob for those in x, or .backward()"
+        )
 
 
 def _own(value: object) -> object:
