@@ -211,7 +211,7 @@ class ScoreDensity(NetworkDensity):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        wanted = self._wanted(nfe, seed, samples, memory, method)
+        wanted = self.wanted(nfe, seed, samples, memory, method)
         if target_stderr is not None:
             wanted = wanted._replace(most=whole("max_nfe", max_nfe))
             if not wanted.nfe <= max_nfe <= MAX_DRAWS:
@@ -270,7 +270,7 @@ class ScoreDensity(NetworkDensity):
         samples = self.check(x, sample_index, merged(cond_a, {}), merged(cond_b, {}), mask=mask)
         # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
         nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated())
-        wanted = self._wanted(nfe, seed, samples, memory)._replace(noise="independent")
+        wanted = self.wanted(nfe, seed, samples, memory)._replace(noise="independent")
         plan, programs = self._plan(samples, wanted, nodes)
         difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
         for part in plan.run(samples, programs, self.reference):
@@ -328,7 +328,7 @@ class ScoreDensity(NetworkDensity):
                 bar.update(count)
 
             def chunks(reference: Reference) -> Chunks:
-                wanted = self._wanted(None, seed, samples, memory)
+                wanted = self.wanted(None, seed, samples, memory)
                 return self._planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
 
             warn_if_training(self.model)

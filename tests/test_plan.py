@@ -1,7 +1,9 @@
 """A plan used again gives what a density without any plan gives, to the bit, whatever has changed in between."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -237,3 +239,43 @@ def test_two_threads_share_a_density():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# What a captured density keeps on purpose, or what changes the data's dtype.
+FIXED = (
+    "another reference",
+    "the reference written",
+    "the nodes written",
+    "other nodes",
+    "a fit",
+    "another noise",
+    "float64",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [change for change in CHANGES if change not in FIXED])
+def test_a_captured_density_follows_the_network_and_the_schedule(change):
+    density, x = make(), data()
+    captured = fs.CapturedDensity(density, x, nfe=NFE)
+    captured(x)
+    CHANGES[change](density)
+    expected = copy.deepcopy(density).estimate(x, nfe=NFE, progress=False)
+    for _ in range(2):
+        found = captured(x)
+        assert torch.equal(found.log_prob, expected.log_prob)
+        assert torch.equal(found.stderr, expected.stderr)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("program", ["auto", False])
+def test_networks_that_were_replaced_are_let_go(program):
+    density, x, old = make(program=program), data(3), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        density.model = Net().eval()
+        old.append(weakref.ref(density.model))
+        for _ in range(2):
+            density.estimate(x, nfe=NFE, progress=False)
+    gc.collect()
+    assert [model() is not None for model in old] == [False, False, program == "auto", True]  # one is kept for swaps

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from pretended_device import CUDA, PretendedDevice
-from test_plan import CHANGES, NFE, Net, data
+from test_plan import CHANGES, FIXED, NFE, Net, data
 
 import fastscore as fs
 from fastscore.estimator import replay
@@ -250,3 +250,18 @@ def test_a_training_step_waits_for_nothing(device, monkeypatch):
     assert (counts.waits, counts.to_host) == (0, 0)
     assert counts.to_device <= 3  # indices, times, and one table of numbers
     assert counts.launches - words.launches <= bare.launches + 90
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in FIXED and "numpy" not in c])
+def test_a_captured_graph_follows_the_network_and_the_schedule(device, change):
+    density, x = make(), data().cuda()
+    captured = fs.CapturedDensity(density, x, nfe=NFE)
+    captured(x)
+    CHANGES[change](density)
+    expected = copy.deepcopy(density).estimate(x, nfe=NFE, progress=False)
+    for _ in range(2):
+        found = captured(x)
+        assert torch.equal(found.log_prob.cpu(), expected.log_prob.cpu())
+        assert torch.equal(found.stderr.cpu(), expected.stderr.cpu())
+    assert captured.replay.graph is not None

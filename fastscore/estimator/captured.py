@@ -20,10 +20,12 @@ from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
 from .estimate import mean_in_words
+from .plan import Plan
+from .planner import Wanted
 from .protocol import Density, check_density
-from .replay import Replay
+from .replay import Replay, depends_on
 from .rounds import Estimator
-from .samples import deferred
+from .samples import Samples, deferred
 
 
 class CapturedEstimate(NamedTuple):
@@ -71,10 +73,12 @@ class CapturedDensity:
         z, _ = check_density(density).to_network(x, mask)
         own_mask, cond = density.network_arguments(x, mask, cond)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
-        self.samples, self.plan, programs = self.core.prepare(z, nfe, seed, sample_index, memory, cond, own_mask)
         core = self.core
-        estimator = Estimator(core.network, core.reference, core.nodes, programs, "density")
-        self.replay = Replay(estimator, self.samples, self.plan)
+        self.samples = core.check(z, sample_index, cond, mask=own_mask)
+        self.wanted = core.wanted(nfe, seed, self.samples, memory)
+        self.reference, self.nodes = core.reference, core.nodes
+        self._depends_on, self.replay = None, None
+        self._capture(self.samples, self.wanted)
 
     @ordinary
     @torch.no_grad()
@@ -89,11 +93,25 @@ class CapturedDensity:
             )
         z, log_det = self.density.to_network(x, self.mask)
         samples = replace(self.samples, x=z.reshape(len(z), -1).to(self.samples.x))
-        plan = self.plan  # another thread may go on to another seed meanwhile
-        if seed is not None and whole("seed", seed) != plan.draws.seed:
-            self.plan = plan = plan.renewed(whole("seed", seed))
-        _, numbers = self.replay(samples, plan)
+        wanted = self.wanted  # another thread may go on to another seed meanwhile
+        if seed is not None:
+            self.wanted = wanted = wanted._replace(seed=whole("seed", seed))
+        replay, plan = self._capture(samples, wanted)
+        _, numbers = replay(samples, plan)
         log_prob, stderr = numbers.told
         if not deferred(samples.device) and not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")
         return CapturedEstimate((log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr)
+
+    def _capture(self, samples: Samples, wanted: Wanted) -> tuple[Replay, Plan]:
+        """Return the replay and the plan of a call; a network that reads other memory, or was traced anew, is captured
+        again."""
+        core = self.core
+        network = replace(core.network, log_snr_range=self.nodes.log_snr_range)
+        programs = network.find_programs(samples)
+        plan = core._planner.plan(network, self.nodes, self.reference, samples, programs, wanted)
+        estimator = Estimator(network, self.reference, self.nodes, programs, "density")
+        needs = depends_on(estimator, samples, plan)
+        if needs != self._depends_on:
+            self.replay, self._depends_on = Replay(estimator, samples, plan), needs
+        return self.replay, plan

@@ -66,14 +66,16 @@ def _predict(
 ) -> Tensor:
     """Return the prediction of every row, (B, R, d): by the row program or the network, some samples a call."""
     samples_per_call = memory.even(len(x_t), max(1, rows.per_call // x_t.shape[1])) if rows.per_call else len(x_t)
-    predictions = []
+    predictions, several = [], samples_per_call < len(x_t)
     for start in range(0, len(x_t), samples_per_call):
         part = slice(start, start + samples_per_call)
         some = cond.select(part)
         if timed is not None:
             predictions.append(timed.predict(x_t[part], some.per_sample))
         else:
-            predictions.append(predict(network.model, x_t[part], rows.time, some, shape, network.time_dtype))
+            answer = predict(network.model, x_t[part], rows.time, some, shape, network.time_dtype)
+            # A network may write every answer into the same memory.
+            predictions.append(answer.clone() if several else answer)
     return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
 
 

@@ -83,11 +83,12 @@ class NetworkDensity(Density):
             The data, a plan for them, and the network's row programs.
         """
         samples = self.check(x, sample_index, cond, mask=mask)
-        return samples, *self._plan(samples, self._wanted(nfe, seed, samples, memory))
+        return samples, *self._plan(samples, self.wanted(nfe, seed, samples, memory))
 
-    def _wanted(
+    def wanted(
         self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = "density"
     ) -> Wanted:
+        """Return what a call wants of an estimate, by the density's own options where it says nothing."""
         nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), whole("seed", seed)
         if memory is not None:
             parse_bytes(memory)

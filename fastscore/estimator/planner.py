@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from ..ops.noise import POINT_BYTES
 from ..program.row_program import ONE_AT_A_TIME, RowProgram
@@ -50,12 +52,13 @@ class Wanted(NamedTuple):
 class Planner:
     """Makes plans, and keeps the newest of them, each under all that it depends on.
 
-    A plan is used while the schedule is what it was. Costs and plans are no state: a copy of a density makes its own.
+    A plan is used while the schedule is what it was, and let go with its network. Costs and plans are no state: a copy
+    of a density makes its own.
     """
 
     def __init__(self):
-        self._costs: dict[Hashable, RowCost] = {}
-        self._asked: set[tuple] = set()
+        self._costs: WeakKeyDictionary[nn.Module, dict[Hashable, RowCost]] = WeakKeyDictionary()
+        self._asked: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def __reduce__(self):
@@ -106,24 +109,25 @@ class Planner:
         draws: int,
     ) -> Chunks:
         """Return how much fits into memory at once, by what a row of such samples costs; ask the network's rows too."""
-        kind = self._kind(network, samples, reference, programs)
-        if kind not in self._costs:
-            self._costs[kind] = cost_of_row(network, samples, programs, reference)
+        kind, costs = self._kind(network, samples, reference, programs), self._costs.setdefault(network.model, {})
+        if kind not in costs:
+            costs[kind] = cost_of_row(network, samples, programs, reference)
             self._probe(network, samples)
         points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
-        return plan_chunks(self._costs[kind], points, draws, wanted.memory, samples.x.device)
+        return plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
         """Return whether something is asked of a network for the first time with data of this shape."""
-        key = question, id(network.model), samples.shape, samples.x.dtype
-        new = key not in self._asked
-        self._asked.add(key)
+        key, asked = (question, samples.shape, samples.x.dtype), self._asked.setdefault(network.model, set())
+        new = key not in asked
+        asked.add(key)
         return new
 
     def forget_reference(self) -> None:
         """Measure rows, and ask about resolution, anew: another reference was fitted."""
         self._costs.clear()
-        self._asked = {key for key in self._asked if key[0] != "resolution"}
+        for asked in self._asked.values():
+            asked -= {key for key in asked if key[0] == "resolution"}
 
     @staticmethod
     def _kind(
@@ -150,6 +154,8 @@ class Planner:
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         self._plans.pop(key, None)
+        for other in [k for k, kept in self._plans.items() if kept.network.model is not plan.network.model]:
+            self._plans.pop(other, None)
         self._plans[key] = plan
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)

@@ -66,7 +66,8 @@ def _what_differs(
         rows, t = two.select(which), times.to(samples.device)[when]
         x_t = alpha[when, None] * rows.x + sigma[when, None] * noise[which]
         # As one sample with many rows, since every row has a time of its own; conditions go along with the rows.
-        return predict(model, x_t[None], t, rows.conds[0].tiled(1), rows.shape, time_dtype)[0]
+        answer = predict(model, x_t[None], t, rows.conds[0].tiled(1), rows.shape, time_dtype)[0]
+        return answer.clone()  # the network may write every answer into the same memory
 
     eval_mode = "call model.eval(), or " if any(layer.training for layer in model.modules()) else ""
     kind = torch.arange(4, device="cpu").repeat(COPIES)

@@ -24,6 +24,7 @@ from .rounds import Estimator, Numbers, Round
 from .samples import Samples, deferred
 
 KEPT = 8
+GRAPHS = 32  # shares of the memory that all graphs of a density may keep: a quarter
 ONE_CAPTURE = threading.Lock()  # what a second thread warms up meanwhile would have to wait for the first
 FIRST = "it was called for the first time"
 
@@ -38,7 +39,7 @@ class Replay:
     """
 
     def __init__(self, estimator: Estimator, samples: Samples, plan: Plan):
-        self.estimator, self.graph = estimator, None
+        self.estimator, self.model, self.graph, self.nbytes = estimator, estimator.network.model, None, 0
         if samples.x.is_cuda:
             self.samples = replace(samples, x=samples.x.clone(), conds=tuple(cond.copy() for cond in samples.conds))
             self.plan, self._loaded = plan.copy(samples), plan
@@ -104,13 +105,17 @@ class Replays:
         """Return the replay of such a call, None where it has to run by itself."""
         if why_not(estimator, samples, plan) is not None:
             return None
-        key = _key(estimator, samples, plan)
+        key, network, most = depends_on(estimator, samples, plan), estimator.network, GRAPHS * plan.chunks.kept
         found = self._seen.get(key)
         if found == FIRST:
             found = _capture(estimator, samples, plan)
         self._seen.pop(key, None)
+        for other in [
+            k for k, kept in self._seen.items() if getattr(kept, "model", network.model) is not network.model
+        ]:
+            self._seen.pop(other, None)
         self._seen[key] = FIRST if found is None else found
-        while len(self._seen) > KEPT:
+        while len(self._seen) > KEPT or sum(getattr(kept, "nbytes", 0) for kept in self._seen.values()) > most:
             self._seen.popitem(last=False)
         return found if isinstance(found, Replay) else None
 
@@ -139,9 +144,11 @@ def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
     return None
 
 
-def _key(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
+def depends_on(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
     """Return what the graph of a call depends on, beside the numbers that it reads where they lie."""
-    read = [tensor for program in estimator.programs for tensor in program.reads()]
+    model = estimator.network.model
+    read = [*model.parameters(), *model.buffers()] if None in estimator.programs else []
+    read += [tensor for program in estimator.programs if program is not None for tensor in program.reads()]
     conditions = tuple(
         (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, type(value), value)
         for cond in samples.conds
@@ -153,7 +160,7 @@ def _key(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
         plan.layout(samples).stack is None,
         tuple(map(id, estimator.programs)),
         tuple(map(_where, read)),
-        tuple((_where(tensor), tensor._version) for tensor in estimator.reference.tensors()),
+        tuple((_where(q), None if q.is_inference() else q._version) for q in estimator.reference.tensors()),
         conditions,
         torch.are_deterministic_algorithms_enabled(),
         of_matrix_products(),
@@ -173,8 +180,8 @@ def _where(tensor: Tensor) -> Hashable:
 def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str:
     """Return a replay that gives what the call gives, or the reason why there is none."""
     kept = plan.nbytes() + peak_bytes(lambda: estimator.numbers(estimator.evaluate(samples, plan, _nobody), samples))
-    if kept > plan.chunks.kept:
-        return f"it would keep {kept:,} bytes, and {plan.chunks.kept:,} are its share of the memory"
+    if kept > (most := GRAPHS * plan.chunks.kept):
+        return f"it would keep {kept:,} bytes, and {most:,} are the graphs' share of the memory"
     try:
         with ONE_CAPTURE:
             found = Replay(estimator, samples, plan)
@@ -184,4 +191,5 @@ def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str
     _, (told, _) = found(samples, plan)
     if not torch.allclose(told, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
         return "its replay gave other numbers"
+    found.nbytes = kept
     return found

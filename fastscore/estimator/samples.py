@@ -14,6 +14,8 @@ from ..process.network import model_device
 from ..support.host import as_tensor, layout_of
 from .rules import group_of
 
+MOST_SAMPLES = 1 << 60  # whose noise is each its own: 60 bits of the counter are the index
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -132,9 +134,10 @@ def _check_index(index: Tensor | None, count: int) -> Tensor:
         return torch.arange(count, device="cpu")
     index = as_tensor(index).cpu()
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-    if index.shape != (count,) or not whole or int(index.min()) < 0:
+    if index.shape != (count,) or not whole or int(index.min()) < 0 or int(index.max()) >= MOST_SAMPLES:
+        values = f" from {int(index.min())} to {int(index.max())}" if whole and index.numel() else ""
         raise ValueError(
-            f"sample_index must be {count} non-negative integers, shape ({count},), "
-            f"got {index.dtype} of shape {tuple(index.shape)}"
+            f"sample_index must be {count} non-negative integers below 2^60, shape ({count},), "
+            f"got {index.dtype} of shape {tuple(index.shape)}{values}"
         )
     return index.to(torch.int64, copy=True)  # the caller's own may be counted up for the next batch

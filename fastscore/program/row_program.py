@@ -299,8 +299,16 @@ class Programs:
             found = self._found.get(key)
             stale = found and found.changed()
             if found is None or stale:
-                self._found[key] = found = self._trace(model, shape, time.to(device), cond, dtype, found, stale)
+                found = self._trace(model, shape, time.to(device), cond, dtype, found, stale)
+                self._keep(key, found)
         return found
+
+    def _keep(self, key, found):
+        """Keep an entry, and of older networks those of the last one alone."""
+        models = list({id(entry.model): entry.model for entry in self._found.values()}.values())
+        kept = [found.model, *[model for model in models if model is not found.model][-1:]]
+        entries = {k: e for k, e in self._found.items() if any(e.model is model for model in kept) and k != key}
+        self._found = entries | {key: found}
 
     @staticmethod
     def _trace(model, shape, time, cond, dtype, before, stale):
