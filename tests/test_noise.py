@@ -128,3 +128,10 @@ def test_uniform_stays_below_one():
     w = torch.tensor([-1, 0, 2**31 - 1], dtype=torch.int32)
     assert float(noise.uniform(w)[0]) < 1
     assert float(noise.uniform(w)[1]) == 0
+
+
+@pytest.mark.parametrize("seed", [1 << 64, 1 << 70, -(1 << 63) - 1])
+def test_seeds_that_would_be_others_are_refused(seed):
+    for call in (noise.unit, noise.words):
+        with pytest.raises(ValueError, match="seed must be an integer of 64 bits, got"):
+            call(seed, *((0, 0) if call is noise.unit else (torch.arange(2), 0, 0, 3)))

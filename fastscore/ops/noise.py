@@ -68,6 +68,14 @@ def _word(value: Tensor | int, device: torch.device) -> Tensor:
     return torch.full((), value & _MASK, dtype=torch.int64, device=device)
 
 
+def _checked(seed: int) -> int:
+    """Return a seed; raise ValueError for one that is no integer of 64 bits, since the key has no more."""
+    seed = whole("seed", seed)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed}; hash it")
+    return seed
+
+
 def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> Tensor:
     """Return d Philox words for each 64-bit index, int32 (two's complement), shape (len(index), d).
 
@@ -75,7 +83,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
     (seed mod 2^32, seed // 2^32). A range of S streams gives shape (len(index), S, d). On a GPU a kernel of Triton's
     makes the same words in one launch.
     """
-    seed, streams = whole("seed", seed), stream if isinstance(stream, range) else range(stream, stream + 1)
+    seed, streams = _checked(seed), stream if isinstance(stream, range) else range(stream, stream + 1)
     if index.is_cuda and "triton" in runnable(index.device, torch.float32):
         found = implementation("triton").words(seed, index, draw, streams, d)
     else:
@@ -90,7 +98,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
 
 def unit(seed: int, draw: int, stream: int) -> float:
     """Return one number in [0, 1) for a seed, without any tensor."""
-    seed = whole("seed", seed)
+    seed = _checked(seed)
     return philox((0, 0, draw, stream), (seed, seed >> 32))[0] * 2.0**-32
 
 
