@@ -114,7 +114,7 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self._planner, self._replays = Planner(), Replays()
+        self.planner, self.replays = Planner(), Replays()
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -221,11 +221,11 @@ class ScoreDensity(NetworkDensity):
                 )
         plan, programs = self._plan(samples, wanted)
         warn_if_coupled(self.network, samples, self.reference)
-        if method == "density" and self._planner.first("resolution", self.network, samples):
+        if method == "density" and self.planner.first("resolution", self.network, samples):
             warn_if_unresolved(self.network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(self.network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
-            replay = self._replays.find(estimator, samples, plan) if target_stderr is None else None
+            replay = self.replays.find(estimator, samples, plan) if target_stderr is None else None
             found, numbers = replay(samples, plan) if replay else (estimator.evaluate(samples, plan, bar.update), None)
             while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
                 wanted = wanted._replace(nfe=int(found.nfe[active].min()), round=wanted.round + 1)
@@ -329,7 +329,7 @@ class ScoreDensity(NetworkDensity):
 
             def chunks(reference: Reference) -> Chunks:
                 wanted = self.wanted(None, seed, samples, memory)
-                return self._planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
+                return self.planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
 
             warn_if_training(self.model)
             programs = self.network.find_programs(samples)
@@ -340,7 +340,7 @@ class ScoreDensity(NetworkDensity):
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
         self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
-        self._planner.forget_reference()
+        self.planner.forget_reference()
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)

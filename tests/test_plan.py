@@ -193,7 +193,7 @@ def test_seeds_samples_and_shapes_in_turns(schedule):
             same(density, data(), **options)
     for count in range(1, 2 * planner.PLANS):
         same(density, data(count))
-    assert len(density._planner._plans) <= planner.PLANS
+    assert len(density.planner._plans) <= planner.PLANS
 
 
 def test_a_table_that_is_written_in_place_makes_new_rules():
@@ -217,10 +217,10 @@ def test_rows_are_made_once(monkeypatch):
 def test_a_plan_keeps_no_more_than_its_share_of_the_memory():
     density, x = make(), data(2)
     density.estimate(x, nfe=1024, memory="2MB", progress=False)  # a share is 16 KB, and 1,024 points take 20 KB
-    (plan,) = density._planner._plans.values()
+    (plan,) = density.planner._plans.values()
     assert plan.nbytes() == 0
     density.estimate(x, nfe=1024, memory="200MB", progress=False)
-    assert density._planner._plans.popitem()[1].nbytes() > 20 << 10
+    assert density.planner._plans.popitem()[1].nbytes() > 20 << 10
 
 
 def test_two_threads_share_a_density():

@@ -30,7 +30,7 @@ def make(schedule=None, **options):
 
 
 def replays(density):
-    return [found for found in density._replays._seen.values() if isinstance(found, replay.Replay)]
+    return [found for found in density.replays._seen.values() if isinstance(found, replay.Replay)]
 
 
 def values(found):
@@ -181,7 +181,7 @@ def test_a_graph_that_gives_other_numbers_is_not_used(device, monkeypatch):
     monkeypatch.setattr(replay.Replay, "__call__", wrong)
     density, x = make(), data(6).cuda()
     agree(density, x)
-    assert list(density._replays._seen.values()) == ["its replay gave other numbers"]
+    assert list(density.replays._seen.values()) == ["its replay gave other numbers"]
 
 
 def test_a_capture_that_fails_leaves_the_call_as_it_is(device, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_capture_that_fails_leaves_the_call_as_it_is(device, monkeypatch):
     monkeypatch.setattr(replay.Replay, "_capture", refuse)
     density, x = make(), data(6).cuda()
     agree(density, x)
-    (reason,) = density._replays._seen.values()
+    (reason,) = density.replays._seen.values()
     assert reason == "the capture failed: operation not permitted when stream is capturing"
 
 

@@ -125,7 +125,6 @@ def test_a_seed_and_a_round_decide_the_shifts_and_nothing_else_does():
     schedule, density = fs.LogSNR(), NodeDensity.uniform(-14, 16)
     first = make_rules(density, 32, schedule, seed=7).of(2).log_snr
     assert torch.equal(make_rules(density, 32, schedule, seed=7).of(2).log_snr, first)
-    assert torch.equal(make_rules(density, 32, schedule, seed=1).renewed(7).of(2).log_snr, first)
     others = [make_rules(density, 32, schedule, seed=8), make_rules(density, 32, schedule, seed=7, round_=1)]
     assert not any(torch.equal(rules.of(2).log_snr, first) for rules in others)
     # Shifts of many seeds are uniform: the mean of 400 has a standard error of 0.0144.

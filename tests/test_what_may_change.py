@@ -64,7 +64,7 @@ def test_a_schedule_that_changes_at_one_draw_makes_new_rules():
     density, x = make(Bumped()), data()
     density.schedule.at = -1.0
     numbers(density, x)
-    (plan,) = density._planner._plans.values()
+    (plan,) = density.planner._plans.values()
     for group in (0, 1):
         density.schedule.at, density.schedule.bump = float(plan.draws.rules.of(group).time[5]), 0.0
         numbers(density, x)
@@ -150,7 +150,7 @@ def test_what_is_kept_of_many_samples_and_many_draws_is_within_the_share():
     for x, nfe, memory in ((few, 1 << 14, 64 << 20), (many, 8, 20 << 20)):
         density = fs.ScoreDensity(nn_of_x(2), fs.VP(), program=False)
         density.estimate(x, nfe=nfe, memory=memory, progress=False)
-        (plan,) = density._planner._plans.values()
+        (plan,) = density.planner._plans.values()
         rules = sum(t.nbytes for rule in plan.draws.rules._made.values() for t in vars(rule).values())
         layout = [] if plan._layout is None else [plan._layout.index, *(cut.here for cut in plan._layout.cuts)]
         assert rules + sum(t.nbytes for t in layout) <= memory // SHARES

@@ -109,7 +109,7 @@ class CapturedDensity:
         core = self.core
         network = replace(core.network, log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)
-        plan = core._planner.plan(network, self.nodes, self.reference, samples, programs, wanted)
+        plan = core.planner.plan(network, self.nodes, self.reference, samples, programs, wanted)
         estimator = Estimator(network, self.reference, self.nodes, programs, "density")
         needs = depends_on(estimator, samples, plan)
         if needs != self._depends_on:

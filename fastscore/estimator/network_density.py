@@ -31,6 +31,8 @@ class NetworkDensity(Density):
         model, schedule, predicts, noise, nfe, backend, time_dtype: as `ScoreDensity` takes them.
         reference: where estimates start from.
         nodes: where in log-SNR to evaluate, and how error bars are calibrated.
+        planner: keeps the plans of earlier calls.
+        replays: keeps their graphs on a GPU.
     """
 
     model: nn.Module
@@ -42,8 +44,8 @@ class NetworkDensity(Density):
     time_dtype: torch.dtype | None
     reference: Reference
     nodes: FittedNodes
-    _planner: Planner
-    _replays: Replays
+    planner: Planner
+    replays: Replays
     _programs: Programs
 
     @property
@@ -100,7 +102,7 @@ class NetworkDensity(Density):
         network = self.network
         warn_if_training(self.model)
         programs = network.find_programs(samples)
-        plan = self._planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
+        plan = self.planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
         for cond in samples.conds:  # with which the network has answered, if it never had before
             cond.remember(self.model, len(samples))
         return plan, programs

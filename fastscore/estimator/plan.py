@@ -158,11 +158,6 @@ class Plan:
         parts = (len(cut.here) * self.draws.rules.of(cut.group).log_snr for cut in groups)
         return sum(parts) / len(samples)
 
-    def renewed(self, seed: int) -> Plan:
-        """Return the same plan for another seed."""
-        draws = replace(self.draws, rules=self.draws.rules.renewed(seed), seed=seed)
-        return Plan(self.network, draws, self.chunks)
-
     def copy(self, samples: Samples) -> Plan:
         """Return the same plan for some samples, with memory of its own that stays where it is."""
         found = Plan(self.network, self.draws, self.chunks._replace(kept=sys.maxsize))

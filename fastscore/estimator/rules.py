@@ -186,10 +186,6 @@ class Rules:
         self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
         self._told = self._ask()
 
-    def renewed(self, seed: int, round_: int = 0) -> Rules:
-        """Return the same rules with the shifts of another seed or round."""
-        return Rules(self.density, self.draws, self.schedule, self.method, common_shift(seed, round_))
-
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""
         found = self._made.get(group)

@@ -46,6 +46,17 @@ class Hoisted:
         self.looked_at = {node: SHAPE_ONLY.get(operation_of(node)) for node in self.order}
 
     @cached_property
+    def _arguments(self) -> dict[fx.Node, tuple[tuple, dict, bool]]:
+        """Return every node's arguments, and whether they are plain: no list and no keyword of them holds a node."""
+
+        def plain(node: fx.Node) -> bool:
+            held = []
+            map_arg(([arg for arg in node.args if not isinstance(arg, fx.Node)], node.kwargs), held.append)
+            return not held
+
+        return {node: (node.args, node.kwargs, plain(node)) for node in self.order}
+
+    @cached_property
     def _steps(self) -> dict[int, list[tuple[fx.Node, list[fx.Node]]]]:
         """Return for every level its nodes, each with the nodes of that level that nobody needs afterwards."""
         kept = set(self.outputs)
@@ -98,12 +109,16 @@ class Hoisted:
                 del known[n]
 
     def _compute(self, values, node, level):
-        looked_at = self.looked_at.get(node)
-        args = [
-            self._stand_in(values, arg, level) if i == looked_at else _fetch_all(self, values, arg, level)
-            for i, arg in enumerate(node.args)
-        ]
-        return node.target(*args, **_fetch_all(self, values, node.kwargs, level))
+        looked_at, (args, kwargs, plain) = self.looked_at.get(node), self._arguments[node]
+        given = list(args)
+        for i, arg in enumerate(args):
+            if i == looked_at:
+                given[i] = self._stand_in(values, arg, level)
+            elif type(arg) is fx.Node:
+                given[i] = self._fetch(values, arg, level)
+            elif not plain:
+                given[i] = _fetch_all(self, values, arg, level)
+        return node.target(*given, **(kwargs if plain else _fetch_all(self, values, kwargs, level)))
 
     def _fetch(self, values, node, level):
         """Return a node's value on the rows of a level that contains its own."""
