@@ -80,6 +80,7 @@ def test_a_repeated_estimate_is_one_graph_without_crossings_or_waits(device, nam
         found = density.estimate(x, nfe=NFE, progress=False)
     assert (counts.crossings, counts.waits) == (0, 0)
     assert counts.launches <= REPEATED
+    assert density.replays.reason is None
     assert len(replays(density)) == 1
     assert all(map(torch.equal, values(found), fresh(density, x)))
 
@@ -163,6 +164,7 @@ def test_what_is_not_replayed_says_why(device, monkeypatch, reason, options, cal
         density.estimate(x, nfe=NFE, progress=False, **call)
     assert not replays(density)
     assert all(reason in each for each in said)
+    assert reason in density.replays.reason
     monkeypatch.setenv("FASTSCORE_GRAPHS", "0")
     density = make()
     for _ in range(3):

@@ -93,31 +93,37 @@ class Replays:
 
     A graph is used once its first replay has given what the call itself gives. They are no state: a copy of a density
     makes its own.
+
+    Attributes:
+        reason: why the last call ran by itself; None if it was replayed.
     """
 
     def __init__(self):
         self._seen: OrderedDict[Hashable, Replay | str] = OrderedDict()
+        self.reason: str | None = None
 
     def __reduce__(self):
         return Replays, ()
 
     def find(self, estimator: Estimator, samples: Samples, plan: Plan) -> Replay | None:
         """Return the replay of such a call, None where it has to run by itself."""
-        if why_not(estimator, samples, plan) is not None:
+        self.reason = why_not(estimator, samples, plan)
+        if self.reason is not None:
             return None
         key, network, most = depends_on(estimator, samples, plan), estimator.network, GRAPHS * plan.chunks.kept
         found = self._seen.get(key)
         if found == FIRST:
             found = _capture(estimator, samples, plan)
         self._seen.pop(key, None)
-        for other in [
-            k for k, kept in self._seen.items() if getattr(kept, "model", network.model) is not network.model
-        ]:
+        kept = list(self._seen.items())
+        for other in [k for k, each in kept if isinstance(each, Replay) and each.model is not network.model]:
             self._seen.pop(other, None)
         self._seen[key] = FIRST if found is None else found
         while len(self._seen) > KEPT or sum(getattr(kept, "nbytes", 0) for kept in self._seen.values()) > most:
             self._seen.popitem(last=False)
-        return found if isinstance(found, Replay) else None
+        replay = found if isinstance(found, Replay) else None
+        self.reason = None if replay else self._seen.get(key)
+        return replay
 
 
 def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
