@@ -73,7 +73,7 @@ def test_comparisons_and_captured_estimates_are_one_readable_line():
     assert repr(found) == f"Comparison(3 samples, {in_words('difference', *found)})"
     found = fs.CapturedDensity(density, x, nfe=16)(x)
     assert repr(found) == f"CapturedEstimate(3 samples, {in_words('log_prob', *found)})"
-    assert "truncation at most about" in repr(density.estimate(x, nfe=16))
+    assert "largest truncation about" in repr(density.estimate(x, nfe=16))
 
 
 def in_words(name, value, stderr):

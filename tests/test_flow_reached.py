@@ -52,7 +52,8 @@ def test_the_others_keep_their_numbers_and_each_says_what_it_reached(dtype, few_
     assert message == (
         "error=0.01 nats is not reached with 128 steps by 3 of 5 samples, sample 2 the first: "
         f"up to {worst:.2g} nats are left by their discretization; 1 do not settle, and their log_prob is NaN; "
-        "fit the density to data, or give a larger error or float64 data"
+        "give a larger error or float64 data, fit the density to data if it is not, or take method='midpoint' with "
+        "more steps"
     )
     assert float(found.discretization[4]) == math.inf
     alone = evaluate(x[:2], BENT[:2], error=0.01)
@@ -159,7 +160,7 @@ def test_the_result_is_one_readable_line(few_steps):
     text = repr(found)
     assert text.startswith(f"FlowLogProb(2 samples, log_prob {float(found.log_prob.mean()):.4g} +- ")
     assert f"stderr {float(found.stderr.mean()):.2g} a sample" in text
-    assert f"discretization at most about {float(found.discretization.max()):.2g}" in text
+    assert f"largest discretization about {float(found.discretization.max()):.2g}" in text
     assert "\n" not in text
     with pytest.warns(UserWarning, match="is not reached"):
         found = evaluate(X, BENT)
@@ -168,5 +169,5 @@ def test_the_result_is_one_readable_line(few_steps):
     gaussian = Target(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
     one = fs.ScoreDensity(ExactNet(gaussian, WIDE), WIDE)
     assert repr(fs.probability_flow_log_prob(one, torch.zeros(1, 2), method="midpoint")).startswith(
-        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations a sample, truncation at most about "
+        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations a sample, largest truncation about "
     )

@@ -64,6 +64,8 @@ def _check(density: ScoreDensity, twin: ScoreDensity, samples: Samples) -> None:
             as_fraction, half = (_answer(twin, rows, x_t, float(k)) for k in (i, i + 0.5))
         except ValueError as problem:
             raise ValueError(_refusal(density, str(problem))) from problem
+        if not bool(torch.isfinite(before).all()):
+            raise ValueError(f"the network returned NaN or inf at t = {i}; check its weights and the scale of the data")
         if not bool((as_fraction - before).norm() <= rounding * before.norm()):
             raise ValueError(_refusal(density, f"it answers otherwise to t = {i}.0 than to the integer {i}"))
         off += float((half - (before + after) / 2).square().sum())

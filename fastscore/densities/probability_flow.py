@@ -75,7 +75,7 @@ class FlowLogProb(NamedTuple):
         for name in ("discretization", "truncation"):
             value = getattr(self, name)[known]
             if bool(value.isfinite().any()):
-                parts.append(f"{name} at most about {float(value[value.isfinite()].max()):.2g}")
+                parts.append(f"largest {name} about {float(value[value.isfinite()].max()):.2g}")
         return f"FlowLogProb({', '.join(parts)})"
 
 
@@ -186,8 +186,8 @@ def _warn_of_what_is_missing(found: FlowLogProb, error: float | None) -> None:
     if int(none.sum()):
         said.append(f"{int(none.sum())} do not settle, and their log_prob is NaN")
     warn(
-        f"error={error:g} nats is not reached with {MAX_STEPS} steps by {of_them}: {'; '.join(said)}; fit the density "
-        "to data, or give a larger error or float64 data"
+        f"error={error:g} nats is not reached with {MAX_STEPS} steps by {of_them}: {'; '.join(said)}; give a larger "
+        "error or float64 data, fit the density to data if it is not, or take method='midpoint' with more steps"
     )
 
 

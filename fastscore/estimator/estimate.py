@@ -149,7 +149,7 @@ class Estimate:
             f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
             f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} a sample, "
             f"{nfe:.0f} evaluations a sample, "
-            f"truncation at most about {self.truncation:.2g})"
+            f"largest truncation about {self.truncation:.2g})"
         )
 
 

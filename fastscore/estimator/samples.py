@@ -77,8 +77,10 @@ def check_batch(x: Tensor) -> None:
             "sizes with torch.nn.utils.rnn.pad_sequence and mask="
         )
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; a single sample is x[None]")
+        got, remedy = (tuple(x.shape), "a single sample is x[None]") if isinstance(x, Tensor) else (
+            type(x).__name__, "torch.as_tensor(x) makes one of an array"
+        )  # fmt: skip
+        raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; {remedy}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.Levels)")
     if x.is_meta:

@@ -72,7 +72,7 @@ def _checked(seed: int) -> int:
     """Return a seed; raise ValueError for one that is no integer of 64 bits, since the key has no more."""
     seed = whole("seed", seed)
     if not -(1 << 63) <= seed < 1 << 64:
-        raise ValueError(f"seed must be an integer of 64 bits, got {seed}; hash it")
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed}; give it modulo 2**64")
     return seed
 
 
