@@ -15,6 +15,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.integrand import cost_of_row
+from fastscore.ops import activations
 from fastscore.ops.instructions import Add, Affine, Linear, Norm, Save
 from fastscore.process.conditions import Conditions
 from fastscore.process.network import predict
@@ -243,7 +244,8 @@ def test_answers_that_are_roundings_have_no_program_and_no_error():
 
 
 def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
-    monkeypatch.setitem(fs.ops.interpreter._ACT_IN_PLACE, "selu", torch.relu_)
+    wrong = activations.Activation(torch.relu, torch.relu_)
+    monkeypatch.setitem(activations.ACTIVATIONS, "selu", wrong)
     with pytest.raises(ProgramMismatch, match=r"first in layer 'net\.1'"):
         RowProgram.trace(nets.TorchCFM(), (2,), torch.linspace(0.1, 0.9, 4))
 

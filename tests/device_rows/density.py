@@ -171,7 +171,7 @@ def fit_to_the_hosts_data_under_what_all_share(on, name):
 
 @row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
      "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
-     "ScoreDensity.core", "ScoreDensity.to_network")  # fmt: skip
+     "ScoreDensity.core", "ScoreDensity.to_network", "ScoreDensity.wanted")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
     samples, plan, _ = made.prepare(on(X), NFE, 0, None, None, {})
