@@ -341,10 +341,10 @@ def test_the_mode():
     net, shape, own, _ = make("MAR, a condition a token")
     cond = Conditions.of(own(4), 4)
     times = lambda: torch.linspace(0.1, 0.9, 4)  # noqa: E731
-    assert Programs(True).find(net, shape, torch.float32, CPU, cond, times, None) is not None
-    assert Programs(False).find(net, shape, torch.float32, CPU, cond, times, None) is None
+    assert Programs(True).find(net, shape, torch.float32, CPU, cond, times, torch.float32) is not None
+    assert Programs(False).find(net, shape, torch.float32, CPU, cond, times, torch.float32) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Programs("auto").find(net, shape, torch.float32, CPU, cond, times, None) is None
+        assert Programs("auto").find(net, shape, torch.float32, CPU, cond, times, torch.float32) is None
 
 
 def test_half_precision_and_integer_time():

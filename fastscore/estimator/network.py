@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..process.network import time_dtype_of
 from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
 from .samples import Samples
@@ -35,5 +36,6 @@ class Network:
             log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
             return self.schedule.time(log_snr)
 
-        data = self.model, samples.shape, samples.x.dtype, samples.device
-        return tuple(self.programs.find(*data, cond, times, self.time_dtype) for cond in samples.conds)
+        data, dtype = (self.model, samples.shape, samples.x.dtype, samples.device), samples.x.dtype
+        time_dtype = time_dtype_of(self.schedule, dtype, self.time_dtype)
+        return tuple(self.programs.find(*data, cond, times, time_dtype) for cond in samples.conds)

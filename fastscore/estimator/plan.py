@@ -94,6 +94,7 @@ class Plan:
         self._rows: dict[tuple[int, range], Rows] = {}
         self._points: dict[range, Tensor] = {}
         self._layout: Layout | None = None
+        self._log_snr: tuple[Layout, Tensor] | None = None
 
     def run(
         self, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference, check: bool = True
@@ -122,7 +123,7 @@ class Plan:
         if self.nbytes() > self.chunks.kept:
             for kept in (self._rules, self._rows, self._points):
                 kept.clear()
-            self._layout = self._joint = None
+            self._layout = self._joint = self._log_snr = None
             self.draws.rules.forget()
 
     def _parts(self, layout: Layout, call: _Call) -> Iterator[Part]:
@@ -154,9 +155,11 @@ class Plan:
 
     def log_snr(self, samples: Samples) -> Tensor:
         """Return the log-SNR of every draw, averaged over some samples."""
-        groups = self.layout(samples).cuts
-        parts = (len(cut.here) * self.draws.rules.of(cut.group).log_snr for cut in groups)
-        return sum(parts) / len(samples)
+        layout, found = self.layout(samples), self._log_snr
+        if found is None or found[0] is not layout:
+            parts = (len(cut.here) * self.draws.rules.of(cut.group).log_snr for cut in layout.cuts)
+            found = self._log_snr = layout, sum(parts) / len(samples)
+        return found[1]
 
     def copy(self, samples: Samples) -> Plan:
         """Return the same plan for some samples, with memory of its own that stays where it is."""
@@ -170,7 +173,7 @@ class Plan:
         for dtype in {own.dtype for own, _ in pairs}:
             own, given = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
             torch._foreach_copy_(own, given)
-        self.draws = other.draws
+        self.draws, self._log_snr = other.draws, None
 
     def nbytes(self) -> int:
         """Return the bytes of all that is kept."""

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .samples import Samples, deferred
 KEPT = 8
 GRAPHS = 32  # shares of the memory that all graphs of a density may keep: a quarter
 ONE_CAPTURE = threading.Lock()  # what a second thread warms up meanwhile would have to wait for the first
+_KIND = attrgetter("shape", "dtype")
 FIRST = "it was called for the first time"
 
 
@@ -165,8 +167,9 @@ def depends_on(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
         samples.index.numpy().tobytes(),
         plan.layout(samples).stack is None,
         tuple(map(id, estimator.programs)),
-        tuple(map(_where, read)),
-        tuple((_where(q), None if q.is_inference() else q._version) for q in estimator.reference.tensors()),
+        _where(read),
+        _where(own := estimator.reference.tensors()),
+        tuple(None if q.is_inference() else q._version for q in own),
         conditions,
         torch.are_deterministic_algorithms_enabled(),
         of_matrix_products(),
@@ -177,10 +180,10 @@ def _nobody(count: int) -> None:
     """Hear of a chunk's samples, for a call that shows no progress."""
 
 
-def _where(tensor: Tensor) -> Hashable:
-    """Return what a graph has of a tensor that it reads: where and how it lies; of a number on the host, its value."""
-    place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-    return place if tensor.is_cuda else (*place, str(tensor.tolist()))
+def _where(read: list[Tensor]) -> Hashable:
+    """Return what a graph has of tensors that it reads: where and how they lie; of a number on the host, its value."""
+    places = tuple(map(Tensor.data_ptr, read)), tuple(map(Tensor.stride, read))
+    return *places, tuple(map(_KIND, read)), tuple(str(tensor.tolist()) for tensor in read if not tensor.is_cuda)
 
 
 def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str:

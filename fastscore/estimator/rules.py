@@ -157,6 +157,8 @@ class Rules:
 
     def hold(self) -> bool:
         """Return whether the schedule still says of all draws what these rules were made of."""
+        if self._settings is not None and self._settings == self.schedule.settings():
+            return True
         (before, *told), (now, *telling) = self._told, self._ask()
         return before == now and all(map(torch.equal, told, telling))
 
@@ -184,7 +186,7 @@ class Rules:
 
     def _ask_everywhere(self) -> None:
         self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
-        self._told = self._ask()
+        self._told, self._settings = self._ask(), self.schedule.settings()
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""

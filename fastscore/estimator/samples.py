@@ -116,11 +116,11 @@ def check_samples(
 
 def refuse_not_finite(x: Tensor) -> None:
     """Raise ValueError if rows have NaN or inf; this waits for the device."""
-    bad = (~torch.isfinite(x)).any(1).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them"
-        )
+    finite = torch.isfinite(x)
+    if bool(finite.all()):
+        return
+    bad = (~finite).any(1).nonzero()
+    raise ValueError(f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them")
 
 
 def deferred(device: torch.device) -> bool:

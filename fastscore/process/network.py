@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..support.host import layout_of
+from ..support.untouched import layers_of
 from ..support.warn import warn
 from .conditions import Conditions
+from .schedules import Schedule
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
@@ -32,14 +34,15 @@ def warn_if_training(model: nn.Module) -> None:
     """Warn, once a network, where train mode makes every answer random: dropout or batch norm in train mode."""
     if model in _WARNED:
         return
-    for name, layer in model.named_modules():
-        if isinstance(layer, _NOISY_LAYERS) and layer.training and getattr(layer, "p", 1) > 0:
-            _WARNED.add(model)
-            warn(
-                f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density "
-                "random; call model.eval() first"
-            )
-            return
+    noisy = (layer for layer in layers_of(model) if isinstance(layer, _NOISY_LAYERS) and layer.training)
+    layer = next((layer for layer in noisy if getattr(layer, "p", 1) > 0), None)
+    if layer is not None:
+        name = next(name for name, each in model.named_modules() if each is layer)
+        _WARNED.add(model)
+        warn(
+            f"the network is in train mode and its layer {name!r} ({type(layer).__name__}) makes the density random; "
+            "call model.eval() first"
+        )
 
 
 def predict(
@@ -111,6 +114,11 @@ def _refuse_without_graph(model: nn.Module, passed: Tensor, time: Tensor, given:
 def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) -> Tensor:
     """Return times as the network gets them: in `time_dtype`, or int64 for a table and the dtype of x_t else."""
     return time.to(time_dtype or (dtype if time.is_floating_point() else time.dtype))
+
+
+def time_dtype_of(schedule: Schedule | None, dtype: torch.dtype, time_dtype: torch.dtype | None) -> torch.dtype:
+    """Return what `cast_time` makes of a schedule's times, without any."""
+    return time_dtype or (torch.int64 if schedule is not None and schedule.discrete else dtype)
 
 
 def read_output(output: object, passed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram,
 from ..ops.select import runnable
 from ..ops.task import Task
 from ..process.conditions import Conditions, takes_conditions
-from ..process.network import cast_time, model_dtype
+from ..process.network import model_dtype, time_dtype_of
 from ..process.schedules import Schedule
 from ..support.structure import flatten
 from .chain import Core
@@ -48,8 +48,9 @@ def explain(
     span = (0.1, 0.9) if schedule is None else schedule.log_snr_range
     points = torch.linspace(*span, EXAMPLE_TIMES, dtype=torch.float64, device="cpu")
     time = points if schedule is None else schedule.time(points)
+    time_dtype = time_dtype_of(schedule, dtype, None)
     try:
-        program = Programs(True).find(model, tuple(shape), dtype, device, conditions, lambda: time, None)
+        program = Programs(True).find(model, tuple(shape), dtype, device, conditions, lambda: time, time_dtype)
     except NoProgram as reason:
         return f"no row program: {reason}"
     lines = [_line(program, instruction, core) for instruction, core in zip(program.code, program.matched.cores)]
@@ -58,7 +59,7 @@ def explain(
     text += [f"{left:<{width}}  {right}".rstrip() for left, right in lines]
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
-    time = cast_time(time.to(device), dtype, None)
+    time = time.to(device, time_dtype)
     return "\n".join([*text, _kernel(program, time, conditions.shared, math.prod(shape))])
 
 

@@ -36,6 +36,7 @@ class Hoisted:
 
     def __init__(self, traced: Traced, outputs: list[fx.Node]):
         self.leaves, self.outputs = traced.leaves, outputs
+        self._held: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {}
         needed, waiting = set(), list(outputs)
         while waiting:
             node = waiting.pop()
@@ -78,7 +79,7 @@ class Hoisted:
         """Return the values that depend on parameters, shared conditions and the times (R,) of the draws."""
         values = Values({0: 1, TIME: len(time)})
         sources = {"time": lambda _: time, "shared": lambda name: shared[name]}
-        sources |= {"constant": lambda value: value, "state": lambda name: state(model, name)}
+        sources |= {"constant": lambda value: value, "state": lambda name: self.state(model, name)}
         for level in (0, TIME):
             self._evaluate(level, values, sources)
         return values
@@ -92,6 +93,15 @@ class Hoisted:
         for level in (SAMPLE, BOTH):
             self._evaluate(level, values, {"sample": lambda name: own[name]})
         return values
+
+    def state(self, model: nn.Module, name: str) -> Tensor:
+        """Return the parameter or buffer that a network has now under a name; its layers are those of the trace."""
+        found = self._held.get(name)
+        if found is None or found[0] is not model:
+            *layers, last = name.split(".")
+            owner = model.get_submodule(".".join(layers))
+            found = self._held[name] = model, owner._parameters if last in owner._parameters else owner._buffers, last
+        return found[1][found[2]]
 
     def value(self, values: Values, node: fx.Node) -> Tensor:
         """Return an output, on the rows of its own level."""
@@ -156,10 +166,3 @@ def _spread(value: Tensor, level: int, draws: int, batch: int) -> Tensor:
     if level == TIME:
         return value.expand(batch, *value.shape).flatten(0, 1)
     return value[:, None].expand(batch, draws, *value.shape[1:]).flatten(0, 1)
-
-
-def state(model: nn.Module, name: str) -> Tensor:
-    """Return the parameter or buffer that a network has now under a name."""
-    for part in name.split("."):
-        model = getattr(model, part)
-    return model

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from ..ops.instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from ..ops.interpreter import run
 from ..process.conditions import Conditions
-from ..process.network import cast_time, model_dtype
+from ..process.network import model_dtype
 from ..support.structure import is_plain
-from ..support.untouched import uncompiled
+from ..support.untouched import layers_of, uncompiled
 from .chain import Matched
 from .code_reader import watch_code, watch_global_hooks
-from .hoisting import BOTH, Hoisted, Values, state
+from .hoisting import BOTH, Hoisted, Values
 from .matching import match
 from .module_state import restored
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
@@ -134,7 +134,8 @@ class RowProgram:
 
     def reads(self) -> list[Tensor]:
         """Return the parameters and buffers that the program reads, as the network has them now."""
-        return [state(self.model, name) for kind, name in self.hoisted.leaves.values() if kind == "state"]
+        leaves = self.hoisted.leaves.values()
+        return [self.hoisted.state(self.model, name) for kind, name in leaves if kind == "state"]
 
     def at(self, time: Tensor, shared: dict[str, object] | None = None) -> Timed:
         """Evaluate what depends on parameters, the times (R,) and shared conditions; differentiable."""
@@ -257,7 +258,7 @@ class Programs:
         device: torch.device,
         cond: Conditions,
         times: Callable[[], Tensor],
-        time_dtype: torch.dtype | None,
+        time_dtype: torch.dtype,
     ) -> RowProgram | None:
         """Return the network's program, or None.
 
@@ -265,7 +266,8 @@ class Programs:
             dtype: of the sums; the network gets x_t in the dtype of its parameters.
             device: of the data.
             cond: conditions of a batch.
-            times: gives four times of the schedule, on the CPU, since most calls need nothing but their dtype.
+            times: gives four times of the schedule, on the CPU, for a trace.
+            time_dtype: as the network gets them.
 
         Raises:
             NoProgram: in mode True, with the reason.
@@ -274,10 +276,9 @@ class Programs:
         if self.mode is False:
             return None
         try:
-            time = cast_time(times(), dtype, time_dtype)
             if torch.is_autocast_enabled(device.type):
                 raise NoProgram("autocast chooses dtypes layer by layer")
-            found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, time)
+            found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, times, time_dtype)
             if found.program is None:
                 raise NoProgram(found.reason)
             if self.mode == "auto" and not found.program.pays:
@@ -288,9 +289,9 @@ class Programs:
             return None
         return found.program
 
-    def _look_up(self, model, shape, dtype, device, cond, time):
-        training = tuple(module.training for module in model.modules())
-        where = (time.dtype, device, torch.is_grad_enabled(), torch.get_default_dtype())
+    def _look_up(self, model, shape, dtype, device, cond, times, time_dtype):
+        training = tuple(layer.training for layer in layers_of(model))
+        where = (time_dtype, device, torch.is_grad_enabled(), torch.get_default_dtype())
         key = (id(model), shape, dtype, where, training, _structure(cond))
         found = self._found.get(key)
         if found is not None and not found.changed():
@@ -299,7 +300,7 @@ class Programs:
             found = self._found.get(key)
             stale = found and found.changed()
             if found is None or stale:
-                found = self._trace(model, shape, time.to(device), cond, dtype, found, stale)
+                found = self._trace(model, shape, times().to(device, time_dtype), cond, dtype, found, stale)
                 self._keep(key, found)
         return found
 

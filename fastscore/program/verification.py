@@ -10,7 +10,6 @@ from ..ops.instructions import NoProgram
 from ..ops.interpreter import run
 from ..process.conditions import Conditions
 from ..process.network import read_output
-from .hoisting import state
 from .tracing import layer_of
 
 SIZES = ((2, 3), (5, 4))  # samples, draws
@@ -118,7 +117,7 @@ def _first_difference(program, bound, args, leaves, layers) -> str:
 def _values_of_graph(program, args, leaves):
     sources = {"x": lambda _: args[0], "time": lambda _: args[1], "constant": lambda value: value}
     sources |= dict.fromkeys(("sample", "shared"), leaves.__getitem__)
-    sources["state"] = lambda name: state(program.model, name)
+    sources["state"] = lambda name: program.hoisted.state(program.model, name)
     values = {}
     for node in program.traced.graph.nodes:
         if node.op == "placeholder":

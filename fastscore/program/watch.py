@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from operator import is_
+from functools import cached_property
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from ..support.structure import is_plain
 
 FEW_BYTES = 1 << 12  # of a tensor whose values are compared, in a few microseconds
 _MISSING = object()
+_LOOK = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 class Space(NamedTuple):
@@ -35,7 +38,7 @@ class Space(NamedTuple):
         now = self.now
         if self.size is not None and len(now) != self.size:
             return next((key for key in now if key not in self.keys), next(iter(self.keys), ""))
-        if all(map(is_, map(now.get, self.keys), self.values)):
+        if all(map(is_, map(now.get, self.keys, repeat(_MISSING)), self.values)):
             return None
         for key, value in zip(self.keys, self.values):
             if not _same(now.get(key, _MISSING), value):
@@ -56,6 +59,23 @@ class Tensors(NamedTuple):
             return None
         before = {name: shape for name, *shape in self.shapes}
         return next((name for name, *shape in found if before.get(name) != shape), next(iter(before), ""))
+
+
+class _Dicts:
+    """Whole dicts, whose names and objects are compared in a row: half a microsecond each."""
+
+    def __init__(self, spaces: list[Space]):
+        self.now, self.sizes = [s.now for s in spaces], [s.size for s in spaces]
+        self.keys, self.values = ([*chain(*each)] for each in ((s.keys for s in spaces), (s.values for s in spaces)))
+
+    def changed(self) -> bool:
+        """Return whether another object is anywhere, which may still be equal."""
+        now = self.now
+        try:
+            same = list(map(len, now)) == self.sizes and all(map(is_, chain.from_iterable(now), self.keys))
+            return not (same and all(map(is_, chain.from_iterable(map(dict.values, now)), self.values)))
+        except RuntimeError:  # another thread adds a name meanwhile
+            return True
 
 
 class Watch:
@@ -79,6 +99,7 @@ class Watch:
             return
         keys = tuple(now if keys is None else keys)
         values = tuple(now.get(key, _MISSING) for key in keys)
+        self.__dict__.pop("_spaces", None)
         self.spaces.append(Space(place, now, keys, values, len(now) if whole else None))
         if copy and isinstance(now, MutableMapping):
             self._copies.append((now, dict(now)))
@@ -123,11 +144,20 @@ class Watch:
         """Clear the cache of a function, when things are put back, if it has kept more since."""
         self._caches.append((function, function.cache_info().misses))
 
+    @cached_property
+    def _spaces(self) -> tuple[_Dicts, list[Space]]:
+        """The spaces that are compared in a row, and the others."""
+        parts: tuple[list[Space], list[Space]] = [], []
+        for space in self.spaces:
+            parts[not (type(space.now) is dict and space.size == len(space.keys))].append(space)
+        return _Dicts(parts[0]), parts[1]
+
     def changed(self) -> tuple[str, object] | None:
         """Return where something has changed, and what; None if all is as it was."""
         if any(self._hollow):
             return "a layer", "hooks"
-        for entry in (*self.spaces, *self.tensors):
+        whole, others = self._spaces
+        for entry in (*(self.spaces if whole.changed() else others), *self.tensors):
             name = entry.changed()
             if name is not None:
                 return entry.place, name
@@ -162,7 +192,7 @@ def _bytes_in(tensor: Tensor) -> bytes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
-    return tuple((name, v.shape, v.dtype, v.device, v.requires_grad) for name, v in tensors.items() if v is not None)
+    return tuple((name, *_LOOK(v)) for name, v in tensors.items() if v is not None)
 
 
 def _same(a: object, b: object) -> bool:

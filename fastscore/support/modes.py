@@ -38,8 +38,10 @@ def ordinary(call: Callable) -> Callable:
             )
         gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            args, kwargs = tree_map(_own, (args, kwargs))
-            _refuse_tangents(call.__name__, tree_leaves((args, kwargs)))
+            given = tree_leaves((args, kwargs))
+            _refuse_tangents(call.__name__, given)
+            if any(isinstance(value, Tensor) and value.is_inference() for value in given):
+                args, kwargs = tree_map(_own, (args, kwargs))
             return call(*args, **kwargs)
 
     @wraps(call)
