@@ -117,12 +117,6 @@ class EndTable(NamedTuple):
         mean, spread, at = (torch.stack(each) for each in zip(*tables))
         return cls(mean, spread, at[:, None])
 
-    def on(self, device: torch.device) -> EndTable:
-        """Return the table on a device."""
-        block = torch.cat([tensor.flatten() for tensor in self]).to(device)  # one copy
-        parts = block.split([tensor.numel() for tensor in self])
-        return EndTable(*(part.view(tensor.shape) for part, tensor in zip(parts, self)))
-
 
 def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:
     """Return what `truncation` needs of each sample: float64, (B, 2, 7) or (G, m, 2, 7), the noisy end first.

@@ -8,6 +8,7 @@ that it lacks, and is not looked at.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from .curve import EndTable
 from .rules import Rule
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """Where the samples of several groups are in a block: of every entry the row of f, (G, m), and back, (b,)."""
 
     place: Tensor

@@ -22,59 +22,24 @@ import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
-from ..support.memory import RULE_BYTES, Chunks, even
+from ..support.host import together
+from ..support.memory import RULE_BYTES, Chunks
 from .curve import EndTable
 from .integrand import check_finite, chunk_values
+from .layout import Cut, Groups, Layout
 from .network import Network
-from .part import Part, Stack
+from .part import Part
 from .rows import Draws, Rows, with_programs
 from .rules import GROUPS, Rule
 from .samples import Samples
 
 KEY_WORDS = 1 << 14  # words of sample keys to make at once: few, larger calls to Philox
-
-
-class Cut(NamedTuple):
-    """How the samples of one group are cut: which they are, how many at once, and which draws at once.
-
-    Their numbers are on the device (`here`) and once more on the CPU (`members`), where None stands for all samples.
-    """
-
-    group: int
-    members: Tensor | None
-    here: Tensor
-    at_once: int
-    spans: tuple[range, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a plan makes of the indices of some samples: groups in their order, and keys, where they are kept.
-
-    Where all groups together are one chunk, `stack` says how they are one block, and `members` which samples it has.
-    """
-
-    index: Tensor
-    cuts: list[Cut]
-    keys: Tensor | None
-    members: Tensor
-    stack: Stack | None
-
-    def tensors(self) -> list[Tensor]:
-        """Return all that is kept."""
-        found = [self.index, self.keys, self.members]
-        for cut in self.cuts:
-            found += [cut.members, cut.here]
-        if self.stack is not None:
-            found += [self.stack.place, self.stack.back]
-        return [tensor for tensor in found if tensor is not None]
 
 
 class Plan:
@@ -85,14 +50,18 @@ class Plan:
         draws: where, and with which noise.
         chunks: how much at once, and how much may be kept between two calls.
         family: what all but the seed comes from.
+        like: a plan of the same family, from which is taken what another seed does not change.
     """
 
-    def __init__(self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None):
+    def __init__(
+        self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None, like: Plan | None = None
+    ):
         self.network, self.draws, self.chunks, self.family = network, draws, chunks, family
         self._rules: dict[int, tuple[Rule, EndTable]] = {}
         self._joint: tuple[Layout, Rule, EndTable] | None = None
         self._rows: dict[tuple[int, range], Rows] = {}
-        self._points: dict[range, Tensor] = {}
+        self._points: dict[range, Tensor] = dict(like._points) if like and draws.noise == "sobol" else {}
+        self._groups = like._groups if like else None
         self._layout: Layout | None = None
         self._log_snr: tuple[Layout, Tensor] | None = None
 
@@ -119,11 +88,11 @@ class Plan:
             yield from parts
         else:
             f = torch.cat([part.f for part in parts])
-            yield Part(layout.members, f, *self._stacked(layout, samples.device), layout.stack)
+            yield Part(layout.groups.everyone, f, *self._stacked(layout, samples.device), layout.stack)
         if self.nbytes() > self.chunks.kept:
             for kept in (self._rules, self._rows, self._points):
                 kept.clear()
-            self._layout = self._joint = self._log_snr = None
+            self._groups = self._layout = self._joint = self._log_snr = None
             self.draws.rules.forget()
 
     def _parts(self, layout: Layout, call: _Call) -> Iterator[Part]:
@@ -137,20 +106,17 @@ class Plan:
     def layout(self, samples: Samples) -> Layout:
         """Return how these samples are cut."""
         layout = self._layout
-        if layout is None or not torch.equal(layout.index, samples.index):
-            group = samples.group
-            members = {number: (group == number).nonzero().flatten() for number in group.unique().tolist()}
-            rules = self.draws.rules.made_of(members)
-            cuts = [self._cut(number, rule, own, samples) for (number, own), rule in zip(members.items(), rules)]
-            keys = None
+        if layout is None or not torch.equal(layout.groups.index, samples.index):
+            groups = self._groups
+            if groups is None or not groups.are_of(samples):
+                self._groups = groups = Groups.of(samples)
+            cuts = groups.cuts(self.draws.rules.made_of(groups.members), len(self.draws), self.chunks)
+            keys, sizes = None, groups.sizes
             if 8 * samples.x.numel() <= self.chunks.kept:
-                keys = self.draws.keys(samples.index.to(samples.device), samples.x.shape[1])
-            stack, sizes = None, [len(cut.here) for cut in cuts]
+                keys = self.draws.keys(groups.index_here, samples.x.shape[1])
             whole = all(len(cut.spans) == 1 and cut.at_once == len(cut.here) for cut in cuts)
-            if len(cuts) > 1 and whole and len(cuts) * max(sizes) * self.draws.rules.nfe <= self.chunks.rows:
-                stack = Stack.of(sizes, samples.device)
-            everyone = torch.cat([cut.here for cut in cuts])
-            self._layout = layout = Layout(samples.index, cuts, keys, everyone, stack)
+            stacked = len(cuts) > 1 and whole and len(cuts) * max(sizes) * self.draws.rules.nfe <= self.chunks.rows
+            self._layout = layout = Layout(groups, cuts, keys, groups.stack if stacked else None)
         return layout
 
     def log_snr(self, samples: Samples) -> Tensor:
@@ -170,9 +136,9 @@ class Plan:
     def copy_(self, other: Plan, samples: Samples) -> None:
         """Take the tables of another seed for the same samples."""
         pairs = list(zip(self._tensors(samples), other._tensors(samples), strict=True))
-        for dtype in {own.dtype for own, _ in pairs}:
-            own, given = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
-            torch._foreach_copy_(own, given)
+        for size, word in ((4, torch.int32), (8, torch.int64)):  # whatever the numbers are: few launches
+            same = [(own.view(word), given.view(word)) for own, given in pairs if own.itemsize == size]
+            torch._foreach_copy_(*zip(*same))
         self.draws, self._log_snr = other.draws, None
 
     def nbytes(self) -> int:
@@ -191,7 +157,7 @@ class Plan:
         """Return everything that another seed changes, in the order of groups and draws, made where it is missing."""
         layout, device, keys = self.layout(samples), samples.device, self.layout(samples).keys
         if keys is None:  # they are more than this plan may keep
-            keys = self.draws.keys(samples.index.to(device), samples.x.shape[1])
+            keys = self.draws.keys(layout.groups.index_here, samples.x.shape[1])
         found = [keys]
         for span in dict.fromkeys(span for cut in layout.cuts for span in cut.spans):
             for rows in self._rows_of([cut.group for cut in layout.cuts], span, samples.x).values():
@@ -211,22 +177,12 @@ class Plan:
         if joint is None or joint[0] is not layout:
             rules, ends = zip(*(self._on_host(cut.group) for cut in layout.cuts))
             rule, ends = Rule.stacked(rules, [len(cut.here) for cut in layout.cuts]), EndTable.stacked(ends)
-            self._joint = joint = layout, rule.on(device), ends.on(device)
+            self._joint = joint = layout, *_on(rule, ends, device)
         return joint[1:]
 
     def _on_host(self, group: int) -> tuple[Rule, EndTable]:
         rule = self.draws.rules.of(group)
         return rule, EndTable.of(rule.log_snr, self.network.log_snr_range)
-
-    def _cut(self, number: int, rule: Rule, members: Tensor, samples: Samples) -> Cut:
-        draws, chunks = len(self.draws), self.chunks
-        evaluations = max(1, rule.nfe)
-        at_once = even(len(members), max(1 if chunks.groups else chunks.samples, chunks.rows // evaluations))
-        rows_per_draw = 1 + int(rule.paired.any())
-        span = draws if chunks.rows >= at_once * evaluations else max(1, chunks.rows // (at_once * rows_per_draw))
-        spans = tuple(range(start, min(start + span, draws)) for start in range(0, draws, span))
-        here = members.to(samples.device)
-        return Cut(number, None if len(members) == len(samples) else members, here, at_once, spans)
 
     def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
         own = call.samples
@@ -284,10 +240,15 @@ class Plan:
         found = self._rules.get(group)
         if found is None:
             rule, ends = self._on_host(group)
-            found = rule.on(device), ends.on(device)
+            found = _on(rule, ends, device)
             if RULE_BYTES * len(self.draws) * GROUPS <= self.chunks.kept:
                 self._rules[group] = found
         return found
+
+
+def _on(rule: Rule, ends: EndTable, device: torch.device) -> tuple[Rule, EndTable]:
+    *numbers, mean, spread, at = together([*rule.tensors(), *ends], device)
+    return rule.with_tensors(numbers), EndTable(mean, spread, at)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ class Planner:
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
-            plan = Plan(network, draws, self.chunks(network, samples, programs, reference, wanted, most), family)
+            chunks = self.chunks(network, samples, programs, reference, wanted, most)
+            like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
+            plan = Plan(network, draws, chunks, family, like)
         if not (plan.draws.rules.learned and torch.is_grad_enabled()):
             self._keep(key, plan)
         return plan

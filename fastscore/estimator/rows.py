@@ -17,6 +17,7 @@ from ..ops.select import runnable
 from ..process.network import cast_time
 from ..process.predictions import coefficients
 from ..program.row_program import RowProgram, Timed
+from ..support.host import together
 from .network import Network
 from .rules import FixedRules, Rule, Rules
 from .samples import Samples
@@ -116,8 +117,9 @@ class Rows:
         numbers = torch.stack([*schedule.alpha_sigma(time), *coefficients(network.predicts, schedule, time)])[:, every]
         share = (1 / (1 + rules[0].paired[part].to(torch.float64)))[draw]
         own = torch.stack([torch.where(twin, -1.0, 1.0).double(), share]).repeat(1, groups)
-        exact = torch.cat([numbers, own]).to(device)  # one copy to the device for everything that is a number
-        rounded, here, times = exact.to(x), draw.to(device), time[every].to(device)
+        time = time if time.dtype == torch.int64 else time.double()
+        exact, here, times = together([torch.cat([numbers, own]), draw, time[every]], device)
+        rounded = exact.to(x)
         return [
             cls(
                 draws=len(span),

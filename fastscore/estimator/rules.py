@@ -89,14 +89,10 @@ class Rule:
         """Network evaluations per sample."""
         return len(self.paired) + int(self.paired.sum())
 
-    def on(self, device: torch.device) -> Rule:
-        """Return the rule with all that is multiplied with f on a device; where the draws are stays on the CPU."""
-        if device.type == "cpu":
-            return self
-        block = torch.cat([tensor.flatten() for tensor in self.tensors()]).to(device)  # one copy
-        parts = block.split([tensor.numel() for tensor in self.tensors()])
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Rule:
+        """Return the rule with other `tensors`, in their order; where the draws are stays on the CPU."""
         names = "weight", "density_weight", "curve", "remainder", "density_remainder"
-        return replace(self, **{k: v.reshape(o.shape) for k, v, o in zip(names, parts, self.tensors())})
+        return replace(self, **dict(zip(names, tensors)))
 
     @classmethod
     def stacked(cls, rules: Sequence[Rule], sizes: Sequence[int]) -> Rule:

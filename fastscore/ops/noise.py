@@ -84,7 +84,7 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
     makes the same words in one launch.
     """
     seed, streams = _checked(seed), stream if isinstance(stream, range) else range(stream, stream + 1)
-    if index.is_cuda and "triton" in runnable(index.device, torch.float32):
+    if _by_kernel(index.device):
         found = implementation("triton").words(seed, index, draw, streams, d)
     else:
         group = torch.arange((d + 3) // 4, device=index.device)
@@ -96,6 +96,10 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
     return found if isinstance(stream, range) else found[:, 0]
 
 
+def _by_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and "triton" in runnable(device, torch.float32)
+
+
 def unit(seed: int, draw: int, stream: int) -> float:
     """Return one number in [0, 1) for a seed, without any tensor."""
     seed = _checked(seed)
@@ -105,15 +109,19 @@ def unit(seed: int, draw: int, stream: int) -> float:
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
     """Return each sample's own words (Q, M), int32, shape (B, 2, d); `round_` renews them for further estimates."""
 
-    def block(index: Tensor) -> Tensor:
+    both = range(STREAM_SHIFT, STREAM_MULTIPLIER + 1)
+    if _by_kernel(sample_index.device):
+        kept = 0 if kind == "sobol" else _MASK
+        return implementation("triton").keys(_checked(seed), sample_index, round_, both, d, kept)
+    found, start = torch.empty(len(sample_index), 2, d, dtype=torch.int32, device=sample_index.device), 0
+    for index in _blocks(sample_index, d):
+        own, start = found[start : start + len(index)], start + len(index)
         if kind == "sobol":
-            shift = words(seed, index, round_, STREAM_SHIFT, d)
-            return torch.stack([shift, torch.ones_like(shift)], 1)
-        both = words(seed, index, round_, range(STREAM_SHIFT, STREAM_MULTIPLIER + 1), d)
-        both[:, 1] |= 1  # odd
-        return both
-
-    return torch.cat([block(part) for part in _blocks(sample_index, d)])
+            own[:, 0], own[:, 1] = words(seed, index, round_, STREAM_SHIFT, d), 1
+        else:
+            own.copy_(words(seed, index, round_, both, d))
+            own[:, 1] |= 1  # odd
+    return found
 
 
 def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch.device, round_: int = 0) -> Tensor:
@@ -128,7 +136,8 @@ def points(kind: str, seed: int, draws: range, total: int, d: int, device: torch
     if kind == "sobol":
         return _sobol(total, d)[draws.start : draws.stop].to(device)
     blocks = _blocks(torch.arange(draws.start, draws.stop, device=device), d)
-    return torch.cat([words(seed, block, round_, STREAM_POINT, d) for block in blocks])
+    found = [words(seed, block, round_, STREAM_POINT, d) for block in blocks]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:

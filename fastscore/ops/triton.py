@@ -29,6 +29,11 @@ def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor
     return words_kernel.words(seed, index, draw, streams, d)
 
 
+def keys(seed: int, index: Tensor, draw: int, streams: range, d: int, kept: int) -> Tensor:
+    """Return `fastscore.ops.noise.sample_keys` of a shift and a multiplier, int32, (n, 2, d), bit for bit."""
+    return words_kernel.words(seed, index, draw, streams, d, 1, kept)
+
+
 def perturb(
     x: Tensor,
     keys: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from torch import Tensor
 def as_tensor(value: object) -> Tensor:
     """Return a tensor as it is, wherever it is; numbers and arrays as a tensor on the CPU."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return tensors of the CPU, with numbers of eight bytes, on a device: in one copy, or with their graphs."""
+    if device.type == "cpu" or any(tensor.requires_grad for tensor in tensors):
+        return [tensor.to(device) for tensor in tensors]
+    block = torch.cat([tensor.reshape(-1).view(torch.int64) for tensor in tensors]).to(device)
+    parts = block.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def whole(name: str, value: object) -> int:

@@ -434,3 +434,11 @@ def test_words_are_the_definitions_to_the_bit(seed, d, streams):
     streams = range(2, 2 + streams)
     found = backend.words(seed, index, 9, streams, d)
     assert torch.equal(found.cpu(), noise.words(seed, index.cpu(), 9, streams, d))
+
+
+@pytest.mark.parametrize("kind", ["independent", "sobol"])
+@pytest.mark.parametrize("d", [1, 7, 601])
+def test_keys_of_samples_are_the_definitions_to_the_bit(kind, d):
+    index, streams = torch.tensor([0, 5, 2**32 - 1, 2**40 + 3], device=DEVICE), range(noise.STREAM_MULTIPLIER + 1)
+    found = backend.keys(-3, index, 2, streams, d, 0 if kind == "sobol" else 0xFFFFFFFF)
+    assert torch.equal(found.cpu(), noise.sample_keys(kind, -3, index.cpu(), d, 2))
