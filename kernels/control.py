@@ -158,6 +158,36 @@ def control_fwd_kernel(
     tl.store(f_ptr + i_b * R + i_r, total, mask=i_b < B)
 
 
+@triton.jit
+def diagonal_fwd_kernel(
+    x_ptr, keys_ptr, points_ptr,  # float32 (B, D), int32 (B, 2, D), int32 (R, D)
+    sign_ptr, alpha_ptr, sigma_ptr,  # of each row, float32, float64, float64
+    mean_ptr, variance_ptr, m_stride, v_stride,  # of one Gaussian, float64
+    f_ptr,  # out: float32 (B, R)
+    B, R,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_r = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    sign, alpha, sigma = tl.load(sign_ptr + i_r), tl.load(alpha_ptr + i_r), tl.load(sigma_ptr + i_r)
+    norm = tl.zeros((BLOCK_B,), tl.float32)
+    for c in tl.range(0, D, BLOCK_D):
+        i_d = c + tl.arange(0, BLOCK_D)[None, :]
+        mask = (i_b < B)[:, None] & (i_d < D)
+        mean = tl.load(mean_ptr + i_d * m_stride, mask=i_d < D, other=0.0)
+        signal = alpha * alpha * tl.load(variance_ptr + i_d * v_stride, mask=i_d < D, other=1.0)
+        total = signal + sigma * sigma
+        keep, pull = signal / total, alpha * sigma / total
+        x = tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0)
+        eps = sign * load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D)
+        error = keep.to(tl.float32) * eps - pull.to(tl.float32) * x + (pull * mean).to(tl.float32)
+        error = tl.where(mask, error, 0.0)
+        norm += tl.sum(error * error, 1)
+    tl.store(f_ptr + i_b * R + i_r, norm, mask=i_b < B)
+
+
 def kind_of(components: int, full: bool) -> str:
     """Return the kind of a reference, "none" without components."""
     if components == 0:
@@ -192,12 +222,19 @@ def control(
 ) -> Tensor:
     """Return the squared norm of eps - eps_q of every row, float32, shape (B, R); alpha and sigma in float64."""
     (batch, d), count = x.shape, len(points)
+    f, grid = torch.empty(batch, count, device=x.device), (count, triton.cdiv(batch, BLOCK_B))
+    weight, mean, variance, basis = reference
+    if kind_of(len(weight), basis.numel() > 0) == "diagonal":  # no table of rows is worth a launch
+        strides = int(mean.shape[1] > 1), int(variance.shape[1] > 1)
+        diagonal_fwd_kernel[grid](
+            x, keys, points, sign, alpha, sigma, mean, variance, *strides, f, batch, count,
+            D=d, BLOCK_B=BLOCK_B, BLOCK_D=block_d(d), num_warps=NUM_WARPS,
+        )  # fmt: skip
+        return f
     into = Tables(batch, count)
     kind, q, y = pack_control(reference, x, alpha, sigma, into)
     refs, control = number_references(kind[1:])
     rows, r = torch.stack([sign, alpha, sigma], 1).to(torch.float32), into.matrix("r", x)
-    f = torch.empty(batch, count, device=x.device)
-    grid = (count, triton.cdiv(batch, BLOCK_B))
     control_fwd_kernel[grid](
         x, keys, points, rows, r, q, y, f, batch, count, r.shape[-1], D=d, BLOCK_B=BLOCK_B, BLOCK_D=block_d(d),
         REFS=refs, KIND=kind[0], CONTROL=control, num_warps=NUM_WARPS,

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from counted_kernels import counted_kernels  # noqa: F401
 from pretended_device import CUDA, PretendedDevice
 from test_plan import CHANGES, FIXED, NFE, Net, data
 
@@ -62,6 +63,9 @@ COUNTED = {
 # Launches of a repeated call, at most: the copy of x, the graph, and four copies of what it has found. Another seed
 # takes an index and two kernels for the words, the rounding of the rows' numbers, and two copies more.
 REPEATED, NEW_SEED = 6, 12
+# Beside a network that is no program: noise, residual, control, their difference, the summary and its sum, the times of
+# all rows, and two fills. A mixture's tables of rows and its log-density are some fifty operations more.
+THIN, THIN_MIXTURE = 10, 70
 
 
 def counted(name, fitted):
@@ -129,6 +133,43 @@ def test_a_new_seed_takes_few_launches_more(device, word_kernels, name, fitted):
         assert counts.to_device <= 2  # the numbers of the rows, and of the rules
         assert counts.launches <= NEW_SEED
     assert all(map(torch.equal, values(found), fresh(density, x, seed=6)))
+
+
+class Images(torch.nn.Module):
+    """No row program: what it makes of x and t goes through convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (torch.nn.Conv2d(5, 5, 3, padding=1) for _ in range(2))
+
+    def forward(self, x, t):
+        return self.last(torch.nn.functional.silu(self.first(x) + t[:, None, None, None].to(x)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fitted", [False, True], ids=["", "fitted"])
+@pytest.mark.parametrize(
+    "name", [name for name in COUNTED if name != "flow"]
+)  # a first call asks a flow with a generator of the device
+def test_around_a_network_that_is_no_program_are_few_launches(device, counted_kernels, name, fitted):  # noqa: F811
+    options = dict(COUNTED[name])
+    schedule = options.pop("schedule", fs.VP)()
+    if "reference" in options:
+        options["reference"] = options["reference"]()
+    torch.manual_seed(0)
+    model, x = Images().eval().cuda(), torch.randn(3, 5, 1, 1).cuda()
+    density = fs.ScoreDensity(model, schedule, backend="triton", **options)
+    if fitted:  # with numbers that no kernel has written, what fit finds would be of no use
+        density.nodes.calibration = torch.tensor([[4.0, 8]] + [[0.0, 0]] * 4 + [[1.0, 1]], dtype=torch.float64)
+    for _ in range(2):
+        density.estimate(x, nfe=NFE, progress=False)
+    rows, t = torch.zeros(3 * NFE, 5, 1, 1, device=CUDA), torch.zeros(3 * NFE, device=CUDA)
+    with device.counting() as network, torch.no_grad():
+        model(rows, t)
+    with device.counting() as counts:
+        density.estimate(x, nfe=NFE, progress=False)
+    assert (counts.crossings, counts.waits) == (0, 0)
+    assert counts.launches - network.launches <= (THIN_MIXTURE if "mixture" in name else THIN)
 
 
 @pytest.mark.filterwarnings("ignore")

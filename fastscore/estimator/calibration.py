@@ -84,17 +84,26 @@ def calibrated(spread: Spread, nfe: int, calibration: Tensor) -> Tensor:
         nfe: evaluations a sample. Ratios stay as they are beyond the measured ones.
         calibration: as `calibrate` returns it; without columns the noise is independent.
     """
-    if not calibration.shape[1]:
+    measured = constants(nfe, calibration)
+    if measured is None:
         return torch.stack([spread.widened(), spread.variance])
+    level, ordinary, odd, lo, hi = measured
+    w = _oddness(_log(spread.variance) - level, lo, hi)
+    both = torch.stack([widened(spread.variance, spread.nu), spread.variance])
+    return both * ((1 - w) * ordinary + w * odd).exp()
+
+
+def constants(nfe: int, calibration: Tensor) -> tuple[float, float, float, float, float] | None:
+    """Return typical log v, rho, tau, q_60 and q_95 at a number of evaluations; None where nothing is measured."""
+    if not calibration.shape[1]:
+        return None
     at, *columns = calibration.to(torch.float64).cpu()
     u = torch.tensor(math.log2(nfe), dtype=torch.float64, device="cpu").clamp(at[0], at[-1])
     k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
     part = float((u - at[k]) / (at[k + 1] - at[k]))
     level, ordinary, odd, lo, hi = (float(torch.lerp(c[k], c[k + 1], part)) for c in columns)
     level -= math.log(2) * (math.log2(nfe) - float(u))  # beyond the ends v falls like 1 / nfe
-    w = _oddness(_log(spread.variance) - level, lo, hi)
-    both = torch.stack([widened(spread.variance, spread.nu), spread.variance])
-    return both * ((1 - w) * ordinary + w * odd).exp()
+    return level, ordinary, odd, lo, hi
 
 
 def _ratios(found: Replicates, w: Tensor, typical: int) -> tuple[float, float]:

@@ -56,10 +56,18 @@ class CurveSum:
     def add(self, f: Tensor, log_snr: Tensor) -> None:
         """Take in f of some samples, whose draws have these log-SNRs in the mean."""
         half = -0.5 * f.to(torch.float64)
-        self.count += len(half)
-        self.log_snr += len(half) * log_snr
-        self.total += half.sum(0)
-        self.squares += half.square().sum(0)
+        self.add_sums(half.sum(0), half.square().sum(0), len(half), log_snr)
+
+    def add_sums(self, total: Tensor, squares: Tensor, count: int, log_snr: Tensor) -> None:
+        """Take in the sums over `count` samples, whose draws have these log-SNRs in the mean."""
+        self.count_in(count, log_snr)
+        self.total += total
+        self.squares += squares
+
+    def count_in(self, count: int, log_snr: Tensor) -> None:
+        """Count samples whose sums are taken in already."""
+        self.count += count
+        self.log_snr += count * log_snr
 
     def add_curve(self, curve: Curve, count: int) -> None:
         """Add the curve of `count` samples."""

@@ -35,15 +35,15 @@ from .samples import Samples
 
 def row_terms(
     network: Network, samples: Samples, keys: Tensor, rows: Rows, references: tuple[Reference, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return the squared residual of every row: under each condition (C, B, R) and each reference (Q, B, R)."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the squared residual of every row, (B, R): under each condition, and of each reference."""
     x, mask, noise_words = samples.x, samples.mask, (keys, rows.points, rows.sign)
     plain = mask is not None or rows.backend == "torch"  # a kernel would make the noise again, everywhere
     by_kernel = tuple(not plain and not torch.is_grad_enabled() and _has_kernel(q, rows, x) for q in references)
     keep_eps = plain or not all(by_kernel)
     # Where nothing but the network reads x_t, it is written in the network's dtype at once.
     dtype = None if keep_eps or any(rows.timed) else model_dtype(network.model, x.dtype)
-    x_t, eps = ops.perturb(x, *noise_words, rows.alpha.to(x), rows.sigma.to(x), keep_eps, dtype, rows.backend)
+    x_t, eps = ops.perturb(x, *noise_words, rows.rounded[0], rows.rounded[1], keep_eps, dtype, rows.backend)
     entries = None if mask is None else mask[:, None]
     if mask is not None:
         x_t, eps = torch.where(entries, x_t, x[:, None]), inside(eps, entries)
@@ -58,7 +58,7 @@ def row_terms(
         else q.residual(x, x_t, eps, rows.alpha, rows.sigma, mask)
         for q, kernel in zip(references, by_kernel)
     ]
-    return torch.stack(errors), torch.stack(controls) if controls else x.new_zeros(0, *errors[0].shape)
+    return errors, controls
 
 
 def _predict(
@@ -151,7 +151,7 @@ def _fused(samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> 
     """Return f of every row, (b, R), by one kernel."""
     x, (timed,) = samples.x, rows.timed
     weights, tables = timed.bind(samples.conds[0].per_sample)
-    row = torch.stack([rows.sign, rows.alpha.to(x), rows.sigma.to(x), *rows.coefficients], 1)
+    row = torch.stack([rows.sign, *rows.rounded[:5]], 1)
     code, q = encode(timed.program.code), reference.tensors()
     return ops.density_mlp(x, keys, rows.points, row, rows.alpha, rows.sigma, code, weights, tables, q, rows.backend)
 

@@ -13,15 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.host import together
 from .curve import EndTable
 from .rules import Rule
 
 
 class Stack(NamedTuple):
-    """Where the samples of several groups are in a block: of every entry the row of f, (G, m), and back, (b,)."""
+    """Where the samples of several groups are in a block: of every entry the row of f, (G, m), and back, (b,).
+
+    `group` says in which of these groups a row is, (b,).
+    """
 
     place: Tensor
     back: Tensor
+    group: Tensor
 
     @classmethod
     def of(cls, sizes: list[int], device: torch.device) -> Stack:
@@ -31,7 +36,8 @@ class Stack(NamedTuple):
             place.append(start + torch.arange(most, device="cpu").clamp(max=size - 1))
             back.append(group * most + torch.arange(size, device="cpu"))
             start += size
-        return cls(torch.stack(place).to(device), torch.cat(back).to(device))
+        group = torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+        return cls(*together([torch.stack(place), torch.cat(back), group], device))
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
         part = samples.select(slice(start, start + at_once))
         keys = draws.keys(part.index.to(part.device), d)
         errors, controls = row_terms(network, part, keys, rows, tuple(references))
-        terms.append((errors - controls).double().cpu())  # (Q, b, R): errors has one condition and broadcasts
+        terms.append((errors[0] - torch.stack(controls)).double().cpu())  # (Q, b, R)
         plan.step("pilot", len(part) * rule.nfe)
     f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
     if not bool(torch.isfinite(f).all()):

@@ -195,7 +195,8 @@ class Plan:
             chosen, key = slice(start, start + cut.at_once), next(keys)
             part = own.select(chosen)
             each = tables or (rows for span in cut.spans for rows in self._tables([cut._replace(spans=(span,))], call))
-            f = torch.cat([chunk_values(self.network, part, key, rows, call.reference) for rows in each], 1)
+            values = [chunk_values(self.network, part, key, rows, call.reference) for rows in each]
+            f = torch.cat(values, 1) if len(values) > 1 else values[0]
             if call.check:
                 check_finite(f, part, rule)
             yield Part(cut.here[chosen], f, rule, ends)

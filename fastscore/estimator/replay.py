@@ -21,7 +21,8 @@ from torch import Tensor
 from ..program.settings import of_matrix_products
 from ..support.memory import peak_bytes
 from .plan import Plan
-from .rounds import Estimator, Numbers, Round
+from .round import Numbers, Round
+from .rounds import Estimator
 from .samples import Samples, deferred
 
 KEPT = 8

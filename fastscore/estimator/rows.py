@@ -52,9 +52,9 @@ class Rows:
         draws: how many.
         draw: index of the row's draw among these, int64, (R,).
         points: the row's noise words, int32, (R, d).
-        time: the schedule's own time, (R,).
-        exact: alpha, sigma, the three coefficients of the prediction, sign (-1 for an antithetic twin) and share (1, or
-            1/2 for the rows of a pair) of every row, float64, (7, R).
+        time: as the network gets it, (R,).
+        exact: alpha, sigma, the three coefficients of the prediction, sign (-1 for an antithetic twin), share (1, or
+            1/2 for the rows of a pair) and time, unless it is an integer, of every row, float64, (7 or 8, R).
         rounded: the same in the dtype of the data.
         backends: that can run, in order.
         per_call: how many rows the network gets in one call; all if 0.
@@ -117,9 +117,15 @@ class Rows:
         numbers = torch.stack([*schedule.alpha_sigma(time), *coefficients(network.predicts, schedule, time)])[:, every]
         share = (1 / (1 + rules[0].paired[part].to(torch.float64)))[draw]
         own = torch.stack([torch.where(twin, -1.0, 1.0).double(), share]).repeat(1, groups)
-        time = time if time.dtype == torch.int64 else time.double()
-        exact, here, times = together([torch.cat([numbers, own]), draw, time[every]], device)
+        numbers, time = torch.cat([numbers, own]), time[every]
+        if time.is_floating_point():  # a number like the others, rounded with them
+            exact, here = together([torch.cat([numbers, time.double()[None]]), draw], device)
+        else:
+            exact, here, time = together([numbers, draw, time], device)
         rounded = exact.to(x)
+        if time.is_floating_point():
+            time = (rounded if network.time_dtype in (None, x.dtype) else exact)[len(numbers)]
+        times = cast_time(time, x.dtype, network.time_dtype)
         return [
             cls(
                 draws=len(span),
@@ -145,7 +151,7 @@ def with_programs(
     """Return rows with the programs' tables at their times, which are evaluated for all of them together."""
     if not any(programs):
         return list(many)
-    times = [cast_time(rows.time, samples.x.dtype, network.time_dtype) for rows in many]
+    times = [rows.time for rows in many]
     timed = [
         program.at_each(times, cond.shared) if program else [None] * len(many)
         for program, cond in zip(programs, samples.conds)

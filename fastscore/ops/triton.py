@@ -16,6 +16,7 @@ from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import launch, packing
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
+from ..kernels import summary as summary_kernel
 from ..kernels import words as words_kernel
 from ..support.warn import warn
 from . import torch as torch_backend
@@ -32,6 +33,11 @@ def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor
 def keys(seed: int, index: Tensor, draw: int, streams: range, d: int, kept: int) -> Tensor:
     """Return `fastscore.ops.noise.sample_keys` of a shift and a multiplier, int32, (n, 2, d), bit for bit."""
     return words_kernel.words(seed, index, draw, streams, d, 1, kept)
+
+
+def summary(f: Tensor, *given) -> Tensor:
+    """Do what `fastscore.estimator.summary` does by torch; arguments as `kernels.summary.summary` takes them."""
+    return summary_kernel.summary(f, *given)
 
 
 def perturb(

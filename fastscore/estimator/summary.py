@@ -1,0 +1,100 @@
+"""What evaluated draws say of their samples, put into a round: in one launch with Triton's kernels, else by torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.select import implementation, runnable
+from ..process.schedules import Schedule
+from ..reference.gaussians import Reference
+from .calibration import calibrated, constants
+from .curve import ends
+from .methods import base
+from .nodes import FittedNodes
+from .part import Part
+from .round import Numbers, Round
+from .samples import Samples
+from .statistics import KNOWN, Spread, draw_sum
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How the draws of an estimate are summed up.
+
+    Arguments:
+        method: what the value is, see `fastscore.estimator.methods`, with its reference and the schedule.
+        nodes: which say how fast the integrand decays beyond the ends.
+        calibration: of the error bars.
+        nfe: evaluations a sample.
+        backend: that was asked for.
+    """
+
+    method: str
+    reference: Reference
+    schedule: Schedule
+    nodes: FittedNodes
+    calibration: Tensor
+    nfe: int
+    backend: str
+
+    def put(self, part: Part, samples: Samples, found: Round) -> None:
+        """Put what a part of the samples has shown into their places of a round."""
+        x = samples.x
+        by_kernel = runnable(x.device, x.dtype, self.backend)[0] != "torch"
+        if by_kernel and self.method == "density" and samples.mask is None:
+            self._by_kernel(part, samples, found)
+        else:
+            self._by_torch(part, samples, found)
+
+    def _by_torch(self, part: Part, samples: Samples, found: Round) -> None:
+        chosen, rule, f = part.samples, part.rule, part.block(part.f)
+        x, mask = samples.entries(chosen)
+        value = base(self.method, self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
+        found.value[chosen] = value
+        spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)))
+        found.variance[:, chosen] = calibrated(Spread(*map(part.flat, spread)), self.nfe, self.calibration)
+        found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
+        found.curve_sum.add(part.f, rule.log_snr)
+        if self.method != "density":
+            integral = part.flat(draw_sum(f, rule, density=True))
+            integral += base("density", self.reference, x, self.schedule, mask)
+            found.offset = found.offset + (value - integral).sum() / len(samples)
+
+    def _by_kernel(self, part: Part, samples: Samples, found: Round) -> None:
+        x, rule, q = samples.x, part.rule, self.reference
+        if found.numbers is None:
+            told = torch.empty(2, len(x), dtype=x.dtype, device=x.device)
+            found.numbers = Numbers(told, torch.empty(len(x), dtype=torch.float64, device=x.device))
+        one = q.components == 1 and not q.full
+        outside = (q.mean[0], q.variance[0]) if one else q.log_prob(x[part.samples])
+        lo, hi = self.nodes.log_snr_range
+        rounding = torch.finfo(x.dtype).eps, 0.25 * (hi - lo) * samples.dims
+        measured = constants(self.nfe, self.calibration)
+        curve, rows = found.curve_sum, len(part.f)
+        first = found.block[-2 * part.f.shape[1] :].view(2, -1) if curve.count == 0 else None
+        sums = implementation("triton").summary(
+            part.f,
+            part.samples,
+            None if part.stack is None else part.stack.group,
+            x,
+            outside,
+            (rule.weight, rule.remainder, rule.curve, *part.ends),
+            (measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
+            self.nodes.slowest_decay,
+            (found.value, found.variance, found.ends, *found.numbers),
+            first,
+        )
+        if first is None:
+            curve.add_sums(*sums, rows, rule.log_snr)
+        else:
+            curve.count_in(rows, rule.log_snr)
+
+
+def with_rounding(variance: Tensor, log_prob: Tensor, samples: Samples, log_snr_range: tuple[float, float]) -> Tensor:
+    """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
+    lo, hi = log_snr_range
+    size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
+    return variance + (torch.finfo(samples.x.dtype).eps * size).square()
