@@ -20,7 +20,7 @@ Table = fx.Node | float  # a number, or a node that does not depend on x
 class Core:
     """The accumulator after one instruction, `op` of the parent.
 
-    `op` is the instruction itself, or the class of a `Linear`, `Affine` or `Add`: what they will index stands beside it.
+    `op` is the instruction itself, or the class of a `Linear`, `Affine` or `Add`, with what it will index beside it.
     """
 
     op: Instruction | type | None
