@@ -3,7 +3,7 @@
 import pytest
 import torch
 from analytic import ExactNet, mixture
-from test_program import NETWORKS, make
+from program_networks import NETWORKS, make
 from torch import nn
 
 import fastscore as fs
