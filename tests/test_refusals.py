@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.protocol import check_density
 from fastscore.metrics import NegativeLogLikelihood
 from fastscore.transforms import zscore
 
@@ -119,6 +120,20 @@ def test_networks_that_cannot_be_called_so(kind):
     for call in (lambda: made.estimate(X, nfe=16, **cond), lambda: fs.probability_flow_log_prob(made, X, **cond)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+OWN = {
+    "a sentence": (lambda x, t: fs.Levels(4).values(x, x.dtype), "^levels must be"),
+    "another kind of error": (lambda x, t: check_density(x), "^density must be"),
+    "what it runs into": (lambda x, t: fs.Levels(4).values(None, x.dtype), "^the network does not take.*AttributeError"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_sentence_of_fastscore_s_own_that_a_network_meets_comes_as_it_is(kind):
+    answer, message = OWN[kind]
+    with pytest.raises((ValueError, TypeError), match=message):
+        density(answer).estimate(X, nfe=16)
 
 
 def test_conditions_go_by_name():
