@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.host import layout_of
+from ..support.host import refuse_not_dense
 
 
 def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -32,8 +32,7 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must be a tensor of True and False (or 1 and 0), got {type(mask).__name__}; "
             "give torch.as_tensor(...) of it, on the device of x"
         )
-    if (kind := layout_of(mask)) is not None:
-        raise ValueError(f"mask must be a dense tensor, got a {kind} one; give mask.to_dense()")
+    refuse_not_dense("mask", mask)
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and x on {x.device}; move one of them with .to()")
     if mask.dtype != torch.bool:

@@ -134,7 +134,11 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    if not output.is_floating_point() or layout_of(output) is not None or output.device != passed.device:
+    if (
+        not output.is_floating_point()
+        or layout_of(output) not in (None, layout_of(passed))
+        or output.device != passed.device
+    ):
         raise ValueError(
             f"{_called(passed)} and returned {_kind(output)}; it must return floating-point numbers in a dense tensor "
             "on the device of x_t"

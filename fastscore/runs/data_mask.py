@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.host import refuse_not_dense
 from .dataset import Array, digest, take
 
 
@@ -34,6 +35,7 @@ class DataMask:
         """
         if mask is None:
             return None
+        refuse_not_dense(what, mask)
         if not isinstance(mask, Tensor | np.ndarray) or "complex" in str(mask.dtype):
             raise ValueError(f"{what} must be an array of True and False (or 1 and 0), got {type(mask).__name__}")
         own, missing = tuple(mask.shape), len(shape) - mask.ndim
