@@ -296,6 +296,11 @@ def test_steps_belong_to_a_fixed_grid():
         probability_flow_log_prob(density, x, method="dopri5", steps=8)
     with pytest.raises(ValueError, match="steps=0"):
         probability_flow_log_prob(density, x, method="rk4", steps=0)
+    for method in ("midpoint", "euler", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams"):
+        with pytest.raises(ValueError, match=rf"method='{method}' has a fixed grid and needs steps=.*method='auto'"):
+            probability_flow_log_prob(density, x, method=method)
+    for method in ("auto", "dopri5", "adaptive_heun", "scipy_solver"):
+        assert probability_flow_log_prob(density, x, method=method).log_prob.isfinite().all()
 
 
 def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():

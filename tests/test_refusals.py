@@ -73,7 +73,7 @@ DATA = {
     ),
     "masked": (
         masked_tensor(X, X > 0),
-        r"dense tensor, got a MaskedTensor one; .get_data\(\) makes a dense one.*and mask=",
+        r"got a MaskedTensor one; .get_data\(\) makes a dense one.*and mask=",
     ),
     "a class of its own": (Wrapped(X), "dense tensor, got a Wrapped one"),
     "fake": (FakeTensorMode().from_tensor(X), "dense tensor, got a FakeTensor one; give one with values"),
