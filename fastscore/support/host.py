@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 _TO_DENSE = {"quantized": "dequantize", "MaskedTensor": "get_data", "DTensor": "full_tensor"}
 
@@ -36,8 +37,11 @@ def layout_of(tensor: Tensor) -> str | None:
     if tensor.is_nested or tensor.is_quantized:
         return "nested" if tensor.is_nested else "quantized"
     kind = type(tensor)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and type(tensor.detach().clone()) is kind:
-        return kind.__name__
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if is_fake(tensor):  # a trace would keep the copy
+            return "FakeTensor"
+        if type(tensor.detach().clone()) is kind:
+            return kind.__name__
     return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")
 
 
