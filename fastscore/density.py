@@ -184,9 +184,10 @@ class ScoreDensity(NetworkDensity):
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
-            mask: True (or 1) for the entries that count, in any shape that broadcasts to x. The others are given: the
-                density is conditional on them, the network sees x_t = x there, and its answers there are not used. A
-                keyword of the network that is itself called mask goes as `cond={"mask": ...}`.
+            mask: True (or 1) for the entries that count, in any shape that broadcasts to x, or of its first dimensions,
+                (B, L) for x (B, L, D); one that fits in both ways is refused. The other entries are given: the density
+                is conditional on them, the network sees x_t = x there, and its answers there are not used. A keyword
+                of the network that is itself called mask goes as `cond={"mask": ...}`.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
