@@ -116,6 +116,31 @@ def test_writes_the_densities_and_sums_them_up(folder):
     assert output.endswith("written to      r.npz\n")
 
 
+def test_warnings_are_one_line_each_and_others_keep_their_place(folder):
+    (folder / "warns.py").write_text("import warnings, zoo\nwarnings.warn('of its own')\nNet = zoo.Net\n")
+    np.save("constant.npy", np.stack([np.linspace(0, 1, N), np.zeros(N)], 1).astype(np.float32))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fastscore",
+        "evaluate",
+        "warns:Net",
+        *ARGUMENTS[1:],
+        "--fit",
+        "constant.npy",
+    ]
+    found = subprocess.run([*command, "--out", "r.npz"], capture_output=True, text=True, check=True, timeout=300)
+    lines = [line for line in found.stderr.splitlines() if "arn" in line]
+    assert lines[0] == f"{folder / 'warns.py'}:2: UserWarning: of its own"
+    assert lines[2].startswith(
+        "fastscore: warning: of the data's 2 dimensions 1 constant: in them the density is infinite"
+    )
+    assert lines[2].endswith("before training")
+    assert all(line.startswith("fastscore: warning: ") for line in lines[3:])
+    assert "click" not in found.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "options"),
     [

@@ -10,6 +10,8 @@ from mixtures import MIXTURES, Mixture
 from torch import nn
 
 import fastscore as fs
+from fastscore.process.masks import broadcast_mask
+from fastscore.runs.data_mask import DataMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -447,10 +449,32 @@ def test_masks_that_say_nothing_clear_are_refused(mask, sentence):
         density().estimate(X, mask=mask, cond=seen(MASK))
 
 
-def test_a_mask_that_fits_in_two_ways_is_refused():
-    x, mask = torch.zeros(3, 3, 3), torch.ones(3, 3)
-    with pytest.raises(ValueError, match=r"mask \(3, 3\) fits x \(3, 3, 3\) in two ways"):
-        fs.ScoreDensity(nn.Identity(), SCHEDULE).estimate(x, mask=mask)
+# Shapes of masks, of x, and of the same mask with all dimensions; without one the mask is refused.
+SHAPES = [
+    ((5, 4), (5, 4, 3), (5, 4, 1)),  # places of each sample
+    ((5, 4), (5, 4, 3, 2), (5, 4, 1, 1)),
+    ((4, 3), (5, 4, 3), (1, 4, 3)),  # entries, shared
+    ((3,), (5, 4, 3), (1, 1, 3)),
+    ((4,), (4, 4), (1, 4)),  # not of samples, which a mask never leaves out as a whole
+    ((4, 1), (4, 4, 3), (1, 4, 1)),
+    ((1, 4), (5, 4, 3), (1, 4, 1)),
+    ((5, 4, 1), (5, 4, 3), (5, 4, 1)),
+    ((3, 3), (3, 3, 3), None),
+    ((1, 3), (5, 3, 3), None),
+    ((3, 3), (3, 3, 3, 3), None),
+]
+
+
+@pytest.mark.parametrize(("own", "shape", "full"), SHAPES, ids=str)
+def test_a_mask_is_of_the_first_dimensions_or_of_the_last(own, shape, full):
+    x, mask = torch.randn(shape), torch.arange(math.prod(own)).reshape(own) % 3 < 2
+    if full is None:
+        for refuse in (lambda: broadcast_mask(mask, x), lambda: DataMask.of("mask", mask, shape)):
+            with pytest.raises(ValueError, match=r"mask \(.*\) fits .* in two ways; give it as many dimensions: \("):
+                refuse()
+        return
+    assert torch.equal(broadcast_mask(mask, x), mask.reshape(full).expand(shape))
+    assert torch.equal(DataMask.of("mask", mask.numpy(), shape).at(slice(None), x.device), mask.reshape(full))
 
 
 def test_full_covariances_are_refused_unless_everything_counts():
