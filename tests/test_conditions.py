@@ -220,6 +220,8 @@ SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
         (["text"] * 12, LIST),
         ([torch.zeros(3)] * 12, LIST),
         (MEAN[:5], r"does not take data of shape \(4,\) .*added \(5,\) shared.*: RuntimeError.*; fs.per_sample or"),
+        (MEAN[:5], "condition 'added' has 5 entries and counts as shared, with one a sample it has 12"),
+        ({"mean": MEAN[:11]}, r"condition \"added\['mean'\]\" has 11 entries and counts as shared, .* it has 12"),
         (torch.zeros(()), r"conditions added \(\) shared by all: IndexError: too many indices"),
         (fs.per_sample(MEAN[:5]), rf"'added' is marked per_sample and {SIZE} \(5,\)"),
         (fs.per_sample({"mean": torch.zeros(())}), rf"\"added\['mean'\]\" is marked per_sample and {SIZE} \(\)"),

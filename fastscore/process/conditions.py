@@ -66,12 +66,14 @@ class Conditions:
 
     Attributes:
         unsaid: paths that the caller has not marked, neither as per sample nor as shared.
+        samples: how many the call has.
     """
 
     per_sample: dict[str, Tensor]
     shared: dict[str, object]
     structure: Structure | None = None
     unsaid: tuple[str, ...] = ()
+    samples: int = 0
 
     @classmethod
     def of(cls, given: Mapping[str, object], batch: int, model: nn.Module | None = None) -> Conditions:
@@ -103,12 +105,21 @@ class Conditions:
         if model is not None:
             for path in unsaid:
                 _compare_with_earlier(model, path, leaves[path].value, verdicts[path], batch)
-        return cls(own, rest, structure, tuple(unsaid))
+        return cls(own, rest, structure, tuple(unsaid), batch)
 
     @property
     def guessed(self) -> tuple[str, ...]:
         """Paths of what was taken to belong to the samples by its size alone."""
         return tuple(path for path in self.unsaid if path in self.per_sample)
+
+    def other_lengths(self) -> list[str]:
+        """Return of every tensor that its length alone made shared, in words, the length that it would need else."""
+        guessed = {path: self.shared[path] for path in self.unsaid if path in self.shared}
+        return [
+            f"condition {path!r} has {len(value)} entries and counts as shared, with one a sample it has {self.samples}"
+            for path, value in guessed.items()
+            if has_shape(value) and value.ndim
+        ]
 
     def remember(self, model: nn.Module, batch: int) -> None:
         """Keep how a network's conditions were taken, once it has answered a call with them."""

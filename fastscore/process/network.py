@@ -94,7 +94,7 @@ def _is_own_sentence(error: Exception) -> bool:
 def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
-    remedies = []
+    remedies = cond.other_lengths()
     if str(cond):
         remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
     if "required" in reason:
