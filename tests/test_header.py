@@ -52,7 +52,7 @@ def test_an_instruction_has_as_many_bytes():
     assert len(cuda._instruction(("act", ACTIVATIONS[0]), [])) == 4 * words == struct.calcsize("<iiiif")
 
 
-@pytest.mark.parametrize(("hidden", "data"), product(cuda.WIDTHS, cuda.DATA))
+@pytest.mark.parametrize(("hidden", "data"), list(product(cuda.WIDTHS, cuda.DATA)))
 def test_a_network_has_as_many_tiles_of_as_many_bytes(hidden, data):
     """What the compiled module copies into shared memory is what Python has laid out."""
     module = select.native()
