@@ -35,7 +35,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import warn_if_unresolved
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
-from .estimator.samples import Samples, as_rows, check_batch, deferred
+from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
 from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
@@ -353,9 +353,7 @@ class ScoreDensity(NetworkDensity):
         chosen = choose(len(data), whole("seed", seed))
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
-        bad = (~torch.isfinite(as_rows(x))).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"data has NaN or inf in sample {int(chosen[int(bad[0])])}; remove such samples")
+        refuse_not_finite_at("data", x, chosen)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self.check(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)

@@ -128,6 +128,13 @@ def refuse_not_finite(x: Tensor) -> None:
         )
 
 
+def refuse_not_finite_at(name: str, x: Tensor, index: Tensor) -> None:
+    """Raise ValueError if samples of these indices have NaN or inf."""
+    bad = (~torch.isfinite(as_rows(x))).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
+
+
 def deferred(device: torch.device) -> bool:
     """Return whether NaN and inf are told when a number is read, since asking would wait for the device.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..estimator.samples import as_rows
+from ..estimator.samples import refuse_not_finite_at
 from ..support.host import refuse_not_dense
 
 Array = Tensor | np.ndarray
@@ -55,9 +55,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def digest_rows(name: str, data: Array, index: Tensor) -> str:
     """Return the digest of the rows of these indices; raise ValueError if one has NaN or inf."""
     rows = take(data, index)
-    bad = (~torch.isfinite(as_rows(rows))).any(1).nonzero()
-    if len(bad):
-        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
+    refuse_not_finite_at(name, rows, index)
     return hashlib.sha256(_bytes(rows)).hexdigest()[:16]
 
 
