@@ -30,7 +30,7 @@ from .control import control_residual
 from .launch import OPERANDS, Config, Device, Work, refuse
 from .names import ACTIVATIONS, INSTRUCTIONS
 from .noise import load_normals
-from .packing import Layout, Tables, block_d, number_references, pack_control, pack_network
+from .packing import Layout, Reference, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
 
 LINEAR, AFFINE, ACT, NORM, SAVE, ADD = map(tl.constexpr, range(len(INSTRUCTIONS)))
@@ -225,7 +225,7 @@ def density_mlp(
     code: tuple,
     weights: list[Tensor],
     tables: list[Tensor],
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    reference: Reference | None,
     precision: str,
 ) -> Tensor:
     """Launch the fused kernel; return f, float32, shape (B, R).
@@ -259,15 +259,9 @@ def density_mlp(
 
 
 def pack(
-    x: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: tuple,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-    precision: str,
-) -> tuple[Layout, tuple, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    x: Tensor, alpha: Tensor, sigma: Tensor, code: tuple, weights: list[Tensor], tables: list[Tensor],
+    reference: Reference | None, precision: str,
+) -> tuple[Layout, tuple, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:  # fmt: skip
     """Return the layout, CONTROL, the tensors of the network (weights, and a table a level), and q and y of CONTROL."""
     into = Tables(len(x), len(alpha))
     layout, packed = pack_network(code, weights, tables, x.shape[1], into, OPERANDS[precision])

@@ -20,7 +20,7 @@ from .activations import activate, derivative
 from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants, pack
 from .launch import REDUCTION_BYTES, Config, Device, NoRoom, Work
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, block_d
+from .packing import MAX_BLOCK_D, Reference, block_d
 from .tile_ops import affine, layer_norm, layer_norm_backward, matmul, matrix, vector
 
 BLOCK_B, NUM_WARPS = 32, 8
@@ -187,7 +187,7 @@ def density_mlp_dx(
     code: tuple,
     weights: list[Tensor],
     tables: list[Tensor],
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    reference: Reference | None,
     precision: str,
     splits: int | None,
 ) -> Tensor:
