@@ -5,10 +5,13 @@ import collections
 import copy
 import ctypes
 import dataclasses
+import decimal
 import enum
 import fractions
 import functools
+import gc
 import itertools
+import logging
 import os
 import pathlib
 import random
@@ -29,6 +32,7 @@ SCHEDULE = fs.LogSNR(-6, 6)
 SCALE = 1.0
 SETTINGS = {"inner": {"scale": 1.0}}
 ACT = F.silu
+LOG = logging.getLogger("a.network")
 TENSOR = torch.ones(())
 MODULE = types.ModuleType("a_module_of_settings")
 MODULE.scale = 1.0
@@ -335,6 +339,37 @@ CASES = {
         lambda n, h: h * float(os.getenv("A_SCALE", "1")),
         lambda m, n: m.setenv("A_SCALE", "2"),
     ),
+    "recursion limit": (
+        lambda n, h: h * (sys.getrecursionlimit() % 1000 + 1),
+        lambda m, n: sys.setrecursionlimit(sys.getrecursionlimit() + 7),
+    ),
+    "decimal context": (
+        lambda n, h: h * decimal.getcontext().prec,
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 3),
+    ),
+    "decimal context, unnamed": (
+        lambda n, h: h * float(decimal.Decimal(2) / decimal.Decimal(3)),
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 1),
+    ),
+    "print options": (
+        lambda n, h: h * torch._tensor_str.PRINT_OPTS.precision,
+        lambda m, n: m.setattr(torch._tensor_str.PRINT_OPTS, "precision", 9),
+    ),
+    "print options of numpy": (
+        lambda n, h: h * np.get_printoptions()["precision"],
+        lambda m, n: np.set_printoptions(precision=3),
+    ),
+    "garbage collection": (lambda n, h: h * (1 + gc.isenabled()), lambda m, n: gc.disable()),
+    "working directory": (lambda n, h: h * len(os.getcwd()), lambda m, n: m.chdir("/")),
+    "level of a logger": (
+        lambda n, h: h * (1 + LOG.isEnabledFor(logging.INFO)),
+        lambda m, n: m.setattr(LOG, "level", logging.DEBUG),
+    ),
+    "level of a logger, its attribute": (lambda n, h: h * (1 + LOG.level), lambda m, n: m.setattr(LOG, "level", 10)),
+    "level of a logger by name": (
+        lambda n, h: h * (1 + logging.getLogger("a.network").getEffectiveLevel()),
+        lambda m, n: m.setattr(logging.root, "level", 10),
+    ),
     "alias of an operation": (lambda n, h: ACT(h), lambda m, n: m.setitem(globals(), "ACT", torch.tanh)),
     "operation of a module": (
         lambda n, h: F.silu(h),
@@ -357,12 +392,15 @@ CASES = {
 @pytest.fixture(autouse=True)
 def unchanged():
     """Put back what no monkeypatch does."""
-    threads = torch.get_num_threads()
+    threads, limit = torch.get_num_threads(), sys.getrecursionlimit()
     yield
     with_default.__defaults__[0][0] = 1.0
     TENSOR.fill_(1.0)
     PUT(1.0)
     torch.set_num_threads(threads)
+    sys.setrecursionlimit(limit)
+    np.set_printoptions(precision=8)
+    gc.enable()
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -417,6 +455,19 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
             "calls read_text, which reads a file that may change",
         ),
         (lambda n, h: h * np.load("scale.npy"), "calls load, which reads a file that may change"),
+        (lambda n, h: h * (1 + (n.a.weight.grad is None)), r"reads .grad of a tensor, which a trace cannot follow"),
+        (lambda n, h: h * (1 + (n.a.weight.grad_fn is None)), r"reads .grad_fn of a tensor"),
+        (lambda n, h: h * (1 + n.a.weight._version), r"reads ._version of a tensor"),
+        (lambda n, h: h * (1 + n.a.weight.is_leaf), r"reads .is_leaf of a tensor"),
+        (lambda n, h: h * sys.getrefcount(n), "gives another answer at every call"),
+        (lambda n, h: h * len(sys._getframe().f_code.co_name), "gives another answer at every call"),
+        (lambda n, h: h * (1 + h.shape[0] // 25), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * max(h.shape[0], 25), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * (1 + h.numel() // 80), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * (1 + (torch.arange(h.shape[0]) > 24)[:, None]), "operation arange: depends on the number"),
+        (lambda n, h: h * (1 + (torch.ones_like(h).cumsum(0) > 24)), "operation cumsum: makes values of the number"),
+        (lambda n, h: h * (1 + (h.new_ones(h.shape[0]).sum() > 24)), "operation sum: makes values of the number"),
+        (lambda n, h: h * 2 if h.shape[0] > 24 else h, "its code fixes the number of rows"),
         (lambda n, h: n.list.append(1) or h, "'list' of layer 'forward' changes its attribute 'entries'"),
         (lambda n, h: SETTINGS.update(calls=1) or h, "global 'SETTINGS' changes its attribute 'calls'"),
         (lambda n, h: setattr(n.cfg, "last", h) or h, "'cfg' of layer 'forward' changes its attribute 'last'"),
