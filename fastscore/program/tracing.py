@@ -130,7 +130,7 @@ class _Numbers(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         first = args[0] if args else None
         name = getattr(function, "__name__", "")
-        if name == "__get__" and (read := function.__self__.__name__) in _HISTORY:
+        if name == "__get__" and (read := getattr(function.__self__, "__name__", "")) in _HISTORY:
             raise NoProgram(f"its code reads .{read} of a tensor, which a trace cannot follow")
         if name in _TO_PYTHON and isinstance(first, Tensor) and not is_fake(first):
             what = self.unseen.get(first.untyped_storage().data_ptr())
