@@ -1,8 +1,12 @@
 """A row program never keeps a value that the network would have read again: each way to hold a setting, changed."""
 
 import dataclasses
+import decimal
 import fractions
+import gc
+import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ import fastscore as fs
 
 SCALE = 1.0
 ACT = F.silu
+LOG = logging.getLogger("a.network")
 TENSOR = torch.ones(())
 
 
@@ -220,6 +225,37 @@ CASES = {
         lambda n, h: h * float(os.getenv("A_SCALE", "1")),
         lambda m, n: m.setenv("A_SCALE", "2"),
     ),
+    "recursion limit": (
+        lambda n, h: h * (sys.getrecursionlimit() % 1000 + 1),
+        lambda m, n: sys.setrecursionlimit(sys.getrecursionlimit() + 7),
+    ),
+    "decimal context": (
+        lambda n, h: h * decimal.getcontext().prec,
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 3),
+    ),
+    "decimal context, unnamed": (
+        lambda n, h: h * float(decimal.Decimal(2) / decimal.Decimal(3)),
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 1),
+    ),
+    "print options": (
+        lambda n, h: h * torch._tensor_str.PRINT_OPTS.precision,
+        lambda m, n: m.setattr(torch._tensor_str.PRINT_OPTS, "precision", 9),
+    ),
+    "print options of numpy": (
+        lambda n, h: h * np.get_printoptions()["precision"],
+        lambda m, n: np.set_printoptions(precision=3),
+    ),
+    "garbage collection": (lambda n, h: h * (1 + gc.isenabled()), lambda m, n: gc.disable()),
+    "working directory": (lambda n, h: h * len(os.getcwd()), lambda m, n: m.chdir("/")),
+    "level of a logger": (
+        lambda n, h: h * (1 + LOG.isEnabledFor(logging.INFO)),
+        lambda m, n: m.setattr(LOG, "level", logging.DEBUG),
+    ),
+    "level of a logger, its attribute": (lambda n, h: h * (1 + LOG.level), lambda m, n: m.setattr(LOG, "level", 10)),
+    "level of a logger by name": (
+        lambda n, h: h * (1 + logging.getLogger("a.network").getEffectiveLevel()),
+        lambda m, n: m.setattr(logging.root, "level", 10),
+    ),
     "alias of an operation": (lambda n, h: ACT(h), lambda m, n: m.setitem(globals(), "ACT", torch.tanh)),
     "operation of a module": (
         lambda n, h: F.silu(h),
@@ -242,12 +278,15 @@ CASES = {
 @pytest.fixture(autouse=True)
 def unchanged():
     """Put back what no monkeypatch does."""
-    threads = torch.get_num_threads()
+    threads, limit = torch.get_num_threads(), sys.getrecursionlimit()
     yield
     with_default.__defaults__[0][0] = 1.0
     TENSOR.fill_(1.0)
     PUT(1.0)
     torch.set_num_threads(threads)
+    sys.setrecursionlimit(limit)
+    np.set_printoptions(precision=8)
+    gc.enable()
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -7,6 +7,7 @@ import itertools
 import os
 import pathlib
 import random
+import sys
 import time
 
 import numpy as np
@@ -46,6 +47,19 @@ from fastscore.program.row_program import NoProgram, RowProgram
             "calls read_text, which reads a file that may change",
         ),
         (lambda n, h: h * np.load("scale.npy"), "calls load, which reads a file that may change"),
+        (lambda n, h: h * (1 + (n.a.weight.grad is None)), r"reads .grad of a tensor, which a trace cannot follow"),
+        (lambda n, h: h * (1 + (n.a.weight.grad_fn is None)), r"reads .grad_fn of a tensor"),
+        (lambda n, h: h * (1 + n.a.weight._version), r"reads ._version of a tensor"),
+        (lambda n, h: h * (1 + n.a.weight.is_leaf), r"reads .is_leaf of a tensor"),
+        (lambda n, h: h * sys.getrefcount(n), "gives another answer at every call"),
+        (lambda n, h: h * len(sys._getframe().f_code.co_name), "gives another answer at every call"),
+        (lambda n, h: h * (1 + h.shape[0] // 25), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * max(h.shape[0], 25), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * (1 + h.numel() // 80), "operation mul: depends on the number of rows"),
+        (lambda n, h: h * (1 + (torch.arange(h.shape[0]) > 24)[:, None]), "operation arange: depends on the number"),
+        (lambda n, h: h * (1 + (torch.ones_like(h).cumsum(0) > 24)), "operation cumsum: makes values of the number"),
+        (lambda n, h: h * (1 + (h.new_ones(h.shape[0]).sum() > 24)), "operation sum: makes values of the number"),
+        (lambda n, h: h * 2 if h.shape[0] > 24 else h, "its code fixes the number of rows"),
         (lambda n, h: n.list.append(1) or h, "'list' of layer 'forward' changes its attribute 'entries'"),
         (lambda n, h: SETTINGS.update(calls=1) or h, "global 'SETTINGS' changes its attribute 'calls'"),
         (lambda n, h: setattr(n.cfg, "last", h) or h, "'cfg' of layer 'forward' changes its attribute 'last'"),
