@@ -9,7 +9,8 @@ FETCHED := $(CURDIR)/build/compiler/nvidia/cu13/bin/nvcc
 CUDACXX ?= $(or $(shell command -v nvcc),$(FETCHED))
 
 # What of the tests an installed wheel has to pass by itself.
-WHEEL_TESTS := test_native.py test_native_resources.py test_backends.py test_cli.py test_density.py test_noise.py
+WHEEL_TESTS := test_native.py test_native_resources.py test_backends.py test_cli.py test_cli_interrupted.py \
+    test_info_and_demo.py test_density.py test_noise.py
 
 .PHONY: demo test lint wheel test-wheel bench bench-long report gpu-check gpu-bench clean
 

@@ -66,7 +66,7 @@ def make_steps() -> list[Step]:
         *steps,
         pytest_step("compiled kernels", 60, "tests/test_native.py", "tests/test_cuda_kernels.py"),
         pytest_step("backends", 90, "tests/test_backends.py"),
-        pytest_step("kernels", 120, "tests/kernels/test_kernels.py"),
+        pytest_step("kernels", 120, "tests/kernels/test_thin_kernels.py", "tests/kernels/test_fused_kernels.py"),
         sanitized("memcheck"),
         sanitized("racecheck"),
         pytest_step("resources", 60, "tests/kernels/test_aot.py"),

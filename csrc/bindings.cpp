@@ -41,7 +41,8 @@ PYBIND11_MODULE(_C, m) {
         if (!reason.empty()) return py::str(reason);
         py::dict result;
         result["samples"] = plan.samples, result["threads"] = plan.threads, result["tiles"] = plan.tiles;
-        result["stages"] = plan.stages, result["table_stages"] = plan.table_stages;
+        result["stages"] = plan.stages, result["stage_bytes"] = plan.stage_bytes;
+        result["table_stages"] = plan.table_stages;
         result["cluster"] = plan.cluster, result["shared_bytes"] = plan.shared_bytes;
         return result;
       },

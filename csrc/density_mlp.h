@@ -14,10 +14,9 @@ typedef struct CUstream_st* cudaStream_t;
 
 namespace fastscore {
 
-// A vector operand is a first column in one of three tables, or kAbsent. A table holds one vector a row, shared by all
+// A vector operand is a first column in one of three tables, or -1: absent. A table holds one vector a row, shared by all
 // samples, one a sample, or one for each pair.
 using Operand = int32_t;
-constexpr Operand kAbsent = -1;
 constexpr int kLevelShift = 28;
 constexpr int kColumnMask = (1 << kLevelShift) - 1;
 enum Level : int32_t { kPerRow, kPerSample, kPerPair };
@@ -51,7 +50,7 @@ struct DensityMlp {
   // All samples share these.
   Operand pre_scale, pre_shift;               // of x_t, before the first layer
   Operand post_scale, post_shift, post_skip;  // prediction = F scale + shift + x_t skip
-  Operand keep, pull, offset;                 // of the control variate; keep is kAbsent where there is none
+  Operand keep, pull, offset;                 // of the control variate; keep is -1 where there is none
   int32_t count;
   Instruction program[kMaxInstructions];  // between the first and the last linear map
   // Filled in by the launch.

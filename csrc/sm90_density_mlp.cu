@@ -16,7 +16,6 @@
 
 #include <common/consumer.cuh>
 #include <common/launch.cuh>
-#include <ptx/registers.cuh>
 #include <ptx/wgmma.cuh>
 
 namespace fastscore {
@@ -122,19 +121,7 @@ template <int H, int D>
 __global__ void __launch_bounds__(Chain<H>::kThreads, 1)
     sm90_density_mlp_fwd_kernel(const __grid_constant__ DensityMlp p) {
 #if FASTSCORE_HAS_WGMMA
-  const uint32_t shared = ptx::shared_address(ptx::shared_memory());
-  const Barriers barriers{shared + p.barriers_at, p.stages, p.table_stages};
-  if (threadIdx.x == 0) barriers.initialize(4 * Chain<H>::kConsumers, 4 * Chain<H>::kConsumers);
-  ptx::cluster_sync();
-  const int first = blockIdx.y * p.rows_per_block, end = min(first + p.rows_per_block, p.rows_total);
-  if (threadIdx.x / 128 == Chain<H>::kConsumers) {
-    ptx::registers_decrease<24>();
-    if (threadIdx.x % 128 == 0) produce(p, barriers, shared, first, end);
-  } else {
-    ptx::registers_increase<Chain<H>::kRegisters>();
-    consume<H, D>(p, barriers, shared, first, end);
-  }
-  ptx::cluster_sync();  // others may still copy into this block, or release its stages
+  run_block<consume<H, D>, Chain<H>::kConsumers, Chain<H>::kRegisters>(p);
 #endif
 }
 

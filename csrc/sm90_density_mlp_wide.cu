@@ -18,7 +18,6 @@
 
 #include <common/consumer.cuh>
 #include <common/launch.cuh>
-#include <ptx/registers.cuh>
 #include <ptx/wgmma.cuh>
 
 namespace fastscore {
@@ -189,19 +188,7 @@ __device__ __forceinline__ void consume_wide(const DensityMlp& p, const Barriers
 __global__ void __launch_bounds__(kWideThreads, 1)
     sm90_density_mlp_wide_fwd_kernel(const __grid_constant__ DensityMlp p) {
 #if FASTSCORE_HAS_WGMMA
-  const uint32_t shared = ptx::shared_address(ptx::shared_memory());
-  const Barriers barriers{shared + p.barriers_at, p.stages, p.table_stages};
-  if (threadIdx.x == 0) barriers.initialize(4 * kGroups, 4 * kGroups);
-  ptx::cluster_sync();
-  const int first = blockIdx.y * p.rows_per_block, end = min(first + p.rows_per_block, p.rows_total);
-  if (threadIdx.x / 128 == kGroups) {
-    ptx::registers_decrease<24>();
-    if (threadIdx.x % 128 == 0) produce(p, barriers, shared, first, end);
-  } else {
-    ptx::registers_increase<240>();
-    consume_wide(p, barriers, shared, first, end);
-  }
-  ptx::cluster_sync();  // others may still copy into this block, or release its stages
+  run_block<consume_wide, kGroups, 240>(p);
 #endif
 }
 

@@ -59,3 +59,7 @@ __all__ = [
     "score_regularization",
     "shared",
 ]
+
+for _kind in (value for name, value in list(globals().items()) if name in __all__ and isinstance(value, type)):
+    if "__init__" in vars(_kind):
+        _kind.__init__.__doc__ = _kind.__doc__  # else help() shows that of nn.Module

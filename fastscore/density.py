@@ -35,7 +35,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import warn_if_unresolved
 from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
-from .estimator.samples import Samples, check_batch, deferred
+from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
 from .estimator.statistics import draw_sum, draw_variance, widened
 from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
@@ -184,9 +184,10 @@ class ScoreDensity(NetworkDensity):
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
-            mask: True (or 1) for the entries that count, in any shape that broadcasts to x. The others are given: the
-                density is conditional on them, the network sees x_t = x there, and its answers there are not used. A
-                keyword of the network that is itself called mask goes as `cond={"mask": ...}`.
+            mask: True (or 1) for the entries that count, in any shape that broadcasts to x, or of its first dimensions,
+                (B, L) for x (B, L, D); one that fits in both ways is refused. The other entries are given: the density
+                is conditional on them, the network sees x_t = x there, and its answers there are not used. A keyword
+                of the network that is itself called mask goes as `cond={"mask": ...}`.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
@@ -352,9 +353,7 @@ class ScoreDensity(NetworkDensity):
         chosen = choose(len(data), whole("seed", seed))
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
-        bad = (~torch.isfinite(x.flatten(1))).any(1).nonzero()
-        if len(bad):
-            raise ValueError(f"data has NaN or inf in sample {int(chosen[int(bad[0])])}; remove such samples")
+        refuse_not_finite_at("data", x, chosen)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self.check(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import reference_bytes
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, Tables, block_d, number_references, pack_control
+from .packing import MAX_BLOCK_D, Reference, Tables, block_d, number_references, pack_control
 from .tile_ops import vector
 
 BLOCK_B, NUM_WARPS = 32, 8  # 32 samples keep a mixture's tiles in registers (docs/kernels.md)
@@ -218,7 +218,7 @@ def control(
     sign: Tensor,
     alpha: Tensor,
     sigma: Tensor,
-    reference: tuple[Tensor, Tensor, Tensor, Tensor],
+    reference: Reference,
 ) -> Tensor:
     """Return the squared norm of eps - eps_q of every row, float32, shape (B, R); alpha and sigma in float64."""
     (batch, d), count = x.shape, len(points)

@@ -25,15 +25,15 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .activations import activate
+from .blocks import LEVELS
 from .control import control_residual
 from .launch import OPERANDS, Config, Device, Work, refuse
-from .names import ACTIVATIONS
+from .names import ACTIVATIONS, INSTRUCTIONS
 from .noise import load_normals
-from .packing import Layout, Tables, block_d, number_references, pack_control, pack_network
+from .packing import Layout, Reference, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
 
-INSTRUCTIONS = ("linear", "affine", "act", "norm", "save", "add")
-LINEAR, AFFINE, ACT, NORM, SAVE, ADD = (tl.constexpr(i) for i in range(6))
+LINEAR, AFFINE, ACT, NORM, SAVE, ADD = map(tl.constexpr, range(len(INSTRUCTIONS)))
 
 
 @triton.jit
@@ -225,9 +225,8 @@ def density_mlp(
     code: tuple,
     weights: list[Tensor],
     tables: list[Tensor],
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    precision: str = "tf32x3",
-    config: Config | None = None,
+    reference: Reference | None,
+    precision: str,
 ) -> Tensor:
     """Launch the fused kernel; return f, float32, shape (B, R).
 
@@ -239,33 +238,37 @@ def density_mlp(
         code, weights, tables: the network, see `packing`.
         reference: weight, mean, variance, basis of the control variate, or None.
         precision: of the matrix products, a key of `OPERANDS`.
-        config: launch configuration; the first of `Config.candidates` that fits if None.
 
     Raises:
         NoRoom: if no launch fits the device.
     """
     (batch, d), count = x.shape, len(rows)
-    into = Tables(batch, count)
-    dtype = OPERANDS[precision]
-    layout, packed = pack_network(code, weights, tables, d, into, dtype)
-    if precision == "emulated bf16":
-        packed = packed.to(torch.bfloat16).float()
-    control, q, y = pack_control(reference, x, alpha, sigma, into)
-    r, b, br = (into.matrix(level, x) for level in ("r", "b", "br"))
+    layout, control, packed, q, y = pack(x, alpha, sigma, code, weights, tables, reference, precision)
     f = torch.empty(batch, count, dtype=torch.float32, device=x.device)
 
     def launch(config: Config) -> Tensor:
         density_mlp_fwd_kernel[(triton.cdiv(batch, config.block_b), config.splits)](
-            x, keys, points, rows, packed, r, b, br, q, y, f,
-            batch, count, triton.cdiv(count, config.splits), r.shape[-1], b.shape[-1], br.shape[-1],
+            x, keys, points, rows, *packed, q, y, f,
+            batch, count, triton.cdiv(count, config.splits), *(table.shape[-1] for table in packed[1:]),
             **constants(layout, control, d, precision, config), num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
         return f
 
-    if config is not None:
-        return launch(config)
     work = Work(layout, d, control[0], 1 if reference is None else len(reference[0]), precision)
     return launch_what_fits(launch, work, x.device, batch, count)
+
+
+def pack(
+    x: Tensor, alpha: Tensor, sigma: Tensor, code: tuple, weights: list[Tensor], tables: list[Tensor],
+    reference: Reference | None, precision: str,
+) -> tuple[Layout, tuple, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:  # fmt: skip
+    """Return the layout, CONTROL, the tensors of the network (weights, and a table a level), and q and y of CONTROL."""
+    into = Tables(len(x), len(alpha))
+    layout, packed = pack_network(code, weights, tables, x.shape[1], into, OPERANDS[precision])
+    if precision == "emulated bf16":
+        packed = packed.to(torch.bfloat16).float()
+    control, q, y = pack_control(reference, x, alpha, sigma, into)
+    return layout, control, (packed, *(into.matrix(level, x) for level in LEVELS)), q, y
 
 
 def launch_what_fits(

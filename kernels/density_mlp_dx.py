@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, derivative
-from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants
-from .launch import OPERANDS, REDUCTION_BYTES, Config, Device, NoRoom, Work
+from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants, pack
+from .launch import REDUCTION_BYTES, Config, Device, NoRoom, Work
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, Tables, block_d, pack_control, pack_network
+from .packing import MAX_BLOCK_D, Reference, block_d
 from .tile_ops import affine, layer_norm, layer_norm_backward, matmul, matrix, vector
 
 BLOCK_B, NUM_WARPS = 32, 8
@@ -187,26 +187,21 @@ def density_mlp_dx(
     code: tuple,
     weights: list[Tensor],
     tables: list[Tensor],
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    precision: str = "tf32x3",
-    splits: int | None = None,
+    reference: Reference | None,
+    precision: str,
+    splits: int | None,
 ) -> Tensor:
     """Return the gradient with respect to x, float32, shape (B, d); grad (B, R), the others as in `density_mlp`."""
     (batch, d), count = x.shape, len(rows)
-    into = Tables(batch, count)
-    layout, packed = pack_network(code, weights, tables, d, into, OPERANDS[precision])
-    if precision == "emulated bf16":
-        packed = packed.to(torch.bfloat16).float()
-    control, _, _ = pack_control(reference, x, alpha, sigma, into)
-    r, b, br = (into.matrix(level, x) for level in ("r", "b", "br"))
+    layout, control, packed, _, _ = pack(x, alpha, sigma, code, weights, tables, reference, precision)
     config = Config(BLOCK_B, NUM_WARPS, resident=True, stages=1)  # resident: one straight block of code
     if splits is None and x.is_cuda:
         config = config.split(batch, count, torch.cuda.get_device_properties(x.device).multi_processor_count)
     splits = config.splits if splits is None else splits
     parts, error = torch.empty(splits, batch, d, device=x.device), torch.empty(batch, count, device=x.device)
     density_mlp_dx_kernel[(triton.cdiv(batch, BLOCK_B), splits)](
-        grad, x, keys, points, rows, packed, r, b, br, parts, error,
-        batch, count, triton.cdiv(count, splits), r.shape[-1], b.shape[-1], br.shape[-1],
+        grad, x, keys, points, rows, *packed, parts, error,
+        batch, count, triton.cdiv(count, splits), *(table.shape[-1] for table in packed[1:]),
         **dx_constants(layout, control, d, precision, config), num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return parts.sum(0)

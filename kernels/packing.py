@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from .blocks import LEVELS, blocks
 from .names import ACTIVATIONS, INSTRUCTIONS
 
+Reference = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, mean, variance and basis of a mixture
 MAX_BLOCK_D = 128
 CHUNK_D = 64
 
@@ -186,9 +187,9 @@ def _get(tables: list[Tensor], index: int) -> Tensor | None:
 
 
 def pack_control(
-    reference: tuple[Tensor, Tensor, Tensor, Tensor] | None, x: Tensor, alpha: Tensor, sigma: Tensor, into: Tables
+    reference: Reference | None, x: Tensor, alpha: Tensor, sigma: Tensor, into: Tables
 ) -> tuple[tuple, Tensor, Tensor]:
-    """Return (CONTROL, q, y) for a mixture (weight, mean, variance, basis); see `control.py` for the kinds.
+    """Return (CONTROL, q, y) for a mixture; see `control.py` for the kinds.
 
     Arguments:
         reference: float64; (K,), (K, d or 1), the same, and (K, d, d) or empty; None for no control variate.

@@ -1,4 +1,4 @@
-"""Score networks as their users write them, small: the row programs of tests/test_program.py are made from these."""
+"""Score networks as their users write them, small; program_networks.py gives them by name, with what they take."""
 
 import math
 from itertools import pairwise

@@ -1,5 +1,6 @@
 """docs/architecture.md is the package as it is: files exist, all folders are listed, a call takes its steps."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -56,3 +57,17 @@ def test_an_estimate_walks_through_the_stations():
     services = ("noise.py", "calibration.py", "curve.py")
     places = [walked.index(station) for station in first if not station.endswith(services)]
     assert places == sorted(places), list(zip(first, places))
+
+
+def test_every_page_has_one_title():
+    for page in (ROOT / "docs").glob("*.md"):
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        assert len(re.findall(r"^# ", prose, re.M)) == 1, page
+
+
+def test_help_on_the_making_of_any_public_class_is_about_that_class():
+    classes = [getattr(fs, name) for name in fs.__all__ if isinstance(getattr(fs, name), type)]
+    for kind in classes:
+        if "__init__" in vars(kind):
+            assert inspect.getdoc(kind.__init__) == inspect.getdoc(kind), kind
+    assert "predicts:" in inspect.getdoc(fs.ScoreDensity.__init__)

@@ -1,86 +1,21 @@
-"""The command line end to end, killed and interrupted, and what it says."""
+"""The command line end to end: the numbers it writes, and what it says of what does not fit."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
-import types
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from safetensors.torch import save_file
+from command_line import ARGUMENTS, N, evaluate, filled
 from torch.export import Dim
 
 import fastscore as fs
-from fastscore.cli import commands as cli
-from fastscore.ops.select import BACKENDS, native
-
-# A network that is slow as long as a file says so: a pause changes no number.
-ZOO = """
-import os, time
-import torch
-from torch import nn
-import fastscore
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([[0.3, -0.2], [0.5, 0.1]]))
-
-    def forward(self, x, t):
-        if os.path.exists("slow"):
-            time.sleep(0.1)
-            x = x.flip(1).flip(1)  # is no instruction of a row program, which would not pause
-        return torch.tanh(x @ self.weight) + 0.1 * t[:, None]
-
-def ready():
-    return fastscore.ScoreDensity(Net(), fastscore.VP(), "eps", nfe=40)
-
-def fails():
-    raise KeyError("weights.bin")
-"""
-ARGUMENTS = (
-    "zoo:Net",
-    "data.npy",
-    "--schedule",
-    "vp",
-    "--predicts",
-    "eps",
-    "--nfe",
-    "32",
-    "--seed",
-    "3",
-    "--batch",
-    "8",
-)
-N = 50
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with the module `zoo` and data in every kind of file."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "zoo.py").write_text(ZOO)
-    x = torch.randn(N, 2, generator=torch.Generator().manual_seed(0))
-    np.save("data.npy", x.numpy())
-    np.savez("data.npz", x=x.numpy(), labels=np.arange(N))
-    torch.save({"x": x, "labels": torch.arange(N)}, "data.pt")
-    save_file({"x": x}, "data.safetensors")
-    np.save("levels.npy", np.zeros((N, 2), np.uint8))
-    np.save("wide.npy", np.zeros((N, 3), np.float32))
-    yield tmp_path
-    sys.modules.pop("zoo", None)
-
-
-def evaluate(*arguments, code=0):
-    result = CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
+    yield from filled(tmp_path, monkeypatch)
 
 
 def expected(folder, **options):
@@ -114,6 +49,31 @@ def test_writes_the_densities_and_sums_them_up(folder):
     assert number(output, "discretization") == pytest.approx(whole.discretization, rel=0.05)
     assert number(output, "seconds") < 60
     assert output.endswith("written to      r.npz\n")
+
+
+def test_warnings_are_one_line_each_and_others_keep_their_place(folder):
+    (folder / "warns.py").write_text("import warnings, zoo\nwarnings.warn('of its own')\nNet = zoo.Net\n")
+    np.save("constant.npy", np.stack([np.linspace(0, 1, N), np.zeros(N)], 1).astype(np.float32))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fastscore",
+        "evaluate",
+        "warns:Net",
+        *ARGUMENTS[1:],
+        "--fit",
+        "constant.npy",
+    ]
+    found = subprocess.run([*command, "--out", "r.npz"], capture_output=True, text=True, check=True, timeout=300)
+    lines = [line for line in found.stderr.splitlines() if "arn" in line]
+    assert lines[0] == f"{folder / 'warns.py'}:2: UserWarning: of its own"
+    assert lines[2].startswith(
+        "fastscore: warning: of the data's 2 dimensions 1 constant: in them the density is infinite"
+    )
+    assert lines[2].endswith("before training")
+    assert all(line.startswith("fastscore: warning: ") for line in lines[3:])
+    assert "click" not in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -277,145 +237,3 @@ def test_models_and_conditions_that_do_not_fit_get_one_sentence(folder, model, o
 class Plain(torch.nn.Module):
     def forward(self, x, t):
         return 0.5 * x
-
-
-def start_and_stop(folder, how):
-    """Run the command in a process of its own and stop it after two blocks; return its exit code and stderr."""
-    (folder / "slow").touch()
-    command = [sys.executable, "-m", "fastscore", "evaluate", *ARGUMENTS, "--out", "r.npz"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("r.npz.partial/block-*.npz"))) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, how)
-    _, stderr = process.communicate(timeout=30)
-    (folder / "slow").unlink()
-    assert not (folder / "r.npz").exists()
-    return process.returncode, stderr
-
-
-def resumed(folder):
-    """Run the command again, and once without interruption; return the line about resuming and compare the files."""
-    line = next(line for line in evaluate(*ARGUMENTS, "--out", "r.npz").stderr.splitlines() if "resuming" in line)
-    evaluate(*ARGUMENTS, "--out", "whole.npz")
-    assert (folder / "r.npz").read_bytes() == (folder / "whole.npz").read_bytes()
-    assert not (folder / "r.npz.partial").exists()
-    return line
-
-
-def test_kill_9_loses_no_finished_block(folder):
-    code, _ = start_and_stop(folder, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    kept = len(list(folder.glob("r.npz.partial/block-*.npz")))
-    refused = evaluate(*ARGUMENTS, "--seed", "4", "--out", "r.npz", code=1).stderr
-    assert f"{kept} finished blocks of another run: seed is 3 there and 4 here. Give another out, or discard" in refused
-    assert resumed(folder) == f"resuming: {kept} of 7 blocks done"
-
-
-def test_ctrl_c_says_how_to_resume(folder):
-    code, stderr = start_and_stop(folder, signal.SIGINT)
-    assert code == 130
-    kept = len(list(folder.glob("r.npz.partial/block-*.npz")))
-    assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == (
-        f"interrupted: {kept} of 7 blocks are kept in r.npz.partial; run the same again to resume"
-    )
-    assert resumed(folder) == f"resuming: {kept} of 7 blocks done"
-
-
-def test_ctrl_c_before_the_work(folder, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "load_density", interrupt)
-    assert evaluate(*ARGUMENTS, "--out", "r.npz", code=130).stderr == "interrupted before anything was computed\n"
-
-
-def info():
-    result = CliRunner().invoke(cli.main, ["info"])
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def test_info_names_versions_and_every_backend():
-    output = info()
-    for package in (fs, torch, np):
-        assert re.search(rf"^  {package.__name__} +{re.escape(package.__version__)}$", output, re.MULTILINE)
-    for backend in BACKENDS:
-        reason = backend.why_not(torch.device("cpu"), torch.float32) or "can run"
-        assert re.search(rf"^  {backend.name} on cpu +{re.escape(reason)}$", output, re.MULTILINE)
-    assert re.search(r"^  safetensors +\d", output, re.MULTILINE)
-
-
-@pytest.fixture
-def native_module(monkeypatch):
-    """Return a function that puts a module, or None, in the place of fastscore._C."""
-
-    def replace(module):
-        monkeypatch.setitem(sys.modules, "fastscore._C", module)
-        native.cache_clear()
-
-    yield replace
-    native.cache_clear()
-
-
-def test_info_without_native_module_and_extras(native_module, monkeypatch):
-    native_module(None)
-    monkeypatch.setattr(cli, "_version", lambda package: None)
-    output = info()
-    assert re.search(r"fastscore\._C +absent: this wheel is pure Python; .* FASTSCORE_REQUIRE_CUDA=1 pip", output)
-    assert re.search(r"cuda on cpu +fastscore\._C is absent: this wheel is pure Python", output)
-    for package, extra in cli.EXTRAS:
-        assert f'{package:<14} not installed; pip install "fastscore[{extra}]"' in output
-
-
-def test_info_shows_the_native_module(native_module):
-    module = types.ModuleType("fastscore._C")
-    module.build_info = lambda: {"architectures": "80;90a"}
-    module.runtime = lambda: {"driver": "none", "kernels": "cannot run: no NVIDIA driver is installed"}
-    native_module(module)
-    output = info()
-    assert re.search(
-        r"fastscore\._C +present\n  architectures +80;90a\n  driver +none\n  kernels +cannot run: no", output
-    )
-
-
-def test_info_shows_why_the_native_module_cannot_be_loaded(native_module, monkeypatch, tmp_path):
-    (tmp_path / "_C.py").write_text("raise ImportError('libstdc++.so.6: version GLIBCXX_3.4.29 not found')")
-    monkeypatch.setattr(fs, "__path__", [str(tmp_path), *fs.__path__])
-    monkeypatch.delitem(sys.modules, "fastscore._C", raising=False)
-    native.cache_clear()
-    assert re.search(r"fastscore\._C +unusable: libstdc\+\+\.so\.6: version GLIBCXX_3\.4\.29 not found\n", info())
-
-
-def test_info_survives_what_is_broken(native_module):
-    native_module(types.ModuleType("fastscore._C"))
-    output = info()
-    assert "cannot be found out: AttributeError" in output
-    assert "optional packages" in output
-
-
-def test_demo_passes_its_options_on(monkeypatch):
-    calls = []
-    module = types.ModuleType("fastscore.demo")
-    module.run_demo = lambda *args, **kwargs: calls.append((args, kwargs))
-    monkeypatch.setitem(sys.modules, "fastscore.demo", module)
-    assert CliRunner().invoke(cli.main, ["demo", "--out", "pictures", "--seed", "5"]).exit_code == 0
-    assert calls == [(("pictures",), {"seed": 5})]
-
-
-def test_demo_names_what_it_misses(monkeypatch):
-    for module in ("sklearn", "matplotlib"):
-        monkeypatch.setitem(sys.modules, module, None)
-    result = CliRunner().invoke(cli.main, ["demo"])
-    assert result.exit_code == 1
-    assert result.stderr == 'Error: the demo needs scikit-learn, matplotlib; pip install "fastscore[demo]"\n'

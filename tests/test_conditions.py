@@ -1,93 +1,19 @@
 """Conditions: nested, marked or told apart by their sizes, under any name, and refused where nothing tells."""
 
-import argparse
 import collections
-import dataclasses
 import pathlib
 import pickle
-import sys
-import types
-import typing
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from nested_conditions import MEAN, NESTED, SCHEDULE, D, Moved, close, data, truth
 from torch import nn
 
 import fastscore as fs
-from fastscore.cli.commands import main
-from fastscore.cli.loading import load_conditions
 from fastscore.metrics import NegativeLogLikelihood
 from fastscore.process.conditions import Conditions
-from fastscore.runs.condition_data import DataConditions
 from fastscore.runs.evaluate import evaluate_dataset
-
-SCHEDULE = fs.LogSNR(-10, 10)
-D = 4
-MEAN = torch.linspace(-2, 2, 12)
-
-
-class Pair(typing.NamedTuple):
-    mean: object
-    other: object = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    mean: object
-    width: int = 3
-
-
-class Bag(collections.UserDict):
-    """A mapping that pytree does not know."""
-
-
-class Moved(nn.Module):
-    """The exact network of N(mean, 1/4) in every dimension, the mean found in whatever the condition is."""
-
-    def __init__(self, find):
-        super().__init__()
-        self.find = find
-
-    def forward(self, x, t, added=None, **more):
-        mean = self.find(added, more)
-        alpha, sigma = SCHEDULE.alpha_sigma(t)
-        mean = mean.double().reshape(-1, 1)
-        eps = sigma[:, None] * (x.double() - alpha[:, None] * mean) / (alpha[:, None] ** 2 / 4 + sigma[:, None] ** 2)
-        return eps.to(x.dtype)
-
-
-def data(count=12):
-    generator = torch.Generator().manual_seed(0)
-    return MEAN[:count, None] + 0.5 * torch.randn(12, D, generator=generator)[:count]
-
-
-def truth(x, mean):
-    return torch.distributions.Normal(mean[:, None].double(), 0.5).log_prob(x.double()).sum(1)
-
-
-def close(found, expected):
-    """Whether estimates lie within five standard errors, once in some million: a wrong mean lies a hundred away."""
-    return bool(((found.log_prob - expected).abs() <= 5 * found.stderr + 1e-3).all())
-
-
-# name: what the condition is made of the means, and where the network finds them
-NESTED = {
-    "a tensor": (lambda m: m, lambda a, more: a),
-    "a dict": (lambda m: {"mean": m, "crop": (0, 0)}, lambda a, more: a["mean"]),
-    "a dict in a dict": (lambda m: {"a": {"b": m}, "scale": 2.0}, lambda a, more: a["a"]["b"]),
-    "a list": (lambda m: ["text", m], lambda a, more: a[1]),
-    "a tuple": (lambda m: (None, m), lambda a, more: a[1]),
-    "a named tuple": (lambda m: Pair(m), lambda a, more: a.mean),
-    "a dataclass": (lambda m: Given(m), lambda a, more: a.mean),
-    "dataclasses in a list": (lambda m: [Given(m)], lambda a, more: a[0].mean),
-    "a namespace": (lambda m: argparse.Namespace(mean=m), lambda a, more: a.mean),
-    "another mapping": (lambda m: Bag(mean=m), lambda a, more: a["mean"]),
-    "an ordered dict": (lambda m: collections.OrderedDict(mean=m), lambda a, more: a["mean"]),
-    "beside a shared table": (lambda m: {"i": torch.arange(len(m)), "table": MEAN}, lambda a, more: a["table"][a["i"]]),
-    "marked": (lambda m: fs.per_sample({"mean": m}), lambda a, more: a["mean"]),
-}
 
 
 @pytest.mark.parametrize("kind", NESTED)
@@ -220,6 +146,8 @@ SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
         (["text"] * 12, LIST),
         ([torch.zeros(3)] * 12, LIST),
         (MEAN[:5], r"does not take data of shape \(4,\) .*added \(5,\) shared.*: RuntimeError.*; fs.per_sample or"),
+        (MEAN[:5], "condition 'added' has 5 entries and counts as shared, with one a sample it has 12"),
+        ({"mean": MEAN[:11]}, r"condition \"added\['mean'\]\" has 11 entries and counts as shared, .* it has 12"),
         (torch.zeros(()), r"conditions added \(\) shared by all: IndexError: too many indices"),
         (fs.per_sample(MEAN[:5]), rf"'added' is marked per_sample and {SIZE} \(5,\)"),
         (fs.per_sample({"mean": torch.zeros(())}), rf"\"added\['mean'\]\" is marked per_sample and {SIZE} \(\)"),
@@ -304,109 +232,6 @@ def test_the_classifier_takes_nested_classes_and_conditions():
     assert torch.equal(again.per_sample["given['mean']"], means)
     with pytest.raises(ValueError, match="given names the class and is set by the classifier"):
         classifier.classify(x, given={"other": shift}, rest={"shift": shift})
-
-
-def test_conditions_of_a_data_set(tmp_path):
-    mean = MEAN.double().numpy()
-    told = DataConditions.of("cond", {"a": {"mean": mean}, "w": 2.0, "table": fs.shared(mean[:5])}, 12)
-    given = told.at(torch.tensor([3, 1]), torch.device("cpu"), torch.float32)
-    assert given["a"]["mean"].value.tolist() == MEAN[[3, 1]].tolist()
-    assert given["table"].value.dtype == torch.float32
-    for bad, got in ((mean[:5], r"shape \(5,\)"), (np.ones(()), r"shape \(\)"), (object(), "object")):
-        message = rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
-        with pytest.raises(ValueError, match=message):
-            DataConditions.of("cond", {"y": bad}, 12)
-    density = fs.ScoreDensity(Moved(lambda a, more: a["mean"]), SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
-    found = evaluate_dataset(density, data(), tmp_path / "a.npz", batch=5, cond={"added": {"mean": MEAN}})
-    assert close(found, truth(data(), MEAN))
-    some = evaluate_dataset(
-        density, data(), tmp_path / "b.npz", batch=2, cond={"added": {"mean": MEAN}}, indices=[7, 2, 9]
-    )
-    assert torch.allclose(some.log_prob, found.log_prob[[7, 2, 9]], rtol=1e-4)
-
-
-@pytest.mark.parametrize("change", ["a sample's", "shared", "name"])
-def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
-    def stop(added, more):
-        calls.append(1)
-        if len(calls) > 9:  # seven calls or eight are the probes
-            raise KeyboardInterrupt
-        return added + more["shift"] if "shift" in more else added
-
-    calls = []
-    density = fs.ScoreDensity(Moved(stop), SCHEDULE, nfe=16)
-    cond = {"added": MEAN, "shift": fs.shared(torch.zeros(1))}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=cond)
-    other = {
-        "a sample's": cond | {"added": MEAN.flip(0)},
-        "shared": cond | {"shift": fs.shared(torch.ones(1))},
-        "name": {"added": MEAN},
-    }[change]
-    calls.clear()
-    with pytest.raises(ValueError, match="conditions"):
-        evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=other)
-
-
-def test_conditions_on_the_command_line(tmp_path):
-    np.savez(tmp_path / "data.npz", y=np.arange(3), m=np.ones(3))
-    np.save(tmp_path / "t.npy", np.zeros(5))
-    found = load_conditions(
-        [f"y={tmp_path}/data.npz:y", "added.w=1.5", f"added.m={tmp_path}/data.npz:m"], [f"table={tmp_path}/t.npy"]
-    )
-    assert found["y"].tolist() == [0, 1, 2]
-    assert found["added"]["w"] == 1.5
-    assert found["added"]["m"].tolist() == [1, 1, 1]
-    assert found["table"] == fs.shared(found["table"].value)
-    for bad, message in (
-        (["y"], "a condition must be NAME=FILE or NAME=NUMBER"),
-        (["y=1", "y=2"], "'y' is given twice"),
-        (["y=labels.txt"], "'y' must be a .npy, .npz, .pt or .safetensors file or a number, got 'labels.txt'"),
-        (["y=1", "y.a=2"], "'y.a' is given twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_conditions(bad, [])
-
-
-class Labelled(nn.Module):
-    """Called as an exported network with a condition is: model(x_t, t, y=labels)."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.y = nn.Linear(D, D), nn.Embedding(3, D)
-
-    def forward(self, x, t, *, y):
-        return torch.tanh(self.a(x) + self.y(y)) * t[:, None]
-
-
-@pytest.mark.parametrize("kind", ["export", "factory"])
-def test_the_command_evaluates_with_labels(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    net, label = Labelled().eval(), torch.arange(12) % 3
-    np.save("x.npy", data().numpy())
-    np.savez("labels.npz", y=label.numpy(), other=np.zeros(12))
-    if kind == "export":
-        batch = {0: torch.export.Dim("batch")}
-        example = data(), torch.rand(12)
-        torch.export.save(
-            torch.export.export(net, example, {"y": label}, dynamic_shapes={"x": batch, "t": batch, "y": batch}),
-            "net.pt2",
-        )
-        model = "net.pt2"
-    else:
-        module = types.ModuleType("labelled_networks")
-        module.build = lambda: net
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        model = "labelled_networks:build"
-    command = ["evaluate", model, "x.npy", "--schedule", "vp", "--predicts", "eps", "--nfe", "32", "--batch", "5"]
-    result = CliRunner().invoke(main, [*command, "--cond", "y=labels.npz:y", "--out", "out.npz"])
-    assert result.exit_code == 0, result.output
-    expected = fs.ScoreDensity(net, fs.VP(), "eps").estimate(data(), nfe=32, y=label).log_prob
-    assert np.allclose(np.load("out.npz")["log_prob"], expected.numpy(), rtol=1e-4)
-    wrong = CliRunner().invoke(main, [*command, "--cond", "y=x.npy", "--out", "b.npz"])
-    assert wrong.exit_code == 1
-    assert "the network does not take data of shape (4,) a sample and conditions y (4,) a sample" in wrong.output
 
 
 def test_the_page_runs_as_it_stands():

@@ -62,6 +62,14 @@ def test_fit_warns_with_the_counts_and_the_least_noise():
         fs.Transformed(density, zscore(0.0, 2.0)).fit(data, evaluations=0, progress=False)
 
 
+def test_fit_counts_columns_that_are_narrower_than_the_least_noise_beside_constant_ones():
+    data = with_columns(torch.zeros(400, 1), 1e-4 * BASE[:, :1], 1e6 * torch.ones(400, 1))
+    density = fs.ScoreDensity(ExactNet(mixture(data.shape[1]), fs.VP()), fs.VP())
+    with pytest.warns(UserWarning, match="2 constant") as found:
+        density.fit(data, evaluations=0, progress=False)
+    assert "before training; beside these, 1 narrower than that noise, where log_prob is the" in str(found[0].message)
+
+
 def test_fit_counts_the_columns_that_a_mask_leaves_in_all_samples():
     data = with_columns(torch.zeros(400, 2))
     density = fs.ScoreDensity(ExactNet(mixture(5), fs.VP()), fs.VP())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.masked import masked_tensor
 
 import fastscore as fs
 from fastscore.runs.evaluate import Interrupted, evaluate_dataset
@@ -302,6 +303,12 @@ def broken():
         (samples(), {"batch": 0}, "batch must be at least 1 sample, got 0"),
         (samples(), {"nfe": 2}, "nfe=2 leaves fewer than 4 draws"),
         (samples(), {"memory": "much"}, "memory must be a number of bytes"),
+        (samples().to_sparse(), {}, r"data must be a dense tensor, got a sparse_coo one; .to_dense.. makes a dense"),
+        (samples().to("meta"), {}, "data must be a dense tensor, got a meta one; give one with values"),
+        (torch.nested.nested_tensor([samples()]), {}, "data must be a dense tensor, got a nested one"),
+        (samples(), {"fit": masked_tensor(samples(), samples() > 0)}, r"fit data must be .* got a MaskedTensor one"),
+        (samples(), {"mask": samples().to_sparse()}, "mask must be a dense tensor, got a sparse_coo one"),
+        (samples(), {"cond": {"y": samples().to("meta")}}, "cond 'y' must be a dense tensor, got a meta one"),
         (samples(), {"out": "r.txt"}, r"out must be a \.npz or \.csv file, got 'r\.txt'"),
     ],
 )

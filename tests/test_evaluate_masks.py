@@ -74,7 +74,7 @@ def test_bits_are_by_each_samples_own_number_of_entries(tmp_path):
 def test_a_mask_that_all_share(mask, tmp_path):
     own = mask[:, None] if mask.shape == (LENGTH,) else mask
     if mask.shape == (LENGTH,):  # of places without their width: it fits nothing
-        with pytest.raises(ValueError, match=r"mask must broadcast to data of shape \(30, 4, 3\), got \(4,\)"):
+        with pytest.raises(ValueError, match=r"mask must broadcast to data \(30, 4, 3\), got \(4,\)"):
             evaluate_dataset(density(), X, tmp_path / "r.npz", mask=mask, **OPTIONS)
     found = evaluate_dataset(density(), X, tmp_path / "r.npz", mask=own, **OPTIONS)
     expected = whole(own if own.ndim == 3 else own[None].expand(X.shape) if own.ndim == 2 else own)
@@ -128,7 +128,7 @@ SQUARE = torch.zeros(3, 3, 3)
 @pytest.mark.parametrize(
     ("data", "mask", "sentence"),
     [
-        (X, THERE[:7], r"mask must broadcast to data of shape \(30, 4, 3\), got \(7, 4\).*places count"),
+        (X, THERE[:7], r"mask must broadcast to data \(30, 4, 3\), got \(7, 4\).*places count"),
         (SQUARE, torch.ones(3, 3), r"mask \(3, 3\) fits data \(3, 3, 3\) in two ways"),
         (X, THERE * 2, "mask must be True .or 1. where an entry counts"),
         (X, THERE & (torch.arange(N) != 5)[:, None], "at least one entry of every sample, got none in sample 5"),

@@ -18,7 +18,7 @@ NETS = "import torch\n\nclass build(torch.nn.Module):\n    def forward(self, x_t
 
 
 @pytest.fixture(scope="module")
-def names():
+def names(tmp_path_factory):
     """What the blocks define, in order, for classes with exact posteriors."""
     y = torch.arange(4).repeat_interleave(10)
     found = {
@@ -31,8 +31,11 @@ def names():
         "other_y": (y + 1) % 4,
     }
     found["background"].forward = lambda x_t, t: x_t  # of a standard normal, but for the noise level
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
-        exec(block, found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("blocks"))
+        for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+            exec(block, found)
+        found["stored"] = dict(np.load("density.npz"))
     return found
 
 
@@ -41,6 +44,14 @@ def test_the_classifier(names):
     found = names["classifier"].classify(names["test_data"])
     assert float((found.prediction == likely).double().mean()) > 0.9
     assert len(PRIOR) == found.active.shape[1]
+
+
+def test_the_data_set(names):
+    log_likelihood, _ = exact(names["test_data"])
+    own = log_likelihood.gather(1, names["test_y"][:, None])[:, 0]
+    error = torch.from_numpy(names["stored"]["log_prob"]) - own
+    assert float((error.abs() < 4 * torch.from_numpy(names["stored"]["stderr"]) + 0.01).double().mean()) > 0.95
+    assert np.array_equal(names["stored"]["log_prob"], names["whole"].log_prob.numpy())
 
 
 def test_ranking(names):

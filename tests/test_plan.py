@@ -241,32 +241,6 @@ def test_two_threads_share_a_density():
     assert not failures
 
 
-# What a captured density keeps on purpose, or what changes the data's dtype.
-FIXED = (
-    "another reference",
-    "the reference written",
-    "the nodes written",
-    "other nodes",
-    "a fit",
-    "another noise",
-    "float64",
-)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", [change for change in CHANGES if change not in FIXED])
-def test_a_captured_density_follows_the_network_and_the_schedule(change):
-    density, x = make(), data()
-    captured = fs.CapturedDensity(density, x, nfe=NFE)
-    captured(x)
-    CHANGES[change](density)
-    expected = copy.deepcopy(density).estimate(x, nfe=NFE, progress=False)
-    for _ in range(2):
-        found = captured(x)
-        assert torch.equal(found.log_prob, expected.log_prob)
-        assert torch.equal(found.stderr, expected.stderr)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("program", ["auto", False])
 def test_networks_that_were_replaced_are_let_go(program):

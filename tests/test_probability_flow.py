@@ -84,7 +84,7 @@ def test_every_prediction_has_the_same_flow(name):
     x = TARGET.sample(4, seed=2)
     # One Runge-Kutta step over the whole range: no accuracy to speak of, but all see the same four points.
     found = [
-        probability_flow_log_prob(matched(TARGET, SCHEDULES[name], predicts), x, method="rk4").log_prob
+        probability_flow_log_prob(matched(TARGET, SCHEDULES[name], predicts), x, method="rk4", steps=1).log_prob
         for predicts in PREDICTIONS
     ]
     # Rounding, 1e-16 times the factor exp(16 / 2) between data and noise at the clean end.
@@ -166,14 +166,16 @@ class Counting(nn.Module):
         return sigma * (x_t - alpha * label.reshape(-1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("options", [{"method": "dopri5"}, {"trace": "hutchinson", "probes": 3}, {"method": "rk4"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "dopri5"}, {"trace": "hutchinson", "probes": 3}, {"method": "rk4", "steps": 1}]
+)
 def test_nfe_is_the_number_of_calls_and_conditions_go_with_their_samples(options):
     net = Counting()
     x = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
     density = fs.ScoreDensity(net, RANGE)
     # Once, before it is counted: whether its graph is whole. Marked: what the sizes alone say is one more call.
-    probability_flow_log_prob(density, x, method="midpoint", label=fs.per_sample(label))
+    probability_flow_log_prob(density, x, method="midpoint", steps=1, label=fs.per_sample(label))
     net.calls = 0
     found = probability_flow_log_prob(density, x, **options, label=fs.per_sample(label))
     assert int(found.nfe.max()) == net.calls > 3
@@ -296,6 +298,11 @@ def test_steps_belong_to_a_fixed_grid():
         probability_flow_log_prob(density, x, method="dopri5", steps=8)
     with pytest.raises(ValueError, match="steps=0"):
         probability_flow_log_prob(density, x, method="rk4", steps=0)
+    for method in ("midpoint", "euler", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams"):
+        with pytest.raises(ValueError, match=rf"method='{method}' has a fixed grid and needs steps=.*method='auto'"):
+            probability_flow_log_prob(density, x, method=method)
+    for method in ("auto", "dopri5", "adaptive_heun", "scipy_solver"):
+        assert probability_flow_log_prob(density, x, method=method).log_prob.isfinite().all()
 
 
 def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():
@@ -337,7 +344,7 @@ def test_how_many_traces_run_at_once_changes_nothing(monkeypatch, options, at_on
 def test_numbers_that_are_none_and_counts_that_fit_nowhere_are_refused():
     density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), torch.randn(3, 2)
     with pytest.raises(ValueError, match="the ODE gives NaN or inf for all of 3 samples"):
-        probability_flow_log_prob(density, 1e30 * x, method="midpoint")
+        probability_flow_log_prob(density, 1e30 * x, method="midpoint", steps=1)
     for options, message in (
         ({"method": "midpoint", "steps": 10**9}, "steps must be at most 131072, got 1000000000"),
         ({"method": "midpoint", "steps": 2.5}, "steps must be an integer, got 2.5"),

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_program import NETWORKS
+from program_networks import NETWORKS
 from torch import nn
 
 import fastscore as fs

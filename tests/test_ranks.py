@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import ARGUMENTS, ZOO
 from processes import free_port
 from torch import nn
 
@@ -306,33 +307,9 @@ def test_no_thread_of_a_group_outlives_the_block():
     assert outputs == ["True\n[]\n"] * 2
 
 
-# A network that is slow as long as a file says so: a pause changes no number.
-ZOO = """
-import os, time
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([[0.3, -0.2], [0.5, 0.1]]))
-
-    def forward(self, x, t):
-        if os.path.exists("slow"):
-            open(f"rank-{os.environ['RANK']}-{os.getpid()}", "w").close()
-            time.sleep(0.1)
-            x = x.flip(1).flip(1)  # is no instruction of a row program, which would not pause
-        return torch.tanh(x @ self.weight.to(x)) + 0.1 * t[:, None]
-
-def double():
-    return Net().double()
-"""
-EVALUATE = ["data.npy", "--schedule", "vp", "--predicts", "eps", "--nfe", "32", "--seed", "3", "--batch", "8"]
-
-
 def torchrun(model, count, out):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += ["-m", "fastscore", "evaluate", model, *EVALUATE, "--out", out]
+    command += ["-m", "fastscore", "evaluate", model, *ARGUMENTS[1:], "--out", out]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -369,10 +346,10 @@ def test_torchrun_survives_kill_9(tmp_path, monkeypatch, model, count, victim, a
         output, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
     else:
-        result = CliRunner().invoke(cli.main, ["evaluate", model, *EVALUATE, "--out", "r.npz"])
+        result = CliRunner().invoke(cli.main, ["evaluate", model, *ARGUMENTS[1:], "--out", "r.npz"])
         output, stderr = result.stdout, result.stderr
     assert f"resuming: {kept} of 12 blocks done" in stderr
-    whole = CliRunner().invoke(cli.main, ["evaluate", model, *EVALUATE, "--out", "whole.npz"])
+    whole = CliRunner().invoke(cli.main, ["evaluate", model, *ARGUMENTS[1:], "--out", "whole.npz"])
     sys.modules.pop("zoo", None)
     assert whole.exit_code == 0
 

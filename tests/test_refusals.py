@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.masked import masked_tensor
+from torch.utils._pytree import tree_map_only
 
 import fastscore as fs
+from fastscore.estimator.protocol import check_density
 from fastscore.metrics import NegativeLogLikelihood
 from fastscore.transforms import zscore
 
@@ -25,6 +30,22 @@ class Net(nn.Module):
 
 def density(answer=lambda x, t: torch.tanh(x)):
     return fs.ScoreDensity(Net(answer), fs.VP())
+
+
+class Wrapped(torch.Tensor):
+    """A tensor in another one, whose operations are of its class."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        inside = tree_map_only(cls, lambda value: value.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, operation(*inside[0], **inside[1]))
 
 
 CALLS = {
@@ -46,7 +67,16 @@ DATA = {
     "complex": (X.to(torch.complex64), "floating point, got torch.complex64"),
     "whole numbers": (X.long(), "floating point, got torch.int64; dequantize"),
     "truth values": (X > 0, "floating point, got torch.bool"),
-    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "floating point, got torch.qint8"),
+    "quantized": (
+        torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),
+        r"dense tensor, got a quantized one; .dequantize\(\) makes a dense one",
+    ),
+    "masked": (
+        masked_tensor(X, X > 0),
+        r"got a MaskedTensor one; .get_data\(\) makes a dense one.*and mask=",
+    ),
+    "a class of its own": (Wrapped(X), "dense tensor, got a Wrapped one"),
+    "fake": (FakeTensorMode().from_tensor(X), "dense tensor, got a FakeTensor one; give one with values"),
     "no values": (X.to("meta"), "meta device, where tensors have no values"),
     "a list": (X.tolist(), "a tensor of shape.*got list"),
     "an array": (X.numpy(), "a tensor of shape.*got ndarray"),
@@ -61,6 +91,37 @@ def test_data_of_a_wrong_kind(call, kind):
     x, message = DATA[kind]
     with pytest.raises(ValueError, match=message):
         CALLS[call](density(), x)
+
+
+OTHERS = {
+    kind: value for kind, (value, _) in DATA.items() if isinstance(value, torch.Tensor) and "got a " in DATA[kind][1]
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_masks_and_conditions_of_a_wrong_kind(kind):
+    value = OTHERS[kind]
+    with pytest.raises(ValueError, match=r"mask must be a dense tensor, got a .* one; "):
+        density().estimate(X, nfe=16, mask=value)
+    for marked in (value, fs.per_sample(value)):
+        with pytest.raises(ValueError, match=r"condition 'y' is a .* tensor, which cannot be told apart"):
+            density(lambda x, t, y: x).estimate(X, nfe=16, y=marked)
+    shared = [value] + [torch.nested.nested_tensor([X[:2], X])] * (kind == "nested")
+    for each in shared:  # goes on as it is, whatever it is
+        made = fs.ScoreDensity(Conditional(), fs.VP())
+        assert torch.equal(made.estimate(X, nfe=16, y=fs.shared(each)).log_prob, density().estimate(X, nfe=16).log_prob)
+
+
+class Conditional(nn.Module):
+    def forward(self, x, t, y):
+        return torch.tanh(x)
+
+
+def test_a_class_whose_operations_give_ordinary_tensors_is_as_good_as_one():
+    right = density().estimate(X, nfe=16).log_prob
+    for x in (AsyncCollectiveTensor(X), nn.Parameter(X)):
+        assert torch.equal(density().estimate(x, nfe=16).log_prob, right)
+    assert density().fit(X.to(torch.float8_e4m3fn)).estimate(X, nfe=16).log_prob.isfinite().all()
 
 
 @dataclass
@@ -119,6 +180,23 @@ def test_networks_that_cannot_be_called_so(kind):
     for call in (lambda: made.estimate(X, nfe=16, **cond), lambda: fs.probability_flow_log_prob(made, X, **cond)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+OWN = {
+    "a sentence": (lambda x, t: fs.Levels(4).values(x, x.dtype), "^levels must be"),
+    "another kind of error": (lambda x, t: check_density(x), "^density must be"),
+    "what it runs into": (
+        lambda x, t: fs.Levels(4).values(None, x.dtype),
+        "^the network does not take.*AttributeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_sentence_of_fastscore_s_own_that_a_network_meets_comes_as_it_is(kind):
+    answer, message = OWN[kind]
+    with pytest.raises((ValueError, TypeError), match=message):
+        density(answer).estimate(X, nfe=16)
 
 
 def test_conditions_go_by_name():

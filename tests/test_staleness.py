@@ -1,96 +1,26 @@
 """A row program never keeps a value that the network would have read again: each way to hold a setting, changed."""
 
-import argparse
-import collections
-import copy
-import ctypes
 import dataclasses
-import enum
+import decimal
 import fractions
-import functools
-import itertools
+import gc
+import logging
 import os
-import pathlib
-import random
 import sys
-import time
-import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from network_with_settings import MODULE, SCHEDULE, SETTINGS, Member, Meta, Net, OfMeta, Static, estimates
 from torch import nn
 
 import fastscore as fs
-from fastscore.program.row_program import NoProgram, RowProgram
 
-SCHEDULE = fs.LogSNR(-6, 6)
 SCALE = 1.0
-SETTINGS = {"inner": {"scale": 1.0}}
 ACT = F.silu
+LOG = logging.getLogger("a.network")
 TENSOR = torch.ones(())
-MODULE = types.ModuleType("a_module_of_settings")
-MODULE.scale = 1.0
-sys.modules[MODULE.__name__] = MODULE
-
-
-@dataclasses.dataclass
-class Options:
-    scale: float = 1.0
-    inner: object = None
-
-
-class Slotted:
-    __slots__ = ("scale",)
-
-    def __init__(self):
-        self.scale = 1.0
-
-
-class Meta(type):
-    level = 1.0
-
-
-class OfMeta(metaclass=Meta):
-    pass
-
-
-class Member(enum.Enum):
-    ONE = 1
-
-
-Member.ONE.scale = 1.0
-
-
-class Number(float):
-    """A number with an attribute beside it."""
-
-
-class Static:
-    scale = 1.0
-
-    @classmethod
-    def value(cls):
-        return cls.scale
-
-
-class Sampler:
-    """A plain object whose method the network calls."""
-
-    def __init__(self):
-        self.table = [1.0, 2.0]
-
-    def factor(self):
-        return self.table[0] * SETTINGS["inner"]["scale"]
-
-
-class Callable:
-    def __init__(self):
-        self.config = {"scale": 1.0}
-
-    def __call__(self, h):
-        return h * self.config["scale"]
 
 
 def helper(h):
@@ -112,46 +42,6 @@ def importing(h):
     import a_module_of_settings as settings
 
     return h * settings.scale
-
-
-class Net(nn.Module):
-    """An MLP whose output passes through `change(net, h)`, with a place for every kind of setting."""
-
-    level = 1.0
-
-    def __init__(self, change):
-        super().__init__()
-        torch.manual_seed(0)
-        self.t, self.a, self.b = nn.Linear(1, 16), nn.Linear(3, 16), nn.Linear(16, 3)
-        self.change, self.act = change, nn.SiLU()
-        self.cfg = argparse.Namespace(scale=1.0, inner=types.SimpleNamespace(scale=1.0))
-        self.options, self.slotted, self.sampler, self.called = (
-            Options(inner=Options()),
-            Slotted(),
-            Sampler(),
-            Callable(),
-        )
-        self.kept = self.sampler.factor
-        self.own_number = Number(1.0)
-        self.own_number.scale = 1.0
-        self.number, self.text, self.numpy, self.array = 1.0, "one", np.float32(1.0), np.ones(3, np.float32)
-        self.list, self.deque, self.fraction = [[1.0]], collections.deque([1.0]), fractions.Fraction(1)
-        self.ordered, self.default = collections.OrderedDict(scale=1.0), collections.defaultdict(float, scale=1.0)
-        self.set, self.tuple, self.free = {1.0}, (1.0, [1.0]), torch.ones(())
-        self.partial, self.unregistered = functools.partial(torch.mul, other=1.0), [nn.Linear(3, 3)]
-        self.unregistered.append(nn.BatchNorm1d(2000).eval())
-        self.turned, self.gaps, self.repeated = torch.ones(3, 4).mT, torch.ones(90)[::30], torch.ones(1).expand(9000)
-        self.large, self.spread = torch.ones(6000), torch.ones(9000)[::3000]
-
-    @property
-    def strength(self):
-        return self._strength_of(self.cfg)
-
-    def _strength_of(self, cfg):
-        return cfg.inner.scale * self.level
-
-    def forward(self, x, t):
-        return self.change(self, self.b(self.act(self.a(x) + self.t(t[:, None]))))
 
 
 def closure():
@@ -335,6 +225,37 @@ CASES = {
         lambda n, h: h * float(os.getenv("A_SCALE", "1")),
         lambda m, n: m.setenv("A_SCALE", "2"),
     ),
+    "recursion limit": (
+        lambda n, h: h * (sys.getrecursionlimit() % 1000 + 1),
+        lambda m, n: sys.setrecursionlimit(sys.getrecursionlimit() + 7),
+    ),
+    "decimal context": (
+        lambda n, h: h * decimal.getcontext().prec,
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 3),
+    ),
+    "decimal context, unnamed": (
+        lambda n, h: h * float(decimal.Decimal(2) / decimal.Decimal(3)),
+        lambda m, n: m.setattr(decimal.getcontext(), "prec", 1),
+    ),
+    "print options": (
+        lambda n, h: h * torch._tensor_str.PRINT_OPTS.precision,
+        lambda m, n: m.setattr(torch._tensor_str.PRINT_OPTS, "precision", 9),
+    ),
+    "print options of numpy": (
+        lambda n, h: h * np.get_printoptions()["precision"],
+        lambda m, n: np.set_printoptions(precision=3),
+    ),
+    "garbage collection": (lambda n, h: h * (1 + gc.isenabled()), lambda m, n: gc.disable()),
+    "working directory": (lambda n, h: h * len(os.getcwd()), lambda m, n: m.chdir("/")),
+    "level of a logger": (
+        lambda n, h: h * (1 + LOG.isEnabledFor(logging.INFO)),
+        lambda m, n: m.setattr(LOG, "level", logging.DEBUG),
+    ),
+    "level of a logger, its attribute": (lambda n, h: h * (1 + LOG.level), lambda m, n: m.setattr(LOG, "level", 10)),
+    "level of a logger by name": (
+        lambda n, h: h * (1 + logging.getLogger("a.network").getEffectiveLevel()),
+        lambda m, n: m.setattr(logging.root, "level", 10),
+    ),
     "alias of an operation": (lambda n, h: ACT(h), lambda m, n: m.setitem(globals(), "ACT", torch.tanh)),
     "operation of a module": (
         lambda n, h: F.silu(h),
@@ -357,23 +278,20 @@ CASES = {
 @pytest.fixture(autouse=True)
 def unchanged():
     """Put back what no monkeypatch does."""
-    threads = torch.get_num_threads()
+    threads, limit = torch.get_num_threads(), sys.getrecursionlimit()
     yield
     with_default.__defaults__[0][0] = 1.0
     TENSOR.fill_(1.0)
     PUT(1.0)
     torch.set_num_threads(threads)
+    sys.setrecursionlimit(limit)
+    np.set_printoptions(precision=8)
+    gc.enable()
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
     torch.set_autocast_dtype("cpu", torch.bfloat16)
-
-
-def estimates(net, density):
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    by_module = fs.ScoreDensity(net, SCHEDULE, program=False)
-    return density.estimate(x, nfe=16).log_prob, by_module.estimate(x, nfe=16).log_prob
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -393,52 +311,6 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
     assert torch.allclose(after, right, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("operation", "reason"),
-    [
-        (lambda n, h: h * next(n.counter), "'counter' of layer 'forward' is a itertools.count, whose changes"),
-        (lambda n, h: h * n.view[0], "'view' of layer 'forward' is a memoryview, whose changes"),
-        (lambda n, h: h * n.foreign.value, "'foreign' of layer 'forward' is a ctypes.c_double, whose changes"),
-        (lambda n, h: h * float(n.long[0]), "'long' of layer 'forward' is an array of 800,000 bytes"),
-        (lambda n, h: h * n.large.tolist()[0], "a tensor of 24,000 bytes on cpu, of which the code takes numbers"),
-        (lambda n, h: h * n.large.cpu().tolist()[0], "'large' of layer 'forward' is a tensor of 24,000 bytes"),
-        (lambda n, h: h * float(n.large.numpy()[0]), "'large' of layer 'forward' is a tensor of 24,000 bytes"),
-        (lambda n, h: h * n.spread.tolist()[0], "'spread' of layer 'forward' is a tensor of 12 bytes on cpu"),
-        (lambda n, h: h * n.sparse.to_dense(), "'sparse' of layer 'forward' is a sparse_coo tensor"),
-        (lambda n, h: h * (random.random() > 2), "gives another answer at every call"),
-        (lambda n, h: h * (np.random.rand() > 2), "gives another answer at every call"),  # noqa: NPY002
-        (lambda n, h: h * len(os.urandom(3)), "gives another answer at every call"),
-        (lambda n, h: h * (time.time() > 0), "gives another answer at every call"),
-        (lambda n, h: h * len(open(__file__).read()), "calls open, which gives another answer"),  # noqa: SIM115
-        (lambda n, h: h * eval("SCALE"), "calls eval, so that what it reads cannot be followed"),
-        (lambda n, h: h * globals()["SCALE"], "calls globals, so that what it reads cannot be followed"),
-        (
-            lambda n, h: h * len(pathlib.Path(__file__).read_text()),
-            "calls read_text, which reads a file that may change",
-        ),
-        (lambda n, h: h * np.load("scale.npy"), "calls load, which reads a file that may change"),
-        (lambda n, h: n.list.append(1) or h, "'list' of layer 'forward' changes its attribute 'entries'"),
-        (lambda n, h: SETTINGS.update(calls=1) or h, "global 'SETTINGS' changes its attribute 'calls'"),
-        (lambda n, h: setattr(n.cfg, "last", h) or h, "'cfg' of layer 'forward' changes its attribute 'last'"),
-    ],
-)
-def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, reason):
-    net = Net(operation).eval()
-    net.counter, net.long, net.sparse = itertools.count(), np.ones(100_000), torch.ones(3).to_sparse()
-    net.view, net.foreign = memoryview(bytearray(b"\x01")), ctypes.c_double(1.0)
-    settings, entries, names = copy.deepcopy(SETTINGS), copy.deepcopy(net.list), set(vars(net.cfg))
-    with pytest.raises(NoProgram, match=reason):
-        fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)
-    assert (SETTINGS, net.list, set(vars(net.cfg))) == (settings, entries, names)
-
-
-def test_a_sparse_buffer_is_no_reason_to_fail():
-    net = Net(lambda n, h: h).eval()
-    net.register_buffer("sparse", torch.ones(3).to_sparse())
-    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE))
-    assert torch.allclose(found, right, rtol=1e-4)
-
-
 def test_a_number_that_is_read_of_a_weight_is_read_again():
     net = Net(lambda n, h: h * n.b.bias.tolist()[0]).eval()
     density = fs.ScoreDensity(net, SCHEDULE)
@@ -446,48 +318,3 @@ def test_a_number_that_is_read_of_a_weight_is_read_again():
         net.b.bias.data.fill_(value)
         found, right = estimates(net, density)
         assert torch.allclose(found, right, rtol=1e-4)
-
-
-def test_a_cache_keeps_nothing_of_a_trace():
-    @functools.lru_cache
-    def positions(n):
-        return torch.arange(n, dtype=torch.float32)
-
-    net = Net(lambda n, h: h + positions(3)).eval()
-    fs.ScoreDensity(net, SCHEDULE).estimate(torch.randn(4, 3), nfe=16)
-    assert type(positions(3)) is torch.Tensor
-
-
-def test_a_network_that_changes_all_the_time_runs_itself_at_last():
-    net = Net(lambda n, h: h * n.cfg.scale).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
-    for i in range(12):
-        net.cfg.scale = 1.0 + i
-        found, right = estimates(net, density)
-        assert torch.allclose(found, right, rtol=1e-4)
-    (entry,) = density._programs._found.values()
-    assert entry.program is None
-    assert "'cfg' of layer 'forward' has changed its 'scale' again after 8 traces" in entry.reason
-
-
-def test_what_is_read_of_the_network_itself_is_no_reason_to_trace_again():
-    net = Net(lambda n, h: h * n.cfg.scale).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
-    estimates(net, density)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(0.5)
-    net.a.weight = nn.Parameter(net.a.weight.detach().clone())
-    net.cfg.scale = 2.0 / 2.0  # another object of the same value
-    found, right = estimates(net, density)
-    assert torch.allclose(found, right, rtol=1e-4)
-    (entry,) = density._programs._found.values()
-    assert entry.traces == 1
-
-
-def test_networks_of_libraries_have_no_foreign_state():
-    """What stands in a network beside what it reads does not matter: a lock, a logger, an iterator."""
-    net = Net(lambda n, h: h)
-    net.data_loader, net.log = iter([1]), open  # named by no code that is reached
-    assert RowProgram.trace(net.eval(), (3,), torch.linspace(0.1, 0.9, 4)) is not None
-    assert fs.explain(net, (3,)).startswith("row program of Net")

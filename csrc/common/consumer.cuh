@@ -1,4 +1,5 @@
-// What a warpgroup does with its rows on Hopper: wait for a row's vectors, evaluate, give them back, store.
+// What a block of Hopper does with its rows: one warpgroup copies; the others wait for a row's vectors, evaluate, give
+// them back, store.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +7,7 @@
 
 #include <common/ring.cuh>
 #include <common/row_machine.cuh>
+#include <ptx/registers.cuh>
 
 namespace fastscore {
 
@@ -28,6 +30,24 @@ __device__ __forceinline__ void consume_rows(Engine& engine, const DensityMlp& p
     table.advance(p.table_stages);
     if (stores) store(p, sample, row, f);
   }
+}
+
+// `Consume` is what each of `Consumers` warpgroups does, with so many registers a thread; the last one copies.
+template <auto Consume, int Consumers, int Registers>
+__device__ __forceinline__ void run_block(const DensityMlp& p) {
+  const uint32_t shared = ptx::shared_address(ptx::shared_memory());
+  const Barriers barriers{shared + p.barriers_at, p.stages, p.table_stages};
+  if (threadIdx.x == 0) barriers.initialize(4 * Consumers, 4 * Consumers);
+  ptx::cluster_sync();
+  const int first = blockIdx.y * p.rows_per_block, end = min(first + p.rows_per_block, p.rows_total);
+  if (threadIdx.x / 128 == Consumers) {
+    ptx::registers_decrease<24>();
+    if (threadIdx.x % 128 == 0) produce(p, barriers, shared, first, end);
+  } else {
+    ptx::registers_increase<Registers>();
+    Consume(p, barriers, shared, first, end);
+  }
+  ptx::cluster_sync();  // others may still copy into this block, or release its stages
 }
 
 }  // namespace fastscore

@@ -6,10 +6,13 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 import torch
@@ -34,6 +37,23 @@ SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp
 @click.version_option(package_name="fastscore")
 def main() -> None:
     """The log-density of diffusion and score models, with error bars."""
+    click.get_current_context().with_resource(_warnings_in_a_line())
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print a warning of which the command itself is the caller without the place, which is in click's files."""
+    usual = warnings.formatwarning
+
+    def formatted(message, category, filename, lineno, line=None) -> str:
+        ours = filename.startswith(str(Path(click.__file__).parent))
+        return f"fastscore: warning: {message}\n" if ours else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 @main.command(

@@ -17,12 +17,12 @@ LEARNING_RATE = 2e-3
 class ScoreMLP(nn.Module):
     """A residual network of SiLU layers with sines and cosines of the log-SNR at the input."""
 
-    def __init__(self, d: int, width: int, depth: int = 3, dropout: float = 0.0):
+    def __init__(self, d: int, width: int, dropout: float = 0.0):
         super().__init__()
         self.register_buffer("frequency", 2.0 ** torch.arange(-3, 3))
         self.time = nn.Linear(2 * len(self.frequency), width)
         self.first = nn.Linear(d, width)
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(width, d)
 

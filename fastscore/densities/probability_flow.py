@@ -90,7 +90,7 @@ def probability_flow_log_prob(
     seed: int = 0,
     method: str = "auto",
     error: float = 0.01,
-    steps: int = 1,
+    steps: int | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     mask: Tensor | None = None,
@@ -117,7 +117,7 @@ def probability_flow_log_prob(
         error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`.
             Samples that do not get there in 2,048 steps keep what they reached, with a `discretization` above it and
             a warning; NaN stands where the answer does not settle.
-        steps: of a method with a fixed grid ("midpoint", "rk4", ...); others choose their own.
+        steps: of a method with a fixed grid ("midpoint", "rk4", ...), which needs them; others choose their own.
         rtol, atol: of torchdiffeq's adaptive solvers.
         mask: which entries count, as in `ScoreDensity.estimate`: the ODE is that of these, the others stand still and
             the network sees them as they are.
@@ -126,10 +126,16 @@ def probability_flow_log_prob(
     Raises:
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
-        ValueError: for an unknown trace, steps that no method takes, a table whose network does not answer between
-            timesteps, a network whose answer has no graph or only a part of it, and where no sample has a number: all
-            are NaN or inf, or do not settle.
+        ValueError: for an unknown trace, steps that the method does not take or lacks, a table whose network does not
+            answer between timesteps, a network whose answer has no graph or only a part of it, and where no sample has
+            a number: all are NaN or inf, or do not settle.
     """
+    if steps is None and method != "auto" and method not in CHOOSING:
+        raise ValueError(
+            f"method={method!r} has a fixed grid and needs steps=, such as steps=64, got none; method='auto' finds how "
+            "many are enough"
+        )
+    steps = 1 if steps is None else steps
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
             raise ValueError(f"{name} must be at most {MOST}, got {count}")

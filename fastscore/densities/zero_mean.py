@@ -236,8 +236,7 @@ def _atoms(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must say which atoms there are, shape (B, M) or (B, M, 1), got {tuple(mask.shape)}; "
             "an atom is there with all its coordinates"
         )
-    column = mask[..., None] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
-    atoms = broadcast_mask(column, x[..., :1])[..., 0]
+    atoms = broadcast_mask(mask, x[..., :1])[..., 0]
     few = (atoms.sum(1) < 2).nonzero()
     if len(few):
         raise ValueError(

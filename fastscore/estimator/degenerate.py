@@ -64,10 +64,14 @@ def warn_if_degenerate(x: Tensor, schedule: Schedule) -> bool:
     d = x.shape[1]
     parts = [f"{constant} constant"] * bool(constant) + [f"{dependent} linearly dependent on others"] * bool(dependent)
     least = math.exp(-schedule.log_snr_range[1] / 2)
+    spread = x.detach().double().std(0)
+    narrow = int(((spread < least) & (spread > RELATIVE * x.abs().amax(0))).sum())
     warn(
         f"of the data's {d} dimensions {' and '.join(parts)}: in them the density is infinite, and log_prob "
         f"tells about the schedule's least noise (standard deviation {least:.2g}) instead of the data; "
         "drop these dimensions, or add noise (dequantize) before training"
+        + f"; beside these, {narrow} narrower than that noise, where log_prob is the fitted reference's"
+        * bool(narrow)
     )
     return True
 

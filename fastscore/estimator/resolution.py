@@ -30,6 +30,7 @@ from .samples import Samples
 # levels that are spread evenly and scaled to [-1, 1] have 0.05 under DDPM's linear table.) Above it the rate at which
 # the integrand decays still shows how far it goes on (`curve.truncation`).
 SHARE = 0.01
+LIKE_IT = 3.0  # times the limit below which directions count beside one that is found: equal ones come out so far apart
 WIDER = 10.0  # times the network's share that a reference has, to be wider than the network
 PLAUSIBLE = 0.1  # mean square of the misses of data that are as narrow as the network says, at most
 MAX_DIM = 64  # for directions; columns beyond
@@ -87,5 +88,6 @@ def _count(missed: Tensor, by_reference: Tensor) -> int:
         _, basis = torch.linalg.eigh(missed.mT.cov().reshape(d, d))
         missed, by_reference = missed @ basis, by_reference @ basis
     share, other = missed.std(0), by_reference.std(0)
-    unresolved = (share < SHARE) & (missed.square().mean(0) < PLAUSIBLE)
-    return int((unresolved & (other > WIDER * share)).sum())
+    narrower = (missed.square().mean(0) < PLAUSIBLE) & (other > WIDER * share)
+    found = bool((narrower & (share < SHARE)).any())
+    return int((narrower & (share < LIKE_IT * SHARE)).sum()) if found else 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..process.conditions import Conditions
 from ..process.masks import mask_rows
 from ..process.network import model_device
-from ..support.host import as_tensor, layout_of
+from ..support.host import as_tensor, dense_form, layout_of
 from .rules import group_of
 
 MOST_SAMPLES = 1 << 60  # whose noise is each its own: 60 bits of the counter are the index
@@ -73,8 +73,8 @@ def check_batch(x: Tensor) -> None:
     """Raise ValueError if x is not dense floating-point data of shape (B, *shape) with B >= 1."""
     if isinstance(x, Tensor) and (kind := layout_of(x)) is not None:
         raise ValueError(
-            f"x must be a dense tensor, got a {kind} one; densify it with x.to_dense(), and samples of different "
-            "sizes with torch.nn.utils.rnn.pad_sequence and mask="
+            f"x must be a dense tensor, got a {kind} one; {dense_form(kind)}, and samples of different sizes "
+            "or with entries missing go with torch.nn.utils.rnn.pad_sequence and mask="
         )
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         got, remedy = (tuple(x.shape), "a single sample is x[None]") if isinstance(x, Tensor) else (
@@ -101,7 +101,7 @@ def check_samples(
     device = model_device(model, x.device)
     if device != x.device:
         raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")
-    flat = (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
+    flat = as_rows(x)
     if not deferred(x.device):
         refuse_not_finite(flat)
     told_apart = tuple(Conditions.of(cond, len(x), model) for cond in conds)
@@ -114,6 +114,11 @@ def check_samples(
     return Samples(flat, index, tuple(x.shape[1:]), told_apart, counted)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Return data (B, *shape) as rows (B, d) in the dtype of the sums."""
+    return (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
+
+
 def refuse_not_finite(x: Tensor) -> None:
     """Raise ValueError if rows have NaN or inf; this waits for the device."""
     finite = torch.isfinite(x)
@@ -121,6 +126,13 @@ def refuse_not_finite(x: Tensor) -> None:
         return
     bad = (~finite).any(1).nonzero()
     raise ValueError(f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them")
+
+
+def refuse_not_finite_at(name: str, x: Tensor, index: Tensor) -> None:
+    """Raise ValueError if samples of these indices have NaN or inf."""
+    bad = (~torch.isfinite(as_rows(x))).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
 
 
 def deferred(device: torch.device) -> bool:

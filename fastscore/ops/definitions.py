@@ -5,7 +5,7 @@
 - `fastscore::control` evaluates a reference's residual by itself.
 
 They work under autograd, torch.compile and torch.export. `backend` names the module of `fastscore.ops` that
-computes; `backends/torch.py` is what each kernel is tested against.
+computes; `fastscore/ops/torch.py` is what each kernel is tested against.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class Bound(NamedTuple):
     tables: list[Tensor]
 
 
-_BY_NAME = {kind.__name__.lower(): kind for kind in (Linear, Affine, Act, Norm, Save, Add)}
+INSTRUCTIONS: dict[str, type] = {kind.__name__.lower(): kind for kind in get_args(Instruction)}
 
 
 def encode(code: Sequence[Instruction]) -> str:
@@ -78,4 +78,4 @@ def encode(code: Sequence[Instruction]) -> str:
 @lru_cache(maxsize=64)
 def decode(text: str) -> tuple[Instruction, ...]:
     """Return the instructions that `encode` wrote."""
-    return tuple(_BY_NAME[name](*arguments) for name, *arguments in json.loads(text))
+    return tuple(INSTRUCTIONS[name](*arguments) for name, *arguments in json.loads(text))

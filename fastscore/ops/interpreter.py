@@ -6,7 +6,7 @@ instruction makes a new tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,13 @@ def run(code: Sequence[Instruction], weights: Sequence[Tensor], tables: Sequence
     return _run_in_place(code, weights, tables, x_t)
 
 
+# What an instruction makes of the accumulator where nothing but it and its numbers are needed.
+COMPUTE: dict[type, Callable[[Instruction, Tensor], Tensor]] = {
+    Act: lambda op, h: ACTIVATIONS[op.name].compute(h),
+    Norm: lambda op, h: F.layer_norm(h, h.shape[-1:], eps=op.eps),
+}
+
+
 def _run_differentiably(code, weights, tables, h):
     saved: dict[int, Tensor] = {}
     for op in code:
@@ -31,14 +38,12 @@ def _run_differentiably(code, weights, tables, h):
         elif isinstance(op, Affine):
             h = h if op.scale < 0 else h * tables[op.scale]
             h = h if op.shift < 0 else h + tables[op.shift]
-        elif isinstance(op, Act):
-            h = ACTIVATIONS[op.name].compute(h)
-        elif isinstance(op, Norm):
-            h = F.layer_norm(h, h.shape[-1:], eps=op.eps)
         elif isinstance(op, Save):
             saved[op.slot] = h
-        else:
+        elif isinstance(op, Add):
             h = h + (saved[op.slot] if op.scale < 0 else saved[op.slot] * tables[op.scale])
+        else:
+            h = COMPUTE[type(op)](op, h)
     return h
 
 
@@ -68,8 +73,10 @@ def _run_in_place(code, weights, tables, h):
             h, owned = ACTIVATIONS[op.name][int(owned)](h), True
         elif isinstance(op, Save):
             saved[op.slot], owned = h, False
-        else:
+        elif isinstance(op, Add):
             h, owned = _add(op, tables, h, saved[op.slot], owned), True
+        else:
+            h, owned = COMPUTE[type(op)](op, h), False  # it may be a view of what went in
     return h
 
 

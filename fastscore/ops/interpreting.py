@@ -1,4 +1,4 @@
-"""Implementations of the ops in `fastscore.ops`, and the choice between them."""
+"""Whether Triton runs in its interpreter."""
 
 import os
 

@@ -61,13 +61,6 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     return c0, c1, c2, c3
 
 
-def _word(value: Tensor | int, device: torch.device) -> Tensor:
-    """Return a number modulo 2^32 as a tensor on a device, by a fill: nothing is copied from the host."""
-    if isinstance(value, Tensor):
-        return value.to(torch.int64) & _MASK
-    return torch.full((), value & _MASK, dtype=torch.int64, device=device)
-
-
 def _checked(seed: int) -> int:
     """Return a seed; raise ValueError for one that is no integer of 64 bits, since the key has no more."""
     seed = whole("seed", seed)

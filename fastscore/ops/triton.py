@@ -1,4 +1,4 @@
-"""The ops through Triton's kernels, for float32 data on a GPU; the same functions as `backends/torch.py`.
+"""The ops through Triton's kernels, for float32 data on a GPU; the same functions as `fastscore/ops/torch.py`.
 
 Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests hold them to the definition.
 """

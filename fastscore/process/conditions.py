@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..support.host import layout_of
+from ..support.host import dense_form, layout_of
 from ..support.structure import Leaf, Marked, Structure, flatten, is_plain
 
 _OF_THE_DENSITY = {"schedule", "predicts", "reference", "noise", "backend", "time_dtype", "program"}
@@ -66,12 +66,14 @@ class Conditions:
 
     Attributes:
         unsaid: paths that the caller has not marked, neither as per sample nor as shared.
+        samples: how many the call has.
     """
 
     per_sample: dict[str, Tensor]
     shared: dict[str, object]
     structure: Structure | None = None
     unsaid: tuple[str, ...] = ()
+    samples: int = 0
 
     @classmethod
     def of(cls, given: Mapping[str, object], batch: int, model: nn.Module | None = None) -> Conditions:
@@ -103,12 +105,21 @@ class Conditions:
         if model is not None:
             for path in unsaid:
                 _compare_with_earlier(model, path, leaves[path].value, verdicts[path], batch)
-        return cls(own, rest, structure, tuple(unsaid))
+        return cls(own, rest, structure, tuple(unsaid), batch)
 
     @property
     def guessed(self) -> tuple[str, ...]:
         """Paths of what was taken to belong to the samples by its size alone."""
         return tuple(path for path in self.unsaid if path in self.per_sample)
+
+    def other_lengths(self) -> list[str]:
+        """Return of every tensor that its length alone made shared, in words, the length that it would need else."""
+        guessed = {path: self.shared[path] for path in self.unsaid if path in self.shared}
+        return [
+            f"condition {path!r} has {len(value)} entries and counts as shared, with one a sample it has {self.samples}"
+            for path, value in guessed.items()
+            if has_shape(value) and value.ndim
+        ]
 
     def remember(self, model: nn.Module, batch: int) -> None:
         """Keep how a network's conditions were taken, once it has answered a call with them."""
@@ -121,7 +132,7 @@ class Conditions:
     def shapes(self) -> tuple:
         """Return of every tensor its path, dtype and shape, without the number of samples."""
         own = tuple((path, v.dtype, v.shape[1:]) for path, v in sorted(self.per_sample.items()))
-        return own, tuple((k, v.dtype, v.shape) for k, v in sorted(self.shared.items()) if isinstance(v, Tensor))
+        return own, tuple((k, v.dtype, v.shape) for k, v in sorted(self.shared.items()) if has_shape(v))
 
     def select(self, samples: slice | Tensor) -> Conditions:
         """Return the conditions of some samples."""
@@ -180,7 +191,7 @@ class Conditions:
 
     def __str__(self) -> str:
         own = [f"{name} {tuple(v.shape[1:])} a sample" for name, v in self.per_sample.items()]
-        tensors = {name: v for name, v in self.shared.items() if isinstance(v, Tensor)}
+        tensors = {name: v for name, v in self.shared.items() if has_shape(v)}
         return ", ".join(own + [f"{name} {tuple(v.shape)} shared by all" for name, v in tensors.items()])
 
 
@@ -196,8 +207,8 @@ def _is_per_sample(path: str, leaf: Leaf, batch: int) -> bool:
         raise ValueError(f"condition {path!r} must be a tensor, a number or text, got {_described(value)}; {remedy}")
     if (kind := layout_of(value)) is not None:
         raise ValueError(
-            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; give it dense in "
-            "fs.per_sample(...), or mark it with fs.shared(...)"
+            f"condition {path!r} is a {kind} tensor, which cannot be told apart by samples; "
+            f"{dense_form(kind)} for fs.per_sample(...), or mark it with fs.shared(...)"
         )
     own = value.ndim > 0 and value.shape[0] == batch
     if leaf.per_sample and not own:
@@ -287,6 +298,11 @@ def takes_conditions(call: Callable) -> Callable:
         return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
 
     return with_conditions
+
+
+def has_shape(value: object) -> bool:
+    """Return whether a value is a tensor of one shape, which a nested one does not have."""
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def _lies_on(value: object, device: torch.device) -> bool:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.host import layout_of
+from ..support.host import refuse_not_dense
 
 
 def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return a mask in the shape of x, bool: a view of it where possible.
 
     Arguments:
-        mask: True or 1 where an entry counts, False or 0 else; any shape that broadcasts to that of x.
+        mask: True or 1 where an entry counts, False or 0 else; its shape is as in `shape_of_mask`.
         x: data, shape (B, *shape).
 
     Raises:
@@ -32,8 +32,7 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
             f"mask must be a tensor of True and False (or 1 and 0), got {type(mask).__name__}; "
             "give torch.as_tensor(...) of it, on the device of x"
         )
-    if (kind := layout_of(mask)) is not None:
-        raise ValueError(f"mask must be a dense tensor, got a {kind} one; give mask.to_dense()")
+    refuse_not_dense("mask", mask)
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device} and x on {x.device}; move one of them with .to()")
     if mask.dtype != torch.bool:
@@ -43,17 +42,37 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
                 "give mask > 0.5 or the like"
             )
         mask = mask != 0
-    if 1 < mask.ndim < x.ndim and mask.shape == x.shape[: mask.ndim] and _fits(mask, x):
+    return mask.reshape(shape_of_mask("mask", mask.shape, "x", x.shape)).broadcast_to(x.shape)
+
+
+def shape_of_mask(what: str, own: tuple[int, ...], of: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a mask with as many dimensions as the data, in which it broadcasts to them.
+
+    One with fewer dimensions is of the first ones, (B, L) of data (B, L, D) says which places of a sample count, or of
+    the last ones, (L, D) is shared by all samples: as it fits.
+
+    Arguments:
+        what, of: what the mask and the data are called, for the message.
+
+    Raises:
+        ValueError: if it fits in neither way, or in both.
+    """
+    own, shape = tuple(own), tuple(shape)
+    ones = (1,) * (len(shape) - len(own))
+    first, last = own + ones, ones + own
+    by_sample, shared = (_fits(each, shape) for each in (first, last))
+    if not by_sample and not shared:
         raise ValueError(
-            f"mask {tuple(mask.shape)} fits x {tuple(x.shape)} in two ways; give it as many dimensions: "
-            "mask[..., None] if its first one is that of the samples, mask[None] if all samples share it"
+            f"{what} must broadcast to {of} {shape}, got {own}; {shape[:-1]} says which places count, {shape} which "
+            "entries"
         )
-    if not _fits(mask, x):
+    # A mask that says one thing for the whole of a sample is of no use: what it leaves out has no density.
+    if by_sample and shared and first != last and max(own[1:], default=1) > 1:
         raise ValueError(
-            f"mask must broadcast to x {tuple(x.shape)}, got {tuple(mask.shape)}; a mask of one entry a sample and "
-            "place, (B, L) for x (B, L, D), goes as mask[..., None]"
+            f"{what} {own} fits {of} {shape} in two ways; give it as many dimensions: {first} if its first one is that "
+            f"of the samples, {last} if all samples share it"
         )
-    return mask.broadcast_to(x.shape)
+    return last if shared else first
 
 
 def mask_rows(mask: Tensor, x: Tensor) -> Tensor:
@@ -82,8 +101,5 @@ def inside(value: Tensor, mask: Tensor | None) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
 
 
-def _fits(mask: Tensor, x: Tensor) -> bool:
-    try:
-        return torch.broadcast_shapes(mask.shape, x.shape) == x.shape
-    except RuntimeError:
-        return False
+def _fits(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(own) == len(shape) and all(size in (1, whole) for size, whole in zip(own, shape))

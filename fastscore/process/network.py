@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import weakref
 from collections.abc import Mapping
 
@@ -61,8 +62,9 @@ def predict(
     `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
 
     Raises:
-        ValueError: if the network cannot be called so, with its reason and how every condition was taken; if what comes
-            back does not have the rows and the shape of what was passed, or no graph where x_t has one.
+        ValueError: if the network cannot be called so, with its reason and how every condition was taken, or as an
+            adapter raises it; if what comes back does not have the rows and the shape of what was passed, or no graph
+            where x_t has one.
     """
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
@@ -73,6 +75,8 @@ def predict(
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
+        if _is_own_sentence(error):
+            raise
         raise ValueError(_refusal(error, passed, times, cond)) from error
     prediction = read_output(output, passed)
     if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
@@ -80,10 +84,20 @@ def predict(
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
 
 
+def _is_own_sentence(error: Exception) -> bool:
+    """Return whether a statement of fastscore's own raised an error, such as an adapter's: it says what is wrong."""
+    innermost = error.__traceback__
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    frame = innermost.tb_frame
+    raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # and not by what it calls
+    return raised and frame.f_globals.get("__name__", "").partition(".")[0] == "fastscore"
+
+
 def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
-    remedies = []
+    remedies = cond.other_lengths()
     if str(cond):
         remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
     if "required" in reason:
@@ -128,7 +142,11 @@ def read_output(output: object, passed: Tensor) -> Tensor:
         ValueError: as in `predict`.
     """
     output = _tensor_of(output)
-    if not output.is_floating_point() or layout_of(output) is not None or output.device != passed.device:
+    if (
+        not output.is_floating_point()
+        or layout_of(output) not in (None, layout_of(passed))
+        or output.device != passed.device
+    ):
         raise ValueError(
             f"{_called(passed)} and returned {_kind(output)}; it must return floating-point numbers in a dense tensor "
             "on the device of x_t"

@@ -18,14 +18,17 @@ Table = fx.Node | float  # a number, or a node that does not depend on x
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """The accumulator after one instruction: `op` of the parent, with what the instruction needs."""
+    """The accumulator after one instruction, `op` of the parent.
 
-    op: type | None
+    `op` is the instruction itself, or the class of a `Linear`, `Affine` or `Add`, with what it will index beside it.
+    """
+
+    op: Instruction | type | None
     parent: Core | None
     width: int
     layer: str
     node: fx.Node | None = None  # the graph's node with this very value, if there is one
-    argument: object = None  # weight, activation's name, or eps
+    weight: fx.Node | None = None
     scale: Table = 1.0
     shift: Table = 0.0
     saved: Core | None = None
@@ -111,15 +114,15 @@ def emit(last: Core) -> Matched:
 
     for i, core in enumerate(chain):
         if core.op is Linear:
-            if core.argument not in weights:
-                weights.append(core.argument)
-            code.append(Linear(weights.index(core.argument)))
+            if core.weight not in weights:
+                weights.append(core.weight)
+            code.append(Linear(weights.index(core.weight)))
         elif core.op is Affine:
             code.append(Affine(optional(core.scale, 1, core.width), optional(core.shift, 0, core.width)))
         elif core.op is Add:
             code.append(Add(slot_of[core.saved], optional(core.scale, 1, core.width)))
         elif core.op is not None:
-            code.append(core.op(core.argument))
+            code.append(core.op)
         if core.op is not None:
             cores.append(core)
         if core in until:

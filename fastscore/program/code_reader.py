@@ -17,6 +17,7 @@ import datetime
 import dis
 import enum
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -47,6 +48,7 @@ FIXED = frozenset({"torch", "numpy", "scipy", "einops", "triton", "functorch", "
 DYNAMIC = frozenset({"getattr", "vars", "__dict__", "attrgetter", "eval", "exec", "globals", "locals"})
 # What gives another answer at every call.
 OUTSIDE = (open, input, time.time, time.perf_counter, time.monotonic, time.process_time)
+OUTSIDE += (sys._getframe, sys.getrefcount, inspect.currentframe, gc.get_count, gc.get_objects, gc.get_referrers)
 OUTSIDE += (datetime.datetime, datetime.date, torch.get_rng_state, os.urandom, uuid.uuid4)
 # Whose methods give another answer at every call.
 RANDOM = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
@@ -67,7 +69,7 @@ _FIXED_CALLS += (
     torch._ops.OpOverloadPacket,
 )
 _FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has
-_HARMLESS = (logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
+_HARMLESS = (logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
 
 
 def watch_code(model: nn.Module) -> Watch:
@@ -290,6 +292,9 @@ class _Reader:
         self.watch.reading(place, "object", lambda: (reference(),))
         self.waiting.append((place, reference()))
 
+    def _logger(self, place: str, logger: logging.Logger) -> None:
+        self.watch.reading(place, "level", lambda: (logger.level, logger.disabled))
+
     def _nothing(self, place: str, thing: object) -> None:
         pass
 
@@ -320,6 +325,7 @@ class _Reader:
         (Tensor, _tensor),
         (types.FunctionType, _function),
         ((types.MethodType, types.BuiltinFunctionType), _bound),
+        (logging.Logger, _logger),
         ((*_FIXED_CALLS, *_HARMLESS), _nothing),
         (types.ModuleType, _module),
         (type, _class),

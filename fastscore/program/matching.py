@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.activations import ACTIVATIONS
-from ..ops.instructions import Act, Add, Linear, NoProgram, Norm
+from ..ops.instructions import Act, Add, Instruction, Linear, NoProgram, Norm
 from .chain import Concat, Core, Matched, Split, Value, emit
 from .tables import Tables
 from .tracing import Traced, X, layer_of, operation_of, refuse
@@ -28,7 +28,7 @@ def match(traced: Traced) -> Matched:
     Raises:
         NoProgram: naming the first node that does not match.
     """
-    matcher = _Matcher(traced)
+    matcher = Matcher(traced)
     for node in list(traced.graph.nodes):
         if node.meta.get("level", 0) & X:
             matcher.visit(node)
@@ -40,7 +40,9 @@ def match(traced: Traced) -> Matched:
     return emit(value.settled(traced.output))
 
 
-class _Matcher:
+class Matcher:
+    """Makes a value of every node that depends on x, by the method `on_<operation>`."""
+
     def __init__(self, traced: Traced):
         self.tables = Tables(traced)
         self.values: dict[fx.Node, Value | Concat | Split] = {}
@@ -63,10 +65,20 @@ class _Matcher:
             value = Value(value.settled(node))  # once, before it is saved
         self.values[node] = value
 
-    def next(self, op: type, value: Value, node: fx.Node, argument: object, width: int | None = None, exact=True):
-        """Return the core after one more instruction; `exact` says whether it has the node's value."""
-        parent = value.settled()
-        return Core(op, parent, width or parent.width, layer_of(node), node if exact else None, argument)
+    def next(
+        self,
+        op: Instruction | type,
+        value: Value,
+        node: fx.Node,
+        width: int | None = None,
+        weight: fx.Node | None = None,
+        exact: bool = True,
+    ) -> Core:
+        """Return the core after one more instruction; `exact` says whether it has the node's value.
+
+        A new width comes with it, and the weight of a `Linear`.
+        """
+        return Core(op, value.settled(), width or value.width, layer_of(node), node if exact else None, weight)
 
     # One method an operation.
 
@@ -77,40 +89,40 @@ class _Matcher:
         return value
 
     def on_act(self, node):
-        return self._activate(node, operation_of(node))
+        return self._activate(node, Act(operation_of(node)))
 
     def on_gelu(self, node):
         tanh = "tanh" in (*node.args[1:], *node.kwargs.values())
-        return self._activate(node, "gelu_tanh" if tanh else "gelu")
+        return self._activate(node, Act("gelu_tanh" if tanh else "gelu"))
 
     def on_elu(self, node):
         if any(argument != 1 for argument in node.args[1:]):
             raise refuse(node, "only alpha = 1 is an instruction")
-        return self._activate(node, "elu")
+        return self._activate(node, Act("elu"))
 
     def on_softplus(self, node):
         if tuple(node.args[1:]) not in ((), (1,), (1.0, 20.0)):
             raise refuse(node, "only beta = 1 and threshold = 20 are an instruction")
-        return self._activate(node, "softplus")
+        return self._activate(node, Act("softplus"))
 
-    def _activate(self, node, name):
+    def _activate(self, node, act):
         value = self.values[node.args[0]]
         if isinstance(value, Concat):
             parts = [
-                Value(self.next(Act, part, node, name, exact=False))
+                Value(self.next(act, part, node, exact=False))
                 if isinstance(part, Value)
                 else self.tables.like(node, part)
                 for part in value.parts
             ]
             return value._replace(parts=tuple(parts))
-        return Value(self.next(Act, value, node, name))
+        return Value(self.next(act, value, node))
 
     def on_layer_norm(self, node):
         value, shape = self._plain(node, node.args[0]), node.args[1]
         if math.prod(shape) != value.core.width:
             raise refuse(node, f"norms {list(shape)} of {value.core.width} columns")
         weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:3]
-        core = self.next(Norm, value, node, eps, exact=weight is None and bias is None)
+        core = self.next(Norm(eps), value, node, exact=weight is None and bias is None)
         inner = tuple(shape)
         scale = 1.0 if weight is None else self.tables.of(weight, inner)
         return Value(core, scale, 0.0 if bias is None else self.tables.of(bias, inner))
@@ -146,10 +158,10 @@ class _Matcher:
             raise refuse(node, f"acts on the last dimension of {_inner(x)} alone")
         shift = 0.0 if bias is None else self.tables.of(bias, (out,))
         if isinstance(value, Value):
-            return Value(self.next(Linear, value, node, weight, out, exact=bias is None), 1.0, shift)
+            return Value(self.next(Linear, value, node, out, weight, exact=bias is None), 1.0, shift)
         columns = [(part, self.tables.columns(weight, *range_)) for part, range_ in zip(value.parts, value.ranges())]
         x_part, own = next((part, own) for part, own in columns if isinstance(part, Value))
-        product = Value(self.next(Linear, x_part, node, own, out, exact=False), 1.0, shift)
+        product = Value(self.next(Linear, x_part, node, out, own, exact=False), 1.0, shift)
         for part, own in columns:
             if part is not x_part:
                 product = self.tables.shifted(product, self.tables.linear(part, own))
@@ -266,8 +278,8 @@ class _Matcher:
     def _gated(self, node, a, b):
         for x, gate in ((a, b), (b, a)):
             plain = gate == Value(gate.core) and x == Value(x.core)
-            if plain and gate.core.op is Act and gate.core.argument == "sigmoid" and gate.core.parent is x.core:
-                return Value(self.next(Act, x, node, "silu"))
+            if plain and gate.core.op == Act("sigmoid") and gate.core.parent is x.core:
+                return Value(self.next(Act("silu"), x, node))
         raise refuse(node, "multiplies two values that both depend on x")
 
     def _flat_range(self, node, x, dim, start, stop):

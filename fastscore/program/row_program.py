@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..ops.instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from ..ops.interpreter import run
-from ..process.conditions import Conditions
+from ..process.conditions import Conditions, has_shape
 from ..process.network import model_dtype
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
@@ -326,7 +326,7 @@ def _structure(cond: Conditions) -> object:
     """Return what of the conditions a graph depends on; raise NoProgram for objects that it cannot see into."""
     shared = []
     for name, value in sorted(cond.shared.items()):
-        if isinstance(value, Tensor):
+        if has_shape(value):
             shared.append((name, tuple(value.shape), value.dtype, value.device))
         elif is_plain(value):
             shared.append((name, type(value), value))

@@ -7,7 +7,13 @@ on the device of the data are no part of it: programs are kept apart by them.
 
 from __future__ import annotations
 
+import decimal
+import gc
+import locale
+import logging
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 
@@ -25,6 +31,38 @@ _KERNELS += ("fp16_bf16_reduction_math_sdp_allowed", "preferred_linalg_library",
 _OF_MATMUL = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 _OF_MATMUL += ("allow_fp16_accumulation", "fp32_precision")
 _OF_GROUP = ("get_rank", "get_world_size", "is_initialized")
+
+# Of Python itself, by the name of what asks for it, or depends on it.
+_OF_PYTHON: dict[str, Callable[[], object]] = {
+    "getrecursionlimit": sys.getrecursionlimit,
+    "getswitchinterval": sys.getswitchinterval,
+    "gettrace": lambda: sys.gettrace() is None,
+    "getprofile": lambda: sys.getprofile() is None,
+    "isenabled": gc.isenabled,
+    "get_threshold": gc.get_threshold,
+    "getcwd": os.getcwd,
+    "getpid": os.getpid,
+    "get_ident": threading.get_ident,
+    "current_thread": threading.get_ident,
+    "active_count": threading.active_count,
+    "get_printoptions": lambda: repr((np.get_printoptions(), vars(torch._tensor_str.PRINT_OPTS))),
+    **dict.fromkeys(("getcontext", "localcontext", "Decimal"), lambda: _decimal()),
+    **dict.fromkeys(("setlocale", "getlocale", "localeconv"), lambda: locale.setlocale(locale.LC_ALL)),
+    **dict.fromkeys(("getLogger", "isEnabledFor", "getEffectiveLevel"), lambda: _levels()),
+}
+
+
+def _decimal() -> tuple:
+    """Return how decimals are rounded, without the flags that a calculation sets."""
+    context = decimal.getcontext()
+    return tuple(getattr(context, name) for name in ("prec", "rounding", "Emin", "Emax", "capitals", "clamp"))
+
+
+def _levels() -> tuple:
+    """Return the levels of all loggers but those of torch, which a trace keeps quiet."""
+    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    levels = [(each.name, each.level, each.disabled) for each in known if isinstance(each, logging.Logger)]
+    return logging.root.manager.disable, *(each for each in sorted(levels) if not each[0].startswith("torch"))
 
 
 def _holders() -> list[object]:
@@ -62,6 +100,8 @@ def _find() -> dict[str, Callable[[], tuple]]:
                 add(name, lambda holder=holder, name=name: _answer(holder, name))
     if hasattr(torch.backends, "mha"):
         add("get_fastpath_enabled", torch.backends.mha.get_fastpath_enabled)
+    for name, read in _OF_PYTHON.items():
+        add(name, read)
     add("geterr", lambda: tuple(np.geterr().values()))
     add("current_device", lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else -1)
     if torch.distributed.is_available():

@@ -64,16 +64,16 @@ class Tables:
         if (start, stop) == (0, core.width):
             return value
         if core.op is Linear:
-            weight = self.add(operator.getitem, core.argument, slice(start, stop))
+            weight = self.add(operator.getitem, core.weight, slice(start, stop))
             kept = Value(Core(Linear, core.parent, stop - start, core.layer, None, weight))
-        elif core.op in (Act, Affine):
+        elif isinstance(core.op, Act) or core.op is Affine:
             kept = self.cut(Value(core.parent), start, stop)
             if kept is None:
                 return None
-            if core.op is Act:
-                kept = Value(Core(Act, kept.settled(), kept.width, core.layer, None, core.argument))
-            else:
+            if core.op is Affine:
                 kept = self._cut_tables(kept, core.scale, core.shift, start, stop)
+            else:
+                kept = Value(Core(core.op, kept.settled(), kept.width, core.layer))
         else:
             return None
         return self._cut_tables(kept, scale, shift, start, stop)

@@ -39,6 +39,7 @@ from .module_state import refuse_changes
 from .watch import Watch
 
 TIME, SAMPLE, X = 1, 2, 4
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 EXAMPLE_ROWS = 7
 
 # Operations that look at the shape (and dtype) of an argument alone, and which one.
@@ -47,6 +48,30 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
+# What keeps values the same in every row, and at every number of rows, beside pointwise operations.
+_ROW_BY_ROW = frozenset(
+    {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "broadcast_to", "flatten"}
+)
+_ROW_BY_ROW |= frozenset({"transpose", "permute", "slice", "select", "split", "split_with_sizes", "chunk", "getitem"})
+_ROW_BY_ROW |= frozenset({"detach", "clone", "contiguous", "to", "_to_copy", "alias", "cat", "stack", *SHAPE_ONLY})
+_ROW_BY_ROW |= frozenset(
+    {
+        "linear",
+        "matmul",
+        "mm",
+        "addmm",
+        "layer_norm",
+        "rms_norm",
+        "embedding",
+        "copy",
+        "slice_scatter",
+        "select_scatter",
+    }
+)
+# Attributes of tensors that a trace does not have, or of its own: it takes copies, without a history.
+_HISTORY = frozenset(
+    {"grad", "_grad", "grad_fn", "_version", "is_leaf", "output_nr", "retains_grad", "_backward_hooks"}
+)
 # Methods that make Python's numbers, or numpy's, of a tensor.
 _TO_PYTHON = frozenset({"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__"})
 _TO_PYTHON |= frozenset({"__complex__", "__contains__", "__format__", "__repr__", "data_ptr", "__dlpack__"})
@@ -96,7 +121,7 @@ class _Call(nn.Module):
 
 
 class _Numbers(TorchFunctionMode):
-    """Refuses numbers that are taken out of tensors whose values nobody compares: a trace would keep them."""
+    """Refuses what a trace would keep, and nobody compares: numbers of some tensors, and the history of any."""
 
     def __init__(self, unseen: dict[int, str]):
         super().__init__()
@@ -104,7 +129,10 @@ class _Numbers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         first = args[0] if args else None
-        if getattr(function, "__name__", "") in _TO_PYTHON and isinstance(first, Tensor) and not is_fake(first):
+        name = getattr(function, "__name__", "")
+        if name == "__get__" and (read := getattr(function.__self__, "__name__", "")) in _HISTORY:
+            raise NoProgram(f"its code reads .{read} of a tensor, which a trace cannot follow")
+        if name in _TO_PYTHON and isinstance(first, Tensor) and not is_fake(first):
             what = self.unseen.get(first.untyped_storage().data_ptr())
             if what is not None:
                 raise NoProgram(f"{what}, of which the code takes numbers: too large to compare; make it a buffer")
@@ -287,8 +315,14 @@ def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
     inputs += _nodes_in(list(node.kwargs.values()))
     node.meta["level"] = level = reduce(int.__or__, (n.meta["level"] for n in inputs), 0)
     tensors = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)]
+    if tensors and any(isinstance(n.meta.get("val"), _NUMBERS) for n in _nodes_of(node)):
+        raise refuse(node, "depends on the number of rows")
     symbolic = [[isinstance(size, torch.SymInt) for size in v.shape] for v in tensors]
     node.meta["rows"] = any(map(any, symbolic)) or isinstance(value, torch.SymInt)
+    if tensors and any(n.meta["rows"] and not n.meta["level"] and isinstance(n.meta["val"], Tensor) for n in inputs):
+        by_row = torch.Tag.pointwise in getattr(node.target, "tags", ()) or operation_of(node) in _ROW_BY_ROW
+        if not by_row or not node.meta["rows"]:
+            raise refuse(node, "makes values of the number of rows")
     for v, dims in zip(tensors, symbolic):
         if sum(dims) > 1 or (any(dims) and v.shape[dims.index(True)] != symbol):
             raise refuse(node, "mixes rows")
@@ -296,6 +330,11 @@ def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
             raise refuse(node, "mixes rows, or moves them from the first dimension")
         if level and not any(dims):
             raise refuse(node, "mixes rows")
+
+
+def _nodes_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that are arguments themselves, and not in a list as sizes are."""
+    return [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
 
 
 def _nodes_in(arg: object) -> list[fx.Node]:

@@ -114,8 +114,8 @@ class Work:
         self,
         digests: Sequence[tuple[str, str, str]],
         fit: Array | None,
-        fit_conditions: DataConditions | None = None,
-        fit_mask: DataMask | None = None,
+        fit_conditions: DataConditions,
+        fit_mask: DataMask | None,
     ) -> dict:
         """Return by name all that the numbers depend on, so that a resumed run can say what differs."""
         shape, chosen = tuple(self.data.shape), torch.cat(self.blocks)

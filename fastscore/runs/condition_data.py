@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..process.conditions import per_sample, shared
-from ..support.host import as_tensor
+from ..support.host import as_tensor, refuse_not_dense
 from ..support.structure import Structure, flatten, is_plain
 from .dataset import Array, digest, digest_of, take
 
@@ -41,6 +41,7 @@ class DataConditions:
         for path, leaf in leaves.items():
             if leaf.per_sample is False or is_plain(leaf.value):
                 continue
+            refuse_not_dense(f"{what} {path!r}", leaf.value)
             if not isinstance(leaf.value, Tensor | np.ndarray) or leaf.value.ndim == 0 or len(leaf.value) != count:
                 shape = getattr(leaf.value, "shape", None)
                 got = type(leaf.value).__name__ if shape is None else f"shape {tuple(shape)}"

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..process.masks import shape_of_mask
+from ..support.host import refuse_not_dense
 from .dataset import Array, digest, take
 
 
@@ -23,7 +25,7 @@ class DataMask:
 
     @classmethod
     def of(cls, what: str, mask: Array | None, shape: tuple[int, ...]) -> DataMask | None:
-        """Give a mask the dimensions of the data: of places (N, L) for data (N, L, D), or of one sample.
+        """Give a mask the dimensions of the data (`shape_of_mask`).
 
         Arguments:
             what: what it is called, for the message.
@@ -34,23 +36,10 @@ class DataMask:
         """
         if mask is None:
             return None
+        refuse_not_dense(what, mask)
         if not isinstance(mask, Tensor | np.ndarray) or "complex" in str(mask.dtype):
             raise ValueError(f"{what} must be an array of True and False (or 1 and 0), got {type(mask).__name__}")
-        own, missing = tuple(mask.shape), len(shape) - mask.ndim
-        ones = (1,) * max(missing, 0)
-        by_sample = len(own) > 0 and own[0] == shape[0] and _fits(own + ones, shape)
-        by_entry = _fits(ones + own, shape)
-        if by_sample and by_entry and missing > 0 and max(own) > 1:
-            raise ValueError(
-                f"{what} {own} fits data {shape} in two ways; give it as many dimensions: {own + ones} if its first "
-                f"one is that of the samples, {ones + own} if all samples share it"
-            )
-        if not by_sample and not by_entry:
-            raise ValueError(
-                f"{what} must broadcast to data of shape {shape}, got {own}; {shape[:-1]} says which places count, "
-                f"{shape} which entries"
-            )
-        return cls(what, mask.reshape(own + ones if by_sample else ones + own))
+        return cls(what, mask.reshape(shape_of_mask(what, mask.shape, "data", shape)))
 
     @property
     def shared(self) -> bool:
@@ -76,7 +65,3 @@ class DataMask:
             where = "all samples" if self.shared else f"sample {int(index[int(empty[0])])}"
             raise ValueError(f"{self.what} must be True for at least one entry of every sample, got none in {where}")
         return digest({"mask": rows != 0})
-
-
-def _fits(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(own) == len(shape) and all(a in (1, b) for a, b in zip(own, shape))

@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..estimator.samples import refuse_not_finite_at
+from ..support.host import refuse_not_dense
+
 Array = Tensor | np.ndarray
 
 
 def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> None:
     """Raise ValueError unless the data are floating point of shape (N, *shape), N >= 1; `name` is for the message."""
+    refuse_not_dense(name, data)
     kind = data.dtype.name if isinstance(data, np.ndarray) else str(data.dtype).removeprefix("torch.")
     if "int" in kind:
         raise ValueError(
@@ -51,9 +55,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def digest_rows(name: str, data: Array, index: Tensor) -> str:
     """Return the digest of the rows of these indices; raise ValueError if one has NaN or inf."""
     rows = take(data, index)
-    bad = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
-    if len(bad):
-        raise ValueError(f"{name} has NaN or inf in sample {int(index[int(bad[0])])}; remove such samples")
+    refuse_not_finite_at(name, rows, index)
     return hashlib.sha256(_bytes(rows)).hexdigest()[:16]
 
 

@@ -23,6 +23,7 @@ from ..density import ScoreDensity
 from ..estimator.estimate import Estimate, log_width
 from ..estimator.protocol import Density, check_density
 from ..process.network import model_device, model_dtype
+from ..support.host import refuse_not_dense
 from ..support.memory import parse_bytes
 from ..support.progress import progress_bar
 from .blocks import Work, fitted_state
@@ -111,6 +112,7 @@ def evaluate_dataset(
         "target_stderr": target_stderr,
         "max_nfe": max_nfe,
     }
+    refuse_not_dense("fit data", fit)
     fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
     fitted_mask = _mask_of_fit(mask, data, fit_mask, fit)
     log_width(bins, low, high)  # what is wrong with them is better said before the work than after it

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+_TO_DENSE = {"quantized": "dequantize", "MaskedTensor": "get_data", "DTensor": "full_tensor"}
 
 
 def as_tensor(value: object) -> Tensor:
@@ -37,10 +40,32 @@ def whole(name: str, value: object) -> int:
 
 
 def layout_of(tensor: Tensor) -> str | None:
-    """Return what a tensor is that is not dense ("sparse_coo", "nested", ...), None for an ordinary one."""
-    if tensor.is_nested:
-        return "nested"
+    """Return what a tensor is that is not dense ("sparse_coo", "nested", "MaskedTensor", ...), None for a dense one.
+
+    A class with operations of its own is not dense where a copy is of it too: no kernel sees its numbers.
+    """
+    if tensor.is_nested or tensor.is_quantized:
+        return "nested" if tensor.is_nested else "quantized"
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if is_fake(tensor):  # a trace would keep the copy
+            return "FakeTensor"
+        if type(tensor.detach().clone()) is kind:
+            return kind.__name__
     return None if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")
+
+
+def refuse_not_dense(name: str, value: object) -> None:
+    """Raise ValueError for a tensor that is not dense, or has no values."""
+    if isinstance(value, Tensor) and (kind := "meta" if value.is_meta else layout_of(value)) is not None:
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; {dense_form(kind)}")
+
+
+def dense_form(layout: str) -> str:
+    """Return how to get a dense tensor instead of one in a layout, for a message."""
+    if layout in ("meta", "FakeTensor"):
+        return "give one with values"
+    return f".{_TO_DENSE.get(layout, 'to_dense')}() makes a dense one"
 
 
 def positive(name: str, value: object, unit: str) -> float:

@@ -1,0 +1,175 @@
+"""What is no row program says why and runs itself, and a program that differs from its network is an error."""
+
+import subprocess
+import sys
+import uuid
+
+import pytest
+import real_networks as nets
+import torch
+import torch.nn.functional as F
+from program_networks import SCHEDULE, Odd, control_flow
+from torch import nn
+
+import fastscore as fs
+from fastscore.ops import activations
+from fastscore.program.row_program import NoProgram, RowProgram
+from fastscore.program.verification import ProgramMismatch
+
+
+def attribute(net, h, t):
+    net.calls = getattr(net, "calls", 0) + 1
+    return h
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda net, h, t: h.softmax(1), "layer 'forward', operation softmax: is no instruction of a row program"),
+        (lambda net, h, t: h * h, "operation mul: multiplies two values that both depend on x"),
+        (lambda net, h, t: F.glu(torch.cat([h, h], 1)), "operation cat: concatenates two values that depend on x"),
+        (lambda net, h, t: net.inp(net.out(h)) + torch.relu(h).sin(), "operation sin: is no instruction"),
+        (lambda net, h, t: net.inp(net.out(h)) + net.inp(net.out(-h)), "operation add: adds two branches"),
+        (lambda net, h, t: F.elu(h, 0.5), "operation elu: only alpha = 1"),
+        (lambda net, h, t: h - h.mean(0), "operation mean: mixes rows"),
+        (lambda net, h, t: h * t.mean(), "operation mean: mixes rows"),
+        (lambda net, h, t: h.double().float(), "operation to: computes in torch.float64"),
+        (lambda net, h, t: h + torch.randn_like(h), "operation randn_like: is random"),
+        (lambda net, h, t: net.norm(h), "layer 'norm', operation batch_norm: takes its statistics from the batch"),
+        (lambda net, h, t: net.drop(h), "layer 'drop', operation dropout: is random"),
+        (
+            lambda net, h, t: h.reshape(len(h), 8),
+            r"its code fixes the number of rows, as len\(x\) does; x\.shape\[0\] does not",
+        ),
+        (control_flow, "torch.export cannot trace the network: Could not guard on data-dependent"),
+        (attribute, "layer 'forward' changes its attribute 'calls'"),
+        (lambda net, h, t: h[:, torch.arange(8)], "operation index: is no instruction"),
+    ],
+)
+def test_what_is_no_program_says_why(operation, reason):
+    with pytest.raises(NoProgram, match=reason):
+        RowProgram.trace(Odd(operation), (4,), torch.linspace(0.1, 0.9, 4))
+
+
+def test_three_waiting_residuals_are_one_too_many():
+    class Deep(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+
+        def forward(self, x, t):
+            waiting = []
+            for layer in self.layers:
+                x = layer(x)
+                waiting.append(x)
+            for skip in reversed(waiting[:-1]):
+                x = torch.tanh(x) + skip
+            return x
+
+    assert len(RowProgram.trace(Deep(3), (4,), torch.rand(4)).code) == 12
+    with pytest.raises(
+        NoProgram, match=r"layer 'layers.2': more than 2 residuals wait at once \('layers.0', 'layers.1'\)"
+    ):
+        RowProgram.trace(Deep(4), (4,), torch.rand(4))
+
+
+class Moody(nn.Module):
+    """Its second layer gives another answer at every call, in a way that no graph shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), self.Layer(), nn.Linear(4, 4)
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x * (1 + uuid.uuid1().time % 97)
+
+    def forward(self, x, t):
+        return self.last(self.second(self.first(x)))
+
+
+def test_a_network_that_differs_from_its_program_is_an_error():
+    density = fs.ScoreDensity(Moody(), SCHEDULE)
+    with pytest.raises(ProgramMismatch, match=r"differ by .* first in layer 'second'.*program=False"):
+        density.estimate(torch.randn(8, 4), nfe=16)
+    fs.ScoreDensity(Moody(), SCHEDULE, program=False).estimate(torch.randn(8, 4), nfe=16)
+
+
+def test_answers_that_are_roundings_have_no_program_and_no_error():
+    class Remainder(nn.Module):
+        """v of a standard normal: zero but for roundings, which a program makes in another order."""
+
+        def forward(self, x, t):
+            alpha, sigma = (v[:, None] for v in fs.Cosine().alpha_sigma(t))
+            eps = sigma * x.double() / (alpha**2 + sigma**2)
+            return (alpha * eps - sigma * ((x.double() - sigma * eps) / alpha)).to(x.dtype)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = fs.ScoreDensity(Remainder(), fs.Cosine(), "v").estimate(x, nfe=16)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    assert torch.allclose(found.log_prob, expected, atol=1e-10)  # the reference is exact, and the network too
+
+
+def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
+    wrong = activations.Activation(torch.relu, torch.relu_)
+    monkeypatch.setitem(activations.ACTIVATIONS, "selu", wrong)
+    with pytest.raises(ProgramMismatch, match=r"first in layer 'net\.1'"):
+        RowProgram.trace(nets.TorchCFM(), (2,), torch.linspace(0.1, 0.9, 4))
+
+
+def test_layers_of_images_are_refused_without_a_trace(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 3, 3, padding=1))
+
+    class Image(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.encoder = net, nn.Conv2d(1, 3, 1)
+
+        def forward(self, x, t, picture):
+            return self.net(x) * t.view(-1, 1, 1, 1) + self.encoder(picture)
+
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("exported"))
+    found = fs.explain(Image(), (3, 4, 4), picture=torch.randn(2, 1, 4, 4))
+    assert found == "no row program: layer 'net.0' is a Conv2d, which no row program holds"
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "DiTTransformer2DModel"])
+def test_networks_of_diffusers_run_themselves(kind):
+    diffusers = pytest.importorskip("diffusers")
+    if kind == "UNet2DModel":
+        blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        net = diffusers.UNet2DModel(8, 3, 3, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+        cond = {}
+    else:
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8}
+        net = diffusers.DiTTransformer2DModel(**sizes, in_channels=3, out_channels=3, norm_num_groups=1)
+
+        class Positional(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x, t, y):
+                return self.net(x, timestep=t, class_labels=y)
+
+        net, cond = Positional(net), {"y": torch.arange(2)}
+    net, x = net.eval(), torch.randn(2, 3, 8, 8)
+    on, off = (fs.ScoreDensity(net, fs.DDPM.linear(100), program=p) for p in ("auto", False))
+    assert torch.equal(on.estimate(x, nfe=8, **cond).log_prob, off.estimate(x, nfe=8, **cond).log_prob)
+    (found,) = on._programs._found.values()
+    assert "which no row program holds" in found.reason
+
+
+def test_a_network_that_cannot_be_traced_is_no_noise_on_the_screen():
+    # In another process: pytest catches what the tracer logs.
+    script = """
+import torch, fastscore as fs
+class Branching(torch.nn.Module):
+    def forward(self, x_t, t):
+        if t.ne(t.round()).any():
+            return x_t * t[:, None]
+        return x_t
+fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4)).estimate(torch.randn(2, 3), nfe=16)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
