@@ -35,7 +35,8 @@ from fastscore.program import tracing
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 CAPABILITY = (7, 5)  # one for which fastscore has no kernels
 FREE, TOTAL = 8 << 30, 16 << 30
-BODIES = ("perturb", "residual", "residual_backward", "control", "density_mlp")
+BODIES = ("perturb", "residual", "residual_backward", "control", "density_mlp", "loss_rows", "loss_difference")
+BODIES += ("loss_gradient",)
 # An operand of no dimensions may lie on the host, as a number does; but not in these.
 NO_NUMBERS = {"aten::cat", "aten::stack", "aten::where"}
 # What may mix devices: copies, changes of what a tensor is, and indices that lie on the host.
@@ -140,6 +141,19 @@ class PretendedDevice:
             self._storages.discard(found.untyped_storage())
             return found
         return self.mark(found)
+
+    def as_kernel(self, real, calls: list | None = None):
+        """Return a function of which all operations together count as the one launch that a kernel takes on a GPU."""
+
+        def counted(*args):
+            before = self.counts.copy()
+            found = real(*args)
+            self.counts.launches = before.launches + 1
+            if calls is not None:
+                calls.append(args)
+            return found
+
+        return counted
 
     def crossed(self, to_host: bool) -> None:
         if self.graph is not None:
