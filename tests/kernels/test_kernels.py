@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from agreement import close, exact_normal
 from fastscore.kernels import density_mlp as fused
 from fastscore.kernels import launch
 from fastscore.kernels.control import why_not
@@ -28,17 +29,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 tl = triton.language
 
-# Sums of d terms in float32, each with a rounding of 6e-8 and errors of eps of 5e-7: 1e-5 of the mean is far above.
-TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill every output with NaN beforehand: an element that no program writes fails its test."""
-    empty, empty_like = torch.empty, torch.empty_like
-    poison = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Case:
@@ -54,10 +45,7 @@ class Case:
         log_snr = torch.linspace(-6, 6, r, dtype=torch.float64, device=DEVICE)
         self.alpha, self.sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         self.a, self.b_, self.c = self.randn(r), self.randn(r), self.randn(r)
-        # The noise of the truth comes from float32's uniforms: rounding of the words is no error of a kernel.
-        w = noise.combine(self.keys, self.points).float() * 2.0**-31 + 2.0**-32
-        top = 1 - 2.0**-24
-        self.eps = w.clamp(-top, top).double().erfinv() * 2**0.5 * self.sign[:, None]
+        self.eps = exact_normal(noise.combine(self.keys, self.points)) * self.sign[:, None]
         self.x_t = self.alpha[:, None] * self.x[:, None] + self.sigma[:, None] * self.eps
 
     def randn(self, *shape):
@@ -78,13 +66,6 @@ class Case:
         return Reference(weight, mean, variance, basis).to(DEVICE)
 
 
-def close(found, expected, tolerance=TOLERANCE):
-    """Whether every element agrees relative to itself plus the mean size, which is what sums cancel from."""
-    expected = expected.double()
-    scale = expected.abs() + expected.abs().mean()
-    return bool(((found.double() - expected).abs() <= tolerance * scale).all())
-
-
 @triton.jit
 def words_kernel(p_ptr, q_ptr, m_ptr, w_ptr, n_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
@@ -101,8 +82,7 @@ def test_noise_words_are_bit_exact_and_normals_are_float32s():
     w, found = torch.zeros(n, dtype=torch.int32, device=DEVICE), torch.empty(n, device=DEVICE)
     words_kernel[(1,)](points[0], keys[0, 0].contiguous(), keys[0, 1].contiguous(), w, found, n)
     assert torch.equal(w, noise.combine(keys, points)[0, 0])
-    uniform = (w.float() * 2.0**-31 + 2.0**-32).clamp(-1 + 2.0**-24, 1 - 2.0**-24)
-    exact = uniform.double().erfinv() * 2**0.5
+    exact = exact_normal(w)
     # The polynomial's 3.3e-7 and the roundings of nine steps.
     assert torch.allclose(found.double(), exact, rtol=1e-6, atol=0)
     assert torch.allclose(noise.normal(w).double(), exact, rtol=1e-6, atol=0)
