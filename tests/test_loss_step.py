@@ -1,4 +1,6 @@
-"""A training step with `density_loss`: what it launches beside a plain one, and the same numbers by the kernels."""
+"""A training step with `density_loss` on a pretended GPU: what it launches beside a plain one, and that none waits."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,11 +8,11 @@ from pretended_device import PretendedDevice
 from torch import nn
 
 import fastscore as fs
-from fastscore.ops import noise
+from fastscore.ops import loss, noise
 from fastscore.ops import torch as definitions
-from fastscore.training import losses
 
 D = 6
+OPS = ("loss_rows", "loss_difference", "loss_gradient")
 # Of a plain eps-loss step of the same network.
 MOST = 1.09
 
@@ -60,8 +62,9 @@ def device():
 def kernels(device, monkeypatch):
     """Count the words of the noise, and what stands around the network, as one launch each, as on a GPU."""
     monkeypatch.setattr(noise, "words", device.as_kernel(noise.words))
-    for name in ("loss_rows", "loss_difference", "loss_gradient"):
-        monkeypatch.setattr(definitions, name, device.as_kernel(getattr(definitions, name)))
+    bodies = {name: device.as_kernel(getattr(definitions, name)) for name in OPS}
+    monkeypatch.setattr(loss, "select", lambda *_: "triton")
+    monkeypatch.setattr(loss, "implementation", lambda _: SimpleNamespace(**bodies))
 
 
 @pytest.mark.parametrize("options", [{}, {"antithetic": True}, {"draws": 3}, {"draws": 2, "antithetic": True}])
@@ -72,11 +75,11 @@ def test_a_step_launches_hardly_more_than_a_plain_one(device, kernels, schedule,
     torch.manual_seed(0)
     net, x = AdaLN().cuda(), torch.randn(8, D).cuda()
     density = fs.ScoreDensity(net, schedule, predicts)
-    losses.density_loss(density, x, seed=0, **options).backward()
+    fs.density_loss(density, x, seed=0, **options).backward()
     with device.counting() as plain:
         plain_step(net, x)
     with device.counting() as counts:
-        losses.density_loss(density, x, seed=1, **options).backward()
+        fs.density_loss(density, x, seed=1, **options).backward()
     assert (counts.to_host, counts.waits) == (0, 0)
     assert counts.to_device == 1  # the numbers of the rows, their times, and the samples' indices
     assert counts.launches <= MOST * plain.launches, (counts.launches, plain.launches)

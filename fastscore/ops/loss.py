@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gaussians import Reference
+from ..support.modes import transformed
 from . import torch as torch_backend
 from .select import implementation, select
 
@@ -25,13 +26,15 @@ def around(
 ) -> tuple[Callable, Callable]:
     """Return `loss_rows` and `loss_difference` without their last argument.
 
-    They are the ops where these cover all that is asked; under a mask, for a mixture or full covariances, and where x
-    or a schedule wants a gradient, they are the ops' definitions, under autograd.
+    They are the ops where a kernel covers all that is asked. In float64, without Triton, under a mask, for a mixture or
+    full covariances, where x or a schedule wants a gradient, and for derivatives other than backward passes, they are
+    the ops' definitions, under autograd.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or numbers.requires_grad)
-    if wanted or mask is not None or reference.full or reference.components > 1:
-        return partial(torch_backend.loss_rows, mask=mask), partial(torch_backend.loss_difference, mask=mask)
     name = select(x.device, x.dtype, backend)
+    gradient = torch.is_grad_enabled() and (x.requires_grad or numbers.requires_grad)
+    one = reference.components == 1 and not reference.full
+    if name == "torch" or gradient or mask is not None or not one or transformed():
+        return partial(torch_backend.loss_rows, mask=mask), partial(torch_backend.loss_difference, mask=mask)
     return partial(loss_rows, backend=name), partial(loss_difference, backend=name)
 
 

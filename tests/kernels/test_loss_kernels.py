@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from agreement import close, exact_normal
+from torch.autograd import forward_ad
 
 import fastscore as fs
 from fastscore.ops import loss as ops
@@ -176,6 +177,38 @@ class Net(torch.nn.Module):
 
     def forward(self, x_t, t):
         return self.net(torch.cat([x_t / (1 + x_t.abs()), t.to(x_t)[:, None] / 50], 1))
+
+
+def derivative(how, f, weight):
+    one = torch.ones_like(weight)
+    if how == "grad":
+        return torch.func.grad(f)(weight)
+    if how == "jvp":
+        return torch.func.jvp(f, (weight,), (one,))[1]
+    if how == "hessian":
+        return torch.func.jacrev(torch.func.grad(f))(weight)
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(weight, one))).tangent
+
+
+@pytest.mark.parametrize("how", ["grad", "jvp", "hessian", "dual numbers"])
+def test_derivatives_other_than_backward_passes_are_those_of_the_definition(how):
+    x, found = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE), []
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x_t, t):
+            return self.gain[0] * x_t
+
+    for backend in ("torch", "triton"):
+        net = Scaled()
+
+        def f(gain):
+            net.gain = gain  # noqa: B023
+            return fs.density_loss(fs.ScoreDensity(net, fs.VP(), backend=backend), x, seed=2)  # noqa: B023
+
+        found.append(derivative(how, f, torch.full((1,), 0.7, device=DEVICE)))
+    assert float(found[0].abs()) > 1
+    assert torch.equal(*found)
 
 
 def test_log_q_of_a_weight_that_is_not_quite_one():
