@@ -300,13 +300,13 @@ class PretendedDevice:
         return clone
 
     def _watched_again(self, body):
-        def watched(*args):
+        def watched(*args, **kwargs):
             if not self._in_an_op:
-                return body(*args)
+                return body(*args, **kwargs)
             self._in_an_op = False
             try:
                 with self._watch:
-                    return body(*args)
+                    return body(*args, **kwargs)
             finally:
                 self._in_an_op = True
 
