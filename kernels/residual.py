@@ -80,7 +80,7 @@ def residual(
     """Return the squared residual of every row, float32, shape (B, R)."""
     batch, rows, d = prediction.shape
     error = torch.empty(batch, rows, device=x.device)
-    block_n, block_d = _tile(d)
+    block_n, block_d = tile(d)
     residual_fwd_kernel[(triton.cdiv(batch * rows, block_n),)](
         prediction, x, keys, points, sign, a, b, c, error, batch * rows, rows, d, block_n, block_d, num_warps=NUM_WARPS
     )
@@ -101,7 +101,7 @@ def residual_backward(
     """Return the gradients with respect to the prediction (B, R, d) and x (B, d)."""
     batch, rows, d = prediction.shape
     grad_prediction, grad_x = torch.empty_like(prediction), torch.empty_like(x)
-    block_b, block_d = _tile(d)
+    block_b, block_d = tile(d)
     residual_bwd_kernel[(triton.cdiv(batch, block_b), triton.cdiv(d, block_d))](
         grad, prediction, x, keys, points, sign, a, b, c, grad_prediction, grad_x, batch, rows, d, block_b, block_d,
         num_warps=NUM_WARPS,
@@ -109,7 +109,7 @@ def residual_backward(
     return grad_prediction, grad_x
 
 
-def _tile(d: int) -> tuple[int, int]:
+def tile(d: int) -> tuple[int, int]:
     """Return the rows (or samples) and dimensions of a tile of 1,024 elements."""
     block_d = min(TILE, triton.next_power_of_2(d))
     return TILE // block_d, block_d

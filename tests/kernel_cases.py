@@ -1,6 +1,7 @@
-"""Data, references and networks for tests of kernels, and how near a kernel comes to the definition."""
+"""Data, references and networks for tests of kernels."""
 
 import torch
+from agreement import exact_normal
 
 from fastscore import Reference
 from fastscore.ops import noise
@@ -8,9 +9,6 @@ from fastscore.ops.instructions import Act, Add, Affine, Linear, Norm, Save
 from fastscore.ops.interpreting import interpreting
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
-
-# Sums of d terms in float32, each with a rounding of 6e-8 and errors of eps of 5e-7: 1e-5 of the mean is far above.
-TOLERANCE = 1e-5
 
 
 class Case:
@@ -26,10 +24,7 @@ class Case:
         log_snr = torch.linspace(-6, 6, r, dtype=torch.float64, device=DEVICE)
         self.alpha, self.sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         self.a, self.b_, self.c = self.randn(r), self.randn(r), self.randn(r)
-        # The noise of the truth comes from float32's uniforms: rounding of the words is no error of a kernel.
-        w = noise.combine(self.keys, self.points).float() * 2.0**-31 + 2.0**-32
-        top = 1 - 2.0**-24
-        self.eps = w.clamp(-top, top).double().erfinv() * 2**0.5 * self.sign[:, None]
+        self.eps = exact_normal(noise.combine(self.keys, self.points)) * self.sign[:, None]
         self.x_t = self.alpha[:, None] * self.x[:, None] + self.sigma[:, None] * self.eps
 
     def randn(self, *shape):
@@ -48,13 +43,6 @@ class Case:
             return Reference.isotropic(1.3).to(DEVICE)
         basis = torch.linalg.qr(self.randn(k, self.d, self.d))[0] if "full" in kind else None
         return Reference(weight, mean, variance, basis).to(DEVICE)
-
-
-def close(found, expected, tolerance=TOLERANCE):
-    """Whether every element agrees relative to itself plus the mean size, which is what sums cancel from."""
-    expected = expected.double()
-    scale = expected.abs() + expected.abs().mean()
-    return bool(((found.double() - expected).abs() <= tolerance * scale).all())
 
 
 def adaln(case, width, depth, name="silu"):

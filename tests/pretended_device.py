@@ -36,7 +36,8 @@ from fastscore.program import tracing
 CUDA = torch.device("cuda", 0)
 CAPABILITY = (7, 5)  # one for which fastscore has no kernels
 FREE, TOTAL = 8 << 30, 16 << 30
-BODIES = ("perturb", "residual", "residual_backward", "control", "density_mlp")
+BODIES = ("perturb", "residual", "residual_backward", "control", "density_mlp", "loss_rows", "loss_difference")
+BODIES += ("loss_gradient",)
 
 
 @dataclass
@@ -124,6 +125,19 @@ class PretendedDevice:
             self._storages.discard(found.untyped_storage())
             return found
         return self.mark(found)
+
+    def as_kernel(self, real, calls: list | None = None):
+        """Return a function of which all operations together count as the one launch that a kernel takes on a GPU."""
+
+        def counted(*args):
+            before = self.counts.copy()
+            found = real(*args)
+            self.counts.launches = before.launches + 1
+            if calls is not None:
+                calls.append(args)
+            return found
+
+        return counted
 
     def crossed(self, to_host: bool) -> None:
         if self.graph is not None:
@@ -270,13 +284,13 @@ class PretendedDevice:
         return clone
 
     def _watched_again(self, body):
-        def watched(*args):
+        def watched(*args, **kwargs):
             if not self._in_an_op:
-                return body(*args)
+                return body(*args, **kwargs)
             self._in_an_op = False
             try:
                 with self._watch:
-                    return body(*args)
+                    return body(*args, **kwargs)
             finally:
                 self._in_an_op = True
 

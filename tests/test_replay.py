@@ -102,19 +102,8 @@ def word_kernels(device, monkeypatch):
     Gives the calls.
     """
     calls = []
-
-    def in_one_launch(real):
-        def counted(*args):
-            before = device.counts.copy()
-            found = real(*args)
-            device.counts.launches = before.launches + 1
-            calls.append(args)
-            return found
-
-        return counted
-
-    monkeypatch.setattr(noise, "words", in_one_launch(noise.words))
-    monkeypatch.setattr(noise, "sample_keys", in_one_launch(noise.sample_keys))
+    for name in ("words", "sample_keys"):
+        monkeypatch.setattr(noise, name, device.as_kernel(getattr(noise, name), calls))
     return calls
 
 

@@ -24,12 +24,23 @@ from . import triton as through_triton
 from .instructions import decode
 from .select import native
 from .task import Task
-from .triton import control, density_mlp_dx, perturb, residual, residual_backward, why_not_control, why_not_dx
+from .triton import (
+    control,
+    density_mlp_dx,
+    loss_difference,
+    loss_gradient,
+    loss_rows,
+    perturb,
+    residual,
+    residual_backward,
+    why_not_control,
+    why_not_dx,
+)  # fmt: skip
 from .weight_image import image
 
 __all__ = [
-    "control", "density_mlp", "density_mlp_dx", "perturb", "residual", "residual_backward", "why_not_control",
-    "why_not_dx", "why_not_fused",
+    "control", "density_mlp", "density_mlp_dx", "loss_difference", "loss_gradient", "loss_rows", "perturb", "residual",
+    "residual_backward", "why_not_control", "why_not_dx", "why_not_fused",
 ]  # fmt: skip
 
 WIDTHS = (64, 128, 256, 512)

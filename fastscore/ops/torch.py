@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..process.masks import inside
 from ..reference.gaussians import Reference
 from . import noise
 from .instructions import decode
@@ -100,6 +101,51 @@ def density_mlp(
     prediction = run(decode(code), weights, tables, x_t.to(weights[0].dtype)).to(x.dtype)
     f = residual(prediction, x, eps, keys, points, sign, a, b, c)
     return f - Reference.from_tensors(reference).residual(x, x_t, eps, alpha, sigma) if reference else f
+
+
+def loss_rows(
+    x: Tensor, words: Tensor, numbers: Tensor, signs: int, reference: list[Tensor], mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x_t, eps, the reference's squared error and log q(x), as the op of that name; mask (B, d)."""
+    q, exact = Reference.from_tensors(reference), numbers[:2]
+    alpha, sigma = exact.to(x.dtype)[..., None]
+    eps = inside(_signed(words, signs, x.dtype), mask)
+    x_t = alpha * x + sigma * eps
+    x_t = x_t if mask is None else torch.where(mask, x_t, x)
+    # As one sample, since the reference takes the times of its rows.
+    rows = x_t.reshape(1, -1, x.shape[1])
+    seen = None if mask is None else mask.expand(x_t.shape).reshape(rows.shape)
+    error = eps - q.eps(rows, *exact.reshape(2, -1).repeat(1, signs), seen).reshape(eps.shape)
+    return x_t, eps, error.square().sum(-1), q.log_prob(x, mask)
+
+
+def loss_difference(
+    prediction: Tensor,
+    x: Tensor,
+    words: Tensor,
+    eps: Tensor,
+    control: Tensor,
+    numbers: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return each row's integrand over the density of log-SNR and its squared gradient, both (K, B)."""
+    a, b, c, weight = numbers[2:].to(x.dtype)[..., None]
+    eps = eps if eps.numel() else _signed(words, len(prediction), x.dtype)
+    residual = inside(c * (a * eps + b * x - prediction), mask)
+    difference = (weight[..., 0] * (residual.square().sum(-1) - control)).mean(0)
+    return difference, (c * residual.detach()).mean(0).square().sum(-1)
+
+
+def loss_gradient(grad: Tensor, prediction: Tensor, x: Tensor, words: Tensor, eps: Tensor, numbers: Tensor) -> Tensor:
+    """Return the gradient of `loss_difference` with respect to the prediction, given that of its first result."""
+    a, b, c, weight = numbers[2:].to(x.dtype)[..., None]
+    eps = eps if eps.numel() else _signed(words, len(prediction), x.dtype)
+    return -2 / len(prediction) * weight * c.square() * grad[..., None] * (a * eps + b * x - prediction)
+
+
+def _signed(words: Tensor, signs: int, dtype: torch.dtype) -> Tensor:
+    eps = noise.normal(words[..., 1:], dtype=dtype)
+    return torch.stack([eps, -eps]) if signs == 2 else eps[None]
 
 
 def _eps(eps: Tensor, x: Tensor, keys: Tensor, points: Tensor, sign: Tensor) -> Tensor:

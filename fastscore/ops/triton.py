@@ -14,6 +14,8 @@ from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
 from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import launch, packing
+from ..kernels import loss_difference as loss_difference_kernel
+from ..kernels import loss_rows as loss_rows_kernel
 from ..kernels import perturb as perturb_kernel
 from ..kernels import residual as residual_kernel
 from ..kernels import summary as summary_kernel
@@ -86,6 +88,23 @@ def control(
     x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]
 ) -> Tensor:
     return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+
+
+def loss_rows(
+    x: Tensor, words: Tensor, numbers: Tensor, signs: int, reference: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = loss_rows_kernel.loss_rows(*_contiguous(x, words, numbers), signs, *_contiguous(*reference[:3]))
+    return found[0], x.new_empty(0), *found[1:]
+
+
+def loss_difference(
+    prediction: Tensor, x: Tensor, words: Tensor, eps: Tensor, control: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    return loss_difference_kernel.loss_difference(*_contiguous(prediction, x, words, control, numbers))
+
+
+def loss_gradient(grad: Tensor, prediction: Tensor, x: Tensor, words: Tensor, eps: Tensor, numbers: Tensor) -> Tensor:
+    return loss_difference_kernel.loss_gradient(*_contiguous(grad, prediction, x, words, numbers))
 
 
 def density_mlp(

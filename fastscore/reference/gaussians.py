@@ -50,18 +50,18 @@ class Reference(FittedBuffers):
 
     def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
         _check(weight, mean, variance, basis)
-        self._store(weight, mean, variance, basis)
+        self._store(*(value if value is None else value.detach().clone() for value in (weight, mean, variance, basis)))
 
     def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
-            self.register_buffer(name, value.detach().to(torch.float64).clone())
+            self.register_buffer(name, value.detach().to(torch.float64))
         empty = self.mean.new_empty(0)
-        self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64).clone())
+        self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64))
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> Reference:
-        """Return the reference whose `tensors` these are; unchecked, so that a compiler can trace it."""
+        """Return the reference whose `tensors` these are; unchecked and not copied, so that a compiler can trace it."""
         reference = cls.__new__(cls)
         reference._store(*tensors)
         return reference
@@ -107,14 +107,12 @@ class Reference(FittedBuffers):
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log q(x) in nats, shape (B,), for x and mask of shape (B, d); computed in float64, differentiable."""
         x = x.to(torch.float64)
-        d = x.shape[1]
         logs = []
         for k in range(self.components):
             y = inside(x - self.mean[k], mask)
             y = y @ self.basis[k] if self.full else y
-            variance = self.variance[k].expand(d)
-            norm = 0.5 * summed(math.log(2 * math.pi) + variance.log(), mask)
-            logs.append(self.weight[k].log() - norm - 0.5 * (y**2 / variance).sum(1))
+            terms = y**2 / self.variance[k] + (2 * math.pi * self.variance[k]).log()
+            logs.append(torch.sub(self.weight[k].log(), inside(terms, mask).sum(1), alpha=0.5))
         return torch.logsumexp(torch.stack(logs), 0) if self.components > 1 else logs[0]
 
     def residual(

@@ -157,6 +157,11 @@ def refuse_inference_weights(model: nn.Module) -> None:
             )
 
 
+def transformed() -> bool:
+    """Return whether derivatives are taken other than by backward passes: by torch.func, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _refuse_tangents(name: str, values: list[object]) -> None:
     """Raise ValueError if one of some values, or a tensor of a network among them, has a tangent of forward-mode AD."""
     if forward_ad._current_level < 0:

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
+from ..estimator.network_density import NetworkDensity
 from ..estimator.nodes import NodeDensity
 from ..estimator.protocol import Density, check_density
 from ..estimator.samples import Samples, deferred
 from ..ops import noise
+from ..ops.loss import around
 from ..process.conditions import takes_conditions
-from ..process.masks import inside
 from ..process.network import predict
 from ..process.predictions import coefficients
+from ..support.host import together
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
@@ -82,15 +84,14 @@ def density_loss(
     if nodes is not None:
         _check_range(nodes.density, core)
     samples = core.check(z, None, cond, mask=mask)
-    rows = _draw(samples, nodes.density if nodes is not None else core.nodes.density, seed, draws)
-    signs = (1, -1) if antithetic else (1,)
-    difference, pull = _evaluate(core, samples, rows, signs)
-    integral = difference.reshape(draws, len(samples)).mean(0)
-    loss = 0.5 * integral + (log_det - core.reference.log_prob(samples.x, samples.mask)).to(integral)
+    log_snr, difference, pull, log_q = _evaluate(
+        core, samples, nodes.density if nodes is not None else core.nodes.density, seed, draws, 1 + antithetic
+    )
+    loss = torch.add((log_det - log_q).to(difference), difference.mean(0), alpha=0.5)
     if nodes is not None or not deferred(samples.device):
         _check_finite(loss, samples)
     if nodes is not None:  # which learn nothing from what is refused
-        nodes.observe(rows.log_snr, pull)
+        nodes.observe(log_snr, pull.flatten())
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -121,53 +122,42 @@ def _check_finite(loss: Tensor, samples: Samples) -> None:
     )
 
 
-class _Rows(NamedTuple):
-    """R draws, those of one number for all samples after the other: log-SNR and 1/p on the CPU, (R,), noise (R, d)."""
-
-    log_snr: Tensor
-    weight: Tensor
-    eps: Tensor
-
-
-def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> _Rows:
-    """Draw log-SNRs from the nodes' density, stratified over all rows, and the noise of each row."""
-    count, d = draws * len(samples), samples.x.shape[1]
-    index = samples.index.to(samples.device)
-    w = torch.cat([noise.words(seed, index, draw, noise.STREAM_LOSS, d + 1) for draw in range(draws)])
-    # The first word of each again, where the samples' indices lie anyway: reading it would wait for the device.
+def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> Tensor:
+    """Return log-SNRs from the nodes' density, stratified over all rows, float64, shape (draws * B,), on the CPU."""
+    count = draws * len(samples)
+    # The first word of each row again, where the samples' indices lie anyway: reading it would wait for the device.
     first = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, 1) for draw in range(draws)])[:, 0]
     u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(first, torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
-    log_snr = nodes.quantile(u[order])
-    return _Rows(log_snr, 1 / nodes.density_at(log_snr), noise.normal(w[:, 1:], dtype=samples.x.dtype))
+    return nodes.quantile(u[order])
 
 
-def _evaluate(core: ScoreDensity, samples: Samples, rows: _Rows, signs: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    r"""Return each row's integrand over p, and its squared gradient with respect to the prediction, both (R,).
+class _Evaluated(NamedTuple):
+    """Log-SNRs, those of one draw for all samples after the other; what `ops.loss` makes of them; and log q(x)."""
 
-    The integrand is the mean over the signs of :math:`\|\epsilon-\hat\epsilon\|^2 - \|\epsilon-\epsilon_q\|^2`; the
-    gradient is that of its half, :math:`c\,(\hat\epsilon - \epsilon)`, averaged over the signs.
-    """
-    schedule, like = core.schedule, samples.x
-    copies = len(signs) * len(rows.log_snr) // len(samples)
-    x = like.repeat(copies, 1)
-    mask = None if samples.mask is None else samples.mask.repeat(copies, 1)
-    eps = inside(torch.cat([sign * rows.eps for sign in signs]), mask)
-    time = schedule.time(rows.log_snr).repeat(len(signs))
-    alpha, sigma = schedule.alpha_sigma(time)
-    weight = rows.weight.repeat(len(signs))
-    # One copy to the device for everything that is a number.
-    exact = torch.stack([alpha, sigma, *coefficients(core.predicts, schedule, time), weight]).to(like.device)
-    scale, noise_scale, a, b, c, weight = exact.to(like)[..., None]
-    x_t = scale * x + noise_scale * eps
-    x_t = x_t if mask is None else torch.where(mask, x_t, x)
-    # As one sample with R rows, since every row has its own time here; conditions go along with the rows.
-    (own,) = samples.conds
-    prediction = predict(core.model, x_t[None], time.to(x.device), own.tiled(copies), samples.shape, core.time_dtype)[0]
-    residual = inside(c * (a * eps + b * x - prediction), mask)
-    seen = None if mask is None else mask[None]
-    control = eps - core.reference.eps(x_t[None], exact[0], exact[1], seen)[0]
-    difference = (weight[:, 0] * (residual.square() - control.square()).sum(1)).reshape(len(signs), -1).mean(0)
-    pull = (c * residual.detach()).unflatten(0, (len(signs), -1)).mean(0).square().sum(1)
-    return difference, pull
+    log_snr: Tensor
+    difference: Tensor
+    pull: Tensor
+    log_q: Tensor
+
+
+def _evaluate(
+    core: NetworkDensity, samples: Samples, nodes: NodeDensity, seed: int, draws: int, signs: int
+) -> _Evaluated:
+    """Draw a log-SNR and noise for every row, and evaluate the network there: once for each sign of the noise."""
+    x, schedule = samples.x, core.schedule
+    log_snr = _draw(samples, nodes, seed, draws)
+    time = schedule.time(log_snr)
+    own = *schedule.alpha_sigma(time), *coefficients(core.predicts, schedule, time), 1 / nodes.density_at(log_snr)
+    numbers = torch.stack(own).reshape(len(own), draws, -1)
+    time = time.to(torch.float64 if time.is_floating_point() else torch.int64).repeat(signs)
+    numbers, time, index = together([numbers, time, samples.index], x.device)
+    words = torch.stack([noise.words(seed, index, draw, noise.STREAM_LOSS, x.shape[1] + 1) for draw in range(draws)])
+    before, after = around(x, numbers, core.reference, samples.mask, core.backend)
+    x_t, eps, control, log_q = before(x, words, numbers, signs, core.reference.tensors())
+    # As one sample with a row for each, since every row has its own time here; conditions go along with the rows.
+    (cond,) = samples.conds
+    rows, cond = x_t.reshape(1, -1, x.shape[1]), cond.tiled(signs * draws)
+    prediction = predict(core.model, rows, time, cond, samples.shape, core.time_dtype).reshape(x_t.shape)
+    return _Evaluated(log_snr, *after(prediction, x, words, eps, control, numbers), log_q)

@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
+from agreement import close
 
 pytest.importorskip("triton")
 from fastscore.kernels import density_mlp as fused
 from fastscore.kernels import launch
-from kernel_cases import DEVICE, Case, adaln, both, close, edm, skip, waiting
+from kernel_cases import DEVICE, Case, adaln, both, edm, skip, waiting
 from triton.runtime.errors import OutOfResources
 
 from fastscore import Reference
