@@ -23,9 +23,10 @@ import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import density_mlp, density_mlp_dx, launch, loss_difference, loss_rows, perturb, residual
+from fastscore.kernels import density_mlp, density_mlp_dx, launch
 from markdown import aot_table
 from random_networks import Problem
+from thin_kernels import THIN, compile_thin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -127,42 +128,16 @@ def inspect(compiled) -> dict:
     }
 
 
-def compile_thin(name: str, capability: int):
-    """Return a compiled thin kernel, for a network in bfloat16 and 3,072 dimensions."""
-    pointers = {"x_t_ptr": "*bf16", "prediction_ptr": "*bf16", "grad_prediction_ptr": "*bf16"}
-    pointers |= dict.fromkeys(("keys_ptr", "points_ptr", "words_ptr"), "*i32")
-    pointers |= dict.fromkeys(("numbers_ptr", "weight_ptr", "mean_ptr", "variance_ptr", "log_q_ptr"), "*fp64")
-    one_row, twins = {"BLOCK_N": 1, "BLOCK_D": residual.TILE}, {"SIGNS": 2}
-    kernel, constexprs = {
-        "perturb_fwd": (perturb.perturb_fwd_kernel, {"KEEP_EPS": False, "BLOCK_N": 4, "BLOCK_D": 256}),
-        "residual_fwd": (residual.residual_fwd_kernel, one_row),
-        "residual_bwd": (residual.residual_bwd_kernel, {"BLOCK_B": 1, "BLOCK_D": residual.TILE}),
-        "loss_rows_fwd": (loss_rows.loss_rows_fwd_kernel, one_row | twins | {"SHARED": False}),
-        "loss_difference_fwd": (loss_difference.loss_difference_fwd_kernel, one_row | twins),
-        "loss_difference_bwd": (loss_difference.loss_difference_bwd_kernel, one_row | twins),
-    }[name]
-    signature = {
-        n: "constexpr" if n in constexprs else pointers.get(n, "*fp32" if n.endswith("_ptr") else "i32")
-        for n in kernel.arg_names
-    }
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr") or n == "D"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-
-
 DX = tuple(
     Case(adaLN, width, depth, 64, "diagonal", precision)
     for width, depth, precision in ((64, 3, "bf16"), (128, 1, "bf16"), (64, 3, "tf32x3"))
 )
 
 
-THIN = ("perturb_fwd", "residual_fwd", "residual_bwd", "loss_rows_fwd", "loss_difference_fwd", "loss_difference_bwd")
-
-
 def measure(case: Case | str, capability: int, gradient: bool = False) -> dict:
     """Compile a case, or the thin kernel of that name, and return its row of the table."""
     if isinstance(case, str):
-        launched = {"samples": 1, "warps": 4, "weights": "-"}
+        launched = {"samples": 1, "warps": THIN[case].warps, "weights": "-"}
         return {"case": case, "sm": capability} | launched | inspect(compile_thin(case, capability))
     problem = random_networks.problem(*case)
     if gradient:

@@ -48,6 +48,9 @@ def sanitized(tool: str) -> Step:
     return replace(pytest_step(tool, 60, SANITIZED, spread=False, under=under), least=20, why_not=why_not)
 
 
+KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels"
+
+
 def make_steps() -> list[Step]:
     """Return all steps; what they share is imported here, once for all processes."""
     import gpu_calls
@@ -66,7 +69,7 @@ def make_steps() -> list[Step]:
         *steps,
         pytest_step("compiled kernels", 60, "tests/test_native.py", "tests/test_cuda_kernels.py"),
         pytest_step("backends", 90, "tests/test_backends.py"),
-        pytest_step("kernels", 120, "tests/kernels/test_thin_kernels.py", "tests/kernels/test_fused_kernels.py"),
+        pytest_step("kernels", 120, *(f"tests/kernels/test_{name}.py" for name in KERNELS)),
         sanitized("memcheck"),
         sanitized("racecheck"),
         pytest_step("resources", 60, "tests/kernels/test_aot.py"),

@@ -69,7 +69,7 @@ def summary_kernel(
     told_ptr, plain_ptr,  # out: float32 (2, B), float64 (B,)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
-    level, ordinary, odd, lo, hi, known, eps, size, noisy, clean,
+    level, ordinary, odd_ratio, lo, hi, known, eps, size, noisy, clean,
     GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def summary_kernel(
     if MEASURED:
         excess = tl.log(tl.maximum(variance, 1e-300)) - level
         w = tl.minimum(tl.maximum((excess - lo) / (hi - lo), 0.0), 1.0)
-        ratio = tl.exp((1 - w) * ordinary + w * odd)
+        ratio = tl.exp((1 - w) * ordinary + w * odd_ratio)
         wide, plain = wide * ratio, plain * ratio
     else:
         draws = 1.5 * nu

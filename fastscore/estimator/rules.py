@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from ..ops import noise
-from ..process.schedules import Schedule
+from ..process.schedules import Schedule, settings_of
 from ..support.host import whole
 from .nodes import NodeDensity
 
@@ -153,7 +153,7 @@ class Rules:
 
     def hold(self) -> bool:
         """Return whether the schedule still says of all draws what these rules were made of."""
-        if self._settings is not None and self._settings == self.schedule.settings():
+        if self._settings is not None and self._settings == settings_of(self.schedule):
             return True
         (before, *told), (now, *telling) = self._told, self._ask()
         return before == now and all(map(torch.equal, told, telling))
@@ -182,7 +182,7 @@ class Rules:
 
     def _ask_everywhere(self) -> None:
         self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
-        self._told, self._settings = self._ask(), self.schedule.settings()
+        self._told, self._settings = self._ask(), settings_of(self.schedule)
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""

@@ -93,26 +93,27 @@ class Schedule:
         noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < _CUT else max(noisy, lowest)
         return noisy, highest if abs(clean - LOG_SNR_CEIL) < _CUT else min(clean, highest)
 
-    def settings(self) -> tuple | None:
-        """Return all that the answers of one of our own schedules come from, to be compared with another time's.
-
-        None for a class of a user's, which may read anything, and where an attribute is neither a number nor a table.
-        """
-        kind = type(self)
-        if kind.__module__.partition(".")[0] != __package__.partition(".")[0]:
-            return None
-        found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and not value.requires_grad and value.device.type == "cpu":
-                value = value.dtype, value.shape, value.numpy().tobytes()
-            elif not all(type(each) in (int, float) for each in (value if type(value) is tuple else (value,))):
-                return None
-            found += [name, value]
-        return tuple(found)
-
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))
         return f"{type(self).__name__}({fields})"
+
+
+def settings_of(schedule: Schedule) -> tuple | None:
+    """Return all that the answers of one of our own schedules come from, to be compared with those of another time.
+
+    None for a class of a user's, which may read anything, and where an attribute is neither a number nor a table.
+    """
+    kind = type(schedule)
+    if kind.__module__.partition(".")[0] != __package__.partition(".")[0]:
+        return None
+    found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
+    for name, value in vars(schedule).items():
+        if isinstance(value, Tensor) and not value.requires_grad and value.device.type == "cpu":
+            value = value.dtype, value.shape, value.numpy().tobytes()
+        elif not all(type(each) in (int, float) for each in (value if type(value) is tuple else (value,))):
+            return None
+        found += [name, value]
+    return tuple(found)
 
 
 class LogSNR(Schedule):
