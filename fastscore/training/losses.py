@@ -81,12 +81,11 @@ def density_loss(
     z, log_det = check_density(density).to_network(x, mask)
     mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
+    spread = core.nodes.density if nodes is None else nodes.density  # read once, since a device has to be waited for
     if nodes is not None:
-        _check_range(nodes.density, core)
+        _check_range(spread, core)
     samples = core.check(z, None, cond, mask=mask)
-    log_snr, difference, pull, log_q = _evaluate(
-        core, samples, nodes.density if nodes is not None else core.nodes.density, seed, draws, 1 + antithetic
-    )
+    log_snr, difference, pull, log_q = _evaluate(core, samples, spread, seed, draws, 1 + antithetic)
     loss = torch.add((log_det - log_q).to(difference), difference.mean(0), alpha=0.5)
     if nodes is not None or not deferred(samples.device):
         _check_finite(loss, samples)
