@@ -175,7 +175,8 @@ class _Reader:
                 self.seen[id(value)] = value
             elif "_hooks" in key and value:
                 self.names.append(_Names(place, value, every=True, watched=True))
-        self._class(place, type(module))
+        if id(type(module)) not in self.seen:
+            self._class(place, type(module))
 
     def _foreign_layer(self, place: str, module: nn.Module) -> None:
         """Follow a layer that is no layer of the network, whose parameters a trace would keep."""
