@@ -5,7 +5,9 @@ import torch
 
 from fastscore.ops import definitions as ops
 from fastscore.ops import noise
+from fastscore.ops.instructions import Affine, Linear, encode
 from fastscore.ops.select import BACKENDS, select
+from fastscore.reference.gaussians import Reference
 
 SIZES = [(1, 1, 1), (3, 5, 63), (2, 4, 100), (7, 9, 13), (1, 3, 1000)]
 
@@ -83,3 +85,36 @@ def test_an_older_triton_is_told_from_a_missing_gpu(monkeypatch):
     monkeypatch.setattr("fastscore.ops.select.triton_version", lambda: "3.4.0")
     with pytest.raises(ValueError, match=r"triton: its kernels need Triton 3\.6, found 3\.4\.0"):
         select(torch.device("cpu"), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("wanted", ["x", "weights", "both"])
+def test_the_gradient_is_of_what_wants_one_and_no_more(wanted, monkeypatch):
+    """Of a program x -> W x + shift: with frozen data the reference, which depends on them alone, is not evaluated."""
+    b, r, d = 3, 5, 4
+    x, keys, points, sign, rows, _ = inputs(b, r, d, torch.float64)
+    weight, shift = torch.randn(d, d, dtype=torch.float64), torch.randn(1, r, d, dtype=torch.float64)
+    code = encode([Linear(0), Affine(-1, 0)])
+    q = Reference.isotropic(1.3)
+
+    def value(x, weight, reference):
+        numbers = torch.stack([sign, *rows], 1)
+        given = code, [weight], [shift], reference, "torch"
+        return ops.density_mlp(x, keys, points, numbers, rows[0], rows[1], *given).square().sum()
+
+    x.requires_grad_(wanted != "weights")
+    weight.requires_grad_(wanted != "x")
+    leaves = [leaf for leaf in (x, weight) if leaf.requires_grad]
+    expected = torch.autograd.grad(value(x, weight, q.tensors()), leaves)
+    # Central differences of a sum of fourth powers, in float64.
+    for leaf, gradient in zip(leaves, expected):
+        direction, step = torch.randn_like(leaf), 1e-5
+        with torch.no_grad():
+            ends = [
+                value(*(v + s * step * direction if v is leaf else v for v in (x, weight)), q.tensors())
+                for s in (1, -1)
+            ]
+        assert float((ends[0] - ends[1]) / (2 * step)) == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
+    calls, real = [], Reference.residual
+    monkeypatch.setattr(Reference, "residual", lambda *given: calls.append(1) or real(*given))
+    torch.autograd.grad(value(x, weight, q.tensors()), leaves)
+    assert len(calls) == (1 if wanted == "weights" else 2)  # forward, and again in the backward pass of x

@@ -212,11 +212,14 @@ def _density_mlp_backward(ctx, grad):
         if reason is None:
             dx = density_mlp_dx(grad, x, *words, ctx.code, weights, tables, reference, ctx.backend)
             return dx, *(None,) * 6, [None] * n, [None] * (m - n), [None] * len(reference), None
-    leaves = [v.detach().requires_grad_() for v in (x, *rest[:m])]
+    leaves = [v.detach().requires_grad_(v.requires_grad) for v in (x, *rest[:m])]
+    moving = reference if x.requires_grad else []  # what is subtracted depends on x alone
     with torch.enable_grad():
-        f = torch_backend.density_mlp(leaves[0], *words, ctx.code, leaves[1 : n + 1], leaves[n + 1 :], reference)
-        grads = torch.autograd.grad(f, leaves, grad, materialize_grads=True)
-    return grads[0], *(None,) * 6, list(grads[1 : n + 1]), list(grads[n + 1 :]), [None] * len(reference), None
+        f = torch_backend.density_mlp(leaves[0], *words, ctx.code, leaves[1 : n + 1], leaves[n + 1 :], moving)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(f, wanted, grad, materialize_grads=True))
+    grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    return grads[0], *(None,) * 6, grads[1 : n + 1], grads[n + 1 :], [None] * len(reference), None
 
 
 density_mlp.register_autograd(_density_mlp_backward, setup_context=_density_mlp_setup)
