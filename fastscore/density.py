@@ -27,13 +27,13 @@ from .estimator.coincidence import refuse_coincidences
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Comparison, Estimate
+from .estimator.estimator import Estimator
 from .estimator.network_density import NetworkDensity
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.resolution import warn_if_unresolved
-from .estimator.rounds import Estimator
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
 from .estimator.statistics import draw_sum, draw_variance, widened

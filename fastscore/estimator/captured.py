@@ -20,11 +20,11 @@ from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
 from .estimate import mean_in_words
+from .estimator import Estimator
 from .plan import Plan
 from .planner import Wanted
 from .protocol import Density, check_density
 from .replay import Replay, depends_on
-from .rounds import Estimator
 from .samples import Samples, deferred
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..program.settings import of_matrix_products
 from ..support.memory import peak_bytes
+from .estimator import Estimator
 from .plan import Plan
 from .round import Numbers, Round
-from .rounds import Estimator
 from .samples import Samples, deferred
 
 KEPT = 8
