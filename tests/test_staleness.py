@@ -318,3 +318,55 @@ def test_a_number_that_is_read_of_a_weight_is_read_again():
         net.b.bias.data.fill_(value)
         found, right = estimates(net, density)
         assert torch.allclose(found, right, rtol=1e-4)
+
+
+UNTIED = {
+    "the first by a new one": lambda net: setattr(net.a, "bias", nn.Parameter(torch.full((16,), 2.0))),
+    "the second by a new one": lambda net: setattr(net.t, "bias", nn.Parameter(torch.full((16,), 2.0))),
+    "an entry": lambda net: net.a._parameters.update(bias=nn.Parameter(torch.full((16,), 2.0))),
+    "all by a state": lambda net: net.load_state_dict(
+        {name: torch.rand_like(value) for name, value in net.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("change", UNTIED.values(), ids=UNTIED)
+def test_a_weight_of_two_names_counts_as_two_once_it_is_two(change):
+    net = Net(lambda n, h: h).eval()
+    net.t.bias = net.a.bias
+    density = fs.ScoreDensity(net, SCHEDULE)
+    before, _ = estimates(net, density)
+    with torch.no_grad():
+        net.a.bias.add_(1)  # of both
+    for alter in (lambda net: None, change):
+        alter(net)
+        after, right = estimates(net, density)
+        assert not torch.allclose(right, before, rtol=1e-2), "the change should change the density"
+        assert torch.allclose(after, right, rtol=1e-4)
+        before = right
+    (found,) = density._programs._found.values()
+    assert found.program is not None, found.reason
+    assert found.traces == 2
+
+
+REPLACED = {
+    "all attributes of a layer": lambda net: setattr(net.b, "__dict__", nn.Linear(16, 3).eval().__dict__),
+    "its parameters": lambda net: setattr(net.b, "_parameters", nn.Linear(16, 3)._parameters),
+    "a frozen layer's weight, in a list": lambda net: setattr(
+        net.frozen[0], "weight", nn.Parameter(torch.randn(3, 3), requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+def test_what_holds_the_weights_may_be_replaced(change):
+    net = Net(lambda n, h: n.frozen[0](h)).eval()
+    net.frozen = [nn.Linear(3, 3).requires_grad_(False)]
+    density = fs.ScoreDensity(net, SCHEDULE)
+    before, _ = estimates(net, density)
+    (found,) = density._programs._found.values()
+    assert found.program is not None, found.reason
+    change(net)
+    after, right = estimates(net, density)
+    assert not torch.allclose(right, before, rtol=1e-2), "the change should change the density"
+    assert torch.allclose(after, right, rtol=1e-4)

@@ -60,6 +60,8 @@ from fastscore.program.row_program import NoProgram, RowProgram
         (lambda n, h: h * (1 + (torch.ones_like(h).cumsum(0) > 24)), "operation cumsum: makes values of the number"),
         (lambda n, h: h * (1 + (h.new_ones(h.shape[0]).sum() > 24)), "operation sum: makes values of the number"),
         (lambda n, h: h * 2 if h.shape[0] > 24 else h, "its code fixes the number of rows"),
+        (lambda n, h: h * n.weights[0], "its code reads the parameter 'b.bias' by another way than its layer"),
+        (lambda n, h: h * n.weights[0].detach()[:1], "its code reads the parameter 'b.bias' by another way"),
         (lambda n, h: n.list.append(1) or h, "'list' of layer 'forward' changes its attribute 'entries'"),
         (lambda n, h: SETTINGS.update(calls=1) or h, "global 'SETTINGS' changes its attribute 'calls'"),
         (lambda n, h: setattr(n.cfg, "last", h) or h, "'cfg' of layer 'forward' changes its attribute 'last'"),
@@ -69,10 +71,32 @@ def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, rea
     net = Net(operation).eval()
     net.counter, net.long, net.sparse = itertools.count(), np.ones(100_000), torch.ones(3).to_sparse()
     net.view, net.foreign = memoryview(bytearray(b"\x01")), ctypes.c_double(1.0)
+    net.weights = [net.b.bias]
     settings, entries, names = copy.deepcopy(SETTINGS), copy.deepcopy(net.list), set(vars(net.cfg))
     with pytest.raises(NoProgram, match=reason):
         fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)
     assert (SETTINGS, net.list, set(vars(net.cfg))) == (settings, entries, names)
+
+
+@pytest.mark.parametrize(
+    ("operation", "weight"),
+    [
+        (lambda n, h: h * n.weights[0], lambda n: n.b.bias),
+        (lambda n, h: h * n.weights[1], lambda n: n.weights[1]),
+        (lambda n, h: n.hidden[0](h), lambda n: n.hidden[0].weight),
+    ],
+    ids=["the network's own", "unregistered", "of an unregistered layer"],
+)
+def test_a_weight_has_its_gradient_wherever_the_code_finds_it(operation, weight):
+    net = Net(operation).eval()
+    net.weights, net.hidden = [net.b.bias, nn.Parameter(torch.ones(3))], [nn.Linear(3, 3)]
+    x, found = torch.randn(4, 3), []
+    for program in ("auto", False):
+        density = fs.ScoreDensity(net, SCHEDULE, program=program)
+        density.estimate(x, nfe=16)  # without gradients it may have a program
+        found += torch.autograd.grad(density.log_prob(x, nfe=16).sum(), weight(net))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+    assert bool(found[0].any())
 
 
 def test_a_sparse_buffer_is_no_reason_to_fail():
@@ -125,3 +149,19 @@ def test_networks_of_libraries_have_no_foreign_state():
     net.data_loader, net.log = iter([1]), open  # named by no code that is reached
     assert RowProgram.trace(net.eval(), (3,), torch.linspace(0.1, 0.9, 4)) is not None
     assert fs.explain(net, (3,)).startswith("row program of Net")
+
+
+@pytest.mark.parametrize(
+    "rows_of",
+    [
+        lambda row, h: row.expand(h.shape[0], -1),
+        lambda row, h: row.repeat(h.shape[0], 1),
+        lambda row, h: row.repeat_interleave(h.shape[0], 0),
+        lambda row, h: h.new_zeros(h.shape[0], 3) + row,
+    ],
+    ids=["expand", "repeat", "repeat_interleave", "zeros"],
+)
+def test_a_size_may_be_the_number_of_rows(rows_of):
+    net = Net(lambda n, h: h * rows_of(n.b.bias[None], h)).eval()
+    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE, program=True))
+    assert torch.allclose(found, right, rtol=1e-4)

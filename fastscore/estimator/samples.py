@@ -115,8 +115,8 @@ def check_samples(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Return data (B, *shape) as rows (B, d) in the dtype of the sums."""
-    return (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1)
+    """Return data (B, *shape) as rows (B, d) in the dtype of the sums, one after the other as kernels read them."""
+    return (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1).contiguous()
 
 
 def refuse_not_finite(x: Tensor) -> None:

@@ -110,7 +110,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module):
         self.watch, layers = Watch(), tuple(model.modules())
-        self.watch.reading("a layer", "class", lambda: tuple(map(type, layers)))
+        self.watch.reading("a layer", "class", lambda: (*map(type, layers), *map(vars, layers)))
         self.words: set[str] = {"forward"}  # names in the code that was reached
         self.every = False  # whether some code reads names that it does not spell out
         self.names: list[_Names] = []
@@ -118,6 +118,7 @@ class _Reader:
         self.seen = {id(thing): thing for thing in (*model.parameters(), *model.buffers())}
         for name, module in model.named_modules():
             self._layer(f"layer {name or 'forward'!r}", module)
+        self._ties(layers)
         for hooks in _global_hooks():
             self.names.append(_Names("all layers", hooks, every=True, watched=True))
         self._follow()
@@ -178,11 +179,25 @@ class _Reader:
         if id(type(module)) not in self.seen:
             self._class(place, type(module))
 
+    def _ties(self, layers: tuple[nn.Module, ...]) -> None:
+        """Watch whether a weight of several names is still one: a trace reads all of them under one of these names."""
+        places: dict[int, list[tuple[dict[str, Tensor | None], str]]] = {}
+        for held in (held for module in layers for held in (module._parameters, module._buffers)):
+            for name, value in held.items():
+                if value is not None:
+                    places.setdefault(id(value), []).append((held, name))
+        for same in places.values():
+            if len(same) > 1:
+                one = lambda same=same: (len({id(held.get(name)) for held, name in same}) == 1,)  # noqa: E731
+                self.watch.reading("a layer", "tied weights", one)
+
     def _foreign_layer(self, place: str, module: nn.Module) -> None:
         """Follow a layer that is no layer of the network, whose parameters a trace would keep."""
         for part in module.modules():
             if part is module or id(part) not in self.seen:
                 self._layer(place, part)
+                for held in (part._parameters, part._buffers):
+                    self.watch.space(place, held)
                 self.waiting += [(place, v) for v in (*part._parameters.values(), *part._buffers.values())]
 
     def _class(self, place: str, kind: type) -> None:
@@ -274,6 +289,8 @@ class _Reader:
     def _tensor(self, place: str, tensor: Tensor) -> None:
         if (kind := layout_of(tensor)) is not None:
             raise NoProgram(f"{place} is a {kind} tensor, whose values are not compared; make it a buffer, or dense")
+        if tensor.requires_grad:
+            self.watch.learned[tensor.untyped_storage().data_ptr()] = place
         self.watch.tensor(place, tensor)
 
     def _bound(self, place: str, method) -> None:

@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.instructions import NoProgram
 from ..process.conditions import Conditions
 from ..process.network import read_output
+from ..support.host import layout_of
 from .module_state import refuse_changes
 from .watch import Watch
 
@@ -195,7 +196,22 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         if reason.startswith("Constraints violated"):
             reason = "its code fixes the number of rows, as len(x) does; x.shape[0] does not"
         raise NoProgram(f"torch.export cannot trace the network: {reason}") from error
+    _refuse_kept_weights(program, model, watch)
     return _split(program, ["x", "time", *own, *tensors], len(own))
+
+
+def _refuse_kept_weights(program: torch.export.ExportedProgram, model: nn.Module, watch: Watch) -> None:
+    """Raise NoProgram for a constant of the graph that is a weight.
+
+    The network's own has another place in memory after `weight.data = ...`; no other one would have a gradient.
+    """
+    weights = [(f"the parameter {name!r}", p) for name, p in model.named_parameters() if layout_of(p) is None]
+    learned = {p.untyped_storage().data_ptr(): what for what, p in weights}
+    learned |= watch.learned if torch.is_grad_enabled() else {}
+    for value in program.constants.values():
+        if isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in learned:
+            what = learned[value.untyped_storage().data_ptr()]
+            raise NoProgram(f"its code reads {what} by another way than its layer; register it, and read it from there")
 
 
 @contextmanager
@@ -315,7 +331,8 @@ def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
     inputs += _nodes_in(list(node.kwargs.values()))
     node.meta["level"] = level = reduce(int.__or__, (n.meta["level"] for n in inputs), 0)
     tensors = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)]
-    if tensors and any(isinstance(n.meta.get("val"), _NUMBERS) for n in _nodes_of(node)):
+    counted = tensors and operation_of(node) != "repeat_interleave"  # which takes the number as a size
+    if counted and any(isinstance(n.meta.get("val"), _NUMBERS) for n in _nodes_of(node)):
         raise refuse(node, "depends on the number of rows")
     symbolic = [[isinstance(size, torch.SymInt) for size in v.shape] for v in tensors]
     node.meta["rows"] = any(map(any, symbolic)) or isinstance(value, torch.SymInt)

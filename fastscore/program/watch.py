@@ -88,6 +88,7 @@ class Watch:
         self._read: list[tuple[str, str, Callable[[], tuple], tuple]] = []  # place, name, what to ask, and its answer
         self._copies: list[tuple[object, object]] = []
         self.unseen: dict[int, str] = {}  # where tensors lie that are not compared, and what they are
+        self.learned: dict[int, str] = {}  # where tensors lie that learn and are no parameters, and what they are
         self._caches: list[tuple[Callable, int]] = []
 
     def space(

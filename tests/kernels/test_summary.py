@@ -26,7 +26,7 @@ MEASURED = torch.tensor(
 
 class Shrinks(torch.nn.Module):
     def forward(self, x_t, t):
-        return 0.3 * x_t + t[:, None]
+        return 0.3 * x_t + t.reshape(-1, *[1] * (x_t.ndim - 1))
 
 
 def parts_of(reference, batch, memory):
@@ -92,3 +92,22 @@ def test_an_estimate_by_kernel_is_that_by_torch(monkeypatch):
     for name in ("log_prob", "stderr", "variance", "nfe", "truncation_per_sample"):
         torch.testing.assert_close(getattr(found, name), getattr(by_torch, name), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found.log_snr_curve.mean, by_torch.log_snr_curve.mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[::2],
+        lambda x: x[:, ::2],
+        lambda x: x.T,
+        lambda x: x[:1].expand(5, -1),
+        lambda x: x[:4].unfold(0, 2, 1),
+    ],
+    ids=["every other sample", "every other column", "transposed", "one sample repeated", "overlapping windows"],
+)
+def test_data_may_lie_in_memory_as_they_like(view):
+    x = view(torch.randn(6, 5).to(DEVICE))
+    density = fs.ScoreDensity(Shrinks(), fs.VP(), backend="triton", program=False)
+    found, packed = (density.estimate(each, nfe=8, progress=False) for each in (x, x.contiguous()))
+    assert torch.equal(found.log_prob, packed.log_prob)
+    assert torch.equal(found.stderr, packed.stderr)
