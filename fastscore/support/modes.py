@@ -38,10 +38,8 @@ def ordinary(call: Callable) -> Callable:
             )
         gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            given = tree_leaves((args, kwargs))
-            _refuse_tangents(call.__name__, given)
-            if any(isinstance(value, Tensor) and value.is_inference() for value in given):
-                args, kwargs = tree_map(_own, (args, kwargs))
+            _refuse_tangents(call.__name__, tree_leaves((args, kwargs)))
+            args, kwargs = for_autograd((args, kwargs))
             return call(*args, **kwargs)
 
     @wraps(call)
@@ -177,5 +175,12 @@ def _refuse_tangents(name: str, values: list[object]) -> None:
         )
 
 
-def _own(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+def for_autograd(values: object) -> object:
+    """Return nested values with copies of the tensors made in inference mode, which autograd does not keep."""
+
+    def of_inference(value: object) -> bool:
+        return isinstance(value, Tensor) and value.is_inference()
+
+    if torch.is_inference_mode_enabled() or not any(map(of_inference, tree_leaves(values))):
+        return values
+    return tree_map(lambda value: value.clone() if of_inference(value) else value, values)

@@ -32,6 +32,7 @@ from ..process.conditions import takes_conditions
 from ..process.network import predict
 from ..process.predictions import coefficients
 from ..support.host import together
+from ..support.modes import for_autograd
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
@@ -78,6 +79,7 @@ def density_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
+    x, mask, cond = for_autograd((x, mask, cond))
     z, log_det = check_density(density).to_network(x, mask)
     mask, cond = density.network_arguments(x, mask, cond)
     core = density.core

@@ -216,3 +216,25 @@ def test_log_q_of_a_weight_that_is_not_quite_one():
     found = step.rows(step.x.float(), "triton")[3]
     assert torch.allclose(found, step.reference.log_prob(step.x), rtol=1e-13, atol=0)
     assert math.isclose(float(found[0] - Step(3, 1, 4, 1).reference.log_prob(step.x)[0]), math.log(0.5), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_data_mask_and_conditions_made_in_inference_mode(backend):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, x_t, t, gain):
+            return self.layer(x_t) * gain
+
+    density = fs.ScoreDensity(Scaled().to(DEVICE), fs.VP(), backend=backend)
+    x, mask, gain = torch.randn(4, 3).to(DEVICE), (torch.eye(4, 3) == 0).to(DEVICE), torch.ones(1, 3).to(DEVICE)
+    with torch.inference_mode():
+        copies = x.clone(), mask.clone(), gain.clone()
+    for masked in (False, True):
+        gradients = []
+        for data, counts, by in ((x, mask, gain), copies):
+            loss = fs.density_loss(density, data, seed=1, mask=counts if masked else None, gain=by)
+            gradients += torch.autograd.grad(loss, density.model.layer.weight)
+        assert torch.equal(*gradients)
