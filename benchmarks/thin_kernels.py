@@ -43,9 +43,9 @@ THIN = {
     "loss_rows_fwd": Thin(loss_rows.loss_rows_fwd_kernel, _ROW | {"SIGNS": 2, "SHARED": False}),
     "loss_difference_fwd": Thin(loss_difference.loss_difference_fwd_kernel, _ROW | {"SIGNS": 2}),
     "loss_difference_bwd": Thin(loss_difference.loss_difference_bwd_kernel, _ROW | {"SIGNS": 2}),
-    "summary": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": False}, summary.NUM_WARPS),
-    "summary, calibrated": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": True}, summary.NUM_WARPS),
-    "words": Thin(words.words_kernel, {"BLOCK": words.MAX_BLOCK}, 1),
+    "summary_fwd": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": False}, summary.NUM_WARPS),
+    "summary_fwd, calibrated": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": True}, summary.NUM_WARPS),
+    "words_fwd": Thin(words.words_kernel, {"BLOCK": words.MAX_BLOCK}, 1),
 }
 
 
