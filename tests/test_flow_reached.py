@@ -171,3 +171,16 @@ def test_the_result_is_one_readable_line(few_steps):
     assert repr(fs.probability_flow_log_prob(one, torch.zeros(1, 2), method="midpoint", steps=1)).startswith(
         "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations a sample, largest truncation about "
     )
+
+
+def test_a_network_in_train_mode_is_told_of_by_the_ode_too():
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, x, t):
+            return self.drop(x)
+
+    with pytest.warns(UserWarning, match=r"train mode and its layer 'drop' \(Dropout\)"):
+        fs.probability_flow_log_prob(fs.ScoreDensity(Dropped(), fs.VP()), torch.randn(2, 3), method="midpoint", steps=4)

@@ -217,3 +217,13 @@ def _padded(reference):
     """The same mixture with two more dimensions that repeat its first."""
     mean, variance = (torch.cat([v, v[:, :2]], 1) for v in (reference.mean, reference.variance))
     return fs.Reference(reference.weight, mean, variance)
+
+
+def test_nan_in_what_a_mask_leaves_out_is_told_with_its_own_remedy():
+    x, mask = torch.zeros(2, 3), torch.tensor([True, True, False])
+    x[:, 2] = math.nan
+    density = fs.ScoreDensity(nn.Identity(), fs.VP())
+    with pytest.raises(ValueError, match=r"NaN or inf in 2 of 2 samples.* mask leaves out a number: torch.nan_to_num"):
+        density.estimate(x, mask=mask, nfe=8)
+    with pytest.raises(ValueError, match=r"; remove them$"):
+        density.estimate(x, nfe=8)

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..estimator.estimate import mean_in_words
 from ..estimator.protocol import Density, check_density
 from ..process.conditions import takes_conditions
+from ..process.network import warn_if_training
 from ..support.host import positive, whole
 from ..support.modes import differentiable, refuse_inference_weights
 from ..support.untouched import undisturbed
@@ -150,6 +151,7 @@ def probability_flow_log_prob(
     mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
     samples = core.check(z, None, cond, mask=mask)
+    warn_if_training(core.model)
 
     def solve(flow: Flow) -> Solved:
         if method == "auto":

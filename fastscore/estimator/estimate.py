@@ -129,7 +129,8 @@ class Estimate:
         """Return the batch mean of log_prob and its standard error as an estimate of the data's, nats.
 
         The spread between samples contains both their own variation and the estimates' noise; what the samples of a
-        group have in common is added to it. The error of a single sample's mean is NaN.
+        group have in common is added to it, where there are several groups (`docs/limits.md`). The error of a single
+        sample's mean is NaN.
         """
         self.check()
         sums = GroupSums.of(self.log_prob, self.group)

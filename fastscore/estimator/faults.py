@@ -30,7 +30,7 @@ class Faults:
         if not bool(bad.any()):
             self._open = None
             return
-        refuse_not_finite(samples.x)
+        refuse_not_finite(samples.x, samples.mask is not None)
         curve = curve_sum.curve()
         where = (~torch.isfinite(curve.mean)).nonzero().flatten()
         at = f" at log-SNR {float(curve.log_snr[where[0]]):.4g}" if len(where) else ""

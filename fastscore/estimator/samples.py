@@ -103,7 +103,7 @@ def check_samples(
         raise ValueError(f"x is on {x.device} and the network on {device}; move one of them with .to()")
     flat = as_rows(x)
     if not deferred(x.device):
-        refuse_not_finite(flat)
+        refuse_not_finite(flat, mask is not None)
     told_apart = tuple(Conditions.of(cond, len(x), model) for cond in conds)
     for cond in told_apart:
         for name, value in cond.per_sample.items():
@@ -119,13 +119,14 @@ def as_rows(x: Tensor) -> Tensor:
     return (x if x.dtype == torch.float64 else x.float()).reshape(len(x), -1).contiguous()
 
 
-def refuse_not_finite(x: Tensor) -> None:
-    """Raise ValueError if rows have NaN or inf; this waits for the device."""
+def refuse_not_finite(x: Tensor, masked: bool = False) -> None:
+    """Raise ValueError if rows have NaN or inf, also in entries that a mask leaves out; this waits for the device."""
     finite = torch.isfinite(x)
     if bool(finite.all()):
         return
     bad = (~finite).any(1).nonzero()
-    raise ValueError(f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; remove them")
+    remedy = "remove them" + ", or give entries that the mask leaves out a number: torch.nan_to_num(x)" * masked
+    raise ValueError(f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; {remedy}")
 
 
 def refuse_not_finite_at(name: str, x: Tensor, index: Tensor) -> None:
