@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # 100 registers a thread, none spilled (sm_80, sm_90)
+BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 100 registers, none spilled (sm_80, sm_90)
 
 
 class Bars(NamedTuple):

@@ -64,7 +64,7 @@ COUNTED = {
 # takes an index and two kernels for the words, the rounding of the rows' numbers, and two copies more.
 REPEATED, NEW_SEED = 6, 12
 # Beside a network that is no program: noise, residual, control, their difference, the summary and its sum, the times of
-# all rows, and two fills. A mixture's tables of rows and its log-density are some fifty operations more.
+# all rows, and two fills. A mixture's tables of rows and its log-density are some sixty operations more.
 THIN, THIN_MIXTURE = 10, 70
 
 

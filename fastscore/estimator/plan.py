@@ -155,7 +155,8 @@ class Plan:
 
     def _tensors(self, samples: Samples) -> list[Tensor]:
         """Return everything that another seed changes, in the order of groups and draws, made where it is missing."""
-        layout, device, keys = self.layout(samples), samples.device, self.layout(samples).keys
+        layout, device = self.layout(samples), samples.device
+        keys = layout.keys
         if keys is None:  # they are more than this plan may keep
             keys = self.draws.keys(layout.groups.index_here, samples.x.shape[1])
         found = [keys]

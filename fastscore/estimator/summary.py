@@ -70,19 +70,19 @@ class Summary:
             found.numbers = Numbers(told, torch.empty(len(x), dtype=torch.float64, device=x.device))
         one = q.components == 1 and not q.full
         outside = (q.mean[0], q.variance[0]) if one else q.log_prob(x[part.samples])
-        lo, hi = self.nodes.log_snr_range
-        rounding = torch.finfo(x.dtype).eps, 0.25 * (hi - lo) * samples.dims
+        rounding = _rounding(samples, self.nodes.log_snr_range)
         measured = constants(self.nfe, self.calibration)
         curve, rows = found.curve_sum, len(part.f)
         first = found.block[-2 * part.f.shape[1] :].view(2, -1) if curve.count == 0 else None
-        sums = implementation("triton").summary(
+        kernels = implementation("triton")
+        sums = kernels.summary(
             part.f,
             part.samples,
             None if part.stack is None else part.stack.group,
             x,
             outside,
             (rule.weight, rule.remainder, rule.curve, *part.ends),
-            (measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
+            kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
             self.nodes.slowest_decay,
             (found.value, found.variance, found.ends, *found.numbers),
             first,
@@ -95,6 +95,11 @@ class Summary:
 
 def with_rounding(variance: Tensor, log_prob: Tensor, samples: Samples, log_snr_range: tuple[float, float]) -> Tensor:
     """Return variances with the rounding of the sums: of log p itself, and of a row's two norms of size d."""
+    eps, norms = _rounding(samples, log_snr_range)
+    return variance + (eps * (log_prob.abs() + norms)).square()
+
+
+def _rounding(samples: Samples, log_snr_range: tuple[float, float]) -> tuple[float, float | Tensor]:
+    """Return the relative rounding of the sums, and the size of the norms that it comes from."""
     lo, hi = log_snr_range
-    size = log_prob.abs() + 0.25 * (hi - lo) * samples.dims
-    return variance + (torch.finfo(samples.x.dtype).eps * size).square()
+    return torch.finfo(samples.x.dtype).eps, 0.25 * (hi - lo) * samples.dims

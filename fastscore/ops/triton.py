@@ -37,6 +37,9 @@ def keys(seed: int, index: Tensor, draw: int, streams: range, d: int, kept: int)
     return words_kernel.words(seed, index, draw, streams, d, 1, kept)
 
 
+Bars = summary_kernel.Bars
+
+
 def summary(f: Tensor, *given) -> Tensor:
     """Do what `fastscore.estimator.summary` does by torch; arguments as `kernels.summary.summary` takes them."""
     return summary_kernel.summary(f, *given)

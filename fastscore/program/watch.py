@@ -62,7 +62,7 @@ class Tensors(NamedTuple):
 
 
 class _Dicts:
-    """Whole dicts, whose names and objects are compared in a row: half a microsecond each."""
+    """Whole dicts, whose names and objects are compared in a row, in under a microsecond each."""
 
     def __init__(self, spaces: list[Space]):
         self.now, self.sizes = [s.now for s in spaces], [s.size for s in spaces]

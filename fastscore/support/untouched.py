@@ -83,7 +83,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return every layer of a network once, as `modules()` does, in a quarter of the time, level by level."""
+    """Return every layer of a network once, as `modules()` does, in a third of the time, level by level."""
     found, seen = [model], {model}
     for layer in found:
         for part in layer._modules.values():
