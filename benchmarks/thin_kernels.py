@@ -9,7 +9,10 @@ from fastscore.kernels import control, loss_difference, loss_rows, perturb, resi
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_EXACT = "numbers weight mean variance log_q base remainder curve means spreads at value bars ends plain parts"
+_EXACT = (
+    "numbers weight mean variance log_q base remainder curve even lift last means spreads at "
+    "value bars jump ends plain parts"
+)
 # Arguments by type; other pointers are to float32, other numbers int32.
 TYPES = {
     "*bf16": ["x_t_ptr", "prediction_ptr", "grad_prediction_ptr"],

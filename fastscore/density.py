@@ -36,7 +36,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
-from .estimator.statistics import draw_sum, draw_variance, widened
+from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
 from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
@@ -273,12 +273,14 @@ class ScoreDensity(NetworkDensity):
         nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated())
         wanted = self.wanted(nfe, seed, samples, memory)._replace(noise="independent")
         plan, programs = self._plan(samples, wanted, nodes)
-        difference, variance = torch.empty(2, len(samples), dtype=torch.float64, device=samples.x.device)
+        difference, variance, jump = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
         for part in plan.run(samples, programs, self.reference):
             f = part.block(part.f)
             difference[part.samples] = part.flat(draw_sum(f, part.rule))
             variance[part.samples] = part.flat(widened(*draw_variance(f, part.rule)))
-        return Comparison(difference.to(samples.x.dtype), variance.sqrt().to(samples.x.dtype))
+            jump[part.samples] = part.flat(draw_jump(f, part.rule))
+        told = torch.stack([difference, (variance + shift_variance(jump)).sqrt()]).to(samples.x.dtype)
+        return Comparison(*told, jump, samples.group)
 
     @takes_conditions
     @ordinary

@@ -76,7 +76,7 @@ class NegativeLogLikelihood(Metric):
         self._density = (check_density(density),)  # in a tuple, or it would become a submodule
         self.nfe, self.seed = nfe, seed
         # Of each group of samples that shares its nodes, since such samples share an error too.
-        for state in ("count", "total", "squares"):
+        for state in GroupSums._fields:
             self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("variance", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
@@ -112,12 +112,10 @@ class NegativeLogLikelihood(Metric):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
-        value, variance = self._in_unit(replace(found, log_prob=found.log_prob.double()))
-        sums = GroupSums.of(value.to(self.total), found.group)
-        self.count += sums.count
-        self.total += sums.total
-        self.squares += sums.squares
-        self.variance += variance.to(self.total).sum()
+        value, scale = self._in_unit(replace(found, log_prob=found.log_prob.double()))
+        for state, more in zip(self._sums(), GroupSums.of(value.to(self.total), found.jump * scale, found.group)):
+            state += more
+        self.variance += (found.variance * scale**2).to(self.total).sum()
         if mask is None:
             self.dims = torch.full_like(self.dims, found.dims)
 
@@ -138,22 +136,23 @@ class NegativeLogLikelihood(Metric):
         return self._values(*self._sums())
 
     def _sums(self) -> tuple[Tensor, ...]:
-        return self.count, self.total, self.squares, self.variance
+        return *(getattr(self, name) for name in GroupSums._fields), self.variance
 
-    def _values(self, count: Tensor, total: Tensor, squares: Tensor, variance: Tensor) -> dict[str, Tensor]:
-        if not bool(count.any()):
+    def _values(self, *sums: Tensor) -> dict[str, Tensor]:
+        of_groups, variance = GroupSums(*sums[:-1]), sums[-1]
+        samples = of_groups.count.sum()
+        if not samples:
             raise ValueError(f"{type(self).__name__} has seen no sample; call update(x) first")
-        sums, samples = GroupSums(count, total, squares), count.sum()
-        common = sums.common_variance()
+        mean, error = of_groups.mean_with_error()
         return {
-            self.name: sums.mean(),
-            f"{self.name}_stderr": (sums.spread() / samples + common).sqrt(),
-            f"{self.name}_estimate_stderr": (variance / samples.square() + common).sqrt(),
+            self.name: mean,
+            f"{self.name}_stderr": error,
+            f"{self.name}_estimate_stderr": (variance / samples.square() + of_groups.common_variance()).sqrt(),
         }
 
-    def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
-        """Return every sample's value in the metric's unit, and its variance."""
-        return -found.log_prob, found.variance
+    def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor | float]:
+        """Return every sample's value in the metric's unit, and how many of these a nat is."""
+        return -found.log_prob, 1.0
 
     def _arrivals(self, x: Tensor) -> Tensor:
         rank, ranks = of_default_group()
@@ -191,4 +190,4 @@ class BitsPerDim(NegativeLogLikelihood):
         self.levels = bins, low, high
 
     def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
-        return found.bits_per_dim(*self.levels), found.variance / (found.dims * math.log(2)) ** 2
+        return found.bits_per_dim(*self.levels), 1 / (found.dims * math.log(2))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 100 registers, none spilled (sm_80, sm_90)
+BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 102 registers, none spilled (sm_80, sm_90)
 
 
 class Bars(NamedTuple):
@@ -33,13 +33,13 @@ class Bars(NamedTuple):
 
 
 @triton.jit
-def _term(f_ptr, weight_ptr, curve_ptr, row, table, n, inside, N):
-    """Load f of some draws and return it with its term of the sum, both float64, zero outside."""  # [BB, BN]
+def _term(f_ptr, even_ptr, curve_ptr, row, table, n, inside, N):
+    """Load f of some draws and return it with its term, both float64, zero outside."""  # [BB, BN]
     inside = inside & (n >= 0) & (n < N)
     f = tl.load(f_ptr + row * N + n, mask=inside, other=0.0).to(tl.float64)
-    weight = tl.load(weight_ptr + table * N + n, mask=inside, other=0.0)
+    even = tl.load(even_ptr + table * N + n, mask=inside, other=0.0)
     curve = tl.load(curve_ptr + table * N + n, mask=inside, other=0.0)
-    return f, weight, (f - curve) * (0.5 * weight)
+    return f, (f - curve) * (0.5 * even)
 
 
 @triton.jit
@@ -64,8 +64,9 @@ def summary_kernel(
     x_ptr, base_ptr,  # float32 (B, D); float64 (b,), what stands outside the sum where no Gaussian says it
     mean_ptr, variance_ptr,  # of that Gaussian, float64
     weight_ptr, remainder_ptr, curve_ptr,  # of the groups, float64 (G, N), (G,), (G, N)
+    even_ptr, lift_ptr, last_ptr,  # float64 (G, N)
     means_ptr, spreads_ptr, at_ptr,  # float64 (G, N, 4), (G, N - 1, 4), (G, 2, 2)
-    value_ptr, bars_ptr, ends_ptr,  # out: float64 (B,), (2, B), (B, 2, 7)
+    value_ptr, bars_ptr, jump_ptr, ends_ptr,  # out: float64 (B,), (2, B), (B,), (B, 2, 7)
     told_ptr, plain_ptr,  # out: float32 (2, B), float64 (B,)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
@@ -81,35 +82,36 @@ def summary_kernel(
         group = tl.load(group_ptr + i, mask=inside, other=0)
     row, table, rows = i[:, None], group[:, None], inside[:, None]
     zero = tl.zeros((BLOCK_B,), tl.float64)
-    total, two, four, third = zero, zero, zero, zero
+    total, two, four, third, jump = zero, zero, zero, zero, zero
     m0, m1, m2, m3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
     for start in tl.range(0, N, BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
         n = i_n[None, :]
-        f, weight, term = _term(f_ptr, weight_ptr, curve_ptr, row, table, n, rows, N)
-        f1, _, term1 = _term(f_ptr, weight_ptr, curve_ptr, row, table, n - 1, rows, N)
-        _, _, term2 = _term(f_ptr, weight_ptr, curve_ptr, row, table, n - 2, rows, N)
-        total += tl.sum(f * weight, 1)
+        f, term = _term(f_ptr, even_ptr, curve_ptr, row, table, n, rows, N)
+        f1, term1 = _term(f_ptr, even_ptr, curve_ptr, row, table, n - 1, rows, N)
+        _, term2 = _term(f_ptr, even_ptr, curve_ptr, row, table, n - 2, rows, N)
+        here = rows & (n < N)
+        total += tl.sum(f * tl.load(weight_ptr + table * N + n, mask=here, other=0.0), 1)
+        jump += tl.sum(term * tl.load(last_ptr + table * N + n, mask=here, other=0.0), 1)
         second = rows & (n >= 1) & (n < N)
         step = tl.where(second, term - term1, 0.0)
-        square = step * step
+        square = step * step * tl.load(lift_ptr + table * N + n, mask=second, other=0.0)
         two += tl.sum(square, 1)
         four += tl.sum(square * square, 1)
         bend = tl.where(second & (n >= 2), term1 - 0.5 * (term2 + term), 0.0)
         third += tl.sum(bend * bend * bend, 1)
         half = -0.5 * f
-        jump = tl.where(second, half + 0.5 * f1, 0.0)
-        jump = jump * jump
+        rise = tl.where(second, half + 0.5 * f1, 0.0)
+        rise = rise * rise
         p, q = means_ptr + (table * N + n) * 4, spreads_ptr + (table * (N - 1) + n - 1) * 4
-        here = rows & (n < N)
         m0 += tl.sum(half * tl.load(p, mask=here, other=0.0), 1)
         m1 += tl.sum(half * tl.load(p + 1, mask=here, other=0.0), 1)
         m2 += tl.sum(half * tl.load(p + 2, mask=here, other=0.0), 1)
         m3 += tl.sum(half * tl.load(p + 3, mask=here, other=0.0), 1)
-        s0 += tl.sum(jump * tl.load(q, mask=second, other=0.0), 1)
-        s1 += tl.sum(jump * tl.load(q + 1, mask=second, other=0.0), 1)
-        s2 += tl.sum(jump * tl.load(q + 2, mask=second, other=0.0), 1)
-        s3 += tl.sum(jump * tl.load(q + 3, mask=second, other=0.0), 1)
+        s0 += tl.sum(rise * tl.load(q, mask=second, other=0.0), 1)
+        s1 += tl.sum(rise * tl.load(q + 1, mask=second, other=0.0), 1)
+        s2 += tl.sum(rise * tl.load(q + 2, mask=second, other=0.0), 1)
+        s3 += tl.sum(rise * tl.load(q + 3, mask=second, other=0.0), 1)
         part = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * N + i_n
         tl.store(part, tl.sum(half, 0), mask=i_n < N)
         tl.store(part + N, tl.sum(half * half, 0), mask=i_n < N)
@@ -130,7 +132,7 @@ def summary_kernel(
         seen = tl.minimum(third * third / tl.maximum(variance * variance * variance, 1e-300), draws)
         share = known / (known + draws)
         skewed = 1 + 1.08 * (share * 8 / (dims * draws) + (1 - share) * seen)
-        wide = wide * skewed * skewed
+        wide = wide * skewed * skewed + jump * jump / 12
     if GAUSSIAN:
         base = _log_q(x_ptr, mean_ptr, variance_ptr, sample, inside, D, m_stride, v_stride, BLOCK_D)
     else:
@@ -140,6 +142,7 @@ def summary_kernel(
     tl.store(value_ptr + sample, value, mask=inside)
     tl.store(bars_ptr + sample, wide, mask=inside)
     tl.store(bars_ptr + B + sample, plain, mask=inside)
+    tl.store(jump_ptr + sample, jump, mask=inside)
     tl.store(told_ptr + sample, value.to(tl.float32), mask=inside)
     tl.store(told_ptr + B + sample, tl.sqrt(wide + rounding * rounding).to(tl.float32), mask=inside)
     tl.store(plain_ptr + sample, plain + rounding * rounding, mask=inside)
@@ -177,9 +180,9 @@ def summary(
     Arguments:
         group: of every row; None where all belong to one.
         base: what stands outside the sum, (b,), or mean and variance of the Gaussian whose log-density it is.
-        tables: weight, remainder, curve, and the three of `EndTable`, of all groups.
+        tables: weight, remainder, curve, even, lift and ends of `Rule`, and the three of `EndTable`, of all groups.
         slowest: rates of decay at both ends.
-        into: value, variances, ends, told and plain variance.
+        into: value, variances, jump, ends, told and plain variance.
         sums: where the curve's go, (2, N); in new memory by default.
     """
     (rows, draws), (batch, d) = f.shape, x.shape

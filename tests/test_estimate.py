@@ -18,6 +18,7 @@ def estimate(log_prob, stderr=0.5, dims=10):
         log_prob,
         torch.full_like(log_prob, stderr),
         torch.full_like(log_prob, stderr).square(),
+        torch.zeros_like(log_prob),
         torch.full((len(log_prob),), 64),
         CurveSum.empty(200),
         dims,
@@ -70,12 +71,9 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
 def test_comparisons_and_captured_estimates_are_one_readable_line():
     density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), mixture(2).sample(3)
     found = density.compare(x, {"shift": torch.zeros(3, 2)}, {"shift": torch.ones(3, 2)}, nfe=16)
-    assert repr(found) == f"Comparison(3 samples, {in_words('difference', *found)})"
+    (mean, error), own = found.mean(), f"stderr {float(found.stderr.mean()):.2g} a sample)"
+    assert repr(found) == f"Comparison(3 samples, difference {mean:.4g} +- {error:.2g} nats, {own}"
     found = fs.CapturedDensity(density, x, nfe=16)(x)
-    assert repr(found) == f"CapturedEstimate(3 samples, {in_words('log_prob', *found)})"
+    own = f"stderr {float(found.stderr.mean()):.2g} a sample)"
+    assert repr(found) == f"CapturedEstimate(3 samples, log_prob {float(found.log_prob.mean()):.4g} nats, {own}"
     assert "largest truncation about" in repr(density.estimate(x, nfe=16))
-
-
-def in_words(name, value, stderr):
-    error = value.double().std() / 3**0.5
-    return f"{name} {value.double().mean():.4g} +- {error:.2g} nats, stderr {stderr.double().mean():.2g} a sample"

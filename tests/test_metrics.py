@@ -67,9 +67,10 @@ def test_bits_per_dim_is_that_of_the_estimate():
     found, whole = metric.compute(), density().estimate(X, nfe=32)
     bits = whole.bits_per_dim(256, -2.0, 2.0)
     assert float(found["bits_per_dim"]) == pytest.approx(float(bits.mean()), rel=1e-9)
-    assert float(found["bits_per_dim_stderr"]) == pytest.approx(float(bits.std()) / 10, rel=1e-9)
+    # What samples with the same nodes have in common adds to both errors; in two dimensions next to nothing.
+    assert float(found["bits_per_dim_stderr"]) == pytest.approx(float(bits.std()) / 10, rel=1e-4)
     own = float(whole.variance.sum().sqrt()) / 100 / whole.dims / math.log(2)
-    assert float(found["bits_per_dim_estimate_stderr"]) == pytest.approx(own)
+    assert float(found["bits_per_dim_estimate_stderr"]) == pytest.approx(own, rel=1e-3)
 
 
 def test_reset_starts_again_and_forward_returns_the_batch():

@@ -8,8 +8,8 @@ import torch
 import fastscore as fs
 from fastscore.estimator.curve import Curve, CurveSum, EndTable, ends, table_error, truncation
 from fastscore.estimator.nodes import NodeDensity
-from fastscore.estimator.rules import GROUPS, Rules, make_rules, method_table, method_weights
-from fastscore.estimator.statistics import GroupSums, draw_sum, draw_variance, widened
+from fastscore.estimator.rules import GROUPS, Rules, group_shifts, make_rules, method_table, method_weights
+from fastscore.estimator.statistics import GroupSums, draw_jump, draw_sum, draw_variance, widened
 
 RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), "density", 0.5).of(0)
 
@@ -121,7 +121,7 @@ def test_what_groups_share_belongs_to_the_error_of_a_mean():
     for _ in range(300):
         shared = 0.3 * torch.randn(GROUPS, generator=generator).double()
         values = 2 * torch.randn(2048, generator=generator).double() + shared[group]
-        sums = GroupSums.of(values, group)
+        sums = GroupSums.of(values, torch.zeros(2048), group)
         for common in (True, False):
             variance = sums.spread() / 2048 + common * sums.common_variance()
             covered[common].append(float(sums.mean().abs() < 1.96 * variance.sqrt()))
@@ -132,6 +132,34 @@ def test_what_groups_share_belongs_to_the_error_of_a_mean():
 
 def test_means_of_one_group_and_of_one_sample():
     group = torch.zeros(5, dtype=torch.int64)
-    sums = GroupSums.of(torch.arange(5.0), group)
-    assert (float(sums.mean()), float(sums.spread()), float(sums.common_variance())) == (2.0, 2.5, 0.0)
-    assert math.isnan(float(GroupSums.of(torch.ones(1), group[:1]).spread()))
+    sums = GroupSums.of(torch.arange(5.0), torch.arange(5.0), group)
+    assert (float(sums.mean()), float(sums.spread())) == (2.0, 2.5)
+    assert float(sums.common_variance()) == pytest.approx(2.0**2 / 12)
+    assert math.isnan(float(GroupSums.of(torch.ones(1), torch.zeros(1), group[:1]).spread()))
+
+
+@pytest.mark.parametrize("sizes", [[64], [64, 64], [64, 3], [5, 64, 20], [64] * 16, [128, *[64] * 15]], ids=str)
+def test_the_shift_of_all_nodes_has_the_error_that_jumps_say(sizes):
+    """Over all shifts U, for terms that rise evenly from 0 to the jump, whose error is (1/2 - U) J exactly."""
+    jump = torch.linspace(1, 3, len(sizes)).double()
+    shift = (torch.arange(4096).double() + 0.5)[:, None] / 4096 + group_shifts()[: len(sizes)]
+    share = torch.tensor(sizes).double() / sum(sizes)
+    error = ((0.5 - shift % 1) * jump) @ share
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    sums = GroupSums.of(torch.zeros(len(group)), jump[group], group)
+    # 4096 shifts instead of all of them leave 1e-6 of it.
+    assert float(sums.common_variance()) == pytest.approx(float(error.square().mean()), rel=1e-4)
+
+
+def test_entries_drawn_once_or_twice_in_turns_are_no_noise():
+    """The noise alone is seen of terms with a large mean, at numbers of draws around that of a table's entries."""
+    generator = torch.Generator().manual_seed(0)
+    for schedule in (fs.DDPM.linear(1000), fs.DDPM.linear(100), fs.DDPM.cosine(60)):
+        for nfe in (16, 64, 100, 256):
+            rule = make_rules(NodeDensity.uniform(*schedule.log_snr_range), nfe, schedule).of(3)
+            f = 50 + torch.randn(4000, nfe, generator=generator).double()
+            right = float((0.5 * rule.weight).square().sum())
+            # 4,000 samples leave 0.5 %; the means of neighbours' squared weights, and the ends, some percent.
+            assert float(draw_variance(f, rule)[0].mean()) == pytest.approx(right, rel=0.2 if nfe == 16 else 0.1)
+            jump = draw_jump(f, rule)
+            assert float(jump.mean().abs()) <= 4 * float(jump.std()) / 4000**0.5 + 1e-9

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
-from .estimate import mean_in_words
 from .estimator import Estimator
 from .plan import Plan
 from .planner import Wanted
@@ -35,8 +34,8 @@ class CapturedEstimate(NamedTuple):
     stderr: Tensor
 
     def __repr__(self):
-        mean = mean_in_words("log_prob", self.log_prob, self.stderr)
-        return f"CapturedEstimate({len(self.log_prob)} samples, {mean})"
+        mean, own = (float(each.double().mean()) for each in self)
+        return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} a sample)"
 
 
 class CapturedDensity:

@@ -3,9 +3,9 @@ r"""What an estimate returns: log-density, honest error bar, cost, and what rema
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,34 @@ from .faults import Faults
 from .statistics import GroupSums
 
 
-class Comparison(NamedTuple):
-    """A paired difference of log-densities (nats) and its standard error, each of shape (B,)."""
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference of log-densities, and its standard error: `difference, stderr = density.compare(...)`.
+
+    Attributes:
+        difference: log p(x | a) - log p(x | b) of each sample, nats, shape (B,).
+        stderr: its standard error, nats, shape (B,).
+        jump, group: as in `Estimate`.
+    """
 
     difference: Tensor
     stderr: Tensor
+    jump: Tensor
+    group: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.difference, self.stderr))
+
+    def mean(self) -> tuple[float, float]:
+        """Return the batch mean of the difference and its standard error as an estimate of the data's, nats."""
+        return _on_host(GroupSums.of(self.difference, self.jump, self.group).mean_with_error())
 
     def __repr__(self):
-        mean = mean_in_words("difference", self.difference, self.stderr)
-        return f"Comparison({len(self.difference)} samples, {mean})"
+        mean, error = self.mean()
+        return (
+            f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
+            f"stderr {float(self.stderr.mean()):.2g} a sample)"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,8 @@ class Estimate:
         stderr: its standard error, nats, shape (B,); +- 1.96 of it covers the exact integral 95 % of the time.
         variance: of log_prob by its draws, nats squared, float64, shape (B,): what means over samples add up. `stderr`
             is wider where draws are few, since a single sample's interval needs more than the right variance.
+        jump: of the draws' terms from the first to the last, nats, float64, shape (B,): by a twelfth of its square
+            the variance that samples of a group have in common; see `fastscore.estimator.statistics`.
         nfe: network evaluations spent on each sample, int64, shape (B,).
         curve_sum: what `log_snr_curve` is made of.
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
@@ -53,6 +74,7 @@ class Estimate:
     log_prob: Tensor
     stderr: Tensor
     variance: Tensor
+    jump: Tensor
     nfe: Tensor
     curve_sum: CurveSum
     dims: int | Tensor
@@ -129,13 +151,10 @@ class Estimate:
         """Return the batch mean of log_prob and its standard error as an estimate of the data's, nats.
 
         The spread between samples contains both their own variation and the estimates' noise; what the samples of a
-        group have in common is added to it, where there are several groups (`docs/limits.md`). The error of a single
-        sample's mean is NaN.
+        group have in common is added to it. The error of a single sample's mean is NaN.
         """
         self.check()
-        sums = GroupSums.of(self.log_prob, self.group)
-        variance = sums.spread() / len(self.log_prob) + sums.common_variance()
-        return float(sums.mean()), float(variance.sqrt())
+        return _on_host(GroupSums.of(self.log_prob, self.jump, self.group).mean_with_error())
 
     @property
     def dims_in_words(self) -> str:
@@ -152,6 +171,11 @@ class Estimate:
             f"{nfe:.0f} evaluations a sample, "
             f"largest truncation about {self.truncation:.2g})"
         )
+
+
+def _on_host(numbers: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    mean, error = torch.stack(numbers).tolist()
+    return mean, error
 
 
 def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:

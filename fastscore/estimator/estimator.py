@@ -62,6 +62,7 @@ class Estimator:
             log_prob=told[0],
             stderr=told[1],
             variance=variance,
+            jump=found.jump,
             nfe=found.nfe,
             curve_sum=found.curve_sum,
             dims=samples.dims,

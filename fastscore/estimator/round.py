@@ -23,14 +23,17 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Round:
-    """What one set of draws says of some samples: value, variances, evaluations, ends, curve, offset to the integral.
+    """What one set of draws says of some samples: value, variances, jump, evaluations, ends, curve, offset to the
+    integral.
 
-    Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means.
+    Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means,
+    without the error of the nodes' shift, which `jump` says; see `fastscore.estimator.statistics`.
     `numbers` are there where a kernel has written them together with the rest.
     """
 
     value: Tensor
     variance: Tensor
+    jump: Tensor
     nfe: Tensor
     ends: Tensor
     curve_sum: CurveSum
@@ -40,7 +43,7 @@ class Round:
 
     @classmethod
     def empty(cls, samples: int, draws: int, nfe: int, device: torch.device) -> Round:
-        block = torch.zeros(17 * samples + 2 * draws, dtype=torch.float64, device=device)
+        block = torch.zeros(18 * samples + 2 * draws, dtype=torch.float64, device=device)
         log_snr = torch.zeros(draws, dtype=torch.float64, device="cpu")
         return cls._of(block, torch.full((samples,), nfe, dtype=torch.int64, device=device), log_snr, 0, 0.0)
 
@@ -48,9 +51,10 @@ class Round:
     def _of(cls, block: Tensor, nfe: Tensor, log_snr: Tensor, count: int, offset: float | Tensor) -> Round:
         """Return a round whose numbers lie in one block, so that one copy takes them all."""
         samples, draws = len(nfe), len(log_snr)
-        value, variance, at_ends, total, squares = block.split([samples, 2 * samples, 14 * samples, draws, draws])
-        curve_sum = CurveSum(log_snr, total, squares, count)
-        return cls(value, variance.view(2, samples), nfe, at_ends.view(samples, 2, 7), curve_sum, offset, block)
+        sizes = [samples, 2 * samples, samples, 14 * samples, draws, draws]
+        value, variance, jump, at_ends, *sums = block.split(sizes)
+        curve_sum, at_ends = CurveSum(log_snr, *sums, count), at_ends.view(samples, 2, 7)
+        return cls(value, variance.view(2, samples), jump, nfe, at_ends, curve_sum, offset, block)
 
     def copy(self, log_snr: Tensor) -> Round:
         """Return the same in other memory, with draws at these log-SNRs."""
@@ -62,9 +66,13 @@ class Round:
         return ((self.variance[0].sqrt() > target) & (2 * self.nfe <= most)).nonzero().flatten()
 
     def average(self, chosen: Tensor, extra: Round) -> None:
-        """Take a further round of some samples in: rounds are averaged with their evaluations as weights."""
+        """Take a further round of some samples in: rounds are averaged with their evaluations as weights.
+
+        Shifts of two rounds are independent; their jumps are added as if they were one, which is at least the error.
+        """
         share = extra.nfe / (self.nfe[chosen] + extra.nfe)
         self.value[chosen] += share * (extra.value - self.value[chosen])
+        self.jump[chosen] += share * (extra.jump - self.jump[chosen])
         self.variance[:, chosen] = (1 - share) ** 2 * self.variance[:, chosen] + share**2 * extra.variance
         self.nfe[chosen] += extra.nfe
         self.numbers = None

@@ -59,6 +59,8 @@ GROUPS = 16
 GROUP_RUN = 64
 _PLACE = (0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15)  # bits reversed: any first few groups lie far apart
 
+MULTIPLIED = ("weight", "density_weight", "curve", "remainder", "density_remainder", "even", "lift", "ends")  # with f
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -73,6 +75,12 @@ class Rule:
         curve: the known mean of the integrand at each draw, shape (N,).
         remainder: the whole of the known mean less its sum over the draws, float64, shape ().
         density_remainder: the same with the weights of "density".
+        even: the weight of each draw, as it would be if all entries of a table were drawn as often as they deserve;
+            where there is no table, `weight`. What the draws say of their noise is seen through these.
+        lift: how much larger the noise of a draw and of the one before are by their own weights, shape (N,): squared,
+            and in the mean of the two.
+        ends: 1 at the last draw that its own shift decides, -1 at the first, shape (N,). An entry that is drawn in any
+            case has no error by the shift.
     """
 
     log_snr: Tensor
@@ -83,6 +91,9 @@ class Rule:
     curve: Tensor
     remainder: Tensor
     density_remainder: Tensor
+    even: Tensor
+    lift: Tensor
+    ends: Tensor
 
     @property
     def nfe(self) -> int:
@@ -91,8 +102,7 @@ class Rule:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Rule:
         """Return the rule with other `tensors`, in their order; where the draws are stays on the CPU."""
-        names = "weight", "density_weight", "curve", "remainder", "density_remainder"
-        return replace(self, **dict(zip(names, tensors)))
+        return replace(self, **dict(zip(MULTIPLIED, tensors)))
 
     @classmethod
     def stacked(cls, rules: Sequence[Rule], sizes: Sequence[int]) -> Rule:
@@ -104,19 +114,26 @@ class Rule:
             return rules[0]
         stacked = (torch.stack(each)[:, None] for each in zip(*(rule.tensors() for rule in rules)))
         log_snr = sum(size * rule.log_snr for rule, size in zip(rules, sizes)) / sum(sizes)
-        weight, density_weight, curve, remainder, density_remainder = stacked
-        paired, time = rules[0].paired, rules[0].time
-        return cls(log_snr, time, weight, density_weight, paired, curve, remainder, density_remainder)
+        return replace(rules[0], log_snr=log_snr, **dict(zip(MULTIPLIED, stacked)))
 
     def tensors(self) -> list[Tensor]:
         """Return all that is multiplied with f."""
-        return [self.weight, self.density_weight, self.curve, self.remainder, self.density_remainder]
+        return [getattr(self, name) for name in MULTIPLIED]
 
     @classmethod
     def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:
         """Return a rule for the integral itself of which nothing is known beforehand."""
         zero = weight.new_zeros(())
-        return cls(log_snr, time, weight, weight, paired, torch.zeros_like(weight), zero, zero)
+        return cls.even_in(log_snr, time, weight, paired, torch.zeros_like(weight), zero)
+
+    @classmethod
+    def even_in(
+        cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor, curve: Tensor, remainder: Tensor
+    ) -> Rule:
+        """Return a rule for the integral itself, none of whose draws shares its weight with others."""
+        lift, ends = torch.ones_like(weight), torch.zeros_like(weight)
+        ends[0], ends[-1] = -1, 1
+        return cls(log_snr, time, weight, weight, paired, curve, remainder, remainder, weight, lift, ends)
 
 
 class Rules:
@@ -199,7 +216,7 @@ class Rules:
         log_snr = density.quantile(u)
         weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
         remainder = density.curve_integral() - weight @ curve
-        return Rule(log_snr, schedule.time(log_snr), weight, weight, self.paired, curve, remainder, remainder)
+        return Rule.even_in(log_snr, schedule.time(log_snr), weight, self.paired, curve, remainder)
 
 
 class FixedRules:
@@ -245,7 +262,9 @@ class _Table:
         entry = torch.searchsorted(self.upper, u, right=True).clamp(max=len(self.time) - 1)
         hits = torch.zeros_like(self.upper).index_add_(0, entry, torch.ones_like(u))
         expected = len(u) * torch.cat([self.upper[:1], self.upper.diff()])
-        share = (1 / torch.where(expected >= 1, hits, expected))[entry]
+        by_shift = (expected < 1)[entry]
+        share = torch.where(by_shift, 1 / expected[entry], 1 / hits[entry])
+        own = torch.where(by_shift, 1.0, share * expected[entry]).square()  # its noise against the deserved one
         curve, weight, cell = self.curve[entry], self.weight[entry] * share, self.cell[entry] * share
         return Rule(
             log_snr=self.log_snr[entry],
@@ -256,6 +275,9 @@ class _Table:
             curve=curve,
             remainder=self.weight @ self.curve - weight @ curve,
             density_remainder=self.cell @ self.curve - cell @ curve,
+            even=self.weight[entry] / expected[entry],
+            lift=torch.cat([own[:1], (own[1:] + own[:-1]) / 2]),
+            ends=_ends(by_shift),
         )
 
 
@@ -267,6 +289,11 @@ def common_shift(seed: int, round_: int = 0) -> float:
 def group_of(index: Tensor) -> Tensor:
     """Return the group of every sample index, in 0 .. 15: runs of 64 consecutive samples share their nodes."""
     return index // GROUP_RUN % GROUPS
+
+
+def group_shifts() -> Tensor:
+    """Return how far the shift of every group lies beyond that of the first one, float64, shape (16,)."""
+    return torch.tensor(_PLACE, dtype=torch.float64, device="cpu") / GROUPS
 
 
 def make_rules(
@@ -343,6 +370,14 @@ def method_weights(log_snr: Tensor, method: str) -> Tensor:
 def _strata(draws: int, shift: float) -> Tensor:
     """Return (s + shift) / N for every draw s."""
     return (torch.arange(draws, dtype=torch.float64, device="cpu") + shift) / draws
+
+
+def _ends(by_shift: Tensor) -> Tensor:
+    ends = torch.zeros(len(by_shift), dtype=torch.float64, device="cpu")
+    where = by_shift.nonzero().flatten()
+    if len(where) > 1:
+        ends[where[0]], ends[where[-1]] = -1, 1
+    return ends
 
 
 def _too_few(nfe: int) -> str:

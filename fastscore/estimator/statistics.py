@@ -6,13 +6,22 @@ successive differences, because neighbouring draws share almost the same log-SNR
 .. math:: \mathrm{Var} = \sum_s (g_s - g_{s-1})^2 \,/\, (2 (N-1) N)
 
 The plain variance over draws would count the integrand's course over log-SNR as noise and be far too large. Student's
-t then widens it for the degrees of freedom that the differences have (`draw_variance`).
+t then widens it for the degrees of freedom that the differences have (`draw_variance`). Entries of a table that are
+drawn once or twice in turns have terms of unlike size whatever the integrand; differences are taken as if each were
+drawn as often as it deserves, and the noise of every draw is counted with its own weight (`Rule.even`, `Rule.lift`).
 
-A group of samples shares its nodes (`fastscore.estimator.rules`), hence an error that no spread within the group shows.
-The spread of the groups' means does, and `GroupSums.common_variance` adds it to the error of every mean.
+The shift U of all nodes has an error of its own. Between the ends it is as small as the integrand is smooth; at the
+ends it is, to first order in 1/N (Euler and Maclaurin),
+
+.. math:: \big(\tfrac12 - U\big)\, J, \qquad J = g_N / N - g_1 / N, \qquad \mathrm{Var} = J^2 / 12
+
+with the jump J of the last term over the first one. A group of samples shares its nodes (`fastscore.estimator.rules`),
+hence this error, which no spread within the group shows. `GroupSums.common_variance` adds it to the error of every
+mean, and whatever else the spread of the groups' means shows.
 
 References:
     The Mean Square Successive Difference (von Neumann et al., 1941), https://doi.org/10.1214/aoms/1177731677
+    Handbook of Mathematical Functions, 23.1.18, 23.1.30 (Abramowitz and Stegun, 1964)
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import GROUPS, Rule
+from .rules import GROUPS, Rule, group_shifts
 
 KNOWN = 20  # draws, that a norm's skewness counts for
 
@@ -40,15 +49,32 @@ def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
 
 def draw_variance(f: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Return the variance of `draw_sum` from successive differences, and its degrees of freedom, float64, (B,) each."""
-    return successive_variance(_terms(f, rule))
+    return successive_variance(_terms(f, rule), rule.lift)
+
+
+def draw_jump(f: Tensor, rule: Rule) -> Tensor:
+    """Return the jump J from the first to the last of the terms that the shift decides, float64, (B,)."""
+    return _jump(_terms(f, rule), rule)
+
+
+def shift_variance(jump: Tensor) -> Tensor:
+    """Return the variance that the shift of all nodes has by this jump."""
+    return jump.square() / 12
 
 
 class Spread(NamedTuple):
-    """What the draws of each sample say of the error of their sum: variance, degrees of freedom, squared skewness."""
+    """What the draws of each sample say of the error of their sum.
+
+    Attributes:
+        variance: by successive differences, with its degrees of freedom `nu`.
+        skewness: of the sum, squared.
+        jump: from the first term to the last one.
+    """
 
     variance: Tensor
     nu: Tensor
     skewness: Tensor
+    jump: Tensor
 
     @classmethod
     def of(cls, f: Tensor, rule: Rule, dims: int | Tensor) -> Spread:
@@ -62,16 +88,16 @@ class Spread(NamedTuple):
             dims: d, how many entries of a sample count; one number, or one a sample.
         """
         terms = _terms(f, rule)
-        variance, nu = successive_variance(terms)
+        variance, nu = successive_variance(terms, rule.lift)
         draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
         bend = terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
         third = bend.pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         share = KNOWN / (KNOWN + draws)
-        return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen)
+        return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen, _jump(terms, rule))
 
     def widened(self) -> Tensor:
-        r"""Return variances such that +- 1.96 standard errors cover 95 % under Student's t, and with this skewness.
+        r"""Return variances such that +- 1.96 standard errors cover 95 % under Student's t, with skewness and jump.
 
         A skewed sum and its own standard error err together: the interval covers less than 95 % by
         :math:`2 z\, \varphi(z)\, \gamma^2 (z^4 + 2 z^2 - 3) / 18` (Hall's expansion), hence wider by 1.08 γ².
@@ -80,14 +106,19 @@ class Spread(NamedTuple):
             The Bootstrap and Edgeworth Expansion, section 2.6 (Hall, 1992),
             https://doi.org/10.1007/978-1-4612-4384-7
         """
-        return (1 + 1.08 * self.skewness).square() * widened(self.variance, self.nu)
+        noise = (1 + 1.08 * self.skewness).square() * widened(self.variance, self.nu)
+        return noise + shift_variance(self.jump)
 
 
 def _terms(f: Tensor, rule: Rule) -> Tensor:
-    return (f.to(torch.float64) - rule.curve) * (0.5 * rule.weight)
+    return (f.to(torch.float64) - rule.curve) * (0.5 * rule.even)
 
 
-def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
+def _jump(terms: Tensor, rule: Rule) -> Tensor:
+    return (terms * rule.ends).sum(-1)
+
+
+def successive_variance(terms: Tensor, lift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Return the variance of the terms' sum along the last dimension, and its degrees of freedom.
 
     Successive differences d_s have about :math:`\nu = 2 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom: 2N/3 for even
@@ -95,9 +126,12 @@ def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
 
     Arguments:
         terms: float64, shape (..., N), ascending in log-SNR.
+        lift: as `Rule.lift`; one by default.
     """
     n = terms.shape[-1]
     square = terms.diff(dim=-1).square()
+    if lift is not None:
+        square = square * lift[..., 1:]
     total = square.sum(-1)
     # At least one degree of freedom, also where there is no noise at all.
     nu = (2 * total.square() / square.square().sum(-1).clamp(min=1e-300)).clamp(min=1.0)
@@ -128,18 +162,28 @@ def student_quantile(tail: float, nu: Tensor) -> Tensor:
 
 
 class GroupSums(NamedTuple):
-    """Count, sum and sum of squares of a number over the samples of each group of nodes, float64, (GROUPS,) each."""
+    """Sums over the samples of each group of nodes, float64, (GROUPS,) each.
+
+    Attributes:
+        count, total, squares: of the samples, of their values, and of these squared.
+        jump: of their jumps.
+    """
 
     count: Tensor
     total: Tensor
     squares: Tensor
+    jump: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, group: Tensor) -> GroupSums:
-        """Sum values, shape (B,), by their group, int64, shape (B,)."""
+    def of(cls, values: Tensor, jump: Tensor, group: Tensor) -> GroupSums:
+        """Sum values and their jumps, shape (B,), by their group, int64, shape (B,)."""
         values = values.to(torch.float64)
-        rows = torch.stack([torch.ones_like(values), values, values.square()])
-        return cls(*rows.new_zeros(3, GROUPS).index_add_(1, group.to(values.device), rows))
+        rows = torch.stack([torch.ones_like(values), values, values.square(), jump.to(values)])
+        return cls(*rows.new_zeros(4, GROUPS).index_add_(1, group.to(values.device), rows))
+
+    def mean_with_error(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and its standard error as an estimate of the data's; NaN for one sample."""
+        return self.mean(), (self.spread() / self.count.sum() + self.common_variance()).sqrt()
 
     def mean(self) -> Tensor:
         return self.total.sum() / self.count.sum()
@@ -150,11 +194,29 @@ class GroupSums(NamedTuple):
         return (self.squares.sum() - count * mean.square()).clamp(min=0) / (count - 1)
 
     def common_variance(self) -> Tensor:
-        r"""Return the part of the mean's variance that the samples of a group have in common.
+        """Return the part of the mean's variance that samples with the same nodes have in common.
 
-        One-way analysis of variance: with n_g of n samples in group g, the mean square between groups exceeds the one
-        within by n_0 times the variance of what a group shares. Zero where all samples are in one group, and where
-        groups differ less than their samples explain.
+        What their jumps say that it is, or what the groups' means show, whichever is larger.
+        """
+        return torch.maximum(self._by_jumps(), self._by_groups())
+
+    def _by_jumps(self) -> Tensor:
+        r"""Return the variance of :math:`\sum_g (\tfrac12 - U_g) J_g / n` over the common part of all shifts.
+
+        The errors of shifts a distance :math:`\delta` apart have the covariance
+        :math:`B_2(\delta) / 2 = (\delta^2 - \delta + \tfrac16) / 2`: groups with the same jump cancel each other's.
+        """
+        shift = group_shifts().to(self.jump.device)
+        apart = (shift[:, None] - shift).abs()
+        share = self.jump / self.count.sum()
+        return (share @ ((apart.square() - apart + 1 / 6) / 2) @ share).clamp(min=0)
+
+    def _by_groups(self) -> Tensor:
+        """Return what the spread of the groups' means shows, by one-way analysis of variance.
+
+        With n_g of n samples in group g, the mean square between groups exceeds the one within by n_0 times the
+        variance of what a group shares. Zero where all samples are in one group, and where groups differ less than
+        their samples explain.
         """
         held = self.count > 0
         n, groups = self.count.sum(), held.sum()

@@ -55,7 +55,8 @@ class Summary:
         value = base(self.method, self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
         found.value[chosen] = value
         spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)))
-        found.variance[:, chosen] = calibrated(Spread(*map(part.flat, spread)), self.nfe, self.calibration)
+        spread = Spread(*map(part.flat, spread))
+        found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
         found.curve_sum.add(part.f, rule.log_snr)
         if self.method != "density":
@@ -81,10 +82,10 @@ class Summary:
             None if part.stack is None else part.stack.group,
             x,
             outside,
-            (rule.weight, rule.remainder, rule.curve, *part.ends),
+            (rule.weight, rule.remainder, rule.curve, rule.even, rule.lift, rule.ends, *part.ends),
             kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
             self.nodes.slowest_decay,
-            (found.value, found.variance, found.ends, *found.numbers),
+            (found.value, found.variance, found.jump, found.ends, *found.numbers),
             first,
         )
         if first is None:

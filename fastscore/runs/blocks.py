@@ -26,7 +26,7 @@ from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .run_folder import RunFolder
 
 Block = dict[str, np.ndarray]
-PER_SAMPLE = ("log_prob", "stderr", "variance", "nfe", "ends", "dims")
+PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "ends", "dims")
 ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
 FIT_BLOCK = 4096
 

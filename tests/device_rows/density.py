@@ -117,9 +117,10 @@ def log_prob_with_gradients(on, name):
     return value, x.grad, [p.grad for p in made.model.parameters() if p.grad is not None]
 
 
-@row("ScoreDensity.compare", "Comparison")
+@row("ScoreDensity.compare", "Comparison", "Comparison.mean")
 def compare(on):
-    return tuple(of(on).compare(on(X), {"label": on(LABELS)}, {"label": on(LABELS.flip(0))}, nfe=NFE))
+    found = of(on).compare(on(X), {"label": on(LABELS)}, {"label": on(LABELS.flip(0))}, nfe=NFE)
+    return *found, *found.mean()
 
 
 @row("ScoreDensity.fit", each=[f"kind {kind}" for kind in pilot.KINDS])

@@ -49,7 +49,7 @@ def centred_points(on):
     made.fit(x, evaluations=3000, progress=False)
     found = made.estimate(x[:4], nfe=NFE)
     return [
-        summary(found), made.log_prob(x[:4], nfe=NFE), made.compare(x[:4], {}, {}, nfe=NFE),
+        summary(found), made.log_prob(x[:4], nfe=NFE), *made.compare(x[:4], {}, {}, nfe=NFE),
         made.coordinates(x[:4])[0], made.core.predicts, made.predicts, made.nfe, made.log_snr_range,
         repr(made.schedule), type(made.model).__name__,
         *under_masks(made.with_reference(fs.Reference.isotropic(0.7)), x[:4]),

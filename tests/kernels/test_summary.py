@@ -29,9 +29,10 @@ class Shrinks(torch.nn.Module):
         return 0.3 * x_t + t.reshape(-1, *[1] * (x_t.ndim - 1))
 
 
-def parts_of(reference, batch, memory):
+def parts_of(reference, batch, memory, schedule=None):
     torch.manual_seed(0)
-    density = fs.ScoreDensity(Shrinks(), fs.VP(), backend="torch", program=False, reference=REFERENCES[reference]())
+    schedule = schedule or fs.VP()
+    density = fs.ScoreDensity(Shrinks(), schedule, backend="torch", program=False, reference=REFERENCES[reference]())
     x = torch.randn(batch, D).to(DEVICE)
     samples, plan, programs = density.prepare(x, 21, 0, None, memory, {})
     with torch.no_grad():
@@ -42,7 +43,8 @@ def parts_of(reference, batch, memory):
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize(("batch", "memory"), [(1, None), (7, None), (70, None), (130, None), (70, 20_000)])
 def test_a_round_is_the_same_by_kernel_and_by_torch(batch, memory, reference, measured):
-    density, samples, plan, parts = parts_of(reference, batch, memory)
+    # Of a table whose entries are drawn once, twice or not at all, with weights of their own; or of none.
+    density, samples, plan, parts = parts_of(reference, batch, memory, fs.DDPM.linear(20) if measured else None)
     assert (len(parts) > 1) == (memory is not None)
     assert (parts[0].stack is None) == (memory is not None or batch <= 64)
     calibration = MEASURED if measured else density.nodes.calibration
@@ -52,7 +54,7 @@ def test_a_round_is_the_same_by_kernel_and_by_torch(batch, memory, reference, me
     for part in parts:
         for found, put in zip(rounds, (says._by_kernel, says._by_torch)):
             if found.curve_sum.count == 0:
-                found.block[: 17 * batch] = math.nan  # what is not written shows
+                found.block[: 18 * batch] = math.nan  # what is not written shows
             put(part, samples, found)
     by_kernel, by_torch = rounds
     # Sums in float64 in another order.
@@ -89,7 +91,7 @@ def test_an_estimate_by_kernel_is_that_by_torch(monkeypatch):
     monkeypatch.setattr(Summary, "_by_kernel", lambda *given: calls.append(1) or Summary._by_torch(*given))
     by_torch = density.estimate(x, nfe=8, progress=False)
     assert calls
-    for name in ("log_prob", "stderr", "variance", "nfe", "truncation_per_sample"):
+    for name in ("log_prob", "stderr", "variance", "jump", "nfe", "truncation_per_sample"):
         torch.testing.assert_close(getattr(found, name), getattr(by_torch, name), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found.log_snr_curve.mean, by_torch.log_snr_curve.mean, rtol=1e-12, atol=1e-12)
 
