@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _EXACT = (
-    "numbers weight mean variance log_q base remainder curve even lift last means spreads at "
+    "numbers weight mean variance log_q base remainder curve even last means spreads at "
     "value bars jump ends plain parts"
 )
 # Arguments by type; other pointers are to float32, other numbers int32.

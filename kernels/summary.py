@@ -64,7 +64,7 @@ def summary_kernel(
     x_ptr, base_ptr,  # float32 (B, D); float64 (b,), what stands outside the sum where no Gaussian says it
     mean_ptr, variance_ptr,  # of that Gaussian, float64
     weight_ptr, remainder_ptr, curve_ptr,  # of the groups, float64 (G, N), (G,), (G, N)
-    even_ptr, lift_ptr, last_ptr,  # float64 (G, N)
+    even_ptr, last_ptr,  # float64 (G, N)
     means_ptr, spreads_ptr, at_ptr,  # float64 (G, N, 4), (G, N - 1, 4), (G, 2, 2)
     value_ptr, bars_ptr, jump_ptr, ends_ptr,  # out: float64 (B,), (2, B), (B,), (B, 2, 7)
     told_ptr, plain_ptr,  # out: float32 (2, B), float64 (B,)
@@ -95,7 +95,7 @@ def summary_kernel(
         jump += tl.sum(term * tl.load(last_ptr + table * N + n, mask=here, other=0.0), 1)
         second = rows & (n >= 1) & (n < N)
         step = tl.where(second, term - term1, 0.0)
-        square = step * step * tl.load(lift_ptr + table * N + n, mask=second, other=0.0)
+        square = step * step
         two += tl.sum(square, 1)
         four += tl.sum(square * square, 1)
         bend = tl.where(second & (n >= 2), term1 - 0.5 * (term2 + term), 0.0)
@@ -180,7 +180,7 @@ def summary(
     Arguments:
         group: of every row; None where all belong to one.
         base: what stands outside the sum, (b,), or mean and variance of the Gaussian whose log-density it is.
-        tables: weight, remainder, curve, even, lift and ends of `Rule`, and the three of `EndTable`, of all groups.
+        tables: weight, remainder, curve, even and ends of `Rule`, and the three of `EndTable`, of all groups.
         slowest: rates of decay at both ends.
         into: value, variances, jump, ends, told and plain variance.
         sums: where the curve's go, (2, N); in new memory by default.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..estimator.statistics import shift_variance, student_quantile, successive_variance, widened
+from ..estimator.statistics import student_quantile, successive_variance, widened
 
 # Evaluations a class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
@@ -182,9 +182,7 @@ class Rounds:
         """Return the variance of a sum of contrasts over all rounds, and its degrees of freedom, (B, C) each."""
         variance = spread = 0.0
         for r, g in enumerate(self._terms):
-            terms = contrast(r, g)
-            of_round, nu = successive_variance(terms)
-            of_round = of_round + shift_variance(terms[..., -1] - terms[..., 0])
+            of_round, nu = successive_variance(contrast(r, g))
             variance = variance + of_round
             spread = spread + of_round.square() / nu
         return variance, (variance.square() / spread.clamp(min=1e-300)).clamp(min=1.0)

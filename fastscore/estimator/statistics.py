@@ -8,7 +8,7 @@ successive differences, because neighbouring draws share almost the same log-SNR
 The plain variance over draws would count the integrand's course over log-SNR as noise and be far too large. Student's
 t then widens it for the degrees of freedom that the differences have (`draw_variance`). Entries of a table that are
 drawn once or twice in turns have terms of unlike size whatever the integrand; differences are taken as if each were
-drawn as often as it deserves, and the noise of every draw is counted with its own weight (`Rule.even`, `Rule.lift`).
+drawn as often as it deserves (`Rule.even`).
 
 The shift U of all nodes has an error of its own. Between the ends it is as small as the integrand is smooth; at the
 ends it is, to first order in 1/N (Euler and Maclaurin),
@@ -49,7 +49,7 @@ def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
 
 def draw_variance(f: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Return the variance of `draw_sum` from successive differences, and its degrees of freedom, float64, (B,) each."""
-    return successive_variance(_terms(f, rule), rule.lift)
+    return successive_variance(_terms(f, rule))
 
 
 def draw_jump(f: Tensor, rule: Rule) -> Tensor:
@@ -88,7 +88,7 @@ class Spread(NamedTuple):
             dims: d, how many entries of a sample count; one number, or one a sample.
         """
         terms = _terms(f, rule)
-        variance, nu = successive_variance(terms, rule.lift)
+        variance, nu = successive_variance(terms)
         draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
         bend = terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
         third = bend.pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
@@ -118,7 +118,7 @@ def _jump(terms: Tensor, rule: Rule) -> Tensor:
     return (terms * rule.ends).sum(-1)
 
 
-def successive_variance(terms: Tensor, lift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the variance of the terms' sum along the last dimension, and its degrees of freedom.
 
     Successive differences d_s have about :math:`\nu = 2 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom: 2N/3 for even
@@ -126,12 +126,9 @@ def successive_variance(terms: Tensor, lift: Tensor | None = None) -> tuple[Tens
 
     Arguments:
         terms: float64, shape (..., N), ascending in log-SNR.
-        lift: as `Rule.lift`; one by default.
     """
     n = terms.shape[-1]
     square = terms.diff(dim=-1).square()
-    if lift is not None:
-        square = square * lift[..., 1:]
     total = square.sum(-1)
     # At least one degree of freedom, also where there is no noise at all.
     nu = (2 * total.square() / square.square().sum(-1).clamp(min=1e-300)).clamp(min=1.0)

@@ -82,7 +82,7 @@ class Summary:
             None if part.stack is None else part.stack.group,
             x,
             outside,
-            (rule.weight, rule.remainder, rule.curve, rule.even, rule.lift, rule.ends, *part.ends),
+            (rule.weight, rule.remainder, rule.curve, rule.even, rule.ends, *part.ends),
             kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
             self.nodes.slowest_decay,
             (found.value, found.variance, found.jump, found.ends, *found.numbers),
