@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from analytic import ExactNet, ill_conditioned, mixture
+from analytic import ExactNet, Target, ill_conditioned, mixture
 from torch.distributions import Normal, kl_divergence
 
 import fastscore as fs
@@ -181,3 +181,17 @@ def test_density_starts_from_the_reference_itself():
     reference = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 2), 0.09))
     # The target's float32 weights sum to one within 1e-7.
     assert torch.allclose(base("density", reference, X, fs.VP()), TARGET.log_prob(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_bars_of_a_sum_that_one_step_outweighs_cover(steps):
+    """The last beta of a cosine table is 0.999: of DDPM's bound it has a weight of 1,000, where f is about zero."""
+    schedule, mean = fs.DDPM.cosine(steps), torch.full((1, 1), 0.4)
+    target = Target(torch.ones(1), mean, torch.full((1, 1, 1), 0.36))
+    density, x = fs.ScoreDensity(ExactNet(target, schedule), schedule, program=False), target.sample(16, seed=6).float()
+    truth = torch.stack([density.estimate(x, nfe=8192, seed=100 + s, method="elbo").log_prob for s in range(4)]).mean(0)
+    for nfe in (16, 64):
+        found = [density.estimate(x, nfe=nfe, seed=seed, method="elbo") for seed in range(24)]
+        inside = torch.stack([(each.log_prob - truth).abs() < 1.96 * each.stderr for each in found])
+        # 384 intervals of 16 samples; it was a quarter of them.
+        assert float(inside.double().mean()) > 0.88, nfe

@@ -250,8 +250,10 @@ class _Table:
     def of(cls, density: NodeDensity, schedule: Schedule, method: str) -> _Table:
         time, log_snr = method_table(schedule)
         weight, cell = method_weights(log_snr, method), method_weights(log_snr, "density")
-        # Drawn as often as its weight is large: the ends of sums weigh more than their cells do.
-        upper = (density.density_at(log_snr) * weight).cumsum(0)
+        # Half of the draws go where a sum's weights are large, as at its ends, and half where the integral's are: a
+        # single step of a table may outweigh all others, at noise where nothing is left to see.
+        shares = [share / share.sum() for share in (density.density_at(log_snr) * each for each in (weight, cell))]
+        upper = (shares[0] + shares[1]).cumsum(0) / 2
         upper = upper / upper[-1]
         return cls(log_snr, time, weight, cell, upper, density.curve_at(log_snr))
 

@@ -17,7 +17,8 @@ ends it is, to first order in 1/N (Euler and Maclaurin),
 
 with the jump J of the last term over the first one. A group of samples shares its nodes (`fastscore.estimator.rules`),
 hence this error, which no spread within the group shows. `GroupSums.common_variance` adds it to the error of every
-mean, and whatever else the spread of the groups' means shows.
+mean. (The spread between the groups' means would show more, and mostly how the samples themselves differ: the error of
+a mean would depend on their order.)
 
 References:
     The Mean Square Successive Difference (von Neumann et al., 1941), https://doi.org/10.1214/aoms/1177731677
@@ -191,35 +192,13 @@ class GroupSums(NamedTuple):
         return (self.squares.sum() - count * mean.square()).clamp(min=0) / (count - 1)
 
     def common_variance(self) -> Tensor:
-        """Return the part of the mean's variance that samples with the same nodes have in common.
+        r"""Return the part of the mean's variance that samples with the same nodes have in common.
 
-        What their jumps say that it is, or what the groups' means show, whichever is larger.
-        """
-        return torch.maximum(self._by_jumps(), self._by_groups())
-
-    def _by_jumps(self) -> Tensor:
-        r"""Return the variance of :math:`\sum_g (\tfrac12 - U_g) J_g / n` over the common part of all shifts.
-
-        The errors of shifts a distance :math:`\delta` apart have the covariance
+        It is the variance of :math:`\sum_g (\tfrac12 - U_g) J_g / n` over the common part of all shifts. The errors of
+        shifts a distance :math:`\delta` apart have the covariance
         :math:`B_2(\delta) / 2 = (\delta^2 - \delta + \tfrac16) / 2`: groups with the same jump cancel each other's.
         """
         shift = group_shifts().to(self.jump.device)
         apart = (shift[:, None] - shift).abs()
         share = self.jump / self.count.sum()
         return (share @ ((apart.square() - apart + 1 / 6) / 2) @ share).clamp(min=0)
-
-    def _by_groups(self) -> Tensor:
-        """Return what the spread of the groups' means shows, by one-way analysis of variance.
-
-        With n_g of n samples in group g, the mean square between groups exceeds the one within by n_0 times the
-        variance of what a group shares. Zero where all samples are in one group, and where groups differ less than
-        their samples explain.
-        """
-        held = self.count > 0
-        n, groups = self.count.sum(), held.sum()
-        own_mean = self.total / self.count.clamp(min=1)
-        between = (self.count * (own_mean - self.mean()).square()).sum() / (groups - 1)
-        within = (self.squares - self.count * own_mean.square()).clamp(min=0).sum() / (n - groups)
-        size = (n - self.count.square().sum() / n) / (groups - 1)
-        shared = ((between - within) / size).nan_to_num(0.0, posinf=0.0).clamp(min=0)
-        return shared * (self.count / n).square().sum()
