@@ -105,6 +105,23 @@ def test_csv_equals_npz(tmp_path):
         np.testing.assert_allclose(stored["bits_per_dim"], bits, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False])], ids=["all", "masked"])
+def test_data_outside_of_the_levels_are_warned_of_once(tmp_path, recwarn, mask):
+    x = samples(20).clamp(-0.99, 0.99)
+    options = OPTIONS | {"bins": 256, "mask": mask}
+    evaluate_dataset(density(), x, tmp_path / "inside.npz", **options)
+    x[3], x[9, 0], x[15] = 1.0, -1.0, -1.5  # high is outside, low inside
+    evaluate_dataset(density(), x, tmp_path / "none.npz", **options | {"bins": None})
+    assert [str(warning.message) for warning in recwarn] == []
+    evaluate_dataset(density(), x, tmp_path / "r.npz", **options)
+    (warning,) = recwarn
+    outside, entries = (4, 40) if mask is None else (2, 20)
+    assert str(warning.message).startswith(
+        f"{outside} of {entries} entries of the data lie outside [low, high) = [-1, 1), where the 256 levels are"
+    )
+    assert warning.filename == __file__
+
+
 def test_result_holds_no_date(tmp_path):
     evaluate_dataset(density(), samples(), tmp_path / "r.npz", **OPTIONS)
     with zipfile.ZipFile(tmp_path / "r.npz") as archive:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
+from ..estimator.bins import count_outside
 from ..estimator.curve import Curve, CurveSum
 from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density
@@ -90,6 +91,11 @@ class Work:
             (digest_rows("data", self.data, index), self.conditions.digest_rows(index), _of_mask(self.mask, index))
             for index in blocks
         ]
+
+    def outside(self, blocks: Sequence[Tensor], low: float, high: float) -> Tensor:
+        """Return how many entries of some blocks lie outside [low, high), and of how many: int64, (2,)."""
+        of_blocks = (count_outside(self.rows(index), self.mask_at(index), low, high) for index in blocks)
+        return sum(of_blocks, torch.zeros(2, dtype=torch.int64, device=self.device)).cpu()
 
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""
