@@ -139,7 +139,6 @@ def test_one_sample_none_and_other_dimensions():
 def test_data_outside_of_the_levels_are_warned_of_once(recwarn):
     metric = BitsPerDim(density(), bins=16, low=-9.0, high=9.0, nfe=16)
     metric.update(X[:4])
-    assert len(recwarn) == 0
     x = X[:4].clone()
     x[2, 1] = 9.5
     for _ in range(2):
