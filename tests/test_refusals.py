@@ -333,6 +333,12 @@ def test_arguments_of_another_kind():
         fs.discrete_log_prob(density(), X.long(), 16)
 
 
+def test_a_class_is_no_object():
+    for given, message in (((Net, fs.VP()), "model .*the class Net"), ((Net(), fs.VP), "schedule .*the class VP")):
+        with pytest.raises(TypeError, match=f"{message} and no object of it"):
+            fs.ScoreDensity(*given)
+
+
 class Gaussian(nn.Module):
     """The exact noise prediction of N(0, 0.25), called with the time that it was trained on."""
 
