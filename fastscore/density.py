@@ -231,10 +231,12 @@ class ScoreDensity(NetworkDensity):
                 bar.reset(total=len(active))
                 more, some = self._plan(samples, wanted)[0], samples.select(active)
                 found.average(active, estimator.evaluate(some, more, bar.update))
-        if target_stderr is not None and (left := int((found.variance[0].sqrt() > target_stderr).sum())):
+        if target_stderr is not None and len(left := found.nfe[found.variance[0].sqrt() > target_stderr]):
+            spent = int(left.max())
             warn(
-                f"{left} of {len(samples)} samples are above target_stderr={target_stderr:g} after "
-                f"max_nfe={max_nfe} evaluations; give a larger max_nfe, or fit the density first"
+                f"{len(left)} of {len(samples)} samples are above target_stderr={target_stderr:g} after {spent} "
+                f"evaluations, and twice as many are more than max_nfe={max_nfe}; give a larger max_nfe, or fit the "
+                "density first"
             )
         return estimator.report(found, samples, wanted.noise, numbers)
 

@@ -315,8 +315,13 @@ def test_nodes_of_another_schedule_are_refused():
 
 
 def test_an_error_that_was_not_reached_is_said():
-    with pytest.warns(UserWarning, match="30 of 30 samples are above target_stderr=1e-06 after max_nfe=64"):
-        density().estimate(X, nfe=16, target_stderr=1e-6, max_nfe=64)
+    for most, spent in ((64, 64), (100, 64), (128, 128)):
+        message = (
+            f"30 of 30 samples are above target_stderr=1e-06 after {spent} evaluations.*more than max_nfe={most}; "
+        )
+        with pytest.warns(UserWarning, match=message):
+            found = density().estimate(X, nfe=16, target_stderr=1e-6, max_nfe=most)
+        assert int(found.nfe.max()) == spent
 
 
 def test_fit_names_the_sample_by_its_place_in_the_data():
