@@ -45,7 +45,7 @@ from .process.predictions import check_prediction
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
-from .support.host import positive, whole
+from .support.host import kind_of, positive, whole
 from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
@@ -97,15 +97,13 @@ class ScoreDensity(NetworkDensity):
     ):
         super().__init__()
         if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {type(schedule).__name__}"
-            )
+            raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
+            raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}; wrap a function in a Module")
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
         if reference is not None and not isinstance(reference, Reference):
-            raise TypeError(f"reference must be a fastscore Reference, got {type(reference).__name__}")
+            raise TypeError(f"reference must be a fastscore Reference, got {kind_of(reference)}")
         if time_dtype is not None and not isinstance(time_dtype, torch.dtype):
             raise TypeError(f"time_dtype must be a torch.dtype such as torch.float32, got {time_dtype!r}")
         check_name(backend)
@@ -233,10 +231,12 @@ class ScoreDensity(NetworkDensity):
                 bar.reset(total=len(active))
                 more, some = self._plan(samples, wanted)[0], samples.select(active)
                 found.average(active, estimator.evaluate(some, more, bar.update))
-        if target_stderr is not None and (left := int((found.variance[0].sqrt() > target_stderr).sum())):
+        if target_stderr is not None and len(left := found.nfe[found.variance[0].sqrt() > target_stderr]):
+            spent = int(left.max())
             warn(
-                f"{left} of {len(samples)} samples are above target_stderr={target_stderr:g} after "
-                f"max_nfe={max_nfe} evaluations; give a larger max_nfe, or fit the density first"
+                f"{len(left)} of {len(samples)} samples are above target_stderr={target_stderr:g} after {spent} "
+                f"evaluations, and twice as many are more than max_nfe={max_nfe}; give a larger max_nfe, or fit the "
+                "density first"
             )
         return estimator.report(found, samples, wanted.noise, numbers)
 

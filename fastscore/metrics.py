@@ -26,7 +26,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .estimator.estimate import Estimate, log_width
+from .estimator.bins import count_outside, log_width, warn_if_outside
+from .estimator.estimate import Estimate
 from .estimator.protocol import Density, check_density
 from .estimator.rules import GROUPS
 from .estimator.samples import check_batch
@@ -112,6 +113,7 @@ class NegativeLogLikelihood(Metric):
             raise ValueError(
                 f"samples had {int(self.dims)} dimensions so far and now {found.dims}; use one metric each"
             )
+        self._see(x, mask)
         value, scale = self._in_unit(replace(found, log_prob=found.log_prob.double()))
         for state, more in zip(self._sums(), GroupSums.of(value.to(self.total), found.jump * scale, found.group)):
             state += more
@@ -150,6 +152,9 @@ class NegativeLogLikelihood(Metric):
             f"{self.name}_estimate_stderr": (variance / samples.square() + of_groups.common_variance()).sqrt(),
         }
 
+    def _see(self, x: Tensor, mask: Tensor | None) -> None:
+        """Look at a batch that was taken in."""
+
     def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor | float]:
         """Return every sample's value in the metric's unit, and how many of these a nat is."""
         return -found.log_prob, 1.0
@@ -167,7 +172,7 @@ class BitsPerDim(NegativeLogLikelihood):
     Arguments:
         density, nfe, seed, options: as in `NegativeLogLikelihood`.
         bins, low, high: levels of discrete data and the ends of the dequantized data, in the user's space, as in
-            `Estimate.bits_per_dim`.
+            `Estimate.bits_per_dim`; data outside [low, high) are warned of.
 
     Raises:
         ValueError: for fewer than 2 bins, or high <= low.
@@ -187,7 +192,12 @@ class BitsPerDim(NegativeLogLikelihood):
     ):
         super().__init__(density, nfe, seed, **options)
         log_width(bins, low, high)  # raises
-        self.levels = bins, low, high
+        self.levels, self._told = (bins, low, high), bins is None
+
+    def _see(self, x: Tensor, mask: Tensor | None) -> None:
+        """Warn, once, of data outside [low, high)."""
+        if not self._told:
+            self._told = warn_if_outside(count_outside(x, mask, *self.levels[1:]), *self.levels)
 
     def _in_unit(self, found: Estimate) -> tuple[Tensor, Tensor]:
         return found.bits_per_dim(*self.levels), 1 / (found.dims * math.log(2))

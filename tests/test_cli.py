@@ -29,6 +29,13 @@ def number(output, label):
     return float(re.search(rf"^{re.escape(label)}\s+(?:<= )?(\S+)", output, re.MULTILINE)[1])
 
 
+def test_data_outside_of_the_levels_are_said(folder):
+    x = np.load("data.npy")
+    said = rf"{int(((x < -0.5) | (x >= 0.5)).sum())} of {x.size} entries of the data lie outside .*\(--low, --high\)"
+    with pytest.warns(UserWarning, match=said):
+        evaluate(*ARGUMENTS, "--bins", 256, "--low", -0.5, "--high", 0.5, "--out", "r.npz")
+
+
 def test_writes_the_densities_and_sums_them_up(folder):
     output = evaluate(*ARGUMENTS, "--bins", 256, "--low", -2, "--high", 2, "--out", "r.npz").stdout
     whole = expected(folder)

@@ -105,6 +105,23 @@ def test_csv_equals_npz(tmp_path):
         np.testing.assert_allclose(stored["bits_per_dim"], bits, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False])], ids=["all", "masked"])
+def test_data_outside_of_the_levels_are_warned_of_once(tmp_path, recwarn, mask):
+    x = samples(20).clamp(-0.99, 0.99)
+    options = OPTIONS | {"bins": 256, "mask": mask}
+    evaluate_dataset(density(), x, tmp_path / "inside.npz", **options)
+    x[3], x[9, 0], x[15] = 1.0, -1.0, -1.5  # high is outside, low inside
+    evaluate_dataset(density(), x, tmp_path / "none.npz", **options | {"bins": None})
+    assert [str(warning.message) for warning in recwarn] == []
+    evaluate_dataset(density(), x, tmp_path / "r.npz", **options)
+    (warning,) = recwarn
+    outside, entries = (4, 40) if mask is None else (2, 20)
+    assert str(warning.message).startswith(
+        f"{outside} of {entries} entries of the data lie outside [low, high) = [-1, 1), where the 256 levels are"
+    )
+    assert warning.filename == __file__
+
+
 def test_result_holds_no_date(tmp_path):
     evaluate_dataset(density(), samples(), tmp_path / "r.npz", **OPTIONS)
     with zipfile.ZipFile(tmp_path / "r.npz") as archive:
@@ -191,26 +208,27 @@ def test_block_of_other_samples_is_not_used(interrupted):
         ({"seed": 4}, "seed is 3 there and 4 here"),
         ({"method": "elbo"}, "method is density there and elbo here"),
         ({"batch": 16}, "batch is 8 there and 16 here"),
+        ({"data": samples(60)}, r"data is float32 \(50, 2\) \w+ there and float32 \(60, 2\) \w+ here"),
         ({"target_stderr": 0.1}, "target_stderr is None there and 0.1 here"),
         ({"memory": "1MB"}, "memory is None there and 1048576 here"),
-        ({"indices": range(0, N, 2)}, "indices is 50 "),
+        ({"indices": range(0, N, 2)}, r"indices is all there and 25 \w+ here"),
         ({"identity": {"model": "abc"}}, "model is None there and abc here"),
-        ({"fit": samples(30)}, "fit data is "),
-        ({"data": samples(seed=1)}, r"data is float32 \(50, 2\) "),
-        ({"data": samples(dtype=torch.float64)}, r" there and float64 \(50, 2\) "),
-        ({"schedule": fs.VP(0.2)}, r"schedule is VP\(beta_min=0.1, beta_max=20\) .* here"),
-        ({"weight": 2.0}, "network is "),
+        ({"fit": samples(30)}, r"fit data is None there and \w+ here"),
+        ({"data": samples(seed=1)}, r"data is float32 \(50, 2\) \w+ there and float32 \(50, 2\) \w+ here"),
+        ({"data": samples(dtype=torch.float64)}, r"data is float32 \(50, 2\) \w+ there and float64 \(50, 2\) \w+ here"),
+        ({"schedule": fs.VP(0.2)}, r"schedule is VP\(beta_min=0.1, beta_max=20\) [^;]* here"),
+        ({"weight": 2.0}, r"network is \w+ there and \w+ here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_arguments_are_refused(interrupted, change, named):
+def test_other_arguments_are_refused_and_no_more_is_named_than_differs(interrupted, change, named):
     out, _ = interrupted
     change = dict(change)
     other = density(change.pop("schedule", None))
     with torch.no_grad():
         other.model.weight *= change.pop("weight", 1.0)
     data = change.pop("data", samples())
-    with pytest.raises(ValueError, match=rf"3 finished blocks of another run: .*{named}.*another out.*restart"):
+    with pytest.raises(ValueError, match=rf"3 finished blocks of another run: {named}\. Give another out.*restart"):
         evaluate_dataset(other, data, out, **OPTIONS | change)
     assert len(RunFolder(out).blocks()) == 3
 

@@ -100,8 +100,10 @@ def test_a_resumed_run_is_the_same_to_the_byte_and_another_mask_is_refused(tmp_p
     other = THERE.clone()
     other[3] = True
     for wrong in (other, None, MASK[:1]):
-        with pytest.raises(ValueError, match=r"finished blocks of another run: .*mask is"):
+        with pytest.raises(ValueError, match=r"finished blocks of another run: mask is \w+ there and \w+ here\. Give"):
             evaluate_dataset(density(), X, tmp_path / "r.npz", mask=wrong, **OPTIONS)
+    with pytest.raises(ValueError, match=r"another run: batch is \d+ there and 3 here\. Give"):
+        evaluate_dataset(density(), X, tmp_path / "r.npz", mask=THERE, **OPTIONS | {"batch": 3})
     evaluate_dataset(density(), X, tmp_path / "r.npz", mask=MASK[..., :1].numpy(), progress=False, **OPTIONS)
     assert (tmp_path / "r.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 

@@ -12,6 +12,7 @@ from test_classify import PRIOR, TARGETS, ClassNet, exact, points
 
 import fastscore as fs
 from fastscore.cli.commands import main
+from fastscore.runs import evaluate_dataset
 
 TEXT = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
 NETS = "import torch\n\nclass build(torch.nn.Module):\n    def forward(self, x_t, t):\n        return x_t\n"
@@ -52,6 +53,18 @@ def test_the_data_set(names):
     error = torch.from_numpy(names["stored"]["log_prob"]) - own
     assert float((error.abs() < 4 * torch.from_numpy(names["stored"]["stderr"]) + 0.01).double().mean()) > 0.95
     assert np.array_equal(names["stored"]["log_prob"], names["whole"].log_prob.numpy())
+
+
+def test_the_fields_of_the_result(tmp_path):
+    density = fs.ScoreDensity(ClassNet(TARGETS, fs.VP()), fs.VP())
+    x, y = points(1, seed=7), torch.arange(4)
+    evaluate_dataset(density, x, tmp_path / "r.npz", cond={"y": y}, mask=x == x, nfe=16, bins=256, low=-9, high=9)
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXT, re.MULTILINE)
+    with np.load(tmp_path / "r.npz") as stored:
+        assert list(stored) == [name for name, _ in rows]
+        for name, said in rows:
+            assert stored[name].shape == (len(x),)
+            assert ("int64" in said) == (stored[name].dtype == np.int64)
 
 
 def test_ranking(names):

@@ -136,6 +136,20 @@ def test_one_sample_none_and_other_dimensions():
         BitsPerDim(density(), bins=1)
 
 
+def test_data_outside_of_the_levels_are_warned_of_once(recwarn):
+    metric = BitsPerDim(density(), bins=16, low=-9.0, high=9.0, nfe=16)
+    metric.update(X[:4])
+    x = X[:4].clone()
+    x[2, 1] = 9.5
+    for _ in range(2):
+        metric.update(x)
+    BitsPerDim(density(), nfe=16).update(x)
+    (warning,) = recwarn
+    assert "1 of 8 entries of the data lie outside [low, high) = [-9, 9), where the 16 levels are" in str(
+        warning.message
+    )
+
+
 def test_two_processes_give_one_answer(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(TESTS), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     run = [sys.executable, str(TESTS / "metric_worker.py"), str(tmp_path)]

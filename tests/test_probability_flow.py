@@ -1,5 +1,6 @@
 """The probability-flow ODE against the densities that it has to reproduce."""
 
+import importlib
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.densities import flow_field, flow_steps
-from fastscore.densities.probability_flow import probability_flow_log_prob
+from fastscore.densities.probability_flow import READ, probability_flow_log_prob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,8 +295,6 @@ def test_auto_needs_no_other_package_and_says_where_it_does_not_get(monkeypatch)
 
 def test_steps_belong_to_a_fixed_grid():
     density, x = matched(TARGET, RANGE), TARGET.sample(2, seed=4)
-    with pytest.raises(ValueError, match="steps=8, method='dopri5'"):
-        probability_flow_log_prob(density, x, method="dopri5", steps=8)
     with pytest.raises(ValueError, match="steps=0"):
         probability_flow_log_prob(density, x, method="rk4", steps=0)
     for method in ("midpoint", "euler", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams"):
@@ -303,6 +302,44 @@ def test_steps_belong_to_a_fixed_grid():
             probability_flow_log_prob(density, x, method=method)
     for method in ("auto", "dopri5", "adaptive_heun", "scipy_solver"):
         assert probability_flow_log_prob(density, x, method=method).log_prob.isfinite().all()
+
+
+REFUSED = {
+    "unknown": (dict(method="rk5"), r"method must be one of auto, midpoint, .*rk4.*dopri5.*scipy_solver; got 'rk5'"),
+    "unknown, with steps": (dict(method="Midpoint", steps=8), "method must be one of .*; got 'Midpoint'"),
+    "steps of auto": (
+        dict(steps=8),
+        r"'auto' does not read steps, got steps=8; leave it out \(it reads error\)",
+    ),
+    "steps of an adaptive one": (dict(method="dopri5", steps=1), "does not read steps.* does: midpoint, euler"),
+    "steps of scipy": (dict(method="scipy_solver", steps=8), "does not read steps"),
+    "error of a grid": (dict(method="midpoint", steps=8, error=0.1), "does not read error, .* does: auto"),
+    "error of an adaptive one": (dict(method="dopri5", error=0.01), "does not read error, got error=0.01"),
+    "rtol of auto": (dict(rtol=1e-6), "method='auto' does not read rtol, .* does: implicit_adams, fixed_adams, dopri8"),
+    "atol of a grid": (dict(method="rk4", steps=8, atol=1e-6), "method='rk4' does not read atol"),
+    "probes of the exact trace": (dict(probes=4), "trace='exact' has no probes, got probes=4; trace='hutchinson'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_methods_are_named_and_options_that_they_do_not_read_refused(kind):
+    options, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        probability_flow_log_prob(matched(TARGET, RANGE), TARGET.sample(2, seed=4), **options)
+
+
+def test_the_methods_are_those_of_torchdiffeq():
+    solvers = importlib.import_module("torchdiffeq._impl.odeint").SOLVERS
+    assert set(READ) == {"auto", *solvers}
+
+
+def test_one_probe_has_no_error_and_says_so():
+    density, x = matched(correlated(), RANGE), correlated().sample(2)
+    for probes in (1, 2):
+        options = dict(trace="hutchinson", method="midpoint", steps=4, probes=probes)
+        found = probability_flow_log_prob(density, x, **options)
+        assert bool(found.stderr.isnan().all()) == (probes == 1)
+        assert ("no stderr from one probe, probes=2 or more give one" in repr(found)) == (probes == 1)
 
 
 def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():

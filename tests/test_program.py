@@ -65,6 +65,32 @@ def test_a_condition_a_sample_and_time_meet_in_two_passes_not_in_a_table_of_all_
     assert {tuple(table.shape[:2]) for table in tables} == {(1, 1), (1, 6), (4, 1)}
 
 
+class Joined(nn.Module):
+    """An MLP that is given time and condition beside x, in one layer or in layers whose answers are added."""
+
+    def __init__(self, joined, paired=False):
+        super().__init__()
+        self.joined, self.paired = joined, paired
+        self.embed, self.out = nn.Linear(1, 6), nn.Linear(32, 3)
+        self.first = nn.Linear(3 + 6 + 4, 32) if joined else nn.ModuleList(nn.Linear(w, 32) for w in (3, 6, 4))
+
+    def forward(self, x, t, y):
+        time = torch.sin(self.embed(t[:, None]))
+        parts = [x, time * y.mean(1, keepdim=True) if self.paired else time, y]
+        found = self.first(torch.cat(parts, 1)) if self.joined else sum(f(part) for f, part in zip(self.first, parts))
+        return self.out(torch.relu(found))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_share_that_is_spared_is_that_of_what_a_row_does_not_repeat(joined, paired):
+    net, y = Joined(joined, paired), torch.randn(5, 4)
+    program = RowProgram.trace(net, (3,), torch.linspace(0.1, 0.9, 4), {"y": y})
+    repeated = 3 * 32 + 32 * 3 + 6 * 32 * paired  # of x, and of the time where it comes with a sample's own condition
+    assert program.spared == pytest.approx(1 - repeated / (6 + (3 + 6 + 4) * 32 + 32 * 3))
+    assert f"{program.spared:.0%} of the multiplications run once" in fs.explain(net, (3,), y=y)
+
+
 def test_explain():
     net, shape, *_ = make("TabSyn, EDM")
     text = fs.explain(net, shape, fs.EDM())

@@ -1,6 +1,7 @@
 """What cannot be right is refused in one sentence, by every call: data, answers of networks, numbers."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 import fastscore as fs
 from fastscore.estimator.protocol import check_density
 from fastscore.metrics import NegativeLogLikelihood
+from fastscore.process.schedules import settings_of
 from fastscore.transforms import zscore
 
 
@@ -64,7 +66,10 @@ DATA = {
     "sparse": (X.to_sparse(), "dense tensor, got a sparse_coo one"),
     "rows compressed": (X.to_sparse_csr(), "dense tensor, got a sparse_csr one"),
     "nested": (torch.nested.nested_tensor([X, X]), "dense tensor, got a nested one.*pad_sequence and mask="),
-    "complex": (X.to(torch.complex64), "floating point, got torch.complex64"),
+    "complex": (
+        X.to(torch.complex64),
+        "floating point, got torch.complex64; a density .* real numbers: .*as_real",
+    ),
     "whole numbers": (X.long(), "floating point, got torch.int64; dequantize"),
     "truth values": (X > 0, "floating point, got torch.bool"),
     "quantized": (
@@ -180,6 +185,39 @@ def test_networks_that_cannot_be_called_so(kind):
     for call in (lambda: made.estimate(X, nfe=16, **cond), lambda: fs.probability_flow_log_prob(made, X, **cond)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Unpacks(nn.Module):
+    def forward(self, x, t):
+        _rows, _channels, _height, _width = x.shape
+        return x
+
+
+class Convolves(nn.Sequential):
+    def forward(self, x, t):
+        return super().forward(x) * t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@pytest.mark.parametrize("call", ["estimate", "log_prob", "ode", "loss", "fit"])
+@pytest.mark.parametrize("kind", ["one dimension", "two", "two of channels as many as rows", "three", "unpacked"])
+def test_a_single_sample_without_a_batch_is_told_how_to_be_one(call, kind):
+    made, shape = {
+        "one dimension": (Convolves(nn.Conv1d(3, 3, 3, padding=1)), (30, 8)),
+        "two": (Convolves(nn.Conv2d(3, 3, 3, padding=1)), (30, 8, 8)),
+        "two of channels as many as rows": (Convolves(nn.Conv2d(4, 4, 3, padding=1)), (30, 8, 8)),
+        "three": (Convolves(nn.Conv3d(3, 3, 3, padding=1)), (30, 4, 4, 4)),
+        "unpacked": (Unpacks(), (30, 8, 8)),
+    }[kind]
+    made, x = fs.ScoreDensity(made, fs.VP()), torch.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
+    with pytest.raises(ValueError, match=r"does not take data of shape .* is a single sample, .* give x\[None\]"):
+        CALLS[call](made, x)
+
+
+def test_data_that_are_wrong_otherwise_are_not_told_to_be_a_single_sample():
+    for layer, shape in ((nn.Conv2d(3, 3, 3, padding=1), (2, 4, 8, 8)), (nn.Linear(4, 4), (2, 3))):
+        with pytest.raises(ValueError, match="does not take data of shape") as refused:
+            fs.ScoreDensity(Convolves(layer), fs.VP()).estimate(torch.ones(shape), nfe=16)
+        assert "single sample" not in str(refused.value)
 
 
 OWN = {
@@ -315,8 +353,13 @@ def test_nodes_of_another_schedule_are_refused():
 
 
 def test_an_error_that_was_not_reached_is_said():
-    with pytest.warns(UserWarning, match="30 of 30 samples are above target_stderr=1e-06 after max_nfe=64"):
-        density().estimate(X, nfe=16, target_stderr=1e-6, max_nfe=64)
+    for most, spent in ((64, 64), (100, 64), (128, 128)):
+        message = (
+            f"30 of 30 samples are above target_stderr=1e-06 after {spent} evaluations.*more than max_nfe={most}; "
+        )
+        with pytest.warns(UserWarning, match=message):
+            found = density().estimate(X, nfe=16, target_stderr=1e-6, max_nfe=most)
+        assert int(found.nfe.max()) == spent
 
 
 def test_fit_names_the_sample_by_its_place_in_the_data():
@@ -331,6 +374,51 @@ def test_arguments_of_another_kind():
         density().compare(X, torch.ones(30), torch.zeros(30))
     with pytest.raises(ValueError, match=r"levels must be fastscore.Levels such as Levels\(256\), got int"):
         fs.discrete_log_prob(density(), X.long(), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", ["estimate", "log_prob", "loss", "ode"])
+def test_a_table_that_was_cast_is_refused(dtype, call):
+    made = fs.ScoreDensity(Net(), fs.DDPM.linear(100))
+    made.estimate(X, nfe=16)
+    made.schedule.table = made.schedule.table.to(dtype)
+    assert settings_of(made.schedule) != settings_of(fs.DDPM.linear(100))
+    with pytest.raises(ValueError, match=f"the table of DDPM must stay float64, got {dtype}; build the schedule anew"):
+        CALLS[call](made, X)
+
+
+class Loss(nn.Module):
+    """A loss of a density as a module, whose weights torch.func.functional_call replaces."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.density, self.loss = density(), loss
+
+    def forward(self, x):
+        return self.loss(self.density, x, seed=0, reduction="none")
+
+
+@pytest.mark.parametrize("name", ["density_loss", "score_regularization"])
+def test_losses_under_vmap(name):
+    taken = Loss(getattr(fs, name))
+    message = rf"^{name} does not run under torch.func.vmap; give all samples as one batch.*loop over networks"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(taken)(X.reshape(2, 15, 3))
+    weights = {"density.model.weight": torch.ones(4, 1)}
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(partial(torch.func.functional_call, taken), (0, None))(weights, (X,))
+
+
+def test_the_loss_has_derivatives_of_torch_func():
+    made, x = density(), X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(fs.density_loss(made, x, seed=0), x)
+    assert torch.allclose(torch.func.grad(lambda x: fs.density_loss(made, x, seed=0))(X), expected, rtol=1e-5)
+
+
+def test_a_class_is_no_object():
+    for given, message in (((Net, fs.VP()), "model .*the class Net"), ((Net(), fs.VP), "schedule .*the class VP")):
+        with pytest.raises(TypeError, match=f"{message} and no object of it"):
+            fs.ScoreDensity(*given)
 
 
 class Gaussian(nn.Module):

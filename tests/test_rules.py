@@ -1,6 +1,7 @@
 """Rules: no bias for any function, weights of their papers, and groups whose errors cancel."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,8 +151,14 @@ def test_discrete_and_elbo_weights_are_their_papers():
 def test_too_few_and_too_many_evaluations_and_unknown_methods():
     schedule = fs.LogSNR()
     nodes = NodeDensity.uniform(*schedule.log_snr_range)
-    with pytest.raises(ValueError, match=r"nfe=3 leaves fewer than 4 draws.*use nfe >= 8"):
-        make_rules(nodes, 3, schedule)
+    for share, least in ((0.0, 4), (0.5, 5), (1.0, 8)):
+        halves = NodeDensity.uniform(*schedule.log_snr_range, bins=2)
+        paired = replace(halves, share=torch.tensor([share, 1 - share]).double(), paired=torch.tensor([True, False]))
+        with pytest.raises(ValueError, match=rf"nfe=3 leaves fewer than 4 draws.*use nfe >= {least} "):
+            make_rules(paired, 3, schedule)
+        with pytest.raises(ValueError, match=rf"nfe={least - 1} leaves fewer than 4 draws.*use nfe >= {least} "):
+            make_rules(paired, least - 1, schedule)
+        assert make_rules(paired, least, schedule).nfe == least
     with pytest.raises(ValueError, match=r"nfe must be at most 16777216 evaluations a sample, got 1000000000"):
         make_rules(nodes, 10**9, schedule)
     with pytest.raises(ValueError, match="density, discrete, elbo; got 'vlb'"):

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+
 from torch import nn
+
+from ..support.host import kind_of
+
+
+def adapter(make: Callable) -> Callable:
+    """Let an adapter refuse what `ScoreDensity` takes and the adapter itself says: network, schedule and prediction."""
+    said = {"model", "schedule", "predicts"} - inspect.signature(make).parameters.keys()
+
+    @wraps(make)
+    def made(*args, **options):
+        for name in said & options.keys():
+            raise TypeError(
+                f"{name} is no option of {make.__name__}, which reads it off what else it is given; leave it out, or "
+                "build a fastscore.ScoreDensity with a schedule and predicts= of your own"
+            )
+        return make(*args, **options)
+
+    return made
 
 
 def expect(holds: bool, what: str, got: object, expected: str, remedy: str) -> None:
@@ -14,14 +36,15 @@ def expect(holds: bool, what: str, got: object, expected: str, remedy: str) -> N
 def expect_module(model: object, what: str, expected: str, remedy: str) -> None:
     """Raise a TypeError unless the model is a torch module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} must be {expected}, got {type(model).__name__}; {remedy}")
+        raise TypeError(f"{what} must be {expected}, got {kind_of(model)}; {remedy}")
 
 
 def expect_attributes(thing: object, names: tuple[str, ...], what: str, expected: str, remedy: str) -> None:
-    """Raise a TypeError that names the missing attributes."""
+    """Raise a TypeError that names the missing attributes, or the class that was given instead of an object of it."""
     missing = [name for name in names if not hasattr(thing, name)]
-    if missing:
-        raise TypeError(f"{what} must be {expected}, got {type(thing).__name__} without {', '.join(missing)}; {remedy}")
+    if missing or isinstance(thing, type):
+        without = "" if isinstance(thing, type) else f" without {', '.join(missing)}"
+        raise TypeError(f"{what} must be {expected}, got {kind_of(thing)}{without}; {remedy}")
 
 
 def expect_key(table: dict, key: object, what: str, remedy: str) -> object:

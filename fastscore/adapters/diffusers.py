@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import FlowMatching, Schedule
-from .checks import expect, expect_attributes, expect_key, expect_module
+from .checks import adapter, expect, expect_attributes, expect_key, expect_module
 from .clocks import table
 from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, bare, known_class
 
@@ -52,8 +52,9 @@ class DiffusersNet(nn.Module):
         return prediction if self.sign == 1 else -prediction
 
 
+@adapter
 def from_diffusers(
-    model: nn.Module, scheduler: object, time: str | None = None, sign: int | None = None, **options
+    model: nn.Module, scheduler: object | None = None, time: str | None = None, sign: int | None = None, **options
 ) -> ScoreDensity:
     """Return the density of a diffusers model (UNet2DModel, SD3Transformer2DModel, FluxTransformer2DModel, ...).
 
@@ -81,7 +82,8 @@ def from_diffusers(
             neither known nor said; for a scheduler that is neither kind or not the one that the class is called with;
             for an unknown prediction type, time or sign.
     """
-    expect_module(model, "model", "a diffusers model such as UNet2DModel", "give pipeline.unet or pipeline.transformer")
+    remedy = "give pipeline.unet (or pipeline.transformer) and pipeline.scheduler"
+    expect_module(model, "model", "a diffusers model such as UNet2DModel", remedy)
     wanted = "a diffusers scheduler with a config"
     expect_attributes(scheduler, ("config",), "scheduler", wanted, "give pipeline.scheduler")
     if time is not None:

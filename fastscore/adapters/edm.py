@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import EDM
-from .checks import expect, expect_module
+from .checks import adapter, expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM's sampler, where a network does not state its own
 
 
+@adapter
 def from_edm(net: nn.Module, sigma_min: float | None = None, sigma_max: float | None = None, **options) -> ScoreDensity:
     """Return the density of an EDM or EDM2 network, called as `net(x, sigma, class_labels=...)`.
 

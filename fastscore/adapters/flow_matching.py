@@ -14,7 +14,7 @@ from torch import nn
 from ..density import ScoreDensity
 from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
 from ..support.host import as_tensor
-from .checks import expect, expect_attributes, expect_module
+from .checks import adapter, expect, expect_attributes, expect_module
 
 PREDICTIONS = ("flow", "x0", "eps")
 
@@ -49,6 +49,7 @@ class SchedulerClock(Schedule):
         return f"SchedulerClock({type(self.scheduler).__name__})"
 
 
+@adapter
 def from_flow_matching(
     model: nn.Module, scheduler: object | None = None, predicts: str = "flow", **options
 ) -> ScoreDensity:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..density import ScoreDensity
 from ..support.buffers import Constants
 from ..support.host import as_tensor
-from .checks import expect_attributes, expect_key, expect_module
+from .checks import adapter, expect_attributes, expect_key, expect_module
 from .clocks import table
 
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0"}
@@ -34,6 +34,7 @@ class OriginalTime(Constants):
         return self.model(x_t, t if self.factor is None else t.float() * self.factor, **cond)
 
 
+@adapter
 def from_guided_diffusion(model: nn.Module, diffusion: object, **options) -> ScoreDensity:
     """Return the density of a guided-diffusion model; class labels are the keyword argument `y`.
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from ..density import ScoreDensity
 from ..process.schedules import EDM
-from .checks import expect, expect_module
+from .checks import adapter, expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser
 
 
+@adapter
 def from_k_diffusion(denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: float = 80.0, **options) -> ScoreDensity:
     """Return the density of a k-diffusion denoiser, called as `denoiser(x, sigma, **cond)`.
 

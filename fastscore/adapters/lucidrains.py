@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..densities.transformed import Transformed
 from ..density import ScoreDensity
 from ..transforms import zscore
-from .checks import expect, expect_attributes, expect_key
+from .checks import adapter, expect, expect_attributes, expect_key
 from .clocks import noise_table
 
 PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
@@ -34,6 +34,7 @@ class KeptLabels(nn.Module):
         return self.model(x_t, t, cond_drop_prob=cond_drop_prob, **cond)
 
 
+@adapter
 def from_lucidrains(diffusion: nn.Module, **options) -> Transformed:
     """Return the density of a `GaussianDiffusion` (also 1D, learned-variance or classifier-free-guidance ones).
 

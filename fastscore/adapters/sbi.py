@@ -20,7 +20,7 @@ from ..reference.gaussians import Reference
 from ..support.buffers import Constants
 from ..support.host import as_tensor
 from ..transforms import zscore
-from .checks import expect, expect_attributes
+from .checks import adapter, expect, expect_attributes
 from .clocks import OffsetFlow, SubVP
 
 # The estimator is that of one observation, and the product is normalized by the evidence, which nobody knows.
@@ -54,6 +54,7 @@ class SbiNet(Constants):
         return field(theta_t, condition.to(theta_t.dtype), t.to(theta_t.dtype))
 
 
+@adapter
 def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transformed:
     """Return the density log p(theta | x) of an sbi vector field estimator, in the parameters' own units.
 

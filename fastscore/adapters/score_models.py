@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import VE, VP
-from .checks import expect, expect_attributes, expect_module
+from .checks import adapter, expect, expect_attributes, expect_module
 
 
 class TimeFirst(nn.Module):
@@ -25,6 +25,7 @@ class TimeFirst(nn.Module):
         return self.score_model.score(t.to(x_t.dtype), x_t, *conditions)
 
 
+@adapter
 def from_score_models(score_model: nn.Module, **options) -> ScoreDensity:
     """Return the density of a score_models `ScoreModel`; a condition is the keyword argument `condition`.
 

@@ -20,7 +20,7 @@ from ..density import ScoreDensity
 from ..process.schedules import VE, VP
 from ..support.buffers import Constants
 from ..support.host import as_tensor
-from .checks import expect_attributes, expect_module
+from .checks import adapter, expect_attributes, expect_module
 from .clocks import SubVP, noise_table
 
 LABELS = 999  # of continuous times, whatever N is
@@ -64,6 +64,7 @@ class NoisiestFirst(Constants):
         return -sigma * self.model(x_t * (1 + sigma**2).sqrt(), len(self.sigmas) - 1 - i, **cond)
 
 
+@adapter
 def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **options) -> ScoreDensity:
     """Return the density of a score_sde network under its SDE.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -182,7 +183,8 @@ def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
     yield f"log_prob        {mean:.6g} +- {error:.2g} nats"
     if options["bins"] is not None:
         bits = result.bits_per_dim(options["bins"], options["low"], options["high"])
-        mean, error = replace(result, log_prob=bits.double()).mean()
+        jump = result.jump / result.dims / math.log(2)
+        mean, error = replace(result, log_prob=bits.double(), jump=jump).mean()
         yield f"bits/dim        {mean:.6g} +- {error:.2g}"
     yield f"stderr          {float(result.stderr.double().mean()):.3g} nats, mean over samples"
     yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"

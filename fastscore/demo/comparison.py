@@ -47,9 +47,9 @@ def compare_methods(density: ScoreDensity, problem: Problem, nfe: int, seed: int
     rows.append(_row(problem, "the formula, plain Monte Carlo", plain, _spread(plain, again), nfe, seconds))
 
     # The exact trace costs d backward passes a call: cheap in two dimensions, not in 64.
-    trace, backward = ("exact", d) if d <= PROBES else ("hutchinson", PROBES)
+    trace, probes, backward = ("exact", 1, d) if d <= PROBES else ("hutchinson", PROBES, PROBES)
     flow, seconds = _timed(
-        lambda: probability_flow_log_prob(density, x, trace=trace, probes=PROBES, seed=seed, error=GRID_ERROR)
+        lambda: probability_flow_log_prob(density, x, trace=trace, probes=probes, seed=seed, error=GRID_ERROR)
     )
     error = float(flow.stderr.square().mean().sqrt())
     calls = int(flow.nfe.double().mean())  # a trace for two, but one for each of the two ends

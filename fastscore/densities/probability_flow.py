@@ -42,7 +42,14 @@ from .flow_field import learned
 from .flow_path import ADAPTIVE, Flow
 from .flow_steps import MAX_STEPS, Solved, doubling, not_finite, once
 
-CHOOSING = (*ADAPTIVE, "scipy_solver")  # their steps follow the answer
+# The options that a method reads. Without steps, those of a solver follow the answer.
+READ = {
+    "auto": ("error",),
+    **dict.fromkeys(("midpoint", "euler", "heun2", "heun3", "rk4", "explicit_adams"), ("steps",)),
+    **dict.fromkeys(("implicit_adams", "fixed_adams"), ("steps", "rtol", "atol")),
+    **dict.fromkeys((*ADAPTIVE, "scipy_solver"), ("rtol", "atol")),
+}
+DEFAULTS = {"error": 0.01, "steps": 1, "rtol": 1e-5, "atol": 1e-5}
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
 MOST = 1 << 17  # steps, or probes: what is known of every one beforehand takes a gigabyte at most
@@ -72,6 +79,8 @@ class FlowLogProb(NamedTuple):
         none = int((~known).sum())
         parts = [f"{len(known)} samples" + (f", {none} of them NaN" if none else "")]
         parts.append(mean_in_words("log_prob", self.log_prob[known], self.stderr[known]))
+        if bool(self.stderr[known].isnan().any()):
+            parts.append("no stderr from one probe, probes=2 or more give one")
         parts.append(f"{float(self.nfe.double().mean()):.0f} evaluations a sample")
         for name in ("discretization", "truncation"):
             value = getattr(self, name)[known]
@@ -90,10 +99,10 @@ def probability_flow_log_prob(
     probes: int = 1,
     seed: int = 0,
     method: str = "auto",
-    error: float = 0.01,
+    error: float | None = None,
     steps: int | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float | None = None,
+    atol: float | None = None,
     mask: Tensor | None = None,
     cond: dict | None = None,
     **named,
@@ -111,15 +120,15 @@ def probability_flow_log_prob(
             between timesteps, which it is asked once.
         x: data, shape (B, *shape).
         trace: "exact" (d vector-Jacobian products an evaluation) or "hutchinson" (one a probe, Rademacher signs).
-        probes: number of Hutchinson probes, averaged; two at least give a standard error.
+        probes: number of Hutchinson probes, averaged; one has no standard error (NaN), two or more have.
         seed: key of the probes.
         method: "midpoint" on a grid of `steps`; "auto", the same with twice the steps, sample by sample, until the
             answer moves by less than `error`; or the name of a solver of torchdiffeq.
-        error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`.
-            Samples that do not get there in 2,048 steps keep what they reached, with a `discretization` above it and
-            a warning; NaN stands where the answer does not settle.
+        error: nats, 0.01 by default, of "auto", on the safe side: 99 % of samples are nearer in
+            `tests/test_probability_flow.py`. Samples that do not get there in 2,048 steps keep what they reached, with
+            a `discretization` above it and a warning; NaN stands where the answer does not settle.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...), which needs them; others choose their own.
-        rtol, atol: of torchdiffeq's adaptive solvers.
+        rtol, atol: of torchdiffeq's solvers that are adaptive or implicit, 1e-5 by default.
         mask: which entries count, as in `ScoreDensity.estimate`: the ODE is that of these, the others stand still and
             the network sees them as they are.
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
@@ -127,24 +136,21 @@ def probability_flow_log_prob(
     Raises:
         TypeError: if the density is none.
         ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
-        ValueError: for an unknown trace, steps that the method does not take or lacks, a table whose network does not
-            answer between timesteps, a network whose answer has no graph or only a part of it, and where no sample has
-            a number: all are NaN or inf, or do not settle.
+        ValueError: for an unknown trace or method, options that these do not read or lack, a table whose network does
+            not answer between timesteps, a network whose answer has no graph or only a part of it, and where no sample
+            has a number: all are NaN or inf, or do not settle.
     """
-    if steps is None and method != "auto" and method not in CHOOSING:
-        raise ValueError(
-            f"method={method!r} has a fixed grid and needs steps=, such as steps=64, got none; method='auto' finds how "
-            "many are enough"
-        )
-    steps = 1 if steps is None else steps
+    options = _options(method, {"error": error, "steps": steps, "rtol": rtol, "atol": atol})
+    steps, error = options["steps"], positive("error", options["error"], "nats")
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
             raise ValueError(f"{name} must be at most {MOST}, got {count}")
     if trace not in TRACES or probes < 1:
         raise ValueError(f"trace must be one of {', '.join(TRACES)} with probes >= 1; got {trace!r}, probes={probes}")
-    if steps < 1 or (steps > 1 and method in (*ADAPTIVE, "auto")):
-        raise ValueError(f"steps must be >= 1, and method one with a fixed grid; got steps={steps}, method={method!r}")
-    error = positive("error", error, "nats")
+    if trace == "exact" and probes > 1:
+        raise ValueError(f"trace='exact' has no probes, got probes={probes}; trace='hutchinson' averages over them")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got steps={steps}")
     refuse_inference_weights(check_density(density).model)
     odeint = None if method in OWN else _torchdiffeq()
     z, log_det = density.to_network(x, mask)
@@ -158,7 +164,8 @@ def probability_flow_log_prob(
             return doubling(flow, error)
         if method == "midpoint":
             return once(lambda flow: flow.midpoint(steps), flow)
-        return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, method not in CHOOSING)
+        rtol, atol = options["rtol"], options["atol"]
+        return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, fixed="steps" in READ[method])
 
     with undisturbed(core.model):
         core = between_timesteps(core, samples) if core.schedule.discrete else core
@@ -168,6 +175,29 @@ def probability_flow_log_prob(
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
     _warn_of_what_is_missing(found, error if method == "auto" else None)
     return found
+
+
+def _options(method: str, given: dict[str, object]) -> dict[str, object]:
+    """Return what was given with the defaults of the rest; raise ValueError for what the method does not read or lacks.
+
+    An unknown method raises it too.
+    """
+    if method not in READ:
+        raise ValueError(f"method must be one of {', '.join(READ)}; got {method!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name not in READ[method]:
+            readers = ", ".join(other for other, read in READ.items() if name in read)
+            raise ValueError(
+                f"method={method!r} does not read {name}, got {name}={value!r}; leave it out (it reads "
+                f"{', '.join(READ[method])}), or take a method that does: {readers}"
+            )
+    if "steps" in READ[method] and "steps" not in given:
+        raise ValueError(
+            f"method={method!r} has a fixed grid and needs steps=, such as steps=64, got none; method='auto' finds how "
+            "many are enough"
+        )
+    return DEFAULTS | given
 
 
 def _result(flow: Flow, log_prob: Tensor, *constants: Tensor) -> FlowLogProb:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .bins import log_width
 from .curve import Curve, CurveSum, table_error, truncation
 from .faults import Faults
 from .statistics import GroupSums
@@ -132,7 +133,8 @@ class Estimate:
         Discrete data with `bins` levels, dequantized by x = low + Delta (level + u), u uniform in [0, 1), has the
         log-probability log p(x) + d log Delta (in expectation over u, a lower bound): for 8-bit data in [-1, 1)
         Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
-        rate, which may be negative and depends on the units of x. With a mask d is each sample's own.
+        rate, which may be negative and depends on the units of x. With a mask d is each sample's own. Whether the
+        data lie in [low, high) is not known here: `evaluate_dataset` and `BitsPerDim` warn where they do not.
         """
         return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
 
@@ -184,12 +186,3 @@ def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:
     spread = f" +- {float(value.std()) / math.sqrt(len(value)):.2g}" if len(value) > 1 else ""
     own = f", stderr {float(stderr.mean()):.2g} a sample" if bool((stderr > 0).any()) else ""
     return f"{name} {float(value.mean()):.4g}{spread} nats{own}"
-
-
-def log_width(bins: int | None, low: float, high: float) -> float:
-    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
-    if bins is None:
-        return 0.0
-    if bins < 2 or not high > low:
-        raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
-    return math.log((high - low) / bins)

@@ -308,13 +308,20 @@ def make_rules(
     if nfe > MAX_DRAWS:
         raise ValueError(f"nfe must be at most {MAX_DRAWS} evaluations a sample, got {nfe}; average over seeds instead")
     shift = common_shift(seed, round_)
-    draws = round(nfe * density.draws_per_evaluation)
-    while draws >= MIN_DRAWS:
-        rules = Rules(density, draws, schedule, method, shift)
-        if rules.nfe <= nfe:
-            return rules
-        draws -= max(1, (rules.nfe - nfe) // 2)
-    raise ValueError(_too_few(nfe))
+
+    def most(nfe: int) -> Rules | None:
+        draws = round(nfe * density.draws_per_evaluation)
+        while draws >= MIN_DRAWS:
+            rules = Rules(density, draws, schedule, method, shift)
+            if rules.nfe <= nfe:
+                return rules
+            draws -= max(1, (rules.nfe - nfe) // 2)
+        return None
+
+    found = most(nfe)
+    if found is None:
+        raise ValueError(_too_few(nfe, next(filter(most, range(MIN_DRAWS, 2 * MIN_DRAWS)), 2 * MIN_DRAWS)))
+    return found
 
 
 def uniform_in_time(nfe: int, schedule: Schedule) -> FixedRules:
@@ -325,7 +332,7 @@ def uniform_in_time(nfe: int, schedule: Schedule) -> FixedRules:
     """
     draws = nfe // 2
     if draws < MIN_DRAWS:
-        raise ValueError(_too_few(nfe))
+        raise ValueError(_too_few(nfe, 2 * MIN_DRAWS))
     clean, noisy = schedule.time_range
     u = _strata(draws, 0.5)
     whole = (noisy + 1 - (noisy + 1 - clean) * u).floor().long()  # of a table, the entry in the middle of each cell
@@ -377,8 +384,8 @@ def _ends(by_shift: Tensor) -> Tensor:
     return ends
 
 
-def _too_few(nfe: int) -> str:
+def _too_few(nfe: int, least: int) -> str:
     return (
         f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws a sample, too few for an error bar; "
-        f"use nfe >= {2 * MIN_DRAWS} (the default is 256)"
+        f"use nfe >= {least} (the default is 256)"
     )

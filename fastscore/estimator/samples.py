@@ -82,7 +82,10 @@ def check_batch(x: Tensor) -> None:
         )  # fmt: skip
         raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; {remedy}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}; dequantize integers first (fastscore.Levels)")
+        remedy = "dequantize integers first (fastscore.Levels)"
+        if x.is_complex():
+            remedy = "a density is one of real numbers: torch.view_as_real(x) makes two entries of each"
+        raise ValueError(f"x must be floating point, got {x.dtype}; {remedy}")
     if x.is_meta:
         raise ValueError("x is on the meta device, where tensors have no values; create it on the network's device")
 

@@ -77,7 +77,7 @@ def predict(
     except _REFUSALS as error:
         if _is_own_sentence(error):
             raise
-        raise ValueError(_refusal(error, passed, times, cond)) from error
+        raise ValueError(_refusal(error, model, passed, times, cond)) from error
     prediction = read_output(output, passed)
     if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
         _refuse_without_graph(model, passed, times, cond.repeated(rows), prediction)
@@ -94,7 +94,7 @@ def _is_own_sentence(error: Exception) -> bool:
     return raised and frame.f_globals.get("__name__", "").partition(".")[0] == "fastscore"
 
 
-def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -> str:
+def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
     remedies = cond.other_lengths()
@@ -106,6 +106,9 @@ def _refusal(error: Exception, passed: Tensor, time: Tensor, cond: Conditions) -
         remedies.append(f"time_dtype=torch.{str(passed.dtype).removeprefix('torch.')} if it joins time and data")
     if isinstance(error, ValueError | RuntimeError) and any(word in reason for word in ("element", "expand")):
         remedies.append("it has to take one time a row")
+    taken = {len(layer.kernel_size) + 2 for layer in layers_of(model) if isinstance(layer, nn.modules.conv._ConvNd)}
+    if passed.ndim + 1 in taken or f"expected {passed.ndim + 1}, got {passed.ndim}" in reason:
+        remedies.append("if x is a single sample, without a dimension for the batch, give x[None]")
     given = f" and conditions {cond}" if str(cond) else ""
     called = f"called with x_t {tuple(passed.shape)} {passed.dtype} and t {tuple(time.shape)} {time.dtype}"
     return (

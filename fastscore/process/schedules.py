@@ -109,7 +109,8 @@ def settings_of(schedule: Schedule) -> tuple | None:
     found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
     for name, value in vars(schedule).items():
         if isinstance(value, Tensor) and not value.requires_grad and value.device.type == "cpu":
-            value = value.dtype, value.shape, value.numpy().tobytes()
+            raw = value.contiguous().reshape(-1).view(torch.uint8)  # numpy does not know all dtypes
+            value = value.dtype, value.shape, raw.numpy().tobytes()
         elif not all(type(each) in (int, float) for each in (value if type(value) is tuple else (value,))):
             return None
         found += [name, value]
@@ -342,11 +343,20 @@ class DDPM(Schedule):
             raise ValueError(
                 f"{self!r} knows timesteps 0 to {len(self.table) - 1}, got {int(index.min())} to {int(index.max())}"
             )
-        return self.table[index].to(t.device)
+        return self.entries()[index].to(t.device)
+
+    def entries(self) -> Tensor:
+        """Return the table; raise ValueError where it was given another dtype, in which entries run together."""
+        _require(
+            self.table.dtype == torch.float64,
+            f"the table of DDPM must stay float64, got {self.table.dtype}; build the schedule anew and leave it out of "
+            "what is cast",
+        )
+        return self.table
 
     def time(self, log_snr):
         """Return the nearest timestep, int64."""
-        rising = self.table.flip(0).contiguous()
+        rising = self.entries().flip(0).contiguous()
         middles = (rising[1:] + rising[:-1]) / 2
         log_snr = _float64(log_snr)
         return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)

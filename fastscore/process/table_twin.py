@@ -38,7 +38,7 @@ class ContinuousDDPM(Schedule):
     def __init__(self, table: DDPM):
         if not isinstance(table, DDPM):
             raise TypeError(f"table must be a DDPM such as DDPM.linear(1000), got {type(table).__name__}")
-        self.table, self.time_range = table.table, table.time_range
+        self.table, self.time_range = table.entries(), table.time_range
         self.slope = _monotone_slopes(self.table.diff())
 
     def log_snr(self, t):

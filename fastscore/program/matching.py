@@ -162,9 +162,9 @@ class Matcher:
         columns = [(part, self.tables.columns(weight, *range_)) for part, range_ in zip(value.parts, value.ranges())]
         x_part, own = next((part, own) for part, own in columns if isinstance(part, Value))
         product = Value(self.next(Linear, x_part, node, out, own, exact=False), 1.0, shift)
-        for part, own in columns:
+        for (part, own), (start, stop) in zip(columns, value.ranges()):
             if part is not x_part:
-                product = self.tables.shifted(product, self.tables.linear(part, own))
+                product = self.tables.shifted(product, self.tables.linear(part, own, (stop - start) * out))
         return product
 
     def on_cat(self, node, dim=0):

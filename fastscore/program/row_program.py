@@ -123,13 +123,19 @@ class RowProgram:
 
     @cached_property
     def _multiplications(self) -> dict[int, int]:
-        """Multiplications of matrices by what they depend on; parameters alone do not count."""
-        found = {TIME: 0, SAMPLE: 0, BOTH: 0, X: 0}
+        """Multiplications of matrices by what they depend on; parameters alone do not count.
+
+        Columns of a layer that is given more than x count by what is in them.
+        """
+        found = {0: 0, TIME: 0, SAMPLE: 0, BOTH: 0, X: 0}
         for node in self.traced.graph.nodes:
             level = min(node.meta.get("level", 0), X)
             matrix = {"linear": 1, "mm": 1, "matmul": 1, "addmm": 2}.get(operation_of(node))
             if level and matrix and "val" in node.meta:
                 found[level] += node.args[matrix].meta["val"].numel()
+            columns = node.meta.get("multiplications", 0)
+            found[level] += columns
+            found[X] -= columns
         return found
 
     def reads(self) -> list[Tensor]:

@@ -81,8 +81,11 @@ class Tables:
     def transposed(self, weight: fx.Node) -> fx.Node:
         return self.add(torch.t, weight)
 
-    def linear(self, part: fx.Node, weight: fx.Node) -> fx.Node:
-        return self.add(F.linear, part, weight)
+    def linear(self, part: fx.Node, weight: fx.Node, multiplications: int) -> fx.Node:
+        """Return the product of a part of some columns with the weight's own, which takes so many multiplications."""
+        node = self.add(F.linear, part, weight)
+        node.meta["multiplications"] = multiplications
+        return node
 
     def like(self, node: fx.Node, part: fx.Node) -> fx.Node:
         """Return the operation of a node on another first argument."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
+from ..estimator.bins import count_outside
 from ..estimator.curve import Curve, CurveSum
 from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density
@@ -38,6 +39,7 @@ class Work:
     density: Density
     data: Array
     blocks: tuple[Tensor, ...]
+    batch: int
     device: torch.device
     options: dict
     conditions: DataConditions
@@ -68,7 +70,7 @@ class Work:
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))
-        work = cls(density, data, index.split(batch), device, options, conditions, counted)
+        work = cls(density, data, index.split(batch), batch, device, options, conditions, counted)
         _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]), work.mask_at(index[:1]))
         return work
 
@@ -90,6 +92,11 @@ class Work:
             for index in blocks
         ]
 
+    def outside(self, blocks: Sequence[Tensor], low: float, high: float) -> Tensor:
+        """Return how many entries of some blocks lie outside [low, high), and of how many: int64, (2,)."""
+        of_blocks = (count_outside(self.rows(index), self.mask_at(index), low, high) for index in blocks)
+        return sum(of_blocks, torch.zeros(2, dtype=torch.int64, device=self.device)).cpu()
+
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""
         density, first = self.density.core, self.blocks[0][:1]
@@ -103,7 +110,7 @@ class Work:
             "time dtype": str(density.time_dtype),
             "reference and nodes": digest(fitted_state(density)),
             "conditions": self.conditions.setting(),
-            "batch": len(self.blocks[0]),
+            "batch": self.batch,
             "device": self.device.type,
             "fastscore": version("fastscore"),
             "torch": torch.__version__,
@@ -120,19 +127,21 @@ class Work:
         """Return by name all that the numbers depend on, so that a resumed run can say what differs."""
         shape, chosen = tuple(self.data.shape), torch.cat(self.blocks)
         kind = str(self.data.dtype).removeprefix("torch.")
+        every = torch.equal(chosen, torch.arange(len(self.data), device="cpu"))
         found = self.setting() | {
-            "fit data": digest_of([]),
+            "fit data": None,
             "data": f"{kind} {shape} {digest_of([of_data for of_data, *_ in digests])}",
-            "conditions": f"{self.conditions.setting()} {digest_of([of_cond for _, of_cond, _ in digests])}",
-            "mask": None if self.mask is None else digest_of([of_mask for *_, of_mask in digests]),
-            "indices": f"{len(chosen)} {digest({'index': chosen})}",
+            "conditions": f"{self.conditions.setting()} {_of_parts([of_cond for _, of_cond, _ in digests])}",
+            "mask": None if self.mask is None else _of_parts([of_mask for *_, of_mask in digests]),
+            "indices": "all" if every else f"{len(chosen)} {digest({'index': chosen})}",
         }
         if fit is not None:
             check_data("fit data", fit, shape[1:])
             parts = torch.arange(len(fit), device="cpu").split(FIT_BLOCK)
             found["fit data"] = digest_of([digest_rows("fit data", fit, part) for part in parts])
-            of_conditions = [fit_conditions.digest_rows(part) for part in parts] if fit_conditions else []
-            found["fit conditions"] = digest_of([fit_conditions.setting() if fit_conditions else "", *of_conditions])
+            if fit_conditions:
+                of_conditions = [fit_conditions.digest_rows(part) for part in parts]
+                found["fit conditions"] = digest_of([fit_conditions.setting(), *of_conditions])
             found["fit mask"] = digest_of([_of_mask(fit_mask, part) for part in parts]) if fit_mask else None
             found["reference and nodes"] = "from fit data"
         return found
@@ -182,6 +191,11 @@ class Work:
 
 def _of_mask(mask: DataMask | None, index: Tensor) -> str:
     return "" if mask is None else mask.digest_rows(index)
+
+
+def _of_parts(digests: Sequence[str]) -> str:
+    """Return one digest of all parts; of what samples share it is the same, however many parts there are."""
+    return digest_of(digests if len(set(digests)) > 1 else digests[:1])
 
 
 def _check_network(density: Density, x: Tensor, cond: dict[str, object], mask: Tensor | None) -> None:

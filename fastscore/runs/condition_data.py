@@ -52,6 +52,9 @@ class DataConditions:
             own[path] = leaf.value
         return cls(own, {k: leaf.value for k, leaf in leaves.items() if k not in own}, structure)
 
+    def __bool__(self) -> bool:
+        return bool(self.own or self.shared)
+
     def at(self, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
         """Return the keyword arguments of some samples on a device, marked; arrays of fractions in a dtype."""
         own = {path: per_sample(_tensor(take(rows, index), device, dtype)) for path, rows in self.own.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
-from ..estimator.estimate import Estimate, log_width
+from ..estimator.bins import log_width, warn_if_outside
+from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density, check_density
 from ..process.network import model_device, model_dtype
 from ..support.host import refuse_not_dense
@@ -82,7 +83,7 @@ def evaluate_dataset(
         fit: training data, shape (M, *shape), for `ScoreDensity.fit` with this seed.
         fit_cond: keyword arguments of the network for these, as `cond`, with M entries.
         fit_mask: which entries of these count; it has to be given with a mask, unless that is one for all.
-        bins, low, high: as in `Estimate.bits_per_dim`.
+        bins, low, high: as in `Estimate.bits_per_dim`; data outside [low, high) are warned of.
         indices: which samples, all by default.
         identity: further names and values that a resumed run must share, such as the hash of a model file.
         restart: discard an unfinished run and replace a finished result.
@@ -119,8 +120,10 @@ def evaluate_dataset(
     with run.locked() if ranks.first else nullcontext():
         options["memory"] = ranks.on_first(lambda: _budget(memory, device, run))
         try:
-            work, digests = _agree(
-                ranks, lambda: Work.check(density, data, indices, batch, device, options, cond, mask)
+            work, digests, outside = _agree(
+                ranks,
+                lambda: Work.check(density, data, indices, batch, device, options, cond, mask),
+                None if bins is None else (low, high),
             )
 
             def begin() -> tuple[str, list[int]]:
@@ -130,6 +133,8 @@ def evaluate_dataset(
                     _fit(work, fit, fit_conditions, fitted_mask, run, progress)
                 return key, [i for i in range(len(work.blocks)) if work.read(run, i, key) is None]
 
+            if ranks.first and bins is not None:
+                warn_if_outside(outside, bins, low, high)
             key, missing = ranks.on_first(begin)
             if fit is not None and not ranks.first:
                 _load_fit(core, run)
@@ -146,17 +151,23 @@ def evaluate_dataset(
     return result
 
 
-def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str, str]]]:
-    """Return the checked work and every block's digests, of which each rank reads its share."""
+def _agree(
+    ranks: Ranks, check: Callable[[], Work], ends: tuple[float, float] | None
+) -> tuple[Work, list[tuple[str, str, str]], Tensor]:
+    """Return the checked work, every block's digests, and how many entries lie outside of the ends of the levels.
+
+    Of the data each rank reads its share.
+    """
     work = None
 
-    def look() -> tuple[dict, list[tuple[str, str, str]]]:
+    def look() -> tuple[dict, list[tuple[str, str, str]], Tensor]:
         nonlocal work
         work = check()
-        return work.setting(), work.digests(ranks.share(work.blocks))
+        share = ranks.share(work.blocks)
+        return work.setting(), work.digests(share), work.outside(share, *ends) if ends else torch.zeros(2)
 
     found = ranks.gather(look)
-    settings = [setting for setting, _ in found]
+    settings = [setting for setting, *_ in found]
     differs = [key for key in settings[0] if any(setting[key] != settings[0][key] for setting in settings)]
     if differs:
         values = [setting[differs[0]] for setting in settings]
@@ -164,7 +175,8 @@ def _agree(ranks: Ranks, check) -> tuple[Work, list[tuple[str, str, str]]]:
             f"the processes do not do the same work: {differs[0]} is {', '.join(map(str, values))} on ranks 0 to "
             f"{ranks.size - 1}; start all with the same arguments, and seed a network that is random at its start"
         )
-    return work, [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
+    digests = [found[i % ranks.size][1][i // ranks.size] for i in range(len(work.blocks))]
+    return work, digests, sum(counts for *_, counts in found)
 
 
 def _mask_of_fit(mask: Array | None, data: Array, fit_mask: Array | None, fit: Array | None) -> DataMask | None:

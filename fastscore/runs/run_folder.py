@@ -17,6 +17,15 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+# A digest is of the parts in which a run reads: where one of these differs, it differs with them, and tells nothing.
+READ_BY = {
+    "data": ("batch", "indices"),
+    "conditions": ("batch", "indices"),
+    "mask": ("batch", "indices"),
+    "transform": ("data", "mask"),
+    "reference and nodes": ("fit data", "schedule"),
+}
+
 
 class RunFolder:
     """The folder `out.partial` beside the result `out` of a run.
@@ -77,7 +86,8 @@ class RunFolder:
                 f"{self.out} is there already; give another out, or replace it with restart (--restart)"
             )
         if not restart and stored and differs and self.blocks():
-            listed = "; ".join(f"{key} is {stored.get(key)} there and {fingerprint.get(key)} here" for key in differs)
+            told = [key for key in differs if not set(READ_BY.get(key, ())) & set(differs)]
+            listed = "; ".join(f"{key} is {stored.get(key)} there and {fingerprint.get(key)} here" for key in told)
             raise ValueError(
                 f"{self.folder} holds {len(self.blocks())} finished blocks of another run: {listed}. "
                 "Give another out, or discard them with restart (--restart)"

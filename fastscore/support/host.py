@@ -39,6 +39,11 @@ def whole(name: str, value: object) -> int:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
 
 
+def kind_of(value: object) -> str:
+    """Return what a value is, for a message: its class, or that it is a class of which an object was meant."""
+    return f"the class {value.__name__} and no object of it" if isinstance(value, type) else type(value).__name__
+
+
 def layout_of(tensor: Tensor) -> str | None:
     """Return what a tensor is that is not dense ("sparse_coo", "nested", "MaskedTensor", ...), None for a dense one.
 

@@ -94,6 +94,15 @@ def differentiable(call: Callable) -> Callable:
     return called
 
 
+def refuse_vmap(name: str) -> None:
+    """Raise ValueError under torch.func.vmap, where no number can be looked at and a mean is one a batch."""
+    if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
+        raise ValueError(
+            f"{name} does not run under torch.func.vmap; give all samples as one batch, reduction='none' for a loss of "
+            "each, and loop over networks"
+        )
+
+
 class _WithSlope(torch.autograd.Function):
     """A number for each row of x with its gradient, both of which are known after the forward pass."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..estimator.protocol import Density, check_density
 from ..process.conditions import takes_conditions
+from ..support.modes import refuse_vmap
 from ..support.untouched import frozen
 from .losses import density_loss
 
@@ -53,6 +54,7 @@ def score_regularization(
     Raises:
         TypeError, ValueError: as `density_loss`.
     """
+    refuse_vmap("score_regularization")
     options = {"mask": mask, "draws": draws, "antithetic": antithetic, "reduction": reduction}
     with frozen(check_density(density).model):
         return density_loss(density, x, seed=seed, cond=cond, **options)

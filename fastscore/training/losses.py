@@ -32,7 +32,7 @@ from ..process.conditions import takes_conditions
 from ..process.network import predict
 from ..process.predictions import coefficients
 from ..support.host import together
-from ..support.modes import for_autograd
+from ..support.modes import for_autograd, refuse_vmap
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
@@ -73,8 +73,9 @@ def density_loss(
         TypeError: if the density is none.
         ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw; if
             the loss of a sample is NaN or inf (named by sample; on a GPU with `nodes`, which wait for it anyway, or
-            FASTSCORE_CHECK=now in the environment: else such a loss is NaN, and nothing waits).
+            FASTSCORE_CHECK=now in the environment: else such a loss is NaN, and nothing waits); under torch.func.vmap.
     """
+    refuse_vmap("density_loss")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if draws < 1:

@@ -260,6 +260,9 @@ def test_zero_terminal_snr_leaves_out_the_last_entry():
     [
         (lambda x: x, None, TypeError, "model must be a diffusers model.*got function; give pipeline.unet"),
         (nn.Identity(), fs.VP(), TypeError, "scheduler must be.*got VP without config; give pipeline.scheduler"),
+        (nn.Identity(), diffusers.DDPMScheduler, TypeError, "got the class DDPMScheduler and no object of it; give"),
+        (diffusers.UNet2DModel, None, TypeError, "got the class UNet2DModel and no object of it; give"),
+        (diffusers.DDPMPipeline(unet(), ddpm()), None, TypeError, "got DDPMPipeline; .* and pipeline.scheduler"),
         (nn.Identity(), "EDMEulerScheduler", TypeError, "without alphas_cumprod"),
         (nn.Identity(), ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ValueError, "continuous times"),
         (nn.Identity(), ("DDPMScheduler", {"prediction_type": "noise"}), ValueError, "one of epsilon, sample, v_pred"),
@@ -271,4 +274,4 @@ def test_bad_input_is_explained(model, scheduler, error, message):
     elif isinstance(scheduler, tuple):
         scheduler = ddpm(scheduler[0], **scheduler[1])
     with pytest.raises(error, match=message):
-        from_diffusers(model, scheduler)
+        from_diffusers(*[each for each in (model, scheduler) if each is not None])

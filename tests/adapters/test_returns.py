@@ -5,6 +5,7 @@ import re
 
 import pytest
 from adapters.test_docs import ROWS, SHAPE, TARGET, objects
+from torch import nn
 
 from fastscore import adapters
 from fastscore.estimator.protocol import Density
@@ -31,3 +32,22 @@ def test_what_comes_back_is_what_is_stated(library, call):
     z, log_det = density.to_network(TARGET.sample(3, seed=5).reshape(-1, *shape))
     assert (z.shape, log_det.shape) == ((3, *shape), (3,))
     assert type(density.core).__name__ == "ScoreDensity"
+
+
+@pytest.mark.parametrize("name", adapters.__all__)
+def test_what_an_adapter_reads_off_its_objects_is_no_option_and_a_class_no_object(name):
+    make = getattr(adapters, name)
+    arguments = inspect.signature(make).parameters
+    read = {"model", "schedule", "predicts"} - arguments.keys()
+    assert len(read) >= 1
+    for option in read:
+        with pytest.raises(TypeError, match=f"{option} is no option of {name}, which reads it off .*; leave it out"):
+            make(nn.Identity(), **{option: "eps"})
+    with pytest.raises(TypeError, match="got the class Identity and no object of it; "):
+        make(
+            *[
+                nn.Identity
+                for each in arguments.values()
+                if each.kind.name != "VAR_KEYWORD" and each.default is each.empty
+            ]
+        )

@@ -1,0 +1,38 @@
+"""The levels that bits per dimension are by: `bins` of one width in [low, high), and data outside of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..process.masks import broadcast_mask
+from ..support.warn import warn
+
+
+def log_width(bins: int | None, low: float, high: float) -> float:
+    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
+    if bins is None:
+        return 0.0
+    if bins < 2 or not high > low:
+        raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
+    return math.log((high - low) / bins)
+
+
+def count_outside(x: Tensor, mask: Tensor | None, low: float, high: float) -> Tensor:
+    """Return how many entries lie outside [low, high), and how many there are, of those that count: int64, (2,)."""
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else broadcast_mask(mask, x)
+    return torch.stack([(((x < low) | (x >= high)) & counted).sum(), counted.sum()])
+
+
+def warn_if_outside(counts: Tensor, bins: int, low: float, high: float) -> bool:
+    """Warn, and return True, where `count_outside` found entries to which no level belongs."""
+    outside, entries = counts.tolist()
+    if outside:
+        warn(
+            f"{outside} of {entries} entries of the data lie outside [low, high) = [{low:g}, {high:g}), where the "
+            f"{bins} levels are, and bits per dimension are by these; give low= and high= (--low, --high) of the "
+            "dequantized data, and for levels that are not dequantized yet take fastscore.Levels(bins).dequantize"
+        )
+    return bool(outside)
