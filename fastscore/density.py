@@ -189,7 +189,8 @@ class ScoreDensity(NetworkDensity):
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
-                is below; at most `max_nfe` a sample.
+                is below; at most `max_nfe` a sample. For single samples: where to stop depends on what was seen, so
+                that their mean is off by a part of the target (`docs/limits.md`).
             memory: bytes (or "512MB") that tensors may take beside the data and the weights; half of a GPU's free
                 memory, 1 GiB on a CPU by default.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).
@@ -308,7 +309,8 @@ class ScoreDensity(NetworkDensity):
             data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
                 are looked at; on another device than the network, they alone go there.
             mask: as in `estimate`, of the data.
-            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture"; with a mask the first two alone.
+            reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture", and "images" for mixtures that are
+                diagonal in cosines, for data of shape (N, C, H, W) or (N, C, L); with a mask the first two alone.
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
                 fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
                 stays independent.

@@ -12,6 +12,7 @@ from fastscore.ops.interpreting import interpreting
 from fastscore.ops.select import BACKENDS, implementation
 from fastscore.ops.task import Task
 from fastscore.ops.triton import why_not_fused
+from fastscore.reference.turning import cosines
 
 DEVICE = torch.device("cpu" if interpreting() else "cuda")
 # Under the interpreter Triton's kernels run on a CPU too; the CUDA backend says why it cannot.
@@ -89,6 +90,25 @@ def test_fitted_programs_give_the_same_densities_in_one_kernel(reference, backen
         agree(density.estimate(x, nfe=32, **cond).log_prob, expected.log_prob)
         assert fused
         fused.clear()
+
+
+@pytest.mark.parametrize("backend", RUNNABLE)
+@pytest.mark.parametrize("program", [False, True])
+@pytest.mark.parametrize("components", [1, 3])
+def test_a_reference_in_cosines_is_for_no_kernel(components, program, backend):
+    x = mixture(5).sample(7, seed=1).float()
+    mean, variance = torch.randn(2, components, 5, generator=torch.Generator().manual_seed(2))
+    factors = [cosines(5), torch.empty(0), torch.empty(0)]
+    q = fs.Reference(torch.full((components,), 1 / components), mean, variance.exp(), factors=factors)
+    densities = [
+        fs.ScoreDensity(Net(5).eval(), fs.VP(), reference=q, program=program, backend=name).to(DEVICE)
+        for name in ("torch", backend)
+    ]
+    expected, found = (density.estimate(x.to(DEVICE), nfe=32) for density in densities)
+    agree(found.log_prob, expected.log_prob)
+    assert torch.allclose(found.stderr, expected.stderr, rtol=1e-3)
+    losses = [fs.density_loss(density, x.to(DEVICE), seed=0) for density in densities]
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-4)  # sums in float32
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)

@@ -181,8 +181,8 @@ def sample_keys_with_a_constant_of_the_host(kind, seed, sample_index, d, round_=
     return noise.words(seed, sample_index, round_, streams, d) | odd
 
 
-def candidates_with_one_on_the_host(train, held_out, kind, data_std, seed):
-    return [*candidates(train, held_out, kind, data_std, seed)[:-1], Reference.isotropic(data_std)]
+def candidates_with_one_on_the_host(train, held_out, kind, data_std, *others):
+    return [*candidates(train, held_out, kind, data_std, *others)[:-1], Reference.isotropic(data_std)]
 
 
 philox, candidates = noise.philox, pilot.candidates

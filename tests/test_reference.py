@@ -20,16 +20,24 @@ def make(kind, components):
     if kind == "full":
         basis, _ = torch.linalg.qr(torch.randn(components, D, D, generator=generator).double())
         return Reference(weight / weight.sum(), mean, variance, basis)
+    if kind == "turned":
+        empty = torch.empty(0)
+        return Reference(weight / weight.sum(), mean, variance, factors=[_orthonormal(D, generator), empty, empty])
     return Reference(weight / weight.sum(), mean, variance)
 
 
+def _orthonormal(size, generator):
+    return torch.linalg.qr(torch.randn(size, size, generator=generator).double())[0]
+
+
 def as_target(q):
-    basis = q.basis if q.full else torch.eye(D).double().expand(q.components, D, D)
+    turned = q.channels if q.turned else torch.eye(D).double()
+    basis = q.basis if q.full else turned.expand(q.components, D, D)
     cov = (basis * q.variance.expand(q.components, D)[:, None, :]) @ basis.mT
-    return Target(q.weight, q.mean.expand(q.components, D), (cov + cov.mT) / 2)
+    return Target(q.weight, q.mean.expand(q.components, D) @ turned.mT, (cov + cov.mT) / 2)
 
 
-CASES = [("diagonal", 1), ("diagonal", 3), ("full", 1), ("full", 3), ("isotropic", 1)]
+CASES = [("diagonal", 1), ("diagonal", 3), ("full", 1), ("full", 3), ("isotropic", 1), ("turned", 1), ("turned", 3)]
 
 
 def reference(kind, components):
@@ -78,7 +86,7 @@ def test_divergence_is_that_of_autograd(kind, components):
         torch.testing.assert_close(divergence, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic"])
+@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic", "turned"])
 def test_expected_residual_is_the_mean_of_residuals(kind):
     q = reference(kind, 1)
     x = torch.randn(1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -90,7 +98,7 @@ def test_expected_residual_is_the_mean_of_residuals(kind):
     assert float(q.expected_residual(x, snr, weight)) == pytest.approx(float(draws.mean()), abs=error)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic"])
+@pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic", "turned"])
 def test_the_density_formula_holds_for_the_reference_itself(kind):
     q = reference(kind, 1)
     x = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
@@ -110,17 +118,26 @@ def test_gaussian_keeps_mean_and_covariance(kind, components):
     cov = second - mean[:, None] * mean
     merged = as_target(g)
     assert torch.allclose(merged.mean[0], mean, atol=1e-12)
-    expected = cov if q.full else torch.diag(cov.diagonal())
+    turned = q.channels if q.turned else torch.eye(D).double()
+    expected = cov if q.full else turned @ torch.diag((turned.mT @ cov @ turned).diagonal()) @ turned.mT
     assert torch.allclose(merged.cov[0], expected, atol=1e-10)
 
 
-def test_state_survives_other_kinds_and_stays_float64():
-    stored, fresh = make("full", 3), Reference.isotropic()
+@pytest.mark.parametrize("kind", ["full", "turned"])
+def test_state_survives_other_kinds_and_stays_float64(kind):
+    stored, fresh = make(kind, 3), Reference.isotropic()
     fresh.load_state_dict(stored.state_dict())
     x = torch.randn(4, D, dtype=torch.float64)
     # The same numbers in another memory layout: matrix products may round differently.
     assert torch.allclose(fresh.log_prob(x), stored.log_prob(x), rtol=1e-13)
     assert fresh.half().mean.dtype == torch.float64
+    assert torch.allclose(fresh.log_prob(x), stored.log_prob(x), rtol=1e-13)
+
+
+def test_state_of_a_version_without_factors_is_loaded():
+    stored, fresh = make("full", 3), make("turned", 1)
+    fresh.load_state_dict({k: v for k, v in stored.state_dict().items() if k not in ("channels", "rows", "columns")})
+    x = torch.randn(4, D, dtype=torch.float64)
     assert torch.allclose(fresh.log_prob(x), stored.log_prob(x), rtol=1e-13)
 
 
@@ -159,6 +176,10 @@ def test_too_few_samples_for_a_mixture():
         ((torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3)), "variances must be positive"),
         ((torch.ones(1), torch.full((1, 3), torch.inf), torch.ones(1, 3)), "means finite"),
         ((torch.ones(1), torch.zeros(1, 3), torch.ones(1, 2)), r"got \(1,\), \(1, 3\) and \(1, 2\)"),
+        (
+            (torch.ones(1), torch.zeros(1, 6), torch.ones(1, 6), None, [torch.eye(4), *[torch.empty(0)] * 2]),
+            r"factors must be .*, for samples of 6 numbers.*got shapes \[\(4, 4\), \(0,\), \(0,\)\]",
+        ),
     ],
 )
 def test_what_is_no_mixture_is_refused(arguments, message):

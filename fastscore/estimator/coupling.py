@@ -145,7 +145,7 @@ def _scales(x: Tensor, reference: Reference) -> tuple[float, float]:
     """Return the data's total variance, once from above, and once near, from the batch and the reference."""
     q = reference.gaussian()
     spread = float(q.variance.expand(-1, x.shape[1]).sum())
-    above = max(float((x - q.mean[0].to(x)).double().square().sum(1).mean()), spread)
+    above = max(float((q.turn(x) - q.mean[0].to(x)).double().square().sum(1).mean()), spread)
     if len(x) < FEW:
         return above, above
     return above, max(float(x.double().var(0).sum()), 0.1 * spread)

@@ -80,6 +80,8 @@ def _predict(
 
 
 def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
+    if reference.turned:
+        return False
     reason = implementation(rows.backend).why_not_control(reference.components, reference.full, x.shape[1], x.device)
     return reason is None
 
@@ -141,6 +143,8 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
     (timed,) = rows.timed or (None,)
     if timed is None:
         return Choice(rows.backend, False, "the network is no row program")
+    if reference.turned:
+        return Choice(rows.backend, False, "the reference lies in a basis of images")
     program, x, q = timed.program, samples.x, reference
     task = Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
     gradient = torch.is_grad_enabled() and any(v.requires_grad for v in timed.weights)

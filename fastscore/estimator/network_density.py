@@ -138,7 +138,7 @@ class NetworkDensity(Density):
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
-        if self.reference.full and samples.mask is not None and not bool(samples.mask.all()):
+        if not self.reference.along_axes and samples.mask is not None and not bool(samples.mask.all()):
             raise ValueError(
                 "a mask needs a reference without full covariances, of which marginals are not known at every noise "
                 f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"

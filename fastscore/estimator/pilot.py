@@ -1,8 +1,9 @@
 r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates need fewer evaluations.
 
-1. Candidate references are fitted by expectation-maximization; those with the best held-out log q go on.
-2. A few held-out samples are evaluated in 48 bins of log-SNR, with antithetic twins. The same network answers serve
-   every candidate. Kept is the reference with the smallest variance times cost,
+1. Candidate references are fitted by expectation-maximization; of mixtures in the data's own coordinates those with
+   the best held-out log q go on, of images those in cosines, which in many dimensions stand for the others.
+2. A few held-out samples are evaluated in 48 bins of log-SNR, with antithetic twins; a quarter of them are those of
+   extreme log q (`strata`). The same network answers serve every candidate. Kept is the reference with the smallest variance times cost,
 
    .. math:: \Big(\int \mathrm{sd}(f_\lambda)\,d\lambda\Big)^2 \cdot (1 + \mathrm{flops}_q / \mathrm{flops}_{net})
 
@@ -21,14 +22,13 @@ import torch
 from torch import Tensor
 
 from ..ops import noise
-from ..process.masks import inside
-from ..reference.fitting import fit_diagonal, fit_mixture
 from ..reference.gaussians import Reference
 from ..support.memory import Chunks
 from ..support.untouched import uncompiled
 from ..support.warn import warn
 from . import calibration
 from .calibration import Replicates
+from .candidates import KINDS, candidates, masked_candidates
 from .integrand import row_terms
 from .network import Network
 from .nodes import NodeDensity
@@ -40,6 +40,7 @@ from .statistics import draw_sum, draw_variance
 
 BINS = 48
 PILOT_SAMPLES = 64
+EXTREME = 0.02  # of the held-out samples, at either end of log q
 MIN_PILOT_SAMPLES = 4
 MIN_CALIBRATION_SAMPLES = 16
 DRAWS_PER_BIN = 4  # antithetic pairs; three degrees of freedom a bin and sample
@@ -50,12 +51,7 @@ PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
 MIN_SAMPLES = 20
-FULL_MAX_DIM = 1024
-FULL_MIXTURE_MAX_DIM = 256
-MIXTURE_SIZES = (5, 10, 20, 40)
-FINALISTS = 3
 
-KINDS = ("auto", "isotropic", "diagonal", "full", "mixture")
 
 Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
 
@@ -110,7 +106,7 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
     held, (train, mask) = samples.select(slice(0, count := held_out(len(samples)))), samples.entries(slice(count, None))
     if mask is None:
-        found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed)
+        found = candidates(train, held.x, kind, network.schedule.data_std, plan.seed, samples.shape)
     else:
         found = masked_candidates(train, mask, kind, network.schedule.data_std)
     # The range follows the data's own scale, where the schedule leaves it open.
@@ -120,7 +116,7 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
         nodes = NodeDensity.uniform(*network.log_snr_range)
         return Fitted(found[0], nodes, calibration.uncalibrated())
-    fitted = pilot(network, held.select(slice(0, count)), found, plan)
+    fitted = pilot(network, *strata(held, found[0], count), found, plan)
     if mask is not None:  # masks differ, and so does what low-discrepancy noise gains
         return fitted
     per_replicate = REPLICATES * sum(CALIBRATION_NFE)
@@ -132,39 +128,26 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     return calibrate(network, held.select(slice(0, typical)), odd, fitted, plan)
 
 
-def candidates(train: Tensor, held_out: Tensor, kind: str, data_std: float, seed: int) -> list[Reference]:
-    """Return the references that deserve a pilot."""
-    n, d = train.shape
-    if kind == "isotropic":
-        return [Reference.isotropic(float(train.square().mean().sqrt())).on(train.device)]
-    plain = {"diagonal": [False], "full": [True], "mixture": []}.get(kind, [False] + [True] * (d <= FULL_MAX_DIM))
-    found = [fit_mixture(train, 1, full, seed) for full in plain]
-    mixtures = []
-    if kind in ("auto", "mixture"):
-        for full in [False, True] if d <= FULL_MIXTURE_MAX_DIM else [False]:
-            mixtures += [fit_mixture(train, k, full, seed) for k in MIXTURE_SIZES if len(train) >= 20 * k]
-        mixtures.sort(key=lambda q: -float(q.log_prob(held_out).mean()))
-    found += mixtures[:FINALISTS]
-    if not found:
-        raise ValueError(f"a mixture reference needs at least {20 * MIXTURE_SIZES[0]} training samples, got {n}")
-    return found + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+def strata(held: Samples, q: Reference, count: int) -> tuple[Samples, Tensor]:
+    """Return `count` of the held-out samples, and their weights in a mean over all of these, float64, (count,).
 
-
-def masked_candidates(train: Tensor, mask: Tensor, kind: str, data_std: float) -> list[Reference]:
-    """Return the references that deserve a pilot where every sample has entries of its own.
-
-    Raises:
-        ValueError: for a kind whose parameters masked data do not give.
+    An eighth of them are of those with the lowest log q, and another of those with the highest, since few random ones
+    may miss a rare kind of sample, in whose region the nodes would then be too few. Weights make up for it.
     """
-    if kind not in ("auto", "isotropic", "diagonal"):
-        raise ValueError(f"with a mask reference must be 'auto', 'isotropic' or 'diagonal', got {kind!r}")
-    size = float((inside(train, mask).square().sum() / mask.sum()).sqrt())
-    plain = [Reference.isotropic(size).on(train.device)] if kind == "isotropic" else [fit_diagonal(train, mask)]
-    return plain + [Reference.isotropic(data_std).on(train.device)] * (kind == "auto")
+    extreme, n = count // 8, len(held)
+    ends = max(extreme, round(EXTREME * n))
+    if extreme == 0 or n < count + 2 * ends:
+        return held.select(slice(0, count)), torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
+    order = q.log_prob(held.x, held.mask).cpu().argsort()
+    parts = [(order[:ends], extreme), (order[-ends:], extreme), (order[ends:-ends], count - 2 * extreme)]
+    # The held-out samples are in random order, and so are the first ones of a part in that order.
+    chosen = [part.sort().values[:some] for part, some in parts]
+    weight = [torch.full((some,), len(part) / (n * some), dtype=torch.float64, device="cpu") for part, some in parts]
+    return held.select(torch.cat(chosen).to(held.device)), torch.cat(weight)
 
 
-def pilot(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Fitted:
-    """Choose reference and nodes on held-out samples; the calibration stays empty."""
+def pilot(network: Network, samples: Samples, weight: Tensor, references: list[Reference], plan: PilotPlan) -> Fitted:
+    """Choose reference and nodes on held-out samples, by their weights; the calibration stays empty."""
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
     (rows,) = Rows.of(network, [rule], draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
@@ -188,11 +171,11 @@ def pilot(network: Network, samples: Samples, references: list[Reference], plan:
     net_flops = _network_flops(network, samples)
     scored = []
     for q, reference in enumerate(references):
-        single = f[q].var(2).mean((0, 2)).sqrt()  # over draws; averaged over samples and the two signs
-        pair = f[q].mean(3).var(2).mean(0).sqrt()
+        single = (weight @ f[q].var(2).mean(2)).sqrt()  # over draws; averaged over samples and the two signs
+        pair = (weight @ f[q].mean(3).var(2)).sqrt()
         best = torch.minimum(single, 2**0.5 * pair)
         cost = 1 + reference.flops(d) / net_flops
-        nodes = NodeDensity.from_spread(edges, single, pair, curve=f[q].mean((0, 2, 3)))
+        nodes = NodeDensity.from_spread(edges, single, pair, curve=weight @ f[q].mean((2, 3)))
         scored.append((float((best * edges.diff()).sum()) ** 2 * cost, nodes))
     winner = min(range(len(scored)), key=lambda i: scored[i][0])
     return Fitted(references[winner], scored[winner][1], calibration.uncalibrated())

@@ -143,6 +143,7 @@ class Planner:
             samples.mask is None,
             reference.components,
             reference.full,
+            reference.turned,
             tuple(cond.shapes() for cond in samples.conds),
             tuple(program is not None for program in programs),
         )

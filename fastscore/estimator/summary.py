@@ -69,7 +69,7 @@ class Summary:
         if found.numbers is None:
             told = torch.empty(2, len(x), dtype=x.dtype, device=x.device)
             found.numbers = Numbers(told, torch.empty(len(x), dtype=torch.float64, device=x.device))
-        one = q.components == 1 and not q.full
+        one = q.components == 1 and q.along_axes
         outside = (q.mean[0], q.variance[0]) if one else q.log_prob(x[part.samples])
         rounding = _rounding(samples, self.nodes.log_snr_range)
         measured = constants(self.nfe, self.calibration)

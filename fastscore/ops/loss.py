@@ -32,7 +32,7 @@ def around(
     """
     name = select(x.device, x.dtype, backend)
     gradient = torch.is_grad_enabled() and (x.requires_grad or numbers.requires_grad)
-    one = reference.components == 1 and not reference.full
+    one = reference.components == 1 and reference.along_axes
     if name == "torch" or gradient or mask is not None or not one or transformed():
         return partial(torch_backend.loss_rows, mask=mask), partial(torch_backend.loss_difference, mask=mask)
     return partial(loss_rows, backend=name), partial(loss_difference, backend=name)

@@ -24,40 +24,60 @@ from torch import Tensor
 
 from ..process.masks import inside, summed
 from ..support.buffers import FittedBuffers
+from . import turning
 
 SCALE_RATIO = 1e-3  # of the narrowest to the widest dimension, at least
+FACTORS = ("channels", "rows", "columns")
 
 
 class Reference(FittedBuffers):
-    r"""A Gaussian mixture in d dimensions: isotropic, diagonal or with full covariances.
+    r"""A Gaussian mixture in d dimensions: isotropic, diagonal, with full covariances, or diagonal in cosines.
 
-    Component k is N(m_k, U_k diag(v_k) U_k^T); without `basis`, U is the identity. A last dimension of 1 in `mean`
-    and `variance` stands for any d, so the default N(0, std^2 I) needs no data. Parameters stay float64 whatever
-    `.to(dtype)` asks for: they are small, and log q(x) is as exact as they are.
+    Component k is N(m_k, U_k diag(v_k) U_k^T); without `basis`, U is the identity. With `factors` the data are turned
+    first (`fastscore.reference.turning`), and means and variances are those of their coordinates. A last dimension of
+    1 in `mean` and `variance` stands for any d, so the default N(0, std^2 I) needs no data. Parameters stay float64
+    whatever `.to(dtype)` asks for: they are small, and log q(x) is as exact as they are.
 
-    Methods that take a mask, bool, answer for the marginal of the entries where it is True. Full covariances have none
-    in closed form for every time at once: a mask has to be True everywhere then.
+    Methods that take a mask, bool, answer for the marginal of the entries where it is True. Covariances that are not
+    along the axes have none in closed form for every time at once: a mask has to be True everywhere then.
 
     Arguments:
         weight: mixture weights, shape (K,).
         mean: means, shape (K, d) or (K, 1).
         variance: variances along the basis, shape of mean.
         basis: orthogonal matrices with eigenvectors in columns, shape (K, d, d), or None.
+        factors: orthonormal matrices (C, C), (H, H) and (W, W) for data of shape (C, H, W), or none; without `basis`.
 
     Raises:
         ValueError: for shapes that do not fit, weights that do not sum to 1, or variances that are not positive.
     """
 
-    def __init__(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None = None):
-        _check(weight, mean, variance, basis)
-        self._store(*(value if value is None else value.detach().clone() for value in (weight, mean, variance, basis)))
+    def __init__(
+        self,
+        weight: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        basis: Tensor | None = None,
+        factors: turning.Factors = (),
+    ):
+        _check(weight, mean, variance, basis, factors)
+        given = weight, mean, variance, basis, *factors
+        self._store(*(value if value is None else value.detach().clone() for value in given))
 
-    def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
+    def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, *factors: Tensor) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
             self.register_buffer(name, value.detach().to(torch.float64))
         empty = self.mean.new_empty(0)
         self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64))
+        for name, value in zip(FACTORS, factors or [empty] * len(FACTORS)):
+            self.register_buffer(name, value.detach().to(torch.float64))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "basis" in state_dict:  # of a version that knew no factors
+            for name in FACTORS:
+                state_dict.setdefault(prefix + name, self.mean.new_empty(0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> Reference:
@@ -83,30 +103,49 @@ class Reference(FittedBuffers):
         """Whether the covariances are full matrices."""
         return self.basis.numel() > 0
 
+    @property
+    def factors(self) -> list[Tensor]:
+        """What turns the data: matrices along channels, rows and columns, all empty if nothing does."""
+        return [getattr(self, name) for name in FACTORS]
+
+    @property
+    def turned(self) -> bool:
+        """Whether means and variances are those of turned data."""
+        return any(factor.numel() for factor in self.factors)
+
+    @property
+    def along_axes(self) -> bool:
+        """Whether the covariances are diagonal in the data themselves, so that entries have marginals."""
+        return not self.full and not self.turned
+
     def scales(self) -> tuple[float, float]:
         """Return the standard deviations of the data in their narrowest and widest dimension, as the mixture has them.
 
         Directions that hardly vary at all, as constant pixels, count as a thousandth of the widest.
         """
-        own = torch.einsum("kij,kj->ki", self.basis.square(), self.variance) if self.full else self.variance
-        mean = self.weight @ self.mean
-        total = self.weight @ (own + (self.mean - mean).square())
+        own, means = self.variance, self.mean
+        if self.full:
+            own = torch.einsum("kij,kj->ki", self.basis.square(), own)
+        if self.turned:
+            own = turning.turn_back(own, [factor.square() for factor in self.factors])
+            means = turning.turn_back(means, self.factors)
+        total = self.weight @ (own + (means - self.weight @ means).square())
         largest = float(total.max()) ** 0.5
         return max(float(total.min()) ** 0.5, SCALE_RATIO * largest), largest
 
     def tensors(self) -> list[Tensor]:
-        """Return weight, mean, variance and basis, as the ops take them."""
-        return [self.weight, self.mean, self.variance, self.basis]
+        """Return weight, mean, variance and basis, as the ops take them, and the factors where there are some."""
+        return [self.weight, self.mean, self.variance, self.basis, *(self.factors if self.turned else [])]
 
     def flops(self, d: int) -> int:
         """Multiply-adds times two of one control-variate row, as `torch.utils.flop_counter` counts a network's."""
         if self.full:
             return (2 if self.components == 1 else 4 * self.components) * d * d
-        return 0 if self.components == 1 else 8 * self.components * d
+        return turning.flops(self.factors, d) + (0 if self.components == 1 else 8 * self.components * d)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log q(x) in nats, shape (B,), for x and mask of shape (B, d); computed in float64, differentiable."""
-        x = x.to(torch.float64)
+        x = self.turn(x.to(torch.float64))
         logs = []
         for k in range(self.components):
             y = inside(x - self.mean[k], mask)
@@ -126,10 +165,14 @@ class Reference(FittedBuffers):
             alpha, sigma: of each row, float64, shape (R,).
             mask: of the samples, shape (B, d).
         """
+        if self.turned:  # norms stay, and so does what noise is
+            x, eps = self.turn(x), self.turn(eps)
+            a, s = (v.to(x.dtype)[:, None] for v in (alpha, sigma))
+            x_t = None if self.components == 1 else a * x[:, None] + s * eps
         if self.components == 1:
             return self._gaussian_residual(x, eps, alpha, sigma, mask)
         rows = None if mask is None else mask[:, None]
-        return torch.linalg.vector_norm(eps - self.eps(x_t, alpha, sigma, rows), dim=-1).square()
+        return torch.linalg.vector_norm(eps - self._eps(x_t, alpha, sigma, rows), dim=-1).square()
 
     def eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t, zero outside of the mask.
@@ -138,6 +181,9 @@ class Reference(FittedBuffers):
             x_t, alpha, sigma: as in `residual`.
             mask: broadcasts to x_t, in its last dimension d.
         """
+        return self._turn_back(self._eps(self.turn(x_t), alpha, sigma, mask))
+
+    def _eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.full:
             return self._full_eps(x_t, alpha, sigma)
         if self.components > 1:
@@ -161,6 +207,7 @@ class Reference(FittedBuffers):
 
         All components at once, K x B x d numbers: as many as an exact trace of the network has in hand anyway.
         """
+        x_t = self.turn(x_t)
         gain = 1 / (alpha**2 * self.variance + sigma**2).expand(-1, x_t.shape[1])  # (K, d)
         counted = torch.ones_like(gain[:1]) if mask is None else mask.to(gain)
         trace, bias = gain @ counted.mT, self.weight.log()[:, None] + 0.5 * gain.log() @ counted.mT  # (K, 1) or (K, B)
@@ -172,16 +219,25 @@ class Reference(FittedBuffers):
         inner = (posterior * (trace - r_k.square().sum(2))).sum(0)
         r_k = r_k @ self.basis.to(x_t.dtype).mT if self.full else r_k
         r = torch.einsum("kb,kbd->bd", posterior, r_k)
-        return sigma * r, sigma * (inner + r.square().sum(1))
+        return self._turn_back(sigma * r), sigma * (inner + r.square().sum(1))
 
     def scaled(self, factor: float) -> Reference:
         """Return the mixture of factor * x."""
-        basis = self.basis if self.full else None
-        return Reference(self.weight, factor * self.mean, factor**2 * self.variance, basis)
+        return Reference.from_tensors(
+            [self.weight, factor * self.mean, factor**2 * self.variance, self.basis, *self.tensors()[4:]]
+        )
 
     def diffused(self, variance: float) -> Reference:
         """Return the mixture convolved with N(0, variance I)."""
-        return Reference.from_tensors([self.weight, self.mean, self.variance + variance, self.basis])
+        weight, mean, own, *rest = self.tensors()
+        return Reference.from_tensors([weight, mean, own + variance, *rest])
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Return samples, shape (..., d), in the coordinates that means and variances are of."""
+        return turning.turn(x, self.factors) if self.turned else x
+
+    def _turn_back(self, x: Tensor) -> Tensor:
+        return turning.turn_back(x, self.factors) if self.turned else x
 
     def _gaussian_residual(self, x, eps, alpha, sigma, mask):
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
@@ -248,7 +304,8 @@ class Reference(FittedBuffers):
             within = (self.basis * (self.weight[:, None] * self.variance)[:, None, :]) @ self.basis.mT
             variance, basis = torch.linalg.eigh(within.sum(0) + spread.T @ spread)
             return Reference(self.weight.new_ones(1), mean[None], variance[None], basis[None])
-        return Reference(self.weight.new_ones(1), mean[None], (self.weight @ self.variance + (spread**2).sum(0))[None])
+        variance = (self.weight @ self.variance + (spread**2).sum(0))[None]
+        return Reference(self.weight.new_ones(1), mean[None], variance, factors=self.tensors()[4:])
 
     def expected_residual(self, x: Tensor, snr: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Return :math:`\sum_t w_t E\|\epsilon - \epsilon_q\|^2` at signal-to-noise ratios s_t; one Gaussian only.
@@ -280,23 +337,30 @@ class Reference(FittedBuffers):
             raise ValueError(
                 f"closed-form residuals need one Gaussian, got {self.components} components; use .gaussian()"
             )
-        y = inside(x.to(torch.float64) - self.mean[0], mask)
+        y = inside(self.turn(x.to(torch.float64)) - self.mean[0], mask)
         y = y @ self.basis[0] if self.full else y
         return y**2, self.variance[0].expand(x.shape[1])
 
     def __repr__(self):
         kind = "full" if self.full else "isotropic" if self.mean.shape[1] == 1 else "diagonal"
-        return f"Reference({self.components} x {kind} Gaussian)"
+        within = " in cosines" if self.turned else ""
+        return f"Reference({self.components} x {kind} Gaussian{within})"
 
 
-def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None) -> None:
-    devices = {str(t.device) for t in (weight, mean, variance, basis) if t is not None}
+def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, factors: turning.Factors) -> None:
+    devices = {str(t.device) for t in (weight, mean, variance, basis, *factors) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"a reference's tensors must be on one device, got {', '.join(sorted(devices))}; move them")
     if mean.shape != variance.shape or mean.ndim != 2 or weight.shape != mean.shape[:1]:
         raise ValueError(
             f"a reference needs weight (K,), mean (K, d) and variance (K, d); got {tuple(weight.shape)}, "
             f"{tuple(mean.shape)} and {tuple(variance.shape)}"
+        )
+    sizes = math.prod(max(1, len(factor)) for factor in factors)
+    if factors and (len(factors) != len(FACTORS) or basis is not None or mean.shape[1] % sizes):
+        raise ValueError(
+            "factors must be three orthonormal matrices, of channels, rows and columns, for samples of "
+            f"{mean.shape[1]} numbers and without a basis; got shapes {[tuple(factor.shape) for factor in factors]}"
         )
     if bool((weight < 0).any()) or abs(float(weight.double().sum()) - 1) > 1e-5:
         raise ValueError(f"weights must sum to 1, got {float(weight.double().sum()):.6g}; divide by their sum")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore.reference.turning import cosines
 
 D = 3
 NFE = 24
@@ -81,6 +82,9 @@ REFERENCES = {
     "mixture": lambda: fs.Reference(torch.full((2,), 0.5), random(2, D), random(2, D).exp()),
     "mixture of full": lambda: fs.Reference(
         torch.full((2,), 0.5), random(2, D), random(2, D).exp(), torch.eye(D).expand(2, D, D)
+    ),
+    "mixture in cosines": lambda: fs.Reference(
+        torch.full((2,), 0.5), random(2, D), random(2, D).exp(), factors=[cosines(D), *[torch.empty(0)] * 2]
     ),
 }
 

@@ -5,7 +5,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import density
-from fastscore.estimator import pilot, rules
+from fastscore.estimator import candidates, rules
 from fastscore.process import predictions
 
 from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, mixture_data, of, random, row, summary
@@ -123,10 +123,27 @@ def compare(on):
     return *found, *found.mean()
 
 
-@row("ScoreDensity.fit", each=[f"kind {kind}" for kind in pilot.KINDS])
+@row("ScoreDensity.fit", each=[f"kind {kind}" for kind in candidates.KINDS if kind != "images"])
 def fit(on, name):
     made = of(on).fit(on(mixture_data(150)), reference=name.removeprefix("kind "), evaluations=30_000, progress=False)
     return made.state_dict(), summary(made.estimate(on(X), nfe=NFE))
+
+
+@row("ScoreDensity.fit")
+def fit_to_images(on):
+    data = random(100, 3, 4, 4)
+    made = on(fs.ScoreDensity(Blurs(), fs.VP())).fit(on(data), reference="images", evaluations=20_000, progress=False)
+    return made.state_dict(), summary(made.estimate(on(data[:6]), nfe=NFE))
+
+
+class Blurs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blur = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x_t, t):
+        return x_t - 0.1 * self.blur(x_t) * t[:, None, None, None]
 
 
 @row("ScoreDensity.fit")

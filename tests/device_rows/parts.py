@@ -30,7 +30,8 @@ def schedule(on, name):
 @row("Reference.from_tensors", "Reference.isotropic", "Reference.components", "Reference.full", "Reference.tensors",
      "Reference.flops", "Reference.log_prob", "Reference.residual", "Reference.eps", "Reference.eps_and_divergence",
      "Reference.diffused", "Reference.gaussian", "Reference.expected_residual", "Reference.expected_integral",
-     "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled",
+     "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled", "Reference.along_axes",
+     "Reference.factors", "Reference.turn", "Reference.turned",
      each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
 def reference(on, name):
     kept = REFERENCES[name.removeprefix("alone ")]()
@@ -44,7 +45,7 @@ def reference(on, name):
         q.eps_and_divergence(x, 0.8, 0.6), q.diffused(0.1).log_prob(x), single.tensors(), q.components, q.full,
         q.flops(D), single.expected_residual(x, on(sigma), weight), single.expected_integral(x, -3, 3),
         fs.Reference.from_tensors(q.tensors()).log_prob(x), q.host("mean").numpy().sum(), q.scales(),
-        q.scaled(2.0).log_prob(x),
+        q.scaled(2.0).log_prob(x), q.turn(x), q.turned, q.along_axes, q.factors,
     ]  # fmt: skip
 
 
