@@ -3,7 +3,8 @@ r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates
 1. Candidate references are fitted by expectation-maximization; of mixtures in the data's own coordinates those with
    the best held-out log q go on, of images those in cosines, which in many dimensions stand for the others.
 2. A few held-out samples are evaluated in 48 bins of log-SNR, with antithetic twins; a quarter of them are those of
-   extreme log q (`strata`). The same network answers serve every candidate. Kept is the reference with the smallest variance times cost,
+   extreme log q (`strata`). The same network answers serve every candidate. Kept is the reference with the smallest
+   variance times cost,
 
    .. math:: \Big(\int \mathrm{sd}(f_\lambda)\,d\lambda\Big)^2 \cdot (1 + \mathrm{flops}_q / \mathrm{flops}_{net})
 
