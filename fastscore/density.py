@@ -270,8 +270,8 @@ class ScoreDensity(NetworkDensity):
             ValueError: as `estimate`.
         """
         samples = self.check(x, sample_index, merged(cond_a, {}), merged(cond_b, {}), mask=mask)
-        # Low-discrepancy error bars are calibrated for densities, not for differences, and so is the known curve.
-        nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated())
+        # Nodes, their known curve and low-discrepancy error bars were measured for densities, not for differences.
+        nodes = FittedNodes(self.nodes.density.half_uniform(), uncalibrated())
         wanted = self.wanted(nfe, seed, samples, memory)._replace(noise="independent")
         plan, programs = self._plan(samples, wanted, nodes)
         difference, variance, jump = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 102 registers, none spilled (sm_80, sm_90)
+BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 104 registers, none spilled (sm_80, sm_90)
 
 
 class Bars(NamedTuple):
-    """How variances become error bars: numbers of `fastscore.estimator.calibration`, and the rounding of the sums."""
+    """How variances become error bars: numbers of `fastscore.estimator.calibration` and `statistics`, and rounding."""
 
     measured: bool
     level: float
@@ -28,6 +28,8 @@ class Bars(NamedTuple):
     lo: float
     hi: float
     known: float
+    steep: float
+    fewest: int
     eps: float
     size: float
 
@@ -70,7 +72,7 @@ def summary_kernel(
     told_ptr, plain_ptr,  # out: float32 (2, B), float64 (B,)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
-    level, ordinary, odd_ratio, lo, hi, known, eps, size, noisy, clean,
+    level, ordinary, odd_ratio, lo, hi, known, steep, fewest, eps, size, noisy, clean,
     GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -83,6 +85,7 @@ def summary_kernel(
     row, table, rows = i[:, None], group[:, None], inside[:, None]
     zero = tl.zeros((BLOCK_B,), tl.float64)
     total, two, four, third, jump = zero, zero, zero, zero, zero
+    bent, bent_four = zero, zero
     m0, m1, m2, m3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
     for start in tl.range(0, N, BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
@@ -100,6 +103,9 @@ def summary_kernel(
         four += tl.sum(square * square, 1)
         bend = tl.where(second & (n >= 2), term1 - 0.5 * (term2 + term), 0.0)
         third += tl.sum(bend * bend * bend, 1)
+        bend = bend * bend
+        bent += tl.sum(bend, 1)
+        bent_four += tl.sum(bend * bend, 1)
         half = -0.5 * f
         rise = tl.where(second, half + 0.5 * f1, 0.0)
         rise = rise * rise
@@ -119,6 +125,10 @@ def summary_kernel(
     # The same steps as `Spread.of`, `calibrated` and `with_rounding`.
     variance = two * N / (2 * (N - 1))
     nu = tl.maximum(2 * two * two / tl.maximum(four, 1e-300), 1.0)
+    straight = bent * N / (1.5 * (N - 2))
+    own_nu = tl.maximum(1.54 * bent * bent / tl.maximum(bent_four, 1e-300), 1.0)
+    bends = (N >= fewest) & (variance > (1 + steep / tl.sqrt(own_nu)) * straight)
+    variance, nu = tl.where(bends, straight, variance), tl.where(bends, own_nu, nu)
     student = 1 + 1.21 / nu + 1.44 / (nu * nu)
     wide, plain = student * student * variance, variance
     if MEASURED:

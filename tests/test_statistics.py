@@ -10,7 +10,15 @@ from fastscore.estimator.calibration import calibrated, uncalibrated
 from fastscore.estimator.curve import Curve, CurveSum, EndTable, ends, table_error, truncation
 from fastscore.estimator.nodes import NodeDensity
 from fastscore.estimator.rules import GROUPS, Rules, group_shifts, make_rules, method_table, method_weights
-from fastscore.estimator.statistics import GroupSums, Spread, draw_jump, draw_sum, draw_variance, widened
+from fastscore.estimator.statistics import (
+    GroupSums,
+    Spread,
+    draw_jump,
+    draw_sum,
+    draw_variance,
+    successive_variance,
+    widened,
+)
 
 RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), "density", 0.5).of(0)
 
@@ -44,8 +52,10 @@ def test_a_known_curve_is_added_as_a_whole_and_taken_off_the_differences():
     exact = -0.5 * 50 * float(torch.nn.functional.softplus(torch.tensor(10.0).double()) - math.log1p(math.exp(-10)))
     # The curve's chords leave h^2/8 |f''| <= 0.15 of the integrand at h = 0.5, of one sign on each half: they cancel.
     assert float(draw_sum(f, rule)) == pytest.approx(exact, abs=0.01)
-    known_variance, plain_variance = (float(draw_variance(f, r)[0]) for r in (rule, RULE))
-    assert known_variance < plain_variance / 10
+    # What is left differs from draw to draw by a tenth of what the course itself does, or less.
+    left, course = (((f - r.curve) * r.weight).diff().square().sum() for r in (rule, RULE))
+    assert float(left) < float(course) / 10
+    assert float(draw_variance(f, rule)[0]) <= 0.25 * float(left) * 200 / 398 * (1 + 1e-9)
 
 
 def test_curve_sum_is_the_mean_over_chunks():
@@ -173,3 +183,26 @@ def test_entries_drawn_once_or_twice_in_turns_are_no_noise():
             assert float(draw_variance(f, rule)[0].mean()) == pytest.approx(right, rel=0.05)
             jump = draw_jump(f, rule)
             assert float(jump.mean().abs()) <= 4 * float(jump.std()) / 4000**0.5 + 1e-9
+
+
+@pytest.mark.parametrize("nfe", [16, 32, 64])
+def test_the_course_of_an_integrand_in_many_dimensions_is_no_noise(nfe):
+    """The difference of two Gaussians in 3,072 dimensions: hundreds of nats from a draw to the next, tens of noise."""
+    rule = make_rules(NodeDensity.uniform(-12, 12), nfe, fs.LogSNR(-12, 12)).of(0)
+    noise = 40 * torch.randn(2000, nfe, generator=torch.Generator().manual_seed(0)).double()
+    f = noise + 1500 * (torch.sigmoid(rule.log_snr + 2) - torch.sigmoid(rule.log_snr - 4))
+    right = float((0.5 * 40 * rule.weight).square().sum())
+    variance = float(draw_variance(f, rule)[0].mean())
+    first = float((0.5 * f * rule.weight).diff(dim=1).square().sum(1).mean()) * nfe / (2 * (nfe - 1))
+    # 16 draws see a bend in the course as well.
+    assert right < variance < (8 if nfe == 16 else 1.3) * right
+    if nfe < 64:
+        assert first > 4 * variance
+
+
+def test_second_differences_are_taken_where_they_say_far_less_alone():
+    noise = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)).double()
+    variance, _ = successive_variance(noise)
+    first = noise.diff(dim=1).square().sum(1) * 16 / 30
+    assert float((variance != first).double().mean()) < 0.003
+    assert torch.equal(successive_variance(noise[:, :7])[0], noise[:, :7].diff(dim=1).square().sum(1) * 7 / 12)

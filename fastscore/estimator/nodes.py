@@ -117,6 +117,11 @@ class NodeDensity:
         """Return the same density with nothing known of the integrand."""
         return NodeDensity(self.edges, self.share, self.paired)
 
+    def half_uniform(self) -> NodeDensity:
+        """Return a density for another integrand than the fitted one: half of the draws go everywhere alike."""
+        width = self.edges.diff()
+        return NodeDensity(self.edges, (self.share + width / width.sum()) / 2, self.paired)
+
     def _curve_points(self) -> tuple[Tensor, Tensor]:
         edges, curve = self.edges, self.curve
         at = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])

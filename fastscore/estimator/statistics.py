@@ -35,6 +35,7 @@ from torch import Tensor
 from .rules import GROUPS, Rule, group_shifts
 
 KNOWN = 20  # draws, that a norm's skewness counts for
+STEEP, FEWEST_BENDS = 4.0, 8
 
 
 def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
@@ -91,8 +92,7 @@ class Spread(NamedTuple):
         terms = _terms(f, rule)
         variance, nu = successive_variance(terms)
         draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
-        bend = terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
-        third = bend.pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
+        third = bends(terms).pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         share = KNOWN / (KNOWN + draws)
         return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen, _jump(terms, rule))
@@ -125,15 +125,34 @@ def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     Successive differences d_s have about :math:`\nu = 2 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom: 2N/3 for even
     noise, fewer where a short stretch of log-SNR makes most of it.
 
+    In hundreds of dimensions few draws differ by the course of the integrand more than by their noise. Second
+    differences, of :math:`1.54 (\sum b_s^2)^2 / \sum b_s^4` degrees of freedom, do not see a slope: they are taken
+    where they say so much less, by 1 + 4 / sqrt(nu), as noise alone says once in a thousand times.
+
     Arguments:
         terms: float64, shape (..., N), ascending in log-SNR.
     """
     n = terms.shape[-1]
-    square = terms.diff(dim=-1).square()
+    variance, nu = _mean_square(terms.diff(dim=-1), n, 2.0, 2.0)
+    if n < FEWEST_BENDS:
+        return variance, nu
+    straight, own_nu = _mean_square(bends(terms), n, 1.5, 1.54)
+    steep = variance > (1 + STEEP / own_nu.sqrt()) * straight
+    return torch.where(steep, straight, variance), torch.where(steep, own_nu, nu)
+
+
+def bends(terms: Tensor) -> Tensor:
+    """Return how far each inner term lies above the mean of its neighbours, shape (..., N - 2)."""
+    return terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
+
+
+def _mean_square(differences: Tensor, n: int, share: float, freedom: float) -> tuple[Tensor, Tensor]:
+    """Return the variance of a sum of n terms by differences that have `share` times a term's, with their freedom."""
+    square = differences.square()
     total = square.sum(-1)
     # At least one degree of freedom, also where there is no noise at all.
-    nu = (2 * total.square() / square.square().sum(-1).clamp(min=1e-300)).clamp(min=1.0)
-    return total * n / (2 * (n - 1)), nu
+    nu = (freedom * total.square() / square.square().sum(-1).clamp(min=1e-300)).clamp(min=1.0)
+    return total * n / (share * differences.shape[-1]), nu
 
 
 def widened(variance: Tensor, nu: Tensor) -> Tensor:

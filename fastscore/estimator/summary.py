@@ -17,7 +17,7 @@ from .nodes import FittedNodes
 from .part import Part
 from .round import Numbers, Round
 from .samples import Samples
-from .statistics import KNOWN, Spread, draw_sum
+from .statistics import FEWEST_BENDS, KNOWN, STEEP, Spread, draw_sum
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Summary:
         one = q.components == 1 and q.along_axes
         outside = (q.mean[0], q.variance[0]) if one else q.log_prob(x[part.samples])
         rounding = _rounding(samples, self.nodes.log_snr_range)
-        measured = constants(self.nfe, self.calibration)
+        measured, known = constants(self.nfe, self.calibration), (KNOWN, STEEP, FEWEST_BENDS)
         curve, rows = found.curve_sum, len(part.f)
         first = found.block[-2 * part.f.shape[1] :].view(2, -1) if curve.count == 0 else None
         kernels = implementation("triton")
@@ -83,7 +83,7 @@ class Summary:
             x,
             outside,
             (rule.weight, rule.remainder, rule.curve, rule.even, rule.ends, *part.ends),
-            kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), KNOWN, *rounding),
+            kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), *known, *rounding),
             self.nodes.slowest_decay,
             (found.value, found.variance, found.jump, found.ends, *found.numbers),
             first,
