@@ -35,6 +35,7 @@ from ..estimator.methods import prior_kl
 from ..estimator.protocol import Density, check_density
 from ..ops import noise
 from ..process.masks import inside, mask_rows
+from ..support.host import whole
 
 PROBES = 4  # samples of levels that tell whether they are equidistant for the network
 
@@ -52,6 +53,7 @@ class Levels:
     last: float = 1.0
 
     def __post_init__(self):
+        whole("bins", self.bins)
         if self.bins < 2 or not self.last > self.first:
             raise ValueError(f"Levels needs bins >= 2 and last > first, got {self}")
 

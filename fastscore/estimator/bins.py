@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..process.masks import broadcast_mask
+from ..support.host import whole
 from ..support.warn import warn
 
 
@@ -15,7 +16,7 @@ def log_width(bins: int | None, low: float, high: float) -> float:
     """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
     if bins is None:
         return 0.0
-    if bins < 2 or not high > low:
+    if whole("bins", bins) < 2 or not high > low:
         raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
     return math.log((high - low) / bins)
 

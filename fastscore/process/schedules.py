@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..support.host import as_tensor
+from ..support.host import as_tensor, finite, positive
 
 # Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
@@ -121,8 +121,9 @@ class LogSNR(Schedule):
     """The log-SNR itself as time, variance-preserving, trained on [lo, hi]."""
 
     def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL):
+        lo, hi = finite("lo of LogSNR", lo), finite("hi of LogSNR", hi)
         _require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
-        self.lo, self.hi = float(lo), float(hi)
+        self.lo, self.hi = lo, hi
         self.time_range = (self.hi, self.lo)
 
     def log_snr(self, t):
@@ -159,8 +160,9 @@ class VP(Schedule):
     time_range = (1e-5, 1.0)
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        _require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min}, {beta_max}")
-        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+        beta_min, beta_max = finite("beta_min of VP", beta_min), finite("beta_max of VP", beta_max)
+        _require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min:g}, {beta_max:g}")
+        self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_snr(self, t):
         t = _float64(t)
@@ -205,8 +207,7 @@ class VE(_Exploding):
     time_range = (0.0, 1.0)
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
-        _require(0 < sigma_min < sigma_max, f"VE needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
-        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.sigma_min, self.sigma_max = _sigmas("VE", sigma_min, sigma_max)
         if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
             self.data_std = math.sqrt(sigma_min * sigma_max)
 
@@ -225,13 +226,8 @@ class EDM(_Exploding):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
-        _require(0 < sigma_min < sigma_max, f"EDM needs 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
-        _require(sigma_data > 0, f"EDM needs sigma_data > 0, got {sigma_data}")
-        self.sigma_min, self.sigma_max, self.sigma_data = (
-            float(sigma_min),
-            float(sigma_max),
-            float(sigma_data),
-        )
+        self.sigma_min, self.sigma_max = _sigmas("EDM", sigma_min, sigma_max)
+        self.sigma_data = positive("sigma_data of EDM", sigma_data, "in units of the data")
         self.time_range = (self.sigma_min, self.sigma_max)
         self.data_std = self.sigma_data
 
@@ -372,6 +368,12 @@ class DDPM(Schedule):
 
 def _float64(value) -> Tensor:
     return as_tensor(value).to(torch.float64)
+
+
+def _sigmas(kind: str, sigma_min: object, sigma_max: object) -> tuple[float, float]:
+    low, high = finite(f"sigma_min of {kind}", sigma_min), finite(f"sigma_max of {kind}", sigma_max)
+    _require(0 < low < high, f"{kind} needs 0 < sigma_min < sigma_max, got {low:g}, {high:g}")
+    return low, high
 
 
 def _require(condition: bool, message: str) -> None:

@@ -73,6 +73,17 @@ def dense_form(layout: str) -> str:
     return f".{_TO_DENSE.get(layout, 'to_dense')}() makes a dense one"
 
 
+def finite(name: str, value: object) -> float:
+    """Return a finite number as a float; raise ValueError for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
 def positive(name: str, value: object, unit: str) -> float:
     """Return a positive number as a float; raise ValueError for anything else."""
     try:
