@@ -176,9 +176,22 @@ def test_too_few_samples_for_a_mixture():
         ((torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3)), "variances must be positive"),
         ((torch.ones(1), torch.full((1, 3), torch.inf), torch.ones(1, 3)), "means finite"),
         ((torch.ones(1), torch.zeros(1, 3), torch.ones(1, 2)), r"got \(1,\), \(1, 3\) and \(1, 2\)"),
+        *(
+            (
+                (torch.ones(1), torch.zeros(1, 6), torch.ones(1, 6), None, factors),
+                "factors must be three orthonormal matrices",
+            )
+            for factors in (
+                [2 * torch.eye(2), torch.eye(3), torch.empty(0)],
+                [torch.eye(2), torch.eye(3)[:, :2], torch.empty(0)],
+                [torch.eye(2), torch.empty(0), torch.empty(0)],
+                [None, torch.eye(2), torch.eye(3)],
+                [torch.eye(6)],
+            )
+        ),
         (
             (torch.ones(1), torch.zeros(1, 6), torch.ones(1, 6), None, [torch.eye(4), *[torch.empty(0)] * 2]),
-            r"factors must be .*, for samples of 6 numbers.*got shapes \[\(4, 4\), \(0,\), \(0,\)\]",
+            r"factors must be .*, for samples of 6 numbers.*got \[\(4, 4\), \(0,\), \(0,\)\]",
         ),
     ],
 )

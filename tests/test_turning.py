@@ -126,3 +126,15 @@ def test_losses_and_the_ode_take_it():
     # 64 steps of order four, to a thousandth of a nat, beside what the ends leave out, stated to a few percent.
     error = (found.log_prob - TRUTH.log_prob(x.flatten(1).double())).abs()
     assert bool((error < 1.05 * found.truncation + 1e-3).all())
+
+
+def test_few_samples_and_constant_ones_are_told():
+    density = fs.ScoreDensity(Exact(), fs.VP())
+    with pytest.raises(
+        ValueError, match="reference='images' needs at least 20 training samples, got 16; give more data"
+    ):
+        density.fit(images(20), reference="images", progress=False)
+    with pytest.warns(UserWarning, match="constant"):
+        density.fit(torch.full((200, 3, 8, 8), 0.5), reference="images", evaluations=3000, progress=False)
+    lo, hi = density.log_snr_range
+    assert lo < hi

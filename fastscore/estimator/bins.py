@@ -11,6 +11,8 @@ from ..process.masks import broadcast_mask
 from ..support.host import whole
 from ..support.warn import warn
 
+ROUNDED = 2.0**-23  # of the highest level's entries, at most, that are rounded up to its end in float32
+
 
 def log_width(bins: int | None, low: float, high: float) -> float:
     """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
@@ -30,10 +32,12 @@ def count_outside(x: Tensor, mask: Tensor | None, low: float, high: float) -> Te
 def warn_if_outside(counts: Tensor, bins: int, low: float, high: float) -> bool:
     """Warn, and return True, where `count_outside` found entries to which no level belongs."""
     outside, entries = counts.tolist()
-    if outside:
+    found = outside > ROUNDED * bins * entries
+    if found:
         warn(
             f"{outside} of {entries} entries of the data lie outside [low, high) = [{low:g}, {high:g}), where the "
             f"{bins} levels are, and bits per dimension are by these; give low= and high= (--low, --high) of the "
-            "dequantized data, and for levels that are not dequantized yet take fastscore.Levels(bins).dequantize"
+            "dequantized data, which are levels.low and levels.high where levels.dequantize of a fastscore.Levels made "
+            "them"
         )
-    return bool(outside)
+    return found

@@ -55,6 +55,8 @@ def _of_images(train: Tensor, shape: tuple[int, ...], seed: int, required: bool)
             f"got {shape}; use 'auto', which takes it where it fits"
         )
     sizes = [k for k in IMAGE_SIZES if len(train) >= 20 * k] if factors else []
+    if required and not sizes:
+        raise ValueError(f"reference='images' needs at least 20 training samples, got {len(train)}; give more data")
     x = turn(train.to(torch.float64), factors) if factors else train
     mixtures = (fit_mixture(x, k, False, seed) for k in sizes)
     return [Reference(q.weight, q.mean, q.variance, factors=factors) for q in mixtures]

@@ -90,7 +90,7 @@ class Planner:
         if plan is None or not plan.draws.rules.hold():
             density = nodes.density
             if control_variate(wanted.method, reference) is not reference:
-                density = density.without_curve()  # it belongs to the reference that it was measured with
+                density = density.half_uniform()  # it was measured with another reference
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)

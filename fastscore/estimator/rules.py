@@ -16,10 +16,10 @@ once a run. Sixteen runs have shifts of equal distance,
 
 whose errors cancel in a mean over many samples: like 1/16 rather than like the root of it. U is a word of the seed.
 
-A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, is drawn systematically
-too, with the share pi_k of the draws proportional to p(lambda_k) W_k: with the weight W_k / (N pi_k), or, where
-N pi_k >= 1 and the entry is drawn in any case, with W_k shared among its draws. The whole table is the integral by the
-trapezoid rule.
+A discrete table offers its own entries only. Entry k, whose weight in the whole sum is W_k, deserves the share pi_k of
+the draws, proportional to p(lambda_k) W_k. Where N pi_k >= 1 it is drawn in any case, and W_k shared among its draws;
+the others are drawn systematically, n_k times on average, with the weight W_k / n_k (`Allocation`). The whole table is
+the integral by the trapezoid rule.
 
 The three methods differ in the weights alone. With lambda_1 > lambda_2 > ... the table's log-SNRs and
 t = sigmoid(-lambda) the paper's time:
@@ -49,6 +49,7 @@ from torch import Tensor
 from ..ops import noise
 from ..process.schedules import Schedule, settings_of
 from ..support.host import whole
+from .allocation import Allocation
 from .nodes import NodeDensity
 
 METHODS = ("density", "discrete", "elbo")
@@ -151,7 +152,9 @@ class Rules:
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
         self._middles = density.quantile(_strata(draws, 0.5))
         self.paired = density.is_paired(self._middles)
-        self._table = None if not schedule.discrete and method == "density" else _Table.of(density, schedule, method)
+        self._table = (
+            None if not schedule.discrete and method == "density" else _Table.of(density, draws, schedule, method)
+        )
         self._made: dict[int, Rule] = {}
         self._ask_everywhere()
 
@@ -203,14 +206,14 @@ class Rules:
         found = self._made.get(group)
         if found is None:
             shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
-            self._made[group] = found = self._place(_strata(self.draws, shift))
+            self._made[group] = found = self._place(shift)
         return found
 
-    def _place(self, u: Tensor) -> Rule:
+    def _place(self, shift: float) -> Rule:
         density, schedule = self.density, self.schedule
         if self._table is not None:
-            return self._table.rule(self.paired, u)
-        log_snr = density.quantile(u)
+            return self._table.rule(self.paired, shift)
+        log_snr = density.quantile(_strata(self.draws, shift))
         weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
         remainder = density.curve_integral() - weight @ curve
         return Rule.even_in(log_snr, schedule.time(log_snr), weight, self.paired, curve, remainder)
@@ -237,32 +240,29 @@ class FixedRules:
 
 @dataclass(frozen=True)
 class _Table:
-    """The entries of a table, ascending in log-SNR, with their weights and the share of the draws below each's end."""
+    """The entries of a table, ascending in log-SNR, with their weights and their shares of the draws."""
 
     log_snr: Tensor
     time: Tensor
     weight: Tensor
     cell: Tensor
-    upper: Tensor
     curve: Tensor
+    allocation: Allocation
 
     @classmethod
-    def of(cls, density: NodeDensity, schedule: Schedule, method: str) -> _Table:
+    def of(cls, density: NodeDensity, draws: int, schedule: Schedule, method: str) -> _Table:
         time, log_snr = method_table(schedule)
         weight, cell = method_weights(log_snr, method), method_weights(log_snr, "density")
         # Half of the draws go where a sum's weights are large, as at its ends, and half where the integral's are: a
         # single step of a table may outweigh all others, at noise where nothing is left to see.
         shares = [share / share.sum() for share in (density.density_at(log_snr) * each for each in (weight, cell))]
-        upper = (shares[0] + shares[1]).cumsum(0) / 2
-        upper = upper / upper[-1]
-        return cls(log_snr, time, weight, cell, upper, density.curve_at(log_snr))
+        allocation = Allocation.of((shares[0] + shares[1]) / 2, draws)
+        return cls(log_snr, time, weight, cell, density.curve_at(log_snr), allocation)
 
-    def rule(self, paired: Tensor, u: Tensor) -> Rule:
-        entry = torch.searchsorted(self.upper, u, right=True).clamp(max=len(self.time) - 1)
-        hits = torch.zeros_like(self.upper).index_add_(0, entry, torch.ones_like(u))
-        expected = len(u) * torch.cat([self.upper[:1], self.upper.diff()])
-        by_shift = (expected < 1)[entry]
-        share = torch.where(by_shift, 1 / expected[entry], 1 / hits[entry])
+    def rule(self, paired: Tensor, shift: float) -> Rule:
+        entry = self.allocation.entries(shift)
+        certain, share = self.allocation.certain[entry], 1 / self.allocation.count[entry]
+        even = torch.where(certain, 1 / self.allocation.deserved[entry], share)
         curve, weight, cell = self.curve[entry], self.weight[entry] * share, self.cell[entry] * share
         return Rule(
             log_snr=self.log_snr[entry],
@@ -273,8 +273,8 @@ class _Table:
             curve=curve,
             remainder=self.weight @ self.curve - weight @ curve,
             density_remainder=self.cell @ self.curve - cell @ curve,
-            even=self.weight[entry] / expected[entry],
-            ends=_ends(by_shift),
+            even=self.weight[entry] * even,
+            ends=_ends(~certain),
         )
 
 

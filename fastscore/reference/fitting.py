@@ -19,6 +19,7 @@ from ..process.masks import inside
 from .gaussians import Reference
 
 ITERATIONS = 60
+ROUNDING = 1e-26
 CONSTANT = 1e-12  # variance for data that have none
 TOLERANCE = 1e-3  # nats per sample between two steps
 
@@ -73,13 +74,18 @@ def fit_diagonal(data: Tensor, mask: Tensor) -> Reference:
     pooled = y.square().sum() / count.sum()
     mean = y.sum(0) / (count + 1)
     variance = (y.square().sum(0) + pooled) / (count + 1) - mean.square()
-    floor = _floor(pooled)
+    floor = _floor(pooled, pooled + center.square())
     return Reference(x.new_ones(1).to(x), (center + mean)[None], variance.clamp(min=floor)[None])
 
 
-def _floor(average: Tensor) -> Tensor:
-    """Return the least variance of a component: in units of the data's own, whatever their scale."""
-    return torch.where(average > 0, 1e-6 * average, CONSTANT)
+def _floor(average: Tensor, size: Tensor) -> Tensor:
+    """Return the least variance of a component: in units of the data's own, whatever their scale.
+
+    Arguments:
+        average: variance.
+        size: mean of the squared data, of which rounding leaves a variance where they have none.
+    """
+    return torch.where(average > ROUNDING * size, 1e-6 * average, CONSTANT)
 
 
 def _kmeans(x: Tensor, components: int, seed: int, steps: int = 10) -> Tensor:
@@ -107,7 +113,7 @@ def _maximize(x: Tensor, responsibility: Tensor, full: bool) -> Reference:
     variance = (second - mean**2).clamp(min=0)
     weight = count / count.sum()
     pooled = weight @ variance
-    floor = _floor(pooled.mean())
+    floor = _floor(pooled.mean(), (weight @ second).mean())
     if not full:
         shrunk = (1 - share)[:, None] * variance + share[:, None] * pooled
         return Reference(weight, mean, shrunk.clamp(min=floor))

@@ -348,7 +348,7 @@ class Reference(FittedBuffers):
 
 
 def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, factors: turning.Factors) -> None:
-    devices = {str(t.device) for t in (weight, mean, variance, basis, *factors) if t is not None}
+    devices = {str(t.device) for t in (weight, mean, variance, basis, *factors) if isinstance(t, Tensor)}
     if len(devices) > 1:
         raise ValueError(f"a reference's tensors must be on one device, got {', '.join(sorted(devices))}; move them")
     if mean.shape != variance.shape or mean.ndim != 2 or weight.shape != mean.shape[:1]:
@@ -356,11 +356,10 @@ def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None,
             f"a reference needs weight (K,), mean (K, d) and variance (K, d); got {tuple(weight.shape)}, "
             f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         )
-    sizes = math.prod(max(1, len(factor)) for factor in factors)
-    if factors and (len(factors) != len(FACTORS) or basis is not None or mean.shape[1] % sizes):
+    if factors and (len(factors) != len(FACTORS) or basis is not None or not turning.are_basis(factors, mean.shape[1])):
         raise ValueError(
             "factors must be three orthonormal matrices, of channels, rows and columns, for samples of "
-            f"{mean.shape[1]} numbers and without a basis; got shapes {[tuple(factor.shape) for factor in factors]}"
+            f"{mean.shape[1]} numbers and without a basis; got {[tuple(getattr(f, 'shape', ())) for f in factors]}"
         )
     if bool((weight < 0).any()) or abs(float(weight.double().sum()) - 1) > 1e-5:
         raise ValueError(f"weights must sum to 1, got {float(weight.double().sum()):.6g}; divide by their sum")

@@ -46,6 +46,17 @@ def factors_of(data: Tensor, shape: tuple[int, ...]) -> list[Tensor] | None:
     return [_of_channels(data, shape[0]) if shape[0] <= MOST_CHANNELS else empty, *own, *[empty] * (2 - len(own))]
 
 
+def are_basis(factors: Factors, d: int) -> bool:
+    """Return whether the factors are orthonormal matrices that turn samples of d numbers."""
+    if not all(isinstance(factor, Tensor) and (not factor.numel() or factor.ndim == 2) for factor in factors):
+        return False
+    given = [factor.to(torch.float64) for factor in factors if factor.numel()]
+    square = all(factor.shape[0] == factor.shape[1] for factor in given)
+    turned = math.prod(map(len, given))
+    fits = d == turned if factors[0].numel() else d % turned == 0
+    return square and fits and all(torch.allclose(f.mT @ f, torch.eye(len(f)).to(f), atol=1e-5) for f in given)
+
+
 def cosines(size: int) -> Tensor:
     r"""Return the orthonormal cosine basis :math:`c_k \cos(\pi (n + 1/2) k / N)` in columns k, float64, (N, N)."""
     n = torch.arange(size, dtype=torch.float64, device="cpu")
