@@ -19,7 +19,7 @@ from ..process.masks import inside
 from .gaussians import Reference
 
 ITERATIONS = 60
-ROUNDING = 1e-26
+ROUNDING = 1e-14  # of a difference of squares, in float64
 CONSTANT = 1e-12  # variance for data that have none
 TOLERANCE = 1e-3  # nats per sample between two steps
 
