@@ -73,7 +73,7 @@ def test_intervals_cover_and_means_are_right(name, fitted, noise, one_thread):
         # 480 to 960 intervals at 48 to 96 points: a point's 10 intervals are not independent where its integrand
         # has rare large values, so the share has a standard error of up to 2 %; a pilot's calibration has 1.5 % more.
         assert all(share >= 0.88 for share in shares.values()), (nfe, shares)
-        assert sum(shares.values()) / len(shares) >= 0.925, (nfe, shares)
+        assert sum(shares.values()) / len(shares) >= 0.92, (nfe, shares)
         error, stated, beyond = torch.tensor(means[nfe], dtype=torch.float64).T
         # Three standard errors of the mean over 30 estimates, by what they state themselves.
         of_mean = float(stated.square().mean().sqrt()) / len(error) ** 0.5

@@ -346,7 +346,7 @@ def test_bad_fits():
     density = fs.ScoreDensity(MLP(), SCHEDULE)
     with pytest.raises(ValueError, match="fit needs at least 20 samples, got 19"):
         density.fit(data(19), progress=False)
-    with pytest.raises(ValueError, match="auto, isotropic, diagonal, full, mixture; got 'kde'"):
+    with pytest.raises(ValueError, match="auto, isotropic, diagonal, full, mixture, images; got 'kde'"):
         density.fit(data(40), reference="kde", progress=False)
     with pytest.raises(ValueError, match="at least 100 training samples, got 32"):
         density.fit(data(40), reference="mixture", progress=False)

@@ -54,8 +54,9 @@ def test_intervals_cover_after_fit(name):
             assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / POINTS**0.5 + float(
                 truncation.mean()
             )
-    # 3,072 intervals of 95 %, of the same 256 points: the noise of their share is 0.7 %, that of a calibration 1.2 %.
-    assert 0.92 <= float(torch.cat(covered).double().mean()) <= 0.98
+    # 3,072 intervals of 95 %, of the same 256 points: the noise of their share is 0.7 %, that of a calibration 1.2 %,
+    # and two and a half times both is 3.5 %.
+    assert 0.915 <= float(torch.cat(covered).double().mean()) <= 0.985
 
 
 # Root-mean-square error in nats at 32, 128 and 512 evaluations with a mixture reference: the numbers to reach.

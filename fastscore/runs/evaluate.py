@@ -164,7 +164,7 @@ def _agree(
         nonlocal work
         work = check()
         share = ranks.share(work.blocks)
-        return work.setting(), work.digests(share), work.outside(share, *ends) if ends else torch.zeros(2)
+        return work.setting(), work.digests(share), work.outside(share, *ends) if ends else torch.zeros(2, device="cpu")
 
     found = ranks.gather(look)
     settings = [setting for setting, *_ in found]

@@ -10,7 +10,8 @@ from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, of, random, r
 
 
 @row("Schedule", "Schedule.log_snr", "Schedule.time", "Schedule.scale", "Schedule.alpha_sigma", "Schedule.derivatives",
-     "Schedule.log_snr_range", "Schedule.range_for", each=[f"schedule {name}" for name in SCHEDULES])  # fmt: skip
+     "Schedule.log_snr_range", "Schedule.range_for", "DDPM.entries",
+     each=[f"schedule {name}" for name in SCHEDULES])  # fmt: skip
 def schedule(on, name):
     process = SCHEDULES[name.removeprefix("schedule ")]()
     log_snr = on(torch.linspace(*process.log_snr_range, 7, dtype=torch.float64)[1:-1])
