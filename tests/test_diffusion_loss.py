@@ -45,10 +45,11 @@ def inclusions(t):
     table = SCHEDULE.table  # falls with the timestep
     cell = -torch.cat([table[:1], (table[1:] + table[:-1]) / 2, table[-1:]]).diff()
     # Entries are drawn in proportion to their cells: those that are drawn in any case share theirs among their draws,
-    # the others stand for an equal part of the range.
+    # all other draws stand for equal parts of what the others cover.
     hits = torch.zeros_like(cell).index_add_(0, t, torch.ones(len(t), dtype=torch.float64))
-    expected = len(t) * cell / cell.sum()
-    return (cell / torch.where(expected >= 1, hits, expected))[t]
+    certain = len(t) * cell / cell.sum() >= 1
+    others = cell[~certain].sum() / hits[~certain].sum()
+    return torch.where(certain, cell / hits, others)[t]
 
 
 def plain_log_prob(net, x, x_t, t, z, weights):

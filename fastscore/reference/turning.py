@@ -54,7 +54,8 @@ def are_basis(factors: Factors, d: int) -> bool:
     square = all(factor.shape[0] == factor.shape[1] for factor in given)
     turned = math.prod(map(len, given))
     fits = d == turned if factors[0].numel() else d % turned == 0
-    return square and fits and all(torch.allclose(f.mT @ f, torch.eye(len(f)).to(f), atol=1e-5) for f in given)
+    whole = (torch.eye(len(factor), device="cpu").to(factor) for factor in given)
+    return square and fits and all(torch.allclose(f.mT @ f, one, atol=1e-5) for f, one in zip(given, whole))
 
 
 def cosines(size: int) -> Tensor:
