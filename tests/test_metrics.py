@@ -13,6 +13,7 @@ import torch
 from analytic import ExactNet, mixture
 
 import fastscore as fs
+from fastscore.estimator.bins import count_outside, warn_if_outside
 
 pytest.importorskip("torchmetrics")
 from fastscore.metrics import BitsPerDim, NegativeLogLikelihood
@@ -221,3 +222,16 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, package)
     remedy = rf"needs the package {package}; install it with: pip install 'fastscore\[{module}\]'"
     with pytest.raises(ImportError, match=remedy):
         importlib.import_module(f"fastscore.{module}")
+
+
+def test_what_rounding_puts_on_the_upper_end_is_no_warning(recwarn):
+    """Dequantized data of the highest level, (255 + u) / 128 - 1, are exactly 1 once in 100,000 times in float32."""
+    x = torch.full((100, 10_000), 0.5)
+    x[0, :4] = 1.0
+    counts = count_outside(x, None, -1.0, 1.0)
+    assert counts.tolist() == [4, 10**6]
+    assert not warn_if_outside(counts, 256, -1.0, 1.0)
+    assert not recwarn
+    x[1, :100] = 1.0
+    with pytest.warns(UserWarning, match="104 of 1000000 entries of the data lie outside"):
+        assert warn_if_outside(count_outside(x, None, -1.0, 1.0), 256, -1.0, 1.0)
