@@ -219,13 +219,16 @@ class ScoreDensity(NetworkDensity):
                     f"max_nfe must be between the {wanted.nfe} evaluations to start from and {MAX_DRAWS}, got "
                     f"{max_nfe}; give a smaller nfe, or average over seeds"
                 )
+        parts = self._parts()
+        if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
+            return last(samples)
         network, (plan, programs) = self.network, self._plan(samples, wanted)
         warn_if_coupled(network, samples, self.reference)
         if method == "density" and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
-            replay = self.replays.find(estimator, samples, plan) if target_stderr is None else None
+            replay = self.replays.find(parts, estimator, samples, plan, wanted) if target_stderr is None else None
             found, numbers = replay(samples, plan) if replay else (estimator.evaluate(samples, plan, bar.update), None)
             while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
                 wanted = wanted._replace(nfe=int(found.nfe[active].min()), round=wanted.round + 1)

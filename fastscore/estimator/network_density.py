@@ -69,6 +69,11 @@ class NetworkDensity(Density):
         options = self.time_dtype, self._programs, self.backend
         return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
 
+    def _parts(self) -> tuple:
+        """Return what an estimate is made of: the same objects mean the same network, read in the same way."""
+        network = self.model, self.schedule, self.predicts, self.time_dtype, self.backend, self._programs
+        return *network, self.reference, self.nodes
+
     def prepare(
         self,
         x: Tensor,
@@ -138,7 +143,7 @@ class NetworkDensity(Density):
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
-        if not self.reference.along_axes and samples.mask is not None and not bool(samples.mask.all()):
+        if samples.mask is not None and not self.reference.along_axes and not bool(samples.mask.all()):
             raise ValueError(
                 "a mask needs a reference without full covariances, of which marginals are not known at every noise "
                 f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"

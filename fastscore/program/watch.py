@@ -57,11 +57,11 @@ class Tensors(NamedTuple):
         found = shapes_of(self.now)
         if found == self.shapes:
             return None
-        before = {name: shape for name, *shape in self.shapes}
-        return next((name for name, *shape in found if before.get(name) != shape), next(iter(before), ""))
+        before = dict(self.shapes)
+        return next((name for name, shape in found if before.get(name) != shape), next(iter(before), ""))
 
 
-class _Dicts:
+class _Whole:
     """Whole dicts, whose names and objects are compared in a row, in under a microsecond each."""
 
     def __init__(self, spaces: list[Space]):
@@ -76,6 +76,33 @@ class _Dicts:
             return not (same and all(map(is_, chain.from_iterable(map(dict.values, now)), self.values)))
         except RuntimeError:  # another thread adds a name meanwhile
             return True
+
+
+class _Some:
+    """Some names of each of several mappings, compared in a row."""
+
+    def __init__(self, spaces: list[Space]):
+        pairs = [(s.now.get, key, value) for s in spaces for key, value in zip(s.keys, s.values)]
+        self.pairs, self.values = [(get, key) for get, key, _ in pairs], [value for *_, value in pairs]
+        sized = [(s.now, s.size) for s in spaces if s.size is not None]
+        self.sized, self.sizes = [now for now, _ in sized], [size for _, size in sized]
+
+    def changed(self) -> bool:
+        """Return whether another object is anywhere, which may still be equal."""
+        if list(map(len, self.sized)) != self.sizes:
+            return True
+        return not all(map(is_, [get(key, _MISSING) for get, key in self.pairs], self.values))
+
+
+class _Shapes:
+    """The shapes of all layers' parameters and buffers, compared in a row."""
+
+    def __init__(self, tensors: list[Tensors]):
+        self.now = [each.now for each in tensors]
+        self.shapes = [*chain.from_iterable(each.shapes for each in tensors)]
+
+    def changed(self) -> bool:
+        return [*chain.from_iterable(map(shapes_of, self.now))] != self.shapes
 
 
 class Watch:
@@ -100,7 +127,7 @@ class Watch:
             return
         keys = tuple(now if keys is None else keys)
         values = tuple(now.get(key, _MISSING) for key in keys)
-        self.__dict__.pop("_spaces", None)
+        self.__dict__.pop("_rows", None)
         self.spaces.append(Space(place, now, keys, values, len(now) if whole else None))
         if copy and isinstance(now, MutableMapping):
             self._copies.append((now, dict(now)))
@@ -108,6 +135,7 @@ class Watch:
     def layers(self, place: str, now: Mapping[str, Tensor | None]) -> None:
         """Watch the shapes of a layer's parameters or buffers."""
         if now:
+            self.__dict__.pop("_rows", None)
             self.tensors.append(Tensors(place, now, shapes_of(now)))
         else:
             self._hollow.append(now)
@@ -146,22 +174,22 @@ class Watch:
         self._caches.append((function, function.cache_info().misses))
 
     @cached_property
-    def _spaces(self) -> tuple[_Dicts, list[Space]]:
-        """The spaces that are compared in a row, and the others."""
+    def _rows(self) -> tuple[_Whole, _Some, _Shapes]:
+        """All spaces and tensors, each kind to be compared in a row."""
         parts: tuple[list[Space], list[Space]] = [], []
         for space in self.spaces:
             parts[not (type(space.now) is dict and space.size == len(space.keys))].append(space)
-        return _Dicts(parts[0]), parts[1]
+        return _Whole(parts[0]), _Some(parts[1]), _Shapes(self.tensors)
 
     def changed(self) -> tuple[str, object] | None:
         """Return where something has changed, and what; None if all is as it was."""
         if any(self._hollow):
             return "a layer", "hooks"
-        whole, others = self._spaces
-        for entry in (*(self.spaces if whole.changed() else others), *self.tensors):
-            name = entry.changed()
-            if name is not None:
-                return entry.place, name
+        if any(row.changed() for row in self._rows):
+            for entry in (*self.spaces, *self.tensors):
+                name = entry.changed()
+                if name is not None:
+                    return entry.place, name
         for place, name, read, before in self._read:
             now = read()
             if len(now) != len(before) or not all(map(_same, now, before)):
@@ -193,7 +221,7 @@ def _bytes_in(tensor: Tensor) -> bytes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
-    return tuple((name, *_LOOK(v)) for name, v in tensors.items() if v is not None)
+    return tuple([(name, _LOOK(v)) for name, v in tensors.items() if v is not None])
 
 
 def _same(a: object, b: object) -> bool:

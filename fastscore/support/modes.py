@@ -38,7 +38,7 @@ def ordinary(call: Callable) -> Callable:
             )
         gradients = torch.is_grad_enabled()  # leaving inference mode would turn them on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            _refuse_tangents(call.__name__, tree_leaves((args, kwargs)))
+            _refuse_tangents(call.__name__, (args, kwargs))
             args, kwargs = for_autograd((args, kwargs))
             return call(*args, **kwargs)
 
@@ -169,10 +169,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _refuse_tangents(name: str, values: list[object]) -> None:
-    """Raise ValueError if one of some values, or a tensor of a network among them, has a tangent of forward-mode AD."""
+def _refuse_tangents(name: str, given: object) -> None:
+    """Raise ValueError if one of nested values, or of a network's tensors, has a tangent of forward-mode AD."""
     if forward_ad._current_level < 0:
         return
+    values = tree_leaves(given)
     layers = [layer for value in values if isinstance(value, nn.Module) for layer in value.modules()]
     # A dual tensor in the place of a parameter is a plain attribute of its layer.
     held = [held for layer in layers for held in (vars(layer), layer._parameters, layer._buffers)]
