@@ -206,7 +206,7 @@ class ScoreDensity(NetworkDensity):
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
                 returns the wrong shape, NaN or inf (named by sample and log-SNR; on a GPU when a number is read on the
                 host, see `Estimate.check`, or at once with FASTSCORE_CHECK=now in the environment); if a mask does not
-                fit x, leaves nothing of a sample, or meets a reference with full covariances.
+                fit x, leaves nothing of a sample, or meets a reference that is not diagonal in the entries.
         """
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:

@@ -100,7 +100,7 @@ def test_error_bars_cover_whatever_the_reference_was_fitted_to(masked_fit):
 
 def test_full_covariances_are_refused_unless_everything_counts():
     full = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, reference=FULL, program=False)
-    with pytest.raises(ValueError, match=r"a mask needs a reference without full covariances.*reference='diagonal'"):
+    with pytest.raises(ValueError, match=r"a reference that is diagonal in the entries.*reference='diagonal'"):
         full.estimate(X, mask=MASK, cond=seen(MASK))
     every = torch.ones(40, 6) > 0
     found, plain = (full.estimate(X, nfe=32, cond=seen(every), **kw) for kw in ({"mask": every}, {}))

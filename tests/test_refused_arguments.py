@@ -38,6 +38,25 @@ def test_budgets_are_positive_numbers(value):
         density().fit(X, evaluations="many")
 
 
+@pytest.mark.parametrize("value", ["x", 0, -1e-3, float("nan"), [1e-5]], ids=str)
+def test_tolerances_of_solvers_are_positive_numbers(value):
+    for name in ("rtol", "atol"):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            fs.probability_flow_log_prob(density(), X, method="dopri5", **{name: value})
+
+
+@pytest.mark.parametrize("method", [["dopri5"], None, 3], ids=str)
+def test_a_solver_has_a_name(method):
+    with pytest.raises(ValueError, match="method must be one of auto, midpoint"):
+        fs.probability_flow_log_prob(density(), X, method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64], ids=str)
+def test_levels_are_not_dequantized_into_a_few_numbers(dtype):
+    with pytest.raises(ValueError, match="dequantized data must be float32 or float64, got"):
+        fs.Levels(256).dequantize(torch.zeros(2, 3, dtype=torch.int64), dtype=dtype)
+
+
 @pytest.mark.parametrize("sixteen", [np.int64(16), torch.tensor(16), np.uint8(16)], ids=lambda v: type(v).__name__)
 def test_integers_of_every_kind_are_integers(sixteen):
     expected = density().estimate(X, nfe=16, seed=16).log_prob

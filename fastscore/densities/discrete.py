@@ -89,8 +89,16 @@ class Levels:
         Arguments:
             k: levels, integer, shape (B, *shape).
             sample_index: int64, shape (B,); 0 .. B-1 by default.
+            dtype: float32 or float64; in a smaller one a level would hold a few numbers instead of an interval.
+
+        Raises:
+            ValueError: if k is not integer, or leaves 0 .. bins - 1; for another dtype.
         """
         self._check(k)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"dequantized data must be float32 or float64, got {dtype}; cast x_t in the network instead"
+            )
         index = torch.arange(len(k), device=k.device) if sample_index is None else sample_index
         w = noise.words(seed, index.to(k.device), 0, noise.STREAM_DEQUANTIZE, k[0].numel())
         u = noise.uniform(w, torch.float64).reshape(k.shape)

@@ -142,6 +142,7 @@ def probability_flow_log_prob(
     """
     options = _options(method, {"error": error, "steps": steps, "rtol": rtol, "atol": atol})
     steps, error = options["steps"], positive("error", options["error"], "nats")
+    rtol, atol = (positive(name, options[name], "of torchdiffeq's step control") for name in ("rtol", "atol"))
     for name, count in (("probes", probes), ("steps", steps)):
         if whole(name, count) > MOST:
             raise ValueError(f"{name} must be at most {MOST}, got {count}")
@@ -164,7 +165,6 @@ def probability_flow_log_prob(
             return doubling(flow, error)
         if method == "midpoint":
             return once(lambda flow: flow.midpoint(steps), flow)
-        rtol, atol = options["rtol"], options["atol"]
         return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, fixed="steps" in READ[method])
 
     with undisturbed(core.model):
@@ -182,7 +182,7 @@ def _options(method: str, given: dict[str, object]) -> dict[str, object]:
 
     An unknown method raises it too.
     """
-    if method not in READ:
+    if not isinstance(method, str) or method not in READ:
         raise ValueError(f"method must be one of {', '.join(READ)}; got {method!r}")
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():

@@ -145,7 +145,8 @@ class NetworkDensity(Density):
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
         if samples.mask is not None and not self.reference.along_axes and not bool(samples.mask.all()):
             raise ValueError(
-                "a mask needs a reference without full covariances, of which marginals are not known at every noise "
-                f"level, got {self.reference!r}; use fit(data, reference='diagonal'), or fit(data, mask=...)"
+                "a mask needs a reference that is diagonal in the entries, since the marginals of others are not known "
+                f"at every noise level, got {self.reference!r}; use fit(data, reference='diagonal'), or "
+                "fit(data, mask=...)"
             )
         return samples
