@@ -52,46 +52,30 @@ def readme_table(best: list[dict]) -> str:
     for target in dict.fromkeys(row["target"] for row in best):
         own = [row for row in best if row["target"] == target]
         for row in (own[0], own[-1]) if len(own) > 1 else own:
-            ours = row["fastscore"] or "not reached"
-            line = {"target": target, "RMSE, nats": row["error, nats"], "fastscore": ours, "s": row["s"]}
-            peer = row["best peer"] or ("none computes it" if row["fastscore"] else "not reached")
-            line |= {"best peer": peer, "its s": row["peer's s"]}
-            line |= {"peer / fastscore": row["peer / fastscore"]}
-            rows.append(line | {"plain / fitted evaluations": row["plain nfe / fitted nfe"]})
+            ours = _with_time(
+                row["fastscore"].replace("fastscore, ", "estimate, ").removeprefix("fastscore "), row["s"]
+            )
+            other = _with_time(row["best peer"], row["peer's s"])
+            line = {"target": target, "error, nats": f"{row['error, nats']:.2g}", "fastscore": ours}
+            rows.append(line | {"the fastest of the others": other})
     return markdown(rows)
 
 
-def readme_costs(overhead: list[dict], program: list[dict]) -> str:
-    """Return the README's sentences on what an estimate costs beside its network, and a row program beside a module."""
-
-    def each(rows: list[dict], digits: int) -> str:
-        return " and ".join(f"{row['ratio']:.{digits}f} ({row['network']})" for row in rows)
-
-    return (
-        f"An estimate takes {each(overhead, 2)} times\nthe bare forward passes for the same rows. "
-        f"As row programs, networks run\n{each(program, 1)} times as fast as their modules."
-    )
+def _with_time(method: str | None, seconds: float | None) -> str:
+    if not method or not seconds:
+        return "none"
+    return f"{float(f'{1000 * seconds:.2g}'):g} ms, {method}"
 
 
 def readme_kernels(kernels: list[dict], calls: list[dict]) -> str:
-    """Return the README's sentences on the kernels, and on the calls around them."""
-
-    def least(row: dict) -> float:
-        return min(row[way] for way in ("Triton, ms", "compiled kernel, ms") if isinstance(row[way], float))
-
-    each = [f"- {row['network']}: {least(row):.3g} ({row['compile + graph, ms']:.3g})" for row in kernels]
+    """Return the README's sentence on the kernels, and on the calls around them."""
     worst, best = (pick(row["best over compile"] for row in kernels) for pick in (min, max))
-    whole = [f"{row['compiled, ms']:.3g} ms of which the kernel {row['of which the kernel, ms']:.2g} ({row['network']})"
-             for row in calls if isinstance(row["compiled, ms"], float)]  # fmt: skip
-    return "\n".join([
-        "Milliseconds of the faster of two kernels for 2^20 rows, d = 64, bfloat16, on an NVIDIA H200 (2026-11-28),",
-        "and in brackets of torch.compile for the same evaluation in one CUDA graph:",
-        "",
-        *each,
-        "",
-        f"The kernels are {worst:.3g} to {best:.3g} times as fast. A whole `estimate` of those rows took far longer",
-        f"than its kernel: {whole[0]},\n{', '.join(whole[1:])}.",
-    ])  # fmt: skip
+    call = next(row for row in calls if isinstance(row["compiled, ms"], float))
+    return (
+        "On an NVIDIA H200 (2026-11-28) one kernel evaluates 2^20 rows of an MLP, with their noise and reference, at\n"
+        f"{worst:.3g} to {best:.3g} times the speed of torch.compile in one CUDA graph; a whole `estimate` took "
+        f"{call['compiled, ms']:.3g} ms\naround a kernel of {call['of which the kernel, ms']:.2g} ms."
+    )
 
 
 def replaced(text: str, parts: dict[str, str]) -> str:
@@ -105,8 +89,8 @@ def replaced(text: str, parts: dict[str, str]) -> str:
 
 def readme(text: str, found: dict[str, dict]) -> str:
     rows = {name: table["rows"] for name, table in found.items()}
-    parts = {"race": readme_table(rows["race_best"]), "costs": readme_costs(rows["overhead"], rows["program"])}
-    return replaced(text, parts | {"kernels": readme_kernels(rows["h200_kernels"], rows["h200_estimate"])})
+    kernels = readme_kernels(rows["h200_kernels"], rows["h200_estimate"])
+    return replaced(text, {"race": readme_table(rows["race_best"]), "kernels": kernels})
 
 
 def kernels_page(text: str, found: dict[str, dict], compiled: dict) -> str:
