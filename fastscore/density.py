@@ -41,7 +41,7 @@ from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
 from .process.network import model_device, warn_if_training
-from .process.predictions import check_prediction
+from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
@@ -62,7 +62,8 @@ class ScoreDensity(NetworkDensity):
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
             in the schedule's own time. Twice the data's channels are allowed, of which learned variances are cut off.
         schedule: the forward process it was trained on (`fastscore.process.schedules`).
-        predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.process.predictions`).
+        predicts: what the network returns: "eps", "x0", "denoiser", "v", "score" or "flow", each explained in
+            `fastscore.process.predictions`. There is no default, since the wrong one gives wrong numbers.
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
         noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
             without a mask, since they were measured on whole samples.
@@ -74,7 +75,7 @@ class ScoreDensity(NetworkDensity):
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program.
-        TypeError: if the schedule is not a `Schedule`.
+        TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
         >>> density = ScoreDensity(model, DDPM.linear(1000), predicts="eps").fit(train_data)
@@ -82,11 +83,12 @@ class ScoreDensity(NetworkDensity):
         >>> result.log_prob, result.stderr
     """
 
+    @must_say_what_it_predicts
     def __init__(
         self,
         model: nn.Module,
         schedule: Schedule,
-        predicts: str = "eps",
+        predicts: str,
         *,
         reference: Reference | None = None,
         noise: str = "auto",

@@ -48,7 +48,7 @@ PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 def classifier(targets=TARGETS, prior=None, schedule=SCHEDULE, **options):
-    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, **options)
+    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, "eps", **options)
     return fs.DiffusionClassifier(density, {"y": torch.arange(len(targets))}, prior)
 
 
@@ -246,7 +246,7 @@ def test_classes_are_rows_of_any_conditions():
             assert text.shape[1:] == (2, 5)
             return torch.tanh(x + text.sum((1, 2))[:, None] + shift) * scale[:, None] + shared.sum()
 
-    density = fs.ScoreDensity(TextNet(), SCHEDULE)
+    density = fs.ScoreDensity(TextNet(), SCHEDULE, "eps")
     one = fs.DiffusionClassifier(density, {"text": text, "scale": scale})
     x, shift, shared = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator), torch.ones(12)
     found = one.classify(x, nfe=32, error=None, seed=4, shift=shift, shared=shared)
@@ -311,7 +311,7 @@ def test_rounds_weigh_by_their_evaluations():
     assert rounds.nfe.tolist() == [8 * 2 + 24]
 
 
-DENSITY = fs.ScoreDensity(ClassNet(TARGETS), SCHEDULE)
+DENSITY = fs.ScoreDensity(ClassNet(TARGETS), SCHEDULE, "eps")
 CLASSES = {"y": torch.arange(4)}
 
 

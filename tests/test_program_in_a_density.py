@@ -97,10 +97,10 @@ def test_copies_and_states_leave_programs_behind():
 def test_the_mode():
     x = torch.randn(4, 4)
     with pytest.raises(ValueError, match="program must be True, False or 'auto', got 'always'"):
-        fs.ScoreDensity(Odd(control_flow), SCHEDULE, program="always")
+        fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps", program="always")
     with pytest.raises(NoProgram, match="data-dependent"):
-        fs.ScoreDensity(Odd(control_flow), SCHEDULE, program=True).estimate(x, nfe=16)
-    automatic = fs.ScoreDensity(Odd(control_flow), SCHEDULE)
+        fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps", program=True).estimate(x, nfe=16)
+    automatic = fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps")
     automatic.estimate(x, nfe=16)
     (found,) = automatic._programs._found.values()
     assert found.program is None
@@ -122,7 +122,9 @@ def test_half_precision_and_integer_time():
     assert torch.allclose(a.estimate(x, nfe=64).log_prob, b.estimate(x, nfe=64).log_prob, rtol=0.02, atol=0.3)
     net, shape, *_ = make("MAR, no condition")
     x = torch.randn(4, *shape)
-    a, b = (fs.ScoreDensity(net, fs.DDPM.linear(100), program=p).estimate(x, nfe=32).log_prob for p in (True, False))
+    a, b = (
+        fs.ScoreDensity(net, fs.DDPM.linear(100), "eps", program=p).estimate(x, nfe=32).log_prob for p in (True, False)
+    )
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 

@@ -65,7 +65,9 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.argument("data")
 @click.option("--out", required=True, metavar="FILE", help="Result, .npz or .csv.")
 @click.option("--schedule", metavar="NAME", help=SCHEDULE_HELP)
-@click.option("--predicts", type=click.Choice(list(PREDICTIONS)), help="What the network predicts.")
+@click.option(
+    "--predicts", type=click.Choice(list(PREDICTIONS)), help="What the network returns; needed where MODEL is one."
+)
 @click.option("--nfe", type=click.IntRange(min=1), help="Network evaluations a sample.  [default: 256]")
 @click.option("--target-stderr", type=float, metavar="NATS", help="Go on until every standard error is below.")
 @click.option("--max-nfe", type=click.IntRange(min=1), default=16384, show_default=True, help="Bound of that.")

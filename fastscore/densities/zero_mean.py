@@ -29,6 +29,7 @@ from ..estimator.samples import check_batch
 from ..process.conditions import merged, per_sample
 from ..process.masks import broadcast_mask, inside
 from ..process.network import read_output
+from ..process.predictions import must_say_what_it_predicts
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
 from ..support.modes import differentiable, ordinary
@@ -63,7 +64,8 @@ class ZeroMeanDensity(Density):
 
     subspace = "centred positions"
 
-    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str = "eps", **options):
+    @must_say_what_it_predicts
+    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str, **options):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
