@@ -28,7 +28,7 @@ from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Comparison, Estimate
 from .estimator.estimator import Estimator
-from .estimator.network_density import NetworkDensity
+from .estimator.network_density import NetworkDensity, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
@@ -150,7 +150,7 @@ class ScoreDensity(NetworkDensity):
         """
         if torch.is_grad_enabled():
             refuse_inference_weights(self.model)
-        samples, plan, programs = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
+        samples, plan, programs = prepare(self, x, nfe, seed, sample_index, memory, cond, mask)
         run = plan.run(samples, programs, self.reference, check=not deferred(samples.device))
         parts = [(part.samples, part.flat(draw_sum(part.block(part.f), part.rule))) for part in run]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
@@ -221,7 +221,7 @@ class ScoreDensity(NetworkDensity):
                     f"max_nfe must be between the {wanted.nfe} evaluations to start from and {MAX_DRAWS}, got "
                     f"{max_nfe}; give a smaller nfe, or average over seeds"
                 )
-        network, (plan, programs) = self.network, self._plan(samples, wanted)
+        network, (plan, programs) = network_of(self), self._plan(samples, wanted)
         warn_if_coupled(network, samples, self.reference)
         if method == "density" and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
@@ -327,7 +327,7 @@ class ScoreDensity(NetworkDensity):
         evaluations = whole("evaluations", evaluations)
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
-        degenerate = warn_if_degenerate(samples.x[:, everywhere], self.schedule)
+        degenerate, network = warn_if_degenerate(samples.x[:, everywhere], self.schedule), network_of(self)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -336,12 +336,12 @@ class ScoreDensity(NetworkDensity):
 
             def chunks(reference: Reference) -> Chunks:
                 wanted = self.wanted(None, seed, samples, memory)
-                return self.planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
+                return self.planner.chunks(network, samples, programs, reference, wanted, PILOT_DRAWS)
 
             warn_if_training(self.model)
-            programs = self.network.find_programs(samples)
+            programs = network.find_programs(samples)
             plan = PilotPlan(evaluations, seed, chunks, step)
-            fitted = run_pilot(self.network, samples, reference, plan)
+            fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))
             bar.total = bar.n  # not all that was allowed had to be spent

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fastscore as fs
 from fastscore.adapters.checks import expect_attributes
+from fastscore.estimator.network_density import network_of
 from fastscore.ops import activations, instructions, interpreter
 from fastscore.ops.select import implementation
 from fastscore.ops.task import Task
@@ -54,7 +55,7 @@ def test_an_activation_is_a_line(monkeypatch):
 
 
 def task_of(density: fs.ScoreDensity, x: Tensor) -> Task:
-    (program,) = density.network.find_programs(density.check(x, None, {}))
+    (program,) = network_of(density).find_programs(density.check(x, None, {}))
     return Task.of(program.code, program.at(torch.rand(4)).weights, program.levels, 4, x.device, 1, False)
 
 

@@ -6,6 +6,7 @@ from analytic import ExactNet, mixture
 from test_backends import Net
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,7 +48,7 @@ def test_general_networks_in_chunks():
     density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
     x = target.sample(9).float()
     captured = fs.CapturedDensity(density, x, nfe=64, memory="60KB")
-    assert density.prepare(x, 64, 0, None, "60KB", {})[1].chunks.rows < 9 * 64
+    assert prepare(density, x, 64, 0, None, "60KB", {})[1].chunks.rows < 9 * 64
     assert torch.allclose(captured(x)[0], density.estimate(x, nfe=64).log_prob, rtol=1e-5, atol=1e-4)
 
 

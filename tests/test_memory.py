@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.support.memory import (
     Chunks,
     Footprint,
@@ -156,7 +157,7 @@ def test_so_does_one_of_many_evaluations(noise, samples):
     with pytest.raises(ValueError, match=least) as refused:
         density.estimate(x, nfe=8192, memory=1 << 20)
     enough = int(re.search(least, str(refused.value))[1])
-    assert density.prepare(x, 8192, 0, None, enough, {})[1].chunks.rows >= 1  # plans, and is not refused
+    assert prepare(density, x, 8192, 0, None, enough, {})[1].chunks.rows >= 1  # plans, and is not refused
 
 
 def test_noise_is_counted_where_it_is_kept_alone():

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.integrand import cost_of_row
+from fastscore.estimator.network_density import network_of
 from fastscore.process.conditions import Conditions
 from fastscore.program.row_program import NoProgram, Programs
 
@@ -135,7 +136,7 @@ def test_memory_is_measured_on_the_program():
     with torch.no_grad():
         samples = on.check(x, None, shared)
         program, module = (
-            cost_of_row(d.network, samples, d.network.find_programs(samples), d.reference) for d in (on, off)
+            cost_of_row(network_of(d), samples, network_of(d).find_programs(samples), d.reference) for d in (on, off)
         )
     assert program.row < module.row
     # Two blocks of three tables and a final layer's two, 24 floats wide, besides the evaluation's own tensors.

@@ -14,6 +14,7 @@ from test_replay import replays, values
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.estimator.plan import Plan
 from fastscore.estimator.replay import GRAPHS
 from fastscore.reference.gaussians import Reference
@@ -160,9 +161,9 @@ def test_what_is_kept_of_many_samples_and_many_draws_is_within_the_share():
 def test_two_layouts_of_one_plan_have_rules_of_their_own():
     """One thread's rules of all groups are not those that another has made for other samples meanwhile."""
     density, x = make(), data()
-    plan, layouts = density.prepare(x, NFE, 0, None, None, {})[1], []
+    plan, layouts = prepare(density, x, NFE, 0, None, None, {})[1], []
     for index in (torch.arange(70), torch.arange(100, 170)):
-        samples = density.prepare(x, NFE, 0, index, None, {})[0]
+        samples = prepare(density, x, NFE, 0, index, None, {})[0]
         layouts.append(plan.layout(samples))
     stacked = Plan._stacked
 

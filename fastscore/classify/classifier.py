@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
+from ..estimator.network_density import network_of, prepare
 from ..estimator.nodes import FittedNodes, NodeDensity
 from ..estimator.plan import Plan
 from ..estimator.protocol import Density, check_density
@@ -217,7 +218,7 @@ class DiffusionClassifier(nn.Module):
         x, mask = samples.entries(which)
         paired = Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
-        network = self.density.core.network
+        network = network_of(self.density.core)
         for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
             own = part.block(part.f.double())
             f[part.samples], weight[part.samples] = part.f.double(), part.flat(part.rule.weight.expand_as(own))
@@ -241,7 +242,7 @@ class DiffusionClassifier(nn.Module):
         rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
         mask, given = self.density.network_arguments(x, mask, cond | first)
-        samples, plan, _ = self.density.core.prepare(z, nfe, seed, index, memory, given, mask)
+        samples, plan, _ = prepare(self.density.core, z, nfe, seed, index, memory, given, mask)
         return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:

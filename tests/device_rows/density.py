@@ -6,6 +6,7 @@ from torch import nn
 import fastscore as fs
 from fastscore import density
 from fastscore.estimator import candidates, rules
+from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
 from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, mixture_data, of, random, row, summary
@@ -189,18 +190,18 @@ def fit_to_the_hosts_data_under_what_all_share(on, name):
     return summary(made.estimate(on(X), nfe=NFE, given={"shift": fs.shared(on(SHIFT))}))
 
 
-@row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
+@row("ScoreDensity.with_reference", "ScoreDensity.check",
      "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
      "ScoreDensity.core", "ScoreDensity.to_network", "ScoreDensity.wanted")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
-    samples, plan, _ = made.prepare(on(X), NFE, 0, None, None, {})
+    samples, plan, _ = prepare(made, on(X), NFE, 0, None, None, {})
     parts = (
         samples.x,
         samples.index,
         plan.draws.rules.of(0).weight,
         made.check(on(X), None, {}).x,
-        made.network.predicts,
+        network_of(made).predicts,
         made.log_snr_range,
     )
     return summary(made.estimate(on(X), nfe=NFE)), parts

@@ -7,6 +7,7 @@ import torch
 from mixtures import Mixture
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.estimator.round import Round
 from fastscore.estimator.summary import Summary, with_rounding
 from fastscore.ops.interpreting import interpreting
@@ -36,7 +37,7 @@ def parts_of(reference, batch, memory, schedule=None):
         Shrinks(), schedule, "eps", backend="torch", program=False, reference=REFERENCES[reference]()
     )
     x = torch.randn(batch, D).to(DEVICE)
-    samples, plan, programs = density.prepare(x, 21, 0, None, memory, {})
+    samples, plan, programs = prepare(density, x, 21, 0, None, memory, {})
     with torch.no_grad():
         return density, samples, plan, list(plan.run(samples, programs, density.reference))
 
