@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.coincidence import refuse_coincidences
+from .estimator.comparison import Comparison
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
-from .estimator.estimate import Comparison, Estimate
+from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
 from .estimator.network_density import NetworkDensity, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity

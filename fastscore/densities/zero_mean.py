@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..estimator.estimate import Comparison, Estimate
+from ..estimator.comparison import Comparison
+from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density, of_core
 from ..estimator.samples import check_batch
 from ..process.conditions import merged, per_sample

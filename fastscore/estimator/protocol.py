@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
-from .estimate import Comparison, Estimate
+from .comparison import Comparison
+from .estimate import Estimate
 
 Self = TypeVar("Self", bound="Density")
 

@@ -214,6 +214,15 @@ def words(on):
     return [repr(made), *(text.replace(f"on {on(X).device}", "") for text in texts)]
 
 
+@row("Estimate.cat", "Estimate.save", "Estimate.load")
+def joined_and_saved(on, folder):
+    made, index = of(on), torch.arange(6)
+    parts = [made.estimate(on(X)[i : i + 3], nfe=NFE, sample_index=index[i : i + 3]) for i in (0, 3)]
+    joined = fs.Estimate.cat(parts)
+    joined.save(folder / "found.npz")
+    return summary(joined), summary(fs.Estimate.load(folder / "found.npz"))
+
+
 @row(
     "Estimate.bits_per_dim",
     "Estimate.bits_per_dim_stderr",
