@@ -68,7 +68,7 @@ class ScoreDensity(NetworkDensity):
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
         noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
             without a mask, since they were measured on whole samples.
-        nfe: network evaluations a sample, where a call does not say.
+        nfe: network evaluations per sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
         program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
@@ -181,7 +181,7 @@ class ScoreDensity(NetworkDensity):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe: network evaluations a sample; 256 by default.
+            nfe: network evaluations per sample; 256 by default.
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
@@ -266,7 +266,7 @@ class ScoreDensity(NetworkDensity):
         Arguments:
             x: data, shape (B, *shape).
             cond_a, cond_b: keyword arguments of the network.
-            nfe: evaluations a sample under each condition.
+            nfe: evaluations per sample under each condition.
             seed, sample_index, mask, memory: as in `estimate`.
 
         Raises:

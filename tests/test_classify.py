@@ -152,7 +152,7 @@ def test_elimination_saves_evaluations():
     assert not bool(full.decided.any())
     assert torch.equal(early.prediction, full.prediction)
     assert float(early.decided.double().mean()) > 0.95
-    # 32 evaluations a class are spent before anything can be dropped: a factor of 8 is the limit.
+    # 32 evaluations per class are spent before anything can be dropped: a factor of 8 is the limit.
     assert float(full.nfe.sum() / early.nfe.sum()) > 2.5
     log_posterior = exact(x, targets)[1]
     # A dropped class keeps its paired difference to the best.
@@ -330,7 +330,7 @@ CLASSES = {"y": torch.arange(4)}
         (lambda: classifier().classify(points(1), nfe=4), "nfe=4 leaves fewer than 4 draws"),
         (lambda: classifier().classify(points(1) / 0), "x has NaN or inf"),
         (lambda: classifier().classify([1.0]), "x must be a tensor"),
-        (lambda: classifier().fit(points(1), evaluations=10), "fit needs 1280 evaluations a sample"),
+        (lambda: classifier().fit(points(1), evaluations=10), "fit needs 1280 evaluations per sample"),
     ],
 )
 def test_errors_name_the_remedy(call, message):

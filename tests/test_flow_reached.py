@@ -159,7 +159,7 @@ def test_the_result_is_one_readable_line(few_steps):
     found = fs.probability_flow_log_prob(density, X[:2], trace="hutchinson", probes=4)
     text = repr(found)
     assert text.startswith(f"FlowLogProb(2 samples, log_prob {float(found.log_prob.mean()):.4g} +- ")
-    assert f"stderr {float(found.stderr.mean()):.2g} a sample" in text
+    assert f"stderr {float(found.stderr.mean()):.2g} per sample" in text
     assert f"largest discretization about {float(found.discretization.max()):.2g}" in text
     assert "\n" not in text
     with pytest.warns(UserWarning, match="is not reached"):
@@ -169,7 +169,7 @@ def test_the_result_is_one_readable_line(few_steps):
     gaussian = Target(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
     one = fs.ScoreDensity(ExactNet(gaussian, WIDE), WIDE, "eps")
     assert repr(fs.probability_flow_log_prob(one, torch.zeros(1, 2), method="midpoint", steps=1)).startswith(
-        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations a sample, largest truncation about "
+        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations per sample, largest truncation about "
     )
 
 

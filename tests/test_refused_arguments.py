@@ -46,7 +46,7 @@ def test_integers_of_every_kind_are_integers(sixteen):
 
 @pytest.mark.parametrize("nfe", [10**8, 10**9, 10**20])
 def test_more_evaluations_than_fit_into_memory(nfe):
-    with pytest.raises(ValueError, match="nfe must be at most 16777216 evaluations a sample"):
+    with pytest.raises(ValueError, match="nfe must be at most 16777216 evaluations per sample"):
         density().estimate(X, nfe=nfe)
     with pytest.raises(ValueError, match="max_nfe must be between the 256 evaluations to start from and 16777216"):
         density().estimate(X, target_stderr=0.1, max_nfe=nfe)
@@ -190,7 +190,7 @@ def test_fit_warns_of_a_network_that_explains_its_data_worse_than_a_gaussian(rec
     data = 0.5 * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     fs.ScoreDensity(Gaussian(), fs.VP(), "eps").fit(data, progress=False)
     assert [str(warning.message) for warning in recwarn] == []
-    message = r"nats a sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
+    message = r"nats per sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
     for wrong, scale in (
         (fs.ScoreDensity(Gaussian(), fs.VP(), "x0"), 1),
         (fs.ScoreDensity(Gaussian(), fs.VP(), "eps"), 10),

@@ -111,7 +111,7 @@ class DiffusionClassifier(nn.Module):
         """
         each = PILOT_NFE * len(self.log_prior) + 6 * PILOT_BINS * PILOT_DRAWS
         if evaluations < each:
-            raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
+            raise ValueError(f"fit needs {each} evaluations per sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
         x = x.to(model_device(self.density.model, x.device))
         mask = None if mask is None else broadcast_mask(mask, data)[: len(x)].to(x.device)
@@ -154,7 +154,7 @@ class DiffusionClassifier(nn.Module):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe: network evaluations a class and sample, at most.
+            nfe: network evaluations per class and sample, at most.
             error: for each sample, bound of the probability that any round drops the class whose posterior is highest
                 under the network's exact densities; each comparison has error / (rounds (C - 1)). None evaluates all
                 classes to the end.

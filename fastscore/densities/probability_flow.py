@@ -82,7 +82,7 @@ class FlowLogProb(NamedTuple):
         parts.append(mean_in_words("log_prob", self.log_prob[known], self.stderr[known]))
         if bool(self.stderr[known].isnan().any()):
             parts.append("no stderr from one probe, probes=2 or more give one")
-        parts.append(f"{float(self.nfe.double().mean()):.0f} evaluations a sample")
+        parts.append(f"{float(self.nfe.double().mean()):.0f} evaluations per sample")
         for name in ("discretization", "truncation"):
             value = getattr(self, name)[known]
             if bool(value.isfinite().any()):

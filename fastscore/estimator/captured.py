@@ -36,7 +36,7 @@ class CapturedEstimate(NamedTuple):
 
     def __repr__(self):
         mean, own = (float(each.double().mean()) for each in self)
-        return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} a sample)"
+        return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} per sample)"
 
 
 class CapturedDensity:

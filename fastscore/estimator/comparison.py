@@ -36,5 +36,5 @@ class Comparison:
         mean, error = self.mean()
         return (
             f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} a sample)"
+            f"stderr {float(self.stderr.mean()):.2g} per sample)"
         )

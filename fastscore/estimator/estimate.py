@@ -212,8 +212,8 @@ class Estimate:
         nfe = float(self.nfe.double().mean())
         return (
             f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
-            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} a sample, "
-            f"{nfe:.0f} evaluations a sample, "
+            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
+            f"{nfe:.0f} evaluations per sample, "
             f"largest truncation about {self.truncation:.2g})"
         )
 
@@ -268,5 +268,5 @@ def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:
     """Return the mean of numbers (nats) with its error by their spread, and the mean of their own errors, if any."""
     value, stderr = (each.detach().double() for each in (value, stderr))
     spread = f" +- {float(value.std()) / math.sqrt(len(value)):.2g}" if len(value) > 1 else ""
-    own = f", stderr {float(stderr.mean()):.2g} a sample" if bool((stderr > 0).any()) else ""
+    own = f", stderr {float(stderr.mean()):.2g} per sample" if bool((stderr > 0).any()) else ""
     return f"{name} {float(value.mean()):.4g}{spread} nats{own}"
