@@ -39,8 +39,8 @@ def case(request):
     """A target with its points, its exact network, and the density before and after `fit`."""
     target = mixture(TARGETS[request.param])
     net = ExactNet(target, SCHEDULE)
-    fitted = fs.ScoreDensity(net, SCHEDULE).fit(target.sample(4000, seed=5).float(), progress=False)
-    return request.param, target, net, fs.ScoreDensity(net, SCHEDULE), fitted
+    fitted = fs.ScoreDensity(net, SCHEDULE, "eps").fit(target.sample(4000, seed=5).float(), progress=False)
+    return request.param, target, net, fs.ScoreDensity(net, SCHEDULE, "eps"), fitted
 
 
 @pytest.mark.parametrize("nfe", [32, 128, 512])

@@ -64,7 +64,7 @@ def seconds(run) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_overhead(benchmark, table, name):
     case = CASES[name]()
-    density, x = fs.ScoreDensity(case.model, fs.LogSNR(-8, 8)), torch.randn(case.samples, *case.shape)
+    density, x = fs.ScoreDensity(case.model, fs.LogSNR(-8, 8), "eps"), torch.randn(case.samples, *case.shape)
     found = density.estimate(x, nfe=case.nfe)
     # Correct before timed: another path through the same formula, at another chunk size, agrees to rounding.
     again = density.log_prob(x[:2], nfe=case.nfe, memory="200MB").detach()
@@ -106,7 +106,7 @@ from networks import unet
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
 
-density, x = fs.ScoreDensity(unet(), fs.LogSNR(-8, 8)), torch.randn(8, 3, 32, 32)
+density, x = fs.ScoreDensity(unet(), fs.LogSNR(-8, 8), "eps"), torch.randn(8, 3, 32, 32)
 density.estimate(x[:1], nfe=8, memory="30MB")  # what the libraries allocate once
 before = peak()
 density.estimate(x, nfe=32, memory={budget})

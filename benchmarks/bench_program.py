@@ -36,7 +36,7 @@ def test_program(benchmark, table, name):
     torch.manual_seed(0)
     net, x = new().eval(), torch.randn(SAMPLES, d)
     cond = {key: torch.randn(shape) for key, shape in conditions.items()}
-    densities = {program: fs.ScoreDensity(net, fs.VP(), program=program) for program in (True, False)}
+    densities = {program: fs.ScoreDensity(net, fs.VP(), "eps", program=program) for program in (True, False)}
     on, off = (density.estimate(x, nfe=NFE, **cond) for density in densities.values())
     torch.testing.assert_close(on.log_prob, off.log_prob, rtol=1e-4, atol=1e-3)
     spent = []

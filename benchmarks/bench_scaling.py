@@ -35,7 +35,7 @@ BUDGET = 64_000_000  # a quarter of it keeps what all draws share, at every size
 def problem(axis: str, size: int):
     """Return a density, its data and the evaluations a sample, everything but `axis` at its usual size."""
     at = {"samples": SAMPLES, "evaluations": NFE, "dimensions": D, "width": WIDTH} | {axis: size}
-    density = fs.ScoreDensity(mlp(at["dimensions"], at["width"]), fs.LogSNR(-8, 8))
+    density = fs.ScoreDensity(mlp(at["dimensions"], at["width"]), fs.LogSNR(-8, 8), "eps")
     return density, torch.randn(at["samples"], at["dimensions"]), at["evaluations"]
 
 
@@ -85,7 +85,7 @@ sys.path.insert(0, {folder!r})
 from networks import mlp
 torch.set_num_threads(1)
 rank, ranks, samples = map(int, sys.argv[1:])
-density = fs.ScoreDensity(mlp(64, 256), fs.LogSNR(-8, 8))
+density = fs.ScoreDensity(mlp(64, 256), fs.LogSNR(-8, 8), "eps")
 index = torch.arange(samples)[rank::ranks]
 x = torch.randn(samples, 64, generator=torch.Generator().manual_seed(0))[index]
 density.estimate(x[:8], nfe=64)

@@ -48,7 +48,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 def _density(device: str) -> tuple[fs.ScoreDensity, Tensor]:
     x = torch.randn(64, D, generator=torch.Generator().manual_seed(2)).to(device)
-    return fs.ScoreDensity(head(64, DEPTH).to(device), SCHEDULE, nfe=FEW), x
+    return fs.ScoreDensity(head(64, DEPTH).to(device), SCHEDULE, "eps", nfe=FEW), x
 
 
 def _fitted(device: str) -> Tensor:
@@ -95,7 +95,7 @@ def estimate(width: int, dtype: str) -> Row:
     for backend in ("torch", "auto", "triton", "cuda"):
         if _cannot(backend, x):
             continue
-        density = fs.ScoreDensity(network, SCHEDULE, backend=backend, nfe=NFE)
+        density = fs.ScoreDensity(network, SCHEDULE, "eps", backend=backend, nfe=NFE)
 
         def call(density: fs.ScoreDensity = density) -> fs.Estimate:
             return density.estimate(x)
@@ -116,7 +116,7 @@ def _stderrs(found: fs.Estimate, expected: fs.Estimate) -> float:
 
 def captured(dtype: str = "bf16") -> Row:
     """A small batch, where launches cost most: `estimate` and `CapturedDensity`, 16 samples, 64 evaluations."""
-    density, x = fs.ScoreDensity(head(64, DEPTH).to(DTYPES[dtype]), SCHEDULE), data(16)
+    density, x = fs.ScoreDensity(head(64, DEPTH).to(DTYPES[dtype]), SCHEDULE, "eps"), data(16)
     row = Row("calls", call=f"CapturedDensity, adaLN H=64, {dtype}, {len(x)} samples, nfe={FEW}")
 
     def replay() -> float:
@@ -162,7 +162,7 @@ def gradient() -> Row:
     row = Row("calls", call=f"log_prob(nfe={FEW}).mean().backward(), adaLN H=64, float32, {len(x)} samples")
 
     def backward(backend: str):
-        density = fs.ScoreDensity(network, SCHEDULE, backend=backend)
+        density = fs.ScoreDensity(network, SCHEDULE, "eps", backend=backend)
         return lambda: density.log_prob(x, nfe=FEW, seed=0).mean().backward()
 
     def gradients(backend: str) -> Tensor:
@@ -189,7 +189,7 @@ def thin_path() -> Row:
     rows = torch.randn(samples * FEW, *x.shape[1:], device=DEVICE).to(dtype)
     t = torch.rand(len(rows), device=DEVICE)
     row = Row("calls", call=f"estimate, ConvNet({width}), {samples} images x {FEW} draws")
-    density = fs.ScoreDensity(model, SCHEDULE)
+    density = fs.ScoreDensity(model, SCHEDULE, "eps")
     row.measure("ms", lambda: wall(lambda: density.estimate(x, nfe=FEW)))
     with torch.no_grad():
         row.beside("bare forward passes", lambda: wall(lambda: model(rows, t)))
@@ -198,7 +198,7 @@ def thin_path() -> Row:
 
 def ode() -> Row:
     """The probability-flow ODE, exact trace: the midpoint rule beside torchdiffeq's rk4 for as many evaluations."""
-    density, x = fs.ScoreDensity(head(64, DEPTH), SCHEDULE), data(256)
+    density, x = fs.ScoreDensity(head(64, DEPTH), SCHEDULE, "eps"), data(256)
     steps = 2 if REHEARSING else 4
     row = Row("calls", call=f"probability_flow_log_prob, midpoint, {2 * steps} evaluations, exact, {len(x)} samples")
 
@@ -214,7 +214,7 @@ def ode() -> Row:
 def fit() -> Row:
     """`fit` to 1,000 samples: the first time, when kernels are compiled and programs found, and again."""
     x, spent = torch.randn(40 if REHEARSING else 1000, D, device=DEVICE), 2000 if REHEARSING else 400_000
-    density = fs.ScoreDensity(head(64, DEPTH), SCHEDULE)
+    density = fs.ScoreDensity(head(64, DEPTH), SCHEDULE, "eps")
     row = Row("calls", call=f"fit, adaLN H=64, float32, {len(x)} samples")
 
     def fitting() -> None:
@@ -227,7 +227,7 @@ def fit() -> Row:
 
 def memory(budget: str) -> Row:
     """The peak of tensors beside the budget, of a convolutional network's `estimate`: 64 images, 256 draws."""
-    density = fs.ScoreDensity(_convolutional(4 if REHEARSING else 128), SCHEDULE)
+    density = fs.ScoreDensity(_convolutional(4 if REHEARSING else 128), SCHEDULE, "eps")
     x = torch.randn(2 if REHEARSING else 64, 3, *(8, 8) if REHEARSING else (32, 32), device=DEVICE)
     row, allowed = Row("memory", network="ConvNet", budget=budget), 1.05 * float(budget[:-2])  # its MB are 2^20 bytes
 

@@ -151,7 +151,7 @@ class Problem:
         if self.density is not None:
             return fs.ScoreDensity(self.density.model, self.density.schedule, self.density.predicts)
         schedule = fs.LogSNR(-14, 16)
-        return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule)
+        return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule, "eps")
 
 
 def exact_problem(

@@ -97,7 +97,7 @@ def schedules(length: int) -> dict[str, fs.DDPM]:
 def weight_difference(schedule: fs.DDPM) -> tuple[Tensor, Tensor, Tensor]:
     """Return both weights of every timestep (of the squared error of eps, nats), and their relative difference."""
     t = torch.arange(len(schedule.table))
-    density, elbo = density_weights(schedule, t), elbo_weights(schedule, t)
+    density, elbo = density_weights(schedule, t, "eps"), elbo_weights(schedule, t, "eps")
     return density, elbo, density / elbo - 1
 
 
@@ -111,10 +111,10 @@ def mean_log_prob(schedule: fs.DDPM, target: Line) -> dict[str, float]:
     # The trapezoid rule sums the difference to q = N(0, 1), whose mean residual is known.
     f_q = (1 - sigma2).square() + sigma2 * (1 - sigma2) * m2
     return {
-        "paper": -0.5 * (1 + math.log(2 * math.pi * first)) - float(density_weights(schedule, t) @ f),
-        "DDPM": -0.5 * math.log(2 * math.pi * first) - prior - float(elbo_weights(schedule, t) @ f),
+        "paper": -0.5 * (1 + math.log(2 * math.pi * first)) - float(density_weights(schedule, t, "eps") @ f),
+        "DDPM": -0.5 * math.log(2 * math.pi * first) - prior - float(elbo_weights(schedule, t, "eps") @ f),
         "trapezoid": -0.5 * (math.log(2 * math.pi) + m2)
-        - float(density_weights(schedule, t, rule="density") @ (f - f_q)),
+        - float(density_weights(schedule, t, "eps", rule="density") @ (f - f_q)),
     }
 
 

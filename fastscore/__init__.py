@@ -1,6 +1,7 @@
 """fastscore: the log-density of diffusion and score networks."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from .classify.classifier import Classification, DiffusionClassifier
 from .densities.discrete import Levels, discrete_log_prob
@@ -9,7 +10,8 @@ from .densities.transformed import Transformed
 from .densities.zero_mean import ZeroMeanDensity
 from .density import ScoreDensity
 from .estimator.captured import CapturedDensity
-from .estimator.estimate import Comparison, Curve, Estimate
+from .estimator.comparison import Comparison
+from .estimator.estimate import Curve, Estimate
 from .process.conditional_flow import ConditionalFlow
 from .process.conditions import per_sample, shared
 from .process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
@@ -21,6 +23,9 @@ from .training.gan import score_regularization
 from .training.losses import density_loss
 from .training.nodes import AdaptiveNodes
 from .training.weights import density_weights, elbo_weights
+
+if TYPE_CHECKING:
+    from .runs import evaluate_dataset
 
 __version__ = version("fastscore")
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "density_weights",
     "discrete_log_prob",
     "elbo_weights",
+    "evaluate_dataset",
     "explain",
     "per_sample",
     "probability_flow_log_prob",
@@ -63,3 +69,16 @@ __all__ = [
 for _kind in (value for name, value in list(globals().items()) if name in __all__ and isinstance(value, type)):
     if "__init__" in vars(_kind):
         _kind.__init__.__doc__ = _kind.__doc__  # else help() shows that of nn.Module
+
+
+def __getattr__(name: str) -> object:
+    """Import what reads and writes files when somebody asks for it."""
+    if name == "evaluate_dataset":
+        from .runs import evaluate_dataset
+
+        return evaluate_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.coincidence import refuse_coincidences
+from .estimator.comparison import Comparison
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
-from .estimator.estimate import Comparison, Estimate
+from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
-from .estimator.network_density import NetworkDensity
+from .estimator.network_density import NetworkDensity, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
@@ -41,7 +42,7 @@ from .ops.select import check_name
 from .process.conditions import Conditions, merged, takes_conditions
 from .process.masks import broadcast_mask, mask_rows
 from .process.network import model_device, warn_if_training
-from .process.predictions import check_prediction
+from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
@@ -62,11 +63,12 @@ class ScoreDensity(NetworkDensity):
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
             in the schedule's own time. Twice the data's channels are allowed, of which learned variances are cut off.
         schedule: the forward process it was trained on (`fastscore.process.schedules`).
-        predicts: "eps", "x0", "denoiser", "v", "score" or "flow" (`fastscore.process.predictions`).
+        predicts: what the network returns: "eps", "x0", "denoiser", "v", "score" or "flow", each explained in
+            `fastscore.process.predictions`. There is no default, since the wrong one gives wrong numbers.
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
         noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
             without a mask, since they were measured on whole samples.
-        nfe: network evaluations a sample, where a call does not say.
+        nfe: network evaluations per sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
         program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
@@ -74,7 +76,7 @@ class ScoreDensity(NetworkDensity):
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program.
-        TypeError: if the schedule is not a `Schedule`.
+        TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
         >>> density = ScoreDensity(model, DDPM.linear(1000), predicts="eps").fit(train_data)
@@ -82,11 +84,12 @@ class ScoreDensity(NetworkDensity):
         >>> result.log_prob, result.stderr
     """
 
+    @must_say_what_it_predicts
     def __init__(
         self,
         model: nn.Module,
         schedule: Schedule,
-        predicts: str = "eps",
+        predicts: str,
         *,
         reference: Reference | None = None,
         noise: str = "auto",
@@ -148,7 +151,7 @@ class ScoreDensity(NetworkDensity):
         """
         if torch.is_grad_enabled():
             refuse_inference_weights(self.model)
-        samples, plan, programs = self.prepare(x, nfe, seed, sample_index, memory, cond, mask)
+        samples, plan, programs = prepare(self, x, nfe, seed, sample_index, memory, cond, mask)
         run = plan.run(samples, programs, self.reference, check=not deferred(samples.device))
         parts = [(part.samples, part.flat(draw_sum(part.block(part.f), part.rule))) for part in run]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
@@ -178,7 +181,7 @@ class ScoreDensity(NetworkDensity):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe: network evaluations a sample; 256 by default.
+            nfe: network evaluations per sample; 256 by default.
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
             sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
                 and a sample keeps its noise in any batch.
@@ -222,7 +225,7 @@ class ScoreDensity(NetworkDensity):
         parts = self._parts()
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
-        network, (plan, programs) = self.network, self._plan(samples, wanted)
+        network, (plan, programs) = network_of(self), self._plan(samples, wanted)
         warn_if_coupled(network, samples, self.reference)
         if method == "density" and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
@@ -266,7 +269,7 @@ class ScoreDensity(NetworkDensity):
         Arguments:
             x: data, shape (B, *shape).
             cond_a, cond_b: keyword arguments of the network.
-            nfe: evaluations a sample under each condition.
+            nfe: evaluations per sample under each condition.
             seed, sample_index, mask, memory: as in `estimate`.
 
         Raises:
@@ -328,7 +331,7 @@ class ScoreDensity(NetworkDensity):
         evaluations = whole("evaluations", evaluations)
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
-        degenerate = warn_if_degenerate(samples.x[:, everywhere], self.schedule)
+        degenerate, network = warn_if_degenerate(samples.x[:, everywhere], self.schedule), network_of(self)
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
@@ -337,12 +340,12 @@ class ScoreDensity(NetworkDensity):
 
             def chunks(reference: Reference) -> Chunks:
                 wanted = self.wanted(None, seed, samples, memory)
-                return self.planner.chunks(self.network, samples, programs, reference, wanted, PILOT_DRAWS)
+                return self.planner.chunks(network, samples, programs, reference, wanted, PILOT_DRAWS)
 
             warn_if_training(self.model)
-            programs = self.network.find_programs(samples)
+            programs = network.find_programs(samples)
             plan = PilotPlan(evaluations, seed, chunks, step)
-            fitted = run_pilot(self.network, samples, reference, plan)
+            fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))
             bar.total = bar.n  # not all that was allowed had to be spent

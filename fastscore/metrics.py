@@ -53,7 +53,7 @@ class NegativeLogLikelihood(Metric):
 
     Arguments:
         density: `ScoreDensity` or `Transformed`; not part of this module, so it is neither moved nor stored with it.
-        nfe: evaluations a sample; the density's own by default.
+        nfe: evaluations per sample; the density's own by default.
         seed: key of the noise.
         options: of `torchmetrics.Metric`, such as `process_group`.
 

@@ -91,7 +91,7 @@ def marginal(mixture, x, mask):
 
 def density(reference="isotropic", **options):
     options = {"program": False, "noise": "independent"} | options
-    return fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, reference=REFERENCES[reference], **options)
+    return fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, "eps", reference=REFERENCES[reference], **options)
 
 
 def seen(mask):

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     target, schedule = mixture(2), fs.LogSNR(-14, 14)
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, program=False)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", program=False)
     seen, estimate = [], density.estimate
 
     def recording(x, **options):

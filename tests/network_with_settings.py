@@ -122,5 +122,5 @@ class Net(nn.Module):
 
 def estimates(net, density):
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    by_module = fs.ScoreDensity(net, SCHEDULE, program=False)
+    by_module = fs.ScoreDensity(net, SCHEDULE, "eps", program=False)
     return density.estimate(x, nfe=16).log_prob, by_module.estimate(x, nfe=16).log_prob

@@ -16,7 +16,7 @@ class Standard(torch.nn.Module):
 
 schedule = fastscore.LogSNR(-14, 16)
 x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-found = fastscore.ScoreDensity(Standard(), schedule).estimate(x, nfe=256)
+found = fastscore.ScoreDensity(Standard(), schedule, "eps").estimate(x, nfe=256)
 # Against q = N(0, 1) with eps_q = sigma x_t the integrand is, with s = sigma^2 and a = alpha^2 = 1 - s,
 # d ((1 - s / 2)^2 - a^2) + |x|^2 (s a / 4 - s a).
 step = torch.linspace(-14, 16, 300001, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fastscore as fs
 from fastscore.adapters.checks import expect_attributes
+from fastscore.estimator.network_density import network_of
 from fastscore.ops import activations, instructions, interpreter
 from fastscore.ops.select import implementation
 from fastscore.ops.task import Task
@@ -43,18 +44,18 @@ def test_an_activation_is_a_line(monkeypatch):
     """Without its formula in a kernel, kernels decline it by themselves and PyTorch runs it."""
     torch.manual_seed(0)
     net, x = Sine().eval(), torch.randn(5, 4)
-    expected = fs.ScoreDensity(net, fs.VP(), program=False).estimate(x, nfe=16)
+    expected = fs.ScoreDensity(net, fs.VP(), "eps", program=False).estimate(x, nfe=16)
     assert "is no instruction" in fs.explain(net, (4,))
     monkeypatch.setitem(activations.ACTIVATIONS, "sin", activations.Activation(torch.sin, torch.sin_))
     assert "sin 16" in fs.explain(net, (4,))
-    density = fs.ScoreDensity(net, fs.VP(), program=True)
+    density = fs.ScoreDensity(net, fs.VP(), "eps", program=True)
     torch.testing.assert_close(density.estimate(x, nfe=16).log_prob, expected.log_prob, rtol=1e-5, atol=1e-4)
     pytest.importorskip("triton")
     assert implementation("triton").why_not_fused(task_of(density, x)) == "its kernels have no sin"
 
 
 def task_of(density: fs.ScoreDensity, x: Tensor) -> Task:
-    (program,) = density.network.find_programs(density.check(x, None, {}))
+    (program,) = network_of(density).find_programs(density.check(x, None, {}))
     return Task.of(program.code, program.at(torch.rand(4)).weights, program.levels, 4, x.device, 1, False)
 
 
@@ -115,7 +116,9 @@ def test_an_instruction_is_a_name_a_formula_and_a_method(addition):
     name, net = addition
     assert f"{name} 16" in fs.explain(net, (4,))
     x = torch.randn(5, 4, dtype=torch.float64)
-    by_program, by_network = (fs.ScoreDensity(net.double(), fs.VP(), program=program) for program in (True, False))
+    by_program, by_network = (
+        fs.ScoreDensity(net.double(), fs.VP(), "eps", program=program) for program in (True, False)
+    )
     expected = by_network.estimate(x, nfe=16).log_prob
     # Sums of 16 draws of 4 dimensions, in another order.
     torch.testing.assert_close(by_program.estimate(x, nfe=16).log_prob, expected, rtol=1e-12, atol=1e-10)
@@ -155,7 +158,7 @@ class Cubic(fs.LogSNR):
 def test_a_schedule_is_a_class():
     target = mixture(2)
     x = target.sample(64).float()
-    found = fs.ScoreDensity(ExactNet(target, Cubic()), Cubic()).estimate(x, nfe=512)
+    found = fs.ScoreDensity(ExactNet(target, Cubic()), Cubic(), "eps").estimate(x, nfe=512)
     error = (found.log_prob.double() - target.log_prob(x.double())).mean()
     # The mean of 64 estimates, by what they state themselves.
     assert abs(float(error)) < 4 * float(found.variance.mean().sqrt()) / 8 + found.truncation
@@ -164,7 +167,7 @@ def test_a_schedule_is_a_class():
 def from_mine(model: nn.Module, **options) -> fs.ScoreDensity:
     """An adapter reads a library's own object and makes a density of it."""
     expect_attributes(model, ("log_snr_range",), "model", "a network of my library", "train it there")
-    return fs.ScoreDensity(model, fs.LogSNR(*model.log_snr_range), **options)
+    return fs.ScoreDensity(model, fs.LogSNR(*model.log_snr_range), "eps", **options)
 
 
 def test_an_adapter_is_a_function():
@@ -175,5 +178,5 @@ def test_an_adapter_is_a_function():
     with pytest.raises(TypeError, match="model must be a network of my library, got Linear without log_snr_range"):
         from_mine(nn.Linear(2, 2))
     x = target.sample(8).float()
-    expected = fs.ScoreDensity(net, schedule).estimate(x, nfe=32).log_prob
+    expected = fs.ScoreDensity(net, schedule, "eps").estimate(x, nfe=32).log_prob
     assert torch.equal(from_mine(net).estimate(x, nfe=32).log_prob, expected)

@@ -48,7 +48,10 @@ def test_a_constant_is_summed_right_by_every_shift(steps, draws):
 def test_means_over_a_short_table_have_the_error_that_they_state(method, nfe, one_thread):
     """Where half of the entries are drawn in any case, the others' number must not depend on the shift."""
     target, schedule = mixture(64), fs.DDPM.linear(50)
-    density, x = fs.ScoreDensity(ExactNet(target, schedule), schedule, program=False), target.sample(32, seed=1).float()
+    density, x = (
+        fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", program=False),
+        target.sample(32, seed=1).float(),
+    )
     found = [density.estimate(x, nfe=nfe, seed=seed, method=method) for seed in range(24)]
     spread = float(torch.tensor([float(each.log_prob.double().mean()) for each in found]).std())
     stated = []

@@ -34,7 +34,7 @@ def test_an_estimate_walks_through_the_stations():
         def forward(self, x, t):
             return torch.tanh(x) * t[:, None]
 
-    density, package, entered = fs.ScoreDensity(Net(), fs.VP()), str(ROOT / "fastscore"), []
+    density, package, entered = fs.ScoreDensity(Net(), fs.VP(), "eps"), str(ROOT / "fastscore"), []
 
     def look(frame, event, argument):
         file = frame.f_code.co_filename

@@ -78,9 +78,9 @@ def test_fitted_programs_give_the_same_densities_in_one_kernel(reference, backen
     target, schedule = mixture(5), fs.DDPM.linear(1000)
     data, x = (target.sample(n, seed=n).float().to(DEVICE) for n in (400, 7))
     label = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    torch_density = fs.ScoreDensity(Net(5).eval(), schedule, backend="torch").to(DEVICE)
+    torch_density = fs.ScoreDensity(Net(5).eval(), schedule, "eps", backend="torch").to(DEVICE)
     torch_density.fit(data, reference=reference, evaluations=30_000, progress=False)
-    density = fs.ScoreDensity(Net(5).eval(), schedule, backend=backend).to(DEVICE)
+    density = fs.ScoreDensity(Net(5).eval(), schedule, "eps", backend=backend).to(DEVICE)
     density.load_state_dict(torch_density.state_dict())
     fused = []
     monkeypatch.setattr(integrand, "_fused", lambda *a, run=integrand._fused: fused.append(1) or run(*a))
@@ -101,7 +101,7 @@ def test_a_reference_in_cosines_is_for_no_kernel(components, program, backend):
     factors = [cosines(5), torch.empty(0), torch.empty(0)]
     q = fs.Reference(torch.full((components,), 1 / components), mean, variance.exp(), factors=factors)
     densities = [
-        fs.ScoreDensity(Net(5).eval(), fs.VP(), reference=q, program=program, backend=name).to(DEVICE)
+        fs.ScoreDensity(Net(5).eval(), fs.VP(), "eps", reference=q, program=program, backend=name).to(DEVICE)
         for name in ("torch", backend)
     ]
     expected, found = (density.estimate(x.to(DEVICE), nfe=32) for density in densities)
@@ -118,7 +118,7 @@ def test_gradients_agree(backend):
 
     def gradients(choice):
         model, leaf = Net(5).eval().to(DEVICE), x.clone().requires_grad_()
-        density = fs.ScoreDensity(model, schedule, backend=choice)
+        density = fs.ScoreDensity(model, schedule, "eps", backend=choice)
         density.log_prob(leaf, nfe=24).sum().backward()
         return [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -136,7 +136,7 @@ def test_frozen_networks_get_the_gradient_of_the_data_from_a_kernel(backend, mon
     monkeypatch.setattr(module, "density_mlp_dx", lambda *a: calls.append(1) or kernel(*a))
     gradients = []
     for choice in ("torch", backend):
-        density = fs.ScoreDensity(Net(5).eval().requires_grad_(False), schedule, backend=choice).to(DEVICE)
+        density = fs.ScoreDensity(Net(5).eval().requires_grad_(False), schedule, "eps", backend=choice).to(DEVICE)
         leaf = x.clone().requires_grad_()
         density.log_prob(leaf, nfe=24).sum().backward()
         gradients.append(leaf.grad)
@@ -150,7 +150,7 @@ def test_comparisons_and_the_other_methods_agree(backend):
     target, schedule = mixture(3), fs.DDPM.linear(1000)
     x = target.sample(4, seed=3).float().to(DEVICE)
     one, other = torch.eye(3, device=DEVICE)[[0, 1, 2, 0]], torch.eye(3, device=DEVICE)[[1, 1, 1, 1]]
-    densities = [fs.ScoreDensity(Net(3).eval(), schedule, backend=b).to(DEVICE) for b in ("torch", backend)]
+    densities = [fs.ScoreDensity(Net(3).eval(), schedule, "eps", backend=b).to(DEVICE) for b in ("torch", backend)]
     differences = [d.compare(x, {"label": one}, {"label": other}, nfe=24).difference for d in densities]
     agree(differences[1], differences[0])
     for method in ("discrete", "elbo"):
@@ -159,9 +159,9 @@ def test_comparisons_and_the_other_methods_agree(backend):
 
 
 def test_automatic_choice_on_a_cpu_is_torch_even_where_triton_interprets():
-    density = fs.ScoreDensity(Net(3).eval(), fs.DDPM.linear(1000))
+    density = fs.ScoreDensity(Net(3).eval(), fs.DDPM.linear(1000), "eps")
     x = torch.randn(2, 3)
-    forced = fs.ScoreDensity(density.model, density.schedule, backend="torch")
+    forced = fs.ScoreDensity(density.model, density.schedule, "eps", backend="torch")
     assert torch.equal(density.estimate(x, nfe=16).log_prob, forced.estimate(x, nfe=16).log_prob)
 
 

@@ -165,7 +165,7 @@ def test_an_evaluation_makes_the_same_choice(monkeypatch):
         def forward(self, x, t):
             return self.net(torch.cat([x, t[:, None]], 1))
 
-    density, x = fs.ScoreDensity(Net(), fs.VP()), torch.randn(3, 2)
+    density, x = fs.ScoreDensity(Net(), fs.VP(), "eps"), torch.randn(3, 2)
     with torch.no_grad():
         found = density.log_prob(x, nfe=8)
     assert fused

@@ -48,7 +48,7 @@ PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 def classifier(targets=TARGETS, prior=None, schedule=SCHEDULE, **options):
-    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, **options)
+    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, "eps", **options)
     return fs.DiffusionClassifier(density, {"y": torch.arange(len(targets))}, prior)
 
 
@@ -152,7 +152,7 @@ def test_elimination_saves_evaluations():
     assert not bool(full.decided.any())
     assert torch.equal(early.prediction, full.prediction)
     assert float(early.decided.double().mean()) > 0.95
-    # 32 evaluations a class are spent before anything can be dropped: a factor of 8 is the limit.
+    # 32 evaluations per class are spent before anything can be dropped: a factor of 8 is the limit.
     assert float(full.nfe.sum() / early.nfe.sum()) > 2.5
     log_posterior = exact(x, targets)[1]
     # A dropped class keeps its paired difference to the best.
@@ -246,7 +246,7 @@ def test_classes_are_rows_of_any_conditions():
             assert text.shape[1:] == (2, 5)
             return torch.tanh(x + text.sum((1, 2))[:, None] + shift) * scale[:, None] + shared.sum()
 
-    density = fs.ScoreDensity(TextNet(), SCHEDULE)
+    density = fs.ScoreDensity(TextNet(), SCHEDULE, "eps")
     one = fs.DiffusionClassifier(density, {"text": text, "scale": scale})
     x, shift, shared = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator), torch.ones(12)
     found = one.classify(x, nfe=32, error=None, seed=4, shift=shift, shared=shared)
@@ -311,7 +311,7 @@ def test_rounds_weigh_by_their_evaluations():
     assert rounds.nfe.tolist() == [8 * 2 + 24]
 
 
-DENSITY = fs.ScoreDensity(ClassNet(TARGETS), SCHEDULE)
+DENSITY = fs.ScoreDensity(ClassNet(TARGETS), SCHEDULE, "eps")
 CLASSES = {"y": torch.arange(4)}
 
 
@@ -330,7 +330,7 @@ CLASSES = {"y": torch.arange(4)}
         (lambda: classifier().classify(points(1), nfe=4), "nfe=4 leaves fewer than 4 draws"),
         (lambda: classifier().classify(points(1) / 0), "x has NaN or inf"),
         (lambda: classifier().classify([1.0]), "x must be a tensor"),
-        (lambda: classifier().fit(points(1), evaluations=10), "fit needs 1280 evaluations a sample"),
+        (lambda: classifier().fit(points(1), evaluations=10), "fit needs 1280 evaluations per sample"),
     ],
 )
 def test_errors_name_the_remedy(call, message):

@@ -30,7 +30,7 @@ class Fine(nn.Module):
 
 
 def density():
-    return fs.ScoreDensity(Fine(), SCHEDULE, program=False)
+    return fs.ScoreDensity(Fine(), SCHEDULE, "eps", program=False)
 
 
 def error_on_these(found):
@@ -106,7 +106,7 @@ class OfClasses(nn.Module):
 def test_a_comparison_after_a_fit_under_one_of_its_conditions():
     """Nodes follow the integrand that they were fitted to, and the difference is large where these are few."""
     generator = torch.Generator().manual_seed(6)
-    made, data = fs.ScoreDensity(OfClasses(), fs.VP()), 0.3 * torch.randn(664, 8, generator=generator)
+    made, data = fs.ScoreDensity(OfClasses(), fs.VP(), "eps"), 0.3 * torch.randn(664, 8, generator=generator)
     made.fit(data[64:], evaluations=60_000, progress=False, y=torch.zeros(600))
     one, other = (torch.distributions.Normal(1.5 * y, 0.3 + 0.5 * y).log_prob(data[:64]).sum(1) for y in (0, 1))
     found = [made.compare(data[:64], {"y": torch.zeros(64)}, {"y": torch.ones(64)}, nfe=16, seed=s) for s in range(24)]

@@ -22,7 +22,7 @@ def test_every_sample_keeps_its_own(in_chunks, kind):
     x, expected = data(), truth(data(), MEAN)
     if kind == "beside a shared table":
         make = lambda m: {"i": torch.searchsorted(MEAN, m), "table": fs.shared(MEAN)}  # noqa: E731
-    density = fs.ScoreDensity(Moved(find), SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    density = fs.ScoreDensity(Moved(find), SCHEDULE, "eps", reference=fs.Reference.isotropic(0.5))
     assert close(density.estimate(x[:1], nfe=64, added=make(MEAN[:1])), expected[:1])
     assert close(density.estimate(x, nfe=64, added=make(MEAN)), expected)
     order = torch.tensor([5, 0, 7, 3])
@@ -44,7 +44,7 @@ def test_every_public_call_takes_nested_conditions_of_any_name(tmp_path):
     x, expected = data(), truth(data(), MEAN)
     cond = {"memory": {"seed": MEAN}, "nfe": 0.0, "method": "text"}
     net = Moved(find)
-    density = fs.ScoreDensity(net, SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps", reference=fs.Reference.isotropic(0.5), nfe=64)
     assert close(density.estimate(x, cond=cond), expected)
     assert torch.allclose(density.log_prob(x, cond=cond), density.estimate(x, cond=cond).log_prob)
     other = cond | {"memory": {"seed": MEAN + 1}}
@@ -71,7 +71,7 @@ def test_every_public_call_takes_nested_conditions_of_any_name(tmp_path):
 
 
 def test_a_name_of_an_argument_is_said_to_be_one():
-    density, x = fs.ScoreDensity(Moved(lambda a, more: MEAN[:1]), SCHEDULE), data()
+    density, x = fs.ScoreDensity(Moved(lambda a, more: MEAN[:1]), SCHEDULE, "eps"), data()
     for name in ("memory", "seed", "nfe", "method", "progress", "target_stderr"):
         for value in (torch.randn(12, 3), {"a": 1}, fs.shared(MEAN)):
             with pytest.raises(
@@ -100,17 +100,17 @@ STD = torch.tensor([0.5, 2.5, 2.5, 1.5])
 def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
     x = STD * torch.randn(3, D, generator=torch.Generator().manual_seed(1))
     expected = torch.distributions.Normal(0.0, STD.double()).log_prob(x.double()).sum(1)
-    said = fs.ScoreDensity(Graph(), SCHEDULE)
+    said = fs.ScoreDensity(Graph(), SCHEDULE, "eps")
     for batch in (3, 2, 1):
         assert close(said.estimate(x[:batch], nfe=256, edges=fs.shared(EDGES)), expected[:batch])
-    later = fs.ScoreDensity(Graph(), SCHEDULE)
+    later = fs.ScoreDensity(Graph(), SCHEDULE, "eps")
     assert close(later.estimate(x, nfe=256, edges=EDGES), expected)  # two rows, three samples: unambiguous
     for _ in range(2):
         with pytest.raises(
             ValueError, match=r"'edges' is ambiguous: \(2, 5\) with 2 samples looks one entry a sample.*fs.shared"
         ):
             later.estimate(x[:2], nfe=256, edges=EDGES)
-    first = fs.ScoreDensity(Graph(), SCHEDULE)
+    first = fs.ScoreDensity(Graph(), SCHEDULE, "eps")
     for call in (first.estimate, first.log_prob, lambda x, **c: fs.probability_flow_log_prob(first, x, **c)):
         with pytest.raises(
             ValueError, match="'edges' has as many entries as there are samples, 2, and the network takes all"
@@ -119,7 +119,7 @@ def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
 
 
 def test_the_other_way_round():
-    density = fs.ScoreDensity(Moved(lambda a, more: a), SCHEDULE)
+    density = fs.ScoreDensity(Moved(lambda a, more: a), SCHEDULE, "eps")
     density.estimate(data(6), nfe=16, added=MEAN[:6])
     with pytest.raises(ValueError, match=r"'added' is ambiguous: \(6,\) with 5 samples looks shared by all samples"):
         density.estimate(data(5), nfe=16, added=MEAN[:6])
@@ -156,14 +156,14 @@ SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
     ],
 )
 def test_what_cannot_be_is_refused_at_every_call(value, message):
-    density = fs.ScoreDensity(Added(), SCHEDULE)
+    density = fs.ScoreDensity(Added(), SCHEDULE, "eps")
     for call in (density.estimate, density.log_prob, density.estimate):
         with pytest.raises(ValueError, match=message):
             call(data(), nfe=16, added=value)
 
 
 def test_a_good_call_before_changes_nothing():
-    density = fs.ScoreDensity(Added(), SCHEDULE)
+    density = fs.ScoreDensity(Added(), SCHEDULE, "eps")
     density.estimate(data(), nfe=16, added=MEAN)
     bad = [(MEAN.numpy(), ARRAY), (MEAN[:5], r"ambiguous: \(5,\) with 12"), (torch.zeros(()), "IndexError")]
     for value, message in bad:
@@ -174,7 +174,7 @@ def test_a_good_call_before_changes_nothing():
 def test_a_missing_condition_names_what_the_network_said():
     net = Moved(lambda a, more: a["mean"])
     with pytest.raises(ValueError, match=r"does not take data of shape \(4,\) a sample: TypeError: 'NoneType'"):
-        fs.ScoreDensity(net, SCHEDULE).estimate(data(), nfe=16)
+        fs.ScoreDensity(net, SCHEDULE, "eps").estimate(data(), nfe=16)
 
 
 def test_objects_that_cannot_be_looked_into_go_when_they_are_said_to_be_shared():
@@ -182,7 +182,7 @@ def test_objects_that_cannot_be_looked_into_go_when_they_are_said_to_be_shared()
         def __init__(self):
             self.mean = torch.ones(1)
 
-    density = fs.ScoreDensity(Moved(lambda a, more: a.mean), SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    density = fs.ScoreDensity(Moved(lambda a, more: a.mean), SCHEDULE, "eps", reference=fs.Reference.isotropic(0.5))
     x = 1 + 0.5 * torch.randn(6, D, generator=torch.Generator().manual_seed(2))
     assert close(density.estimate(x, nfe=64, added=fs.shared(Encoder())), truth(x, torch.ones(6)))
 
@@ -203,7 +203,7 @@ class Program(nn.Module):
 def test_programs_hold_nested_conditions_by_their_paths():
     Gain = collections.namedtuple("Gain", ["gain"])
     net, x, label = Program().eval(), data(), torch.arange(12) % 5
-    on, off = (fs.ScoreDensity(net, SCHEDULE, program=mode) for mode in (True, False))
+    on, off = (fs.ScoreDensity(net, SCHEDULE, "eps", program=mode) for mode in (True, False))
     seen = []
     for gain, kind in ((1.0, "plain"), (3.0, "plain"), (3.0, "double")):
         given = {"label": label, "more": Gain(torch.tensor(gain)), "kind": kind}
@@ -222,7 +222,7 @@ def test_the_classifier_takes_nested_classes_and_conditions():
 
     net = Labelled(lambda a, more: a)
     x, means = data(), torch.tensor([-2.0, 0.0, 2.0])
-    density = fs.ScoreDensity(net, SCHEDULE, reference=fs.Reference.isotropic(0.5))
+    density = fs.ScoreDensity(net, SCHEDULE, "eps", reference=fs.Reference.isotropic(0.5))
     classifier = fs.DiffusionClassifier(density, {"given": {"mean": means, "size": 3}})
     shift = torch.full((12,), 0.25)
     found = classifier.classify(x, nfe=128, error=None, rest={"shift": shift})
@@ -273,13 +273,13 @@ class Lookup(nn.Module):
 def test_a_table_as_long_as_the_batch_is_refused_whatever_the_samples_point_at(y):
     x, table = data(5), torch.arange(5.0)[:, None].expand(5, D)
     with pytest.raises(ValueError, match="'table' has as many entries as there are samples, 5"):
-        fs.ScoreDensity(Lookup(), SCHEDULE, nfe=16).estimate(x, table=table, y=torch.tensor(y))
+        fs.ScoreDensity(Lookup(), SCHEDULE, "eps", nfe=16).estimate(x, table=table, y=torch.tensor(y))
 
 
 def test_a_network_that_says_nothing_yet_is_asked_again():
     net, x, y = Lookup(), data(5), torch.tensor([0, 0, 1, 1, 0])
     nn.init.zeros_(net.gain)  # as last layers start
-    density, table = fs.ScoreDensity(net, SCHEDULE, nfe=16), torch.arange(5.0)[:, None].expand(5, D)
+    density, table = fs.ScoreDensity(net, SCHEDULE, "eps", nfe=16), torch.arange(5.0)[:, None].expand(5, D)
     density.estimate(x, table=table, y=y)
     nn.init.ones_(net.gain)
     with pytest.raises(ValueError, match="'table' has as many entries"):

@@ -27,7 +27,9 @@ def test_conditions_of_a_data_set(tmp_path):
         message = rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
         with pytest.raises(ValueError, match=message):
             DataConditions.of("cond", {"y": bad}, 12)
-    density = fs.ScoreDensity(Moved(lambda a, more: a["mean"]), SCHEDULE, reference=fs.Reference.isotropic(0.5), nfe=64)
+    density = fs.ScoreDensity(
+        Moved(lambda a, more: a["mean"]), SCHEDULE, "eps", reference=fs.Reference.isotropic(0.5), nfe=64
+    )
     found = evaluate_dataset(density, data(), tmp_path / "a.npz", batch=5, cond={"added": {"mean": MEAN}})
     assert close(found, truth(data(), MEAN))
     some = evaluate_dataset(
@@ -45,7 +47,7 @@ def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
         return added + more["shift"] if "shift" in more else added
 
     calls = []
-    density = fs.ScoreDensity(Moved(stop), SCHEDULE, nfe=16)
+    density = fs.ScoreDensity(Moved(stop), SCHEDULE, "eps", nfe=16)
     cond = {"added": MEAN, "shift": fs.shared(torch.zeros(1))}
     with pytest.raises(KeyboardInterrupt):
         evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=cond)

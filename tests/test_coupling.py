@@ -12,6 +12,7 @@ from torch import nn
 import fastscore as fs
 from fastscore.adapters.clocks import OffsetFlow
 from fastscore.estimator.coupling import coupled_share
+from fastscore.estimator.network_density import network_of
 
 MESSAGE = "looks trained with coupled noise.*use fastscore.probability_flow_log_prob"
 
@@ -57,7 +58,7 @@ def gaussian(mean, cov):
 
 
 def share(density, x, **cond):
-    return coupled_share(density.network, density.check(x, None, cond), density.reference)
+    return coupled_share(network_of(density), density.check(x, None, cond), density.reference)
 
 
 NARROW = torch.eye(2) * torch.tensor([0.25, 2.25])

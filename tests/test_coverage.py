@@ -31,7 +31,7 @@ def points(mixture, generator):
 def densities(mixture, schedule, fitted):
     """Yield densities to try: one fitted to other data each time, or a single one that is not fitted."""
     for fit in range(FITS):
-        density = fs.ScoreDensity(ExactEps(mixture, schedule), schedule)
+        density = fs.ScoreDensity(ExactEps(mixture, schedule), schedule, "eps")
         if fitted:
             data = mixture.sample(1000, torch.Generator().manual_seed(100 + fit))
             density.fit(data, seed=fit, progress=False)
@@ -97,7 +97,7 @@ def test_the_stated_error_of_a_data_sets_mean_covers(one_thread):
     entropy = float(mixture.log_prob(mixture.sample(200_000, generator)).mean())
     inside = []
     for fit in range(2):
-        density = fs.ScoreDensity(ExactEps(mixture, schedule), schedule)
+        density = fs.ScoreDensity(ExactEps(mixture, schedule), schedule, "eps")
         density.fit(mixture.sample(1000, generator), seed=fit, progress=False)
         for seed in range(40):
             for nfe in (16, 64):
@@ -111,7 +111,7 @@ def test_the_stated_error_of_a_data_sets_mean_covers(one_thread):
 def test_intervals_cover_where_terms_are_skewed(d, one_thread):
     # One Gaussian, not fitted: every term is nearly a multiple of a squared norm in d dimensions.
     mixture, schedule = Mixture(torch.full((1, d), 0.3), torch.tensor([[0.7]])), fs.VP()
-    density, generator = fs.ScoreDensity(ExactEps(mixture, schedule), schedule), torch.Generator().manual_seed(d)
+    density, generator = fs.ScoreDensity(ExactEps(mixture, schedule), schedule, "eps"), torch.Generator().manual_seed(d)
     for nfe in (16, 64, 256):
         x = mixture.sample(3000, generator)
         index = torch.randperm(1_000_000, generator=generator)[: len(x)]

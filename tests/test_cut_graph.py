@@ -94,7 +94,7 @@ FAST = {"method": "midpoint", "steps": 1, "trace": "hutchinson"}
 
 
 def of(net):
-    return fs.ScoreDensity(net, SCHEDULE, program=False)
+    return fs.ScoreDensity(net, SCHEDULE, "eps", program=False)
 
 
 def ask(net, x):
@@ -121,7 +121,7 @@ def test_the_ode_was_wrong_by_nats_where_it_is_refused_now(monkeypatch):
     x = target.sample(8, seed=1)
     net = Cut(ExactNet(target, SCHEDULE), self_conditioning)
     monkeypatch.setattr("fastscore.densities.probability_flow.refuse_cut_graph", lambda *_: None)
-    found = fs.probability_flow_log_prob(fs.ScoreDensity(net, SCHEDULE), x)
+    found = fs.probability_flow_log_prob(fs.ScoreDensity(net, SCHEDULE, "eps"), x)
     assert float((found.log_prob - target.log_prob(x)).mean()) > 10
 
 
@@ -133,7 +133,7 @@ def test_no_alarm_for_real_networks(name, dtype):
     cond = {k: fs.per_sample(v) for k, v in own(4).items()} | {k: fs.shared(v) for k, v in shared.items()}
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
     x = x.double() if dtype == torch.float64 else x
-    density = fs.ScoreDensity(net, schedule, program=False, time_dtype=dtype)
+    density = fs.ScoreDensity(net, schedule, "eps", program=False, time_dtype=dtype)
     fs.probability_flow_log_prob(density, x, trace="hutchinson", method="midpoint", steps=1, **cond)
     assert net in cut_graph._WHOLE
 

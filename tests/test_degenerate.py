@@ -51,7 +51,7 @@ def test_what_is_counted(data, counts):
 
 def test_fit_warns_with_the_counts_and_the_least_noise():
     data = with_columns(torch.zeros(400, 2), BASE[:, :1])
-    density = fs.ScoreDensity(ExactNet(mixture(6), fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ExactNet(mixture(6), fs.VP()), fs.VP(), "eps")
     with pytest.warns(
         UserWarning, match=r"of the data's 6 dimensions 2 constant and 1 linearly dependent on others.*"
     ) as found:
@@ -64,7 +64,7 @@ def test_fit_warns_with_the_counts_and_the_least_noise():
 
 def test_fit_counts_columns_that_are_narrower_than_the_least_noise_beside_constant_ones():
     data = with_columns(torch.zeros(400, 1), 1e-4 * BASE[:, :1], 1e6 * torch.ones(400, 1))
-    density = fs.ScoreDensity(ExactNet(mixture(data.shape[1]), fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ExactNet(mixture(data.shape[1]), fs.VP()), fs.VP(), "eps")
     with pytest.warns(UserWarning, match="2 constant") as found:
         density.fit(data, evaluations=0, progress=False)
     assert "before training; beside these, 1 narrower than that noise, where log_prob is the" in str(found[0].message)
@@ -72,7 +72,7 @@ def test_fit_counts_columns_that_are_narrower_than_the_least_noise_beside_consta
 
 def test_fit_counts_the_columns_that_a_mask_leaves_in_all_samples():
     data = with_columns(torch.zeros(400, 2))
-    density = fs.ScoreDensity(ExactNet(mixture(5), fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ExactNet(mixture(5), fs.VP()), fs.VP(), "eps")
     with pytest.warns(UserWarning, match="of the data's 4 dimensions 1 constant"):
         density.fit(data, mask=torch.tensor([True] * 4 + [False]), evaluations=0, progress=False)
 
@@ -90,7 +90,7 @@ def test_fit_counts_the_columns_that_a_mask_leaves_in_all_samples():
 def test_fit_says_where_data_lie_beyond_the_noise(schedule, std, said):
     # There the number is the reference's, off by its own sampling error of about sqrt(d / N) nats: 0.02 in the mean at
     # N = 400 and d = 3, with a stderr of 1e-8 and a truncation of 1e-4 to 1e-6.
-    density = fs.ScoreDensity(ExactNet(mixture(3), schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(mixture(3), schedule), schedule, "eps")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         density.fit(std * BASE, evaluations=0, progress=False)
@@ -100,7 +100,7 @@ def test_fit_says_where_data_lie_beyond_the_noise(schedule, std, said):
 def test_fit_says_where_a_direction_across_the_dimensions_is_narrow():
     """No column is: each has a standard deviation of 0.5. Scales that are apart both ways are both named."""
     basis, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))
-    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP(), "eps")
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         density.fit((BASE * torch.tensor([5e-5, 1.0, 1.0])) @ basis, evaluations=0, progress=False)
@@ -122,7 +122,7 @@ def test_a_fitted_reference_follows_the_scale_of_the_data(scale):
 
 
 def test_fit_is_silent_about_data_that_fill_their_space():
-    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP(), "eps")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         density.fit(BASE, evaluations=0, progress=False)

@@ -26,7 +26,7 @@ def test_the_density_of_two_moons_is_a_density():
 
 def test_plain_monte_carlo_is_the_same_formula():
     target, schedule = mixture(2), fs.LogSNR()
-    density, x = fs.ScoreDensity(ExactNet(target, schedule), schedule), target.sample(200)
+    density, x = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps"), target.sample(200)
     runs = torch.stack([plain_monte_carlo(density, x, 64, seed) for seed in range(30)])
     error = runs.mean(0) - target.log_prob(x)
     spread = runs.std(0) / 30**0.5

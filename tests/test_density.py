@@ -41,7 +41,7 @@ def data(count=64, shape=(6,), dtype=torch.float32):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("shape", [(6,), (2, 3, 3)])
 def test_same_seed_same_answer_however_the_work_is_cut(in_chunks, shape, dtype, tolerance, noise):
-    density = fs.ScoreDensity(MLP(shape).to(dtype), SCHEDULE, noise=noise)
+    density = fs.ScoreDensity(MLP(shape).to(dtype), SCHEDULE, "eps", noise=noise)
     x, index = data(64, shape, dtype), torch.arange(64)
     whole = density.estimate(x, nfe=64, seed=3)
     kept = dict(rtol=tolerance, atol=tolerance)
@@ -66,7 +66,9 @@ def test_same_seed_same_answer_however_the_work_is_cut(in_chunks, shape, dtype, 
 
 def test_paired_draws_survive_every_cut(in_chunks):
     target = mixture(2)
-    density = fs.ScoreDensity(ExactNet(target, SCHEDULE), SCHEDULE).fit(target.sample(500).float(), progress=False)
+    density = fs.ScoreDensity(ExactNet(target, SCHEDULE), SCHEDULE, "eps").fit(
+        target.sample(500).float(), progress=False
+    )
     assert bool(density.nodes.paired.any())
     x = target.sample(16, seed=1)
     whole = density.estimate(x, nfe=96)
@@ -103,7 +105,7 @@ def test_gradients_match_finite_differences_with_common_noise(predicts, referenc
 
 
 def test_gradients_do_not_depend_on_chunks(in_chunks):
-    density, x = fs.ScoreDensity(MLP().double(), SCHEDULE), data(8, dtype=torch.float64)
+    density, x = fs.ScoreDensity(MLP().double(), SCHEDULE, "eps"), data(8, dtype=torch.float64)
 
     def gradient():
         density.zero_grad()
@@ -116,7 +118,7 @@ def test_gradients_do_not_depend_on_chunks(in_chunks):
 
 
 def test_score_of_the_estimate_is_the_targets():
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     density.reference = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 4), 0.09))
     x = TARGET.sample(5).requires_grad_()
     (exact,) = torch.autograd.grad(TARGET.log_prob(x).sum(), x)
@@ -126,7 +128,7 @@ def test_score_of_the_estimate_is_the_targets():
 
 
 def test_conditions_go_with_their_samples():
-    density, x = fs.ScoreDensity(MLP(), SCHEDULE), data(10)
+    density, x = fs.ScoreDensity(MLP(), SCHEDULE, "eps"), data(10)
     label, scale = torch.linspace(-1, 1, 10)[:, None], torch.tensor(0.7)
     whole = density.estimate(x, nfe=32, label=label, scale=scale).log_prob
     for i in (0, 7):
@@ -142,7 +144,7 @@ def test_shared_conditions_stay_shared_in_chunks_of_their_length(in_chunks):
         def forward(self, x, t, table):
             return x * table.sum()
 
-    density, x, table = fs.ScoreDensity(Embedding(), SCHEDULE), data(8), torch.tensor([0.1, 0.2])
+    density, x, table = fs.ScoreDensity(Embedding(), SCHEDULE, "eps"), data(8), torch.tensor([0.1, 0.2])
     whole = density.estimate(x, nfe=16, table=table).log_prob
     in_chunks(33)  # two samples at once, as many as entries
     cut = density.estimate(x, nfe=16, table=table).log_prob
@@ -150,7 +152,7 @@ def test_shared_conditions_stay_shared_in_chunks_of_their_length(in_chunks):
 
 
 def test_compare_is_the_difference_of_two_estimates_with_a_smaller_error():
-    density, x = fs.ScoreDensity(MLP(), SCHEDULE), data(200)
+    density, x = fs.ScoreDensity(MLP(), SCHEDULE, "eps"), data(200)
     a, b = {"label": torch.full((200, 1), 0.3)}, {"label": torch.full((200, 1), 0.31)}
     found = density.compare(x, a, b, nfe=64, seed=5)
     first, second = (density.estimate(x, nfe=64, seed=5, **cond) for cond in (a, b))
@@ -163,7 +165,7 @@ def test_compare_is_the_difference_of_two_estimates_with_a_smaller_error():
 
 
 def test_target_stderr_spends_where_it_is_needed():
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     x = TARGET.sample(64)
     found = density.estimate(x, nfe=32, target_stderr=0.4, max_nfe=4096)
     assert bool((found.stderr <= 0.4).all())
@@ -179,11 +181,11 @@ def test_target_stderr_spends_where_it_is_needed():
 
 def test_state_keeps_what_was_fitted():
     net = ExactNet(TARGET, SCHEDULE)
-    fitted = fs.ScoreDensity(net, SCHEDULE).fit(TARGET.sample(600).float(), progress=False)
+    fitted = fs.ScoreDensity(net, SCHEDULE, "eps").fit(TARGET.sample(600).float(), progress=False)
     file = io.BytesIO()
     torch.save(fitted.state_dict(), file)
     file.seek(0)
-    fresh = fs.ScoreDensity(net, SCHEDULE)
+    fresh = fs.ScoreDensity(net, SCHEDULE, "eps")
     fresh.load_state_dict(torch.load(file))
     x = TARGET.sample(8, seed=1)
     first, second = fitted.estimate(x, nfe=64), fresh.estimate(x, nfe=64)
@@ -194,7 +196,7 @@ def test_state_keeps_what_was_fitted():
 
 def test_small_budgets_fit_less():
     x = TARGET.sample(600).float()
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     density.fit(x, evaluations=1000, progress=False)
     assert len(density.nodes.share) == 1
     assert density.reference.components == 1
@@ -205,7 +207,7 @@ def test_small_budgets_fit_less():
 
 @pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full", "mixture"])
 def test_fit_takes_the_kind_asked_for(kind):
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     density.fit(TARGET.sample(300).float(), reference=kind, evaluations=2000, progress=False)
     q = density.reference
     found = {
@@ -224,8 +226,8 @@ def test_extra_channels_are_cut_off_and_wrapped_outputs_are_opened():
         wide.net[0].load_state_dict(plain.net[0].state_dict())
         wide.net[3].weight[:18] = plain.net[3].weight
         wide.net[3].bias[:18] = plain.net[3].bias
-    expected = fs.ScoreDensity(plain, SCHEDULE).log_prob(x, nfe=16)
-    assert torch.allclose(fs.ScoreDensity(wide, SCHEDULE).log_prob(x, nfe=16), expected, rtol=1e-5)
+    expected = fs.ScoreDensity(plain, SCHEDULE, "eps").log_prob(x, nfe=16)
+    assert torch.allclose(fs.ScoreDensity(wide, SCHEDULE, "eps").log_prob(x, nfe=16), expected, rtol=1e-5)
 
     class Wrapped(nn.Module):
         def __init__(self, wrap):
@@ -236,13 +238,13 @@ def test_extra_channels_are_cut_off_and_wrapped_outputs_are_opened():
             return self.wrap(self.net(x, t))
 
     for wrap in (lambda y: (y, None), lambda y: type("Output", (), {"sample": y})()):
-        assert torch.allclose(fs.ScoreDensity(Wrapped(wrap), SCHEDULE).log_prob(x, nfe=16), expected, rtol=1e-6)
+        assert torch.allclose(fs.ScoreDensity(Wrapped(wrap), SCHEDULE, "eps").log_prob(x, nfe=16), expected, rtol=1e-6)
 
 
 def test_half_precision_networks_keep_wide_sums():
     x = data(16)
-    expected = fs.ScoreDensity(MLP(), SCHEDULE).log_prob(x, nfe=64)
-    density = fs.ScoreDensity(MLP(), SCHEDULE)
+    expected = fs.ScoreDensity(MLP(), SCHEDULE, "eps").log_prob(x, nfe=64)
+    density = fs.ScoreDensity(MLP(), SCHEDULE, "eps")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = density.log_prob(x, nfe=64)
     assert found.dtype == torch.float32
@@ -267,7 +269,7 @@ class Broken(nn.Module):
 
 def bad(**changes):
     """One estimate with something wrong in it."""
-    options = {"model": MLP(), "x": data(4), "schedule": SCHEDULE} | changes
+    options = {"model": MLP(), "x": data(4), "schedule": SCHEDULE, "predicts": "eps"} | changes
     new = {
         k: options.pop(k)
         for k in ("model", "schedule", "predicts", "noise", "backend", "reference", "time_dtype")
@@ -343,20 +345,20 @@ def test_bad_input_gets_one_clear_error(changes, error, message):
 
 
 def test_bad_fits():
-    density = fs.ScoreDensity(MLP(), SCHEDULE)
+    density = fs.ScoreDensity(MLP(), SCHEDULE, "eps")
     with pytest.raises(ValueError, match="fit needs at least 20 samples, got 19"):
         density.fit(data(19), progress=False)
     with pytest.raises(ValueError, match="auto, isotropic, diagonal, full, mixture, images; got 'kde'"):
         density.fit(data(40), reference="kde", progress=False)
     with pytest.raises(ValueError, match="at least 100 training samples, got 32"):
         density.fit(data(40), reference="mixture", progress=False)
-    broken = fs.ScoreDensity(Broken(lambda x, t: x * torch.nan), SCHEDULE)
+    broken = fs.ScoreDensity(Broken(lambda x, t: x * torch.nan), SCHEDULE, "eps")
     with pytest.raises(ValueError, match="NaN or inf on the data given to fit"):
         broken.fit(data(200), progress=False)
 
 
 def test_train_mode_with_dropout_warns_once():
-    density = fs.ScoreDensity(MLP(dropout=0.1), SCHEDULE)
+    density = fs.ScoreDensity(MLP(dropout=0.1), SCHEDULE, "eps")
     with pytest.warns(UserWarning, match="train mode and its layer 'net.2'.*model.eval"):
         density.estimate(data(4), nfe=16)
     with warnings.catch_warnings():
@@ -364,12 +366,12 @@ def test_train_mode_with_dropout_warns_once():
         density.estimate(data(4), nfe=16)
         density.eval()
         density.estimate(data(4), nfe=16)
-        fs.ScoreDensity(MLP(dropout=0.0), SCHEDULE).estimate(data(4), nfe=16)
+        fs.ScoreDensity(MLP(dropout=0.0), SCHEDULE, "eps").estimate(data(4), nfe=16)
 
 
 @pytest.mark.parametrize("noise", ["independent", "sobol"])
 def test_noise_tables_too_large_to_keep_are_made_again(in_chunks, noise):
-    density, x = fs.ScoreDensity(MLP(), SCHEDULE, noise=noise), data(5)
+    density, x = fs.ScoreDensity(MLP(), SCHEDULE, "eps", noise=noise), data(5)
     whole = density.estimate(x, nfe=64)
     in_chunks(10, keep_tables=False)
     cut = density.estimate(x, nfe=64)
@@ -380,5 +382,5 @@ def test_sobol_has_a_highest_dimension():
     x = torch.zeros(1, 21_201)
     net = Broken(lambda x, t: x)
     with pytest.raises(ValueError, match="goes to 21200 dimensions, got 21201"):
-        fs.ScoreDensity(net, SCHEDULE, noise="sobol").estimate(x, nfe=8)
-    assert fs.ScoreDensity(net, SCHEDULE).estimate(x, nfe=8).noise == "independent"
+        fs.ScoreDensity(net, SCHEDULE, "eps", noise="sobol").estimate(x, nfe=8)
+    assert fs.ScoreDensity(net, SCHEDULE, "eps").estimate(x, nfe=8).noise == "independent"

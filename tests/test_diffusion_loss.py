@@ -68,7 +68,7 @@ def test_log_prob_of_every_token_is_the_plain_formula():
     net, (x, z) = head(), tokens(2, 4)
     calls = recorded(net)
     with torch.no_grad():
-        found = fs.DiffusionLoss(net, program=False).log_prob(x, z, nfe=200)
+        found = fs.DiffusionLoss(net, predicts="eps", program=False).log_prob(x, z, nfe=200)
         rows = [torch.cat(part) for part in zip(*calls[-1:])]
         assert found.shape == (2, 4)
         assert len(rows[0]) == 8 * 200  # all tokens in one call
@@ -97,7 +97,7 @@ def test_log_prob_agrees_with_the_plain_formula_on_other_noise():
                 eps = torch.randn(1000, D, dtype=torch.float64, generator=generator)
                 x_t = bar.sqrt() * x[i] + (1 - bar).sqrt() * eps
                 plain[repeat, i] = plain_log_prob(net, x[i], x_t, t, z[i], cells)
-    found = fs.DiffusionLoss(net, program=False).estimate(x, z, nfe=4000)
+    found = fs.DiffusionLoss(net, predicts="eps", program=False).estimate(x, z, nfe=4000)
     error = (found.stderr**2 + plain.var(0) / 16).sqrt()
     # 4 standard errors, and half of one more because 16 repetitions know theirs to 18 %.
     assert bool(((found.log_prob - plain.mean(0)).abs() < 4.5 * error).all())
@@ -105,7 +105,7 @@ def test_log_prob_agrees_with_the_plain_formula_on_other_noise():
 
 def test_tokens_together_are_tokens_alone():
     net, (x, z) = head(), tokens(6)
-    loss = fs.DiffusionLoss(net, nfe=32)
+    loss = fs.DiffusionLoss(net, predicts="eps", nfe=32)
     with torch.no_grad():
         together, other = loss.log_prob(x, z), loss.log_prob(x, z.roll(1, 0))
         alone = [loss.log_prob(x[i : i + 1], z[i : i + 1], sample_index=torch.tensor([i])) for i in range(6)]
@@ -120,8 +120,8 @@ def test_one_fused_pass_gives_the_same(backend):
     net, (x, z) = head().float(), (v.float() for v in tokens(4))
     text = fs.explain(net, (D,), SCHEDULE, c=z)
     assert text.startswith("row program of MARHead")
-    module = fs.DiffusionLoss(net, nfe=16, program=False)
-    fused = fs.DiffusionLoss(net, nfe=16, program=True, backend=backend)
+    module = fs.DiffusionLoss(net, predicts="eps", nfe=16, program=False)
+    fused = fs.DiffusionLoss(net, predicts="eps", nfe=16, program=True, backend=backend)
     with torch.no_grad():
         # Sums over 16 draws of float32 squares.
         assert torch.allclose(fused.log_prob(x, z), module.log_prob(x, z), rtol=1e-4, atol=1e-3)
@@ -132,7 +132,7 @@ def test_the_gradient_is_that_of_the_plain_formula():
     net, (x, z) = head(), tokens(16)
     z.requires_grad_()
     calls = recorded(net)
-    loss = fs.DiffusionLoss(net, draws=4)
+    loss = fs.DiffusionLoss(net, predicts="eps", draws=4)
     parameters = [*net.parameters(), z]
     found = torch.autograd.grad(loss(x, z, seed=3), parameters)
     assert len(calls) == 1  # all tokens and draws in one call
@@ -151,21 +151,21 @@ def test_the_gradient_is_that_of_the_plain_formula():
 
 def test_the_loss_is_an_unbiased_estimate_for_every_token():
     net, (x, z) = head(), tokens(8)
-    loss = fs.DiffusionLoss(net)
+    loss = fs.DiffusionLoss(net, predicts="eps")
     with torch.no_grad():
         losses = torch.stack([loss(x, z, seed=s, reduction="none") for s in range(300)])
         exact = -loss.log_prob(x, z, nfe=8000)
     error = losses.std(0) / 300**0.5
     assert bool(((losses.mean(0) - exact).abs() < 4 * error).all())
     with torch.no_grad():
-        scalar, each = (fs.DiffusionLoss(net)(x, z, seed=5, reduction=r) for r in ("mean", "none"))
+        scalar, each = (fs.DiffusionLoss(net, predicts="eps")(x, z, seed=5, reduction=r) for r in ("mean", "none"))
     assert float(scalar) == pytest.approx(float(each.mean()), rel=1e-9)
 
 
 def test_a_mask_chooses_tokens():
     net, (x, z) = head(), tokens(2, 3)
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    first, second = fs.DiffusionLoss(net), fs.DiffusionLoss(net)
+    first, second = fs.DiffusionLoss(net, predicts="eps"), fs.DiffusionLoss(net, predicts="eps")
     assert torch.equal(first(x, z, seed=0, mask=mask), second(x[mask], z[mask], seed=0))
     with pytest.raises(ValueError, match=r"at least one token and of shape \(2, 3\), got 0 True in \(2, 3\)"):
         first(x, z, seed=0, mask=torch.zeros(2, 3, dtype=torch.bool))
@@ -189,7 +189,7 @@ def test_training_with_it_learns_a_density_that_depends_on_the_condition():
 
     schedule = fs.DDPM(torch.sigmoid(torch.linspace(6, -6, 200, dtype=torch.float64)))
     torch.manual_seed(0)
-    loss = fs.DiffusionLoss(Small(), schedule, condition="label")
+    loss = fs.DiffusionLoss(Small(), schedule, predicts="eps", condition="label")
     optimizer = torch.optim.Adam(loss.parameters(), 3e-3)
     for step in range(300):
         z = torch.randn(128, 1)

@@ -31,7 +31,7 @@ class PointMasses(nn.Module):
 
 
 def density_of(levels, schedule, gain=1.0, noise="sobol"):
-    return fs.ScoreDensity(PointMasses(levels, schedule, gain), schedule, noise=noise)
+    return fs.ScoreDensity(PointMasses(levels, schedule, gain), schedule, "eps", noise=noise)
 
 
 def bounds(density, levels, nfe=4096, copies=32):

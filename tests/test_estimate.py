@@ -69,11 +69,11 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
 
 
 def test_comparisons_and_captured_estimates_are_one_readable_line():
-    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), mixture(2).sample(3)
+    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP(), "eps"), mixture(2).sample(3)
     found = density.compare(x, {"shift": torch.zeros(3, 2)}, {"shift": torch.ones(3, 2)}, nfe=16)
-    (mean, error), own = found.mean(), f"stderr {float(found.stderr.mean()):.2g} a sample)"
+    (mean, error), own = found.mean(), f"stderr {float(found.stderr.mean()):.2g} per sample)"
     assert repr(found) == f"Comparison(3 samples, difference {mean:.4g} +- {error:.2g} nats, {own}"
     found = fs.CapturedDensity(density, x, nfe=16)(x)
-    own = f"stderr {float(found.stderr.mean()):.2g} a sample)"
+    own = f"stderr {float(found.stderr.mean()):.2g} per sample)"
     assert repr(found) == f"CapturedEstimate(3 samples, log_prob {float(found.log_prob.mean()):.4g} nats, {own}"
     assert "largest truncation about" in repr(density.estimate(x, nfe=16))

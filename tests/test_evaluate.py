@@ -346,6 +346,6 @@ def test_what_cannot_be_reported_is_refused_before_the_work(tmp_path, options, m
         def forward(self, x_t, t):
             raise AssertionError("the network has run")
 
-    density = fs.ScoreDensity(Untouched(), fs.LogSNR(-4, 4))
+    density = fs.ScoreDensity(Untouched(), fs.LogSNR(-4, 4), "eps")
     with pytest.raises(ValueError, match=message):
         evaluate_dataset(density, torch.zeros(4, 3), tmp_path / "out.npz", **options)

@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def density(**options):
-    return fs.ScoreDensity(Net(**options), fs.VP(), program=False)
+    return fs.ScoreDensity(Net(**options), fs.VP(), "eps", program=False)
 
 
 def whole(mask=MASK, **options):

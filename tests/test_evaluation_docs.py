@@ -56,7 +56,7 @@ def test_the_data_set(names):
 
 
 def test_the_fields_of_the_result(tmp_path):
-    density = fs.ScoreDensity(ClassNet(TARGETS, fs.VP()), fs.VP())
+    density = fs.ScoreDensity(ClassNet(TARGETS, fs.VP()), fs.VP(), "eps")
     x, y = points(1, seed=7), torch.arange(4)
     evaluate_dataset(density, x, tmp_path / "r.npz", cond={"y": y}, mask=x == x, nfe=16, bins=256, low=-9, high=9)
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXT, re.MULTILINE)

@@ -44,7 +44,7 @@ def test_default_estimates_are_exact_within_their_error_bars(schedule, predicts)
 def test_intervals_cover_after_fit(name):
     target, covered = TARGETS[name], []
     for schedule in (SCHEDULES[s] for s in ("ddpm-linear", "log-snr", "flow-1")):
-        density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+        density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
         density.fit(target.sample(3000, seed=3).float(), progress=False)
         assert density.estimate(target.sample(2).float()).noise == "sobol"
         for seed in range(4):
@@ -70,7 +70,7 @@ REACHED = {
 @pytest.mark.parametrize("name", REACHED)
 def test_fitted_estimates_need_few_evaluations(name):
     target, schedule = TARGETS[name], SCHEDULES["log-snr"]
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
     density.fit(target.sample(4000, seed=5).float(), progress=False)
     for nfe, bound in zip((32, 128, 512), REACHED[name], strict=True):
         error, _, _ = errors(target, density, nfe)
@@ -82,7 +82,7 @@ def test_a_gaussian_target_is_exact_once_fitted():
     cov, mean = target.cov[0], target.mean
     value, basis = torch.linalg.eigh(cov)
     reference = fs.Reference(torch.ones(1), mean, value[None], basis[None])
-    density = fs.ScoreDensity(ExactNet(target, schedule).double(), schedule, reference=reference)
+    density = fs.ScoreDensity(ExactNet(target, schedule).double(), schedule, "eps", reference=reference)
     x = target.sample(50, seed=1)
     found = density.estimate(x, nfe=16)
     # The control variate is the target itself: nothing is left but rounding, 1e-12 times exp(16 / 2).

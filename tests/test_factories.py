@@ -87,7 +87,7 @@ def test_a_default_device_changes_nothing():
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
     def run():
-        made = fs.ScoreDensity(Net().requires_grad_(False), fs.VP(), program=False)
+        made = fs.ScoreDensity(Net().requires_grad_(False), fs.VP(), "eps", program=False)
         made.model.load_state_dict(state)
         found = [made.estimate(x, nfe=16).log_prob, fs.density_loss(made, x, seed=0, nodes=fs.AdaptiveNodes(fs.VP()))]
         made.fit(x, evaluations=2000, progress=False)
@@ -95,9 +95,9 @@ def test_a_default_device_changes_nothing():
             made.estimate(x, nfe=16).log_prob,
             *fs.probability_flow_log_prob(made, x, method="midpoint", steps=1)[:2],
         ]
-        table = fs.ScoreDensity(made.model, fs.DDPM.linear(100), program=False)
+        table = fs.ScoreDensity(made.model, fs.DDPM.linear(100), "eps", program=False)
         found += [table.estimate(x, nfe=16, method=method).log_prob for method in ("discrete", "elbo")]
-        return [*found, fs.density_weights(table.schedule, range(100))]
+        return [*found, fs.density_weights(table.schedule, range(100), "eps")]
 
     state = Net().state_dict()
     expected = run()

@@ -33,7 +33,7 @@ def samples_of(target, count, seed):
 def errors(target, schedule, fit, options, steps=512, count=40):
     """Return the sizes of the errors and their estimates, on a grid whose own error is far smaller."""
     net = ExactNet(target, schedule) if isinstance(target, Target) else ExactEps(target, schedule)
-    density, x = fs.ScoreDensity(net, schedule), samples_of(target, count, 0)
+    density, x = fs.ScoreDensity(net, schedule, "eps"), samples_of(target, count, 0)
     density = fitted(density, target) if fit else density
     found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=steps, **options)
     return (found.log_prob - target.log_prob(x)).abs(), found.truncation
@@ -72,7 +72,7 @@ def test_data_far_narrower_than_the_noise_count_with_the_least_share_that_a_netw
 def test_nothing_is_missing_where_the_reference_is_the_density():
     schedule, target = fs.LogSNR(-6, 20), ill_conditioned()
     reference = fs.Reference(target.weight, target.mean, target.eigenvalue, target.basis)
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, reference=reference)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", reference=reference)
     found = fs.probability_flow_log_prob(density, target.sample(10), method="midpoint", steps=1)
     # The clean end's: e^-20 over the least variance of 1e-3 is 2e-6, times z^2 of a few; and it counts with a share of
     # n = m_2 / m_1 of the directions. At the noisy end e^6 is the variance of the noise, the widest 10, and p is q.
@@ -84,7 +84,7 @@ def test_every_solver_states_it_and_it_is_a_constant(method):
     if method == "rk4":
         pytest.importorskip("torchdiffeq")
     target = gaussian(2, 0.3)
-    density = fs.ScoreDensity(ExactNet(target, SHORT["both"], gain=0.99), SHORT["both"])
+    density = fs.ScoreDensity(ExactNet(target, SHORT["both"], gain=0.99), SHORT["both"], "eps")
     x = target.sample(5).float()
     steps = {} if method == "auto" else {"steps": 64}
     with torch.no_grad():

@@ -112,7 +112,7 @@ def test_a_network_that_vmap_cannot_batch_and_one_that_is_linear():
 
     x = torch.tensor([[0.3, -0.4], [0.1, 0.2]]).double()
     for power in (1, 2):
-        model = fs.ScoreDensity(Net(power), SCHEDULE)
+        model = fs.ScoreDensity(Net(power), SCHEDULE, "eps")
         for trace in ("exact", "hutchinson"):
 
             def value(model=model, trace=trace, x=x):
@@ -140,7 +140,10 @@ def test_memory_does_not_grow_with_the_steps():
         def forward(self, x_t, t):
             return self.net(x_t)
 
-    model, x = fs.ScoreDensity(Net(), SCHEDULE), torch.randn(batch, d, generator=torch.Generator().manual_seed(0))
+    model, x = (
+        fs.ScoreDensity(Net(), SCHEDULE, "eps"),
+        torch.randn(batch, d, generator=torch.Generator().manual_seed(0)),
+    )
 
     def kept_and_peak(steps):
         leaf = x.clone().requires_grad_()
@@ -197,7 +200,10 @@ class Weightless(torch.nn.Module):
 
 @pytest.mark.parametrize("cut", ["no_grad", "detach", "numpy"])
 def test_a_network_out_of_the_graph_is_refused_where_its_derivative_counts(cut):
-    found, x = fs.ScoreDensity(Weightless(cut), SCHEDULE), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    found, x = (
+        fs.ScoreDensity(Weightless(cut), SCHEDULE, "eps"),
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
+    )
     with pytest.raises(ValueError, match="depends on x_t and has no graph"):
         probability_flow_log_prob(found, x)
     with pytest.raises(ValueError, match="depends on x_t and has no graph"):
@@ -211,13 +217,17 @@ def test_a_constant_network_has_no_derivative_and_needs_none():
         def forward(self, x, t):
             return torch.zeros_like(x)
 
-    found = probability_flow_log_prob(fs.ScoreDensity(Zero(), SCHEDULE), torch.zeros(1, 2), method="midpoint", steps=64)
+    found = probability_flow_log_prob(
+        fs.ScoreDensity(Zero(), SCHEDULE, "eps"), torch.zeros(1, 2), method="midpoint", steps=64
+    )
     assert torch.isfinite(found.log_prob).all()
 
 
 def test_second_derivatives_are_refused_without_parameters_and_by_their_name():
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    value = probability_flow_log_prob(fs.ScoreDensity(Weightless(), SCHEDULE), x, method="midpoint", steps=8).log_prob
+    value = probability_flow_log_prob(
+        fs.ScoreDensity(Weightless(), SCHEDULE, "eps"), x, method="midpoint", steps=8
+    ).log_prob
     (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="the ODE's density has first derivatives alone"):
         torch.autograd.grad(gradient.sum(), x)

@@ -29,7 +29,7 @@ class Bent(nn.Module):
 
 
 def evaluate(x, bent, **options):
-    return fs.probability_flow_log_prob(fs.ScoreDensity(Bent(), WIDE), x, bent=fs.per_sample(bent), **options)
+    return fs.probability_flow_log_prob(fs.ScoreDensity(Bent(), WIDE, "eps"), x, bent=fs.per_sample(bent), **options)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_others_keep_their_numbers_and_each_says_what_it_reached(dtype, few_
 
 
 def test_it_is_refused_only_where_no_sample_has_a_number(few_steps):
-    density = fs.ScoreDensity(Bent(), WIDE)
+    density = fs.ScoreDensity(Bent(), WIDE, "eps")
     with pytest.warns(UserWarning, match="by 2 of 2 samples, sample 0 the first"):
         found = fs.probability_flow_log_prob(density, X[:2], bent=fs.per_sample(BENT[:2]), error=1e-9)
     assert bool(found.log_prob.isfinite().all())
@@ -109,7 +109,7 @@ class Holes(nn.Module):
 def test_nan_for_one_sample_is_nan_for_that_sample_alone(options, trace, few_steps):
     options = options | {"trace": trace, "probes": 2 if trace == "hutchinson" else 1}
     net, x, far = Holes(), TARGET.sample(3, seed=2), torch.tensor([0.0, 1.0, 0.0])
-    holes = fs.ScoreDensity(net, WIDE)
+    holes = fs.ScoreDensity(net, WIDE, "eps")
     x.requires_grad_()
     with pytest.warns(UserWarning, match=r"1 of 3 samples, sample 1 the first.*log_prob is NaN"):
         found = fs.probability_flow_log_prob(holes, x, far=far, **options)
@@ -136,7 +136,7 @@ def test_nan_for_one_sample_is_nan_for_that_sample_alone(options, trace, few_ste
 
 def test_gradients_are_those_of_numbers_above_the_error(monkeypatch):
     monkeypatch.setattr(flow_steps, "MAX_STEPS", 16)
-    model, x = fs.ScoreDensity(ExactNet(TARGET, WIDE, gain=0.9), WIDE), X[[0, 2]]
+    model, x = fs.ScoreDensity(ExactNet(TARGET, WIDE, gain=0.9), WIDE, "eps"), X[[0, 2]]
 
     def value(x):
         with pytest.warns(UserWarning, match="is not reached"):
@@ -155,11 +155,11 @@ def test_gradients_are_those_of_numbers_above_the_error(monkeypatch):
 
 
 def test_the_result_is_one_readable_line(few_steps):
-    density = fs.ScoreDensity(ExactNet(TARGET, WIDE), WIDE)
+    density = fs.ScoreDensity(ExactNet(TARGET, WIDE), WIDE, "eps")
     found = fs.probability_flow_log_prob(density, X[:2], trace="hutchinson", probes=4)
     text = repr(found)
     assert text.startswith(f"FlowLogProb(2 samples, log_prob {float(found.log_prob.mean()):.4g} +- ")
-    assert f"stderr {float(found.stderr.mean()):.2g} a sample" in text
+    assert f"stderr {float(found.stderr.mean()):.2g} per sample" in text
     assert f"largest discretization about {float(found.discretization.max()):.2g}" in text
     assert "\n" not in text
     with pytest.warns(UserWarning, match="is not reached"):
@@ -167,9 +167,9 @@ def test_the_result_is_one_readable_line(few_steps):
     assert repr(found).startswith("FlowLogProb(5 samples, 1 of them NaN, log_prob ")
     assert "nan" not in repr(found)
     gaussian = Target(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
-    one = fs.ScoreDensity(ExactNet(gaussian, WIDE), WIDE)
+    one = fs.ScoreDensity(ExactNet(gaussian, WIDE), WIDE, "eps")
     assert repr(fs.probability_flow_log_prob(one, torch.zeros(1, 2), method="midpoint", steps=1)).startswith(
-        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations a sample, largest truncation about "
+        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations per sample, largest truncation about "
     )
 
 
@@ -183,4 +183,6 @@ def test_a_network_in_train_mode_is_told_of_by_the_ode_too():
             return self.drop(x)
 
     with pytest.warns(UserWarning, match=r"train mode and its layer 'drop' \(Dropout\)"):
-        fs.probability_flow_log_prob(fs.ScoreDensity(Dropped(), fs.VP()), torch.randn(2, 3), method="midpoint", steps=4)
+        fs.probability_flow_log_prob(
+            fs.ScoreDensity(Dropped(), fs.VP(), "eps"), torch.randn(2, 3), method="midpoint", steps=4
+        )

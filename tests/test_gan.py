@@ -15,7 +15,7 @@ X = TARGET.sample(24, seed=2)
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_value_and_gradient_are_unbiased_for_every_sample(antithetic):
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     x = X.clone().requires_grad_()
     (exact,) = torch.autograd.grad(-TARGET.log_prob(x).sum(), x)
     values, gradients = [], []
@@ -32,7 +32,7 @@ def test_value_and_gradient_are_unbiased_for_every_sample(antithetic):
 
 
 def test_the_gradient_reaches_the_samples_and_not_the_network():
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, gain=1.0), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, gain=1.0), SCHEDULE, "eps")
     x = X.clone().requires_grad_()
     fs.score_regularization(density, x, seed=0).backward()
     assert density.model.gain.grad is None
@@ -43,7 +43,7 @@ def test_the_gradient_reaches_the_samples_and_not_the_network():
 
 
 def test_descending_it_moves_samples_to_where_the_data_are():
-    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps")
     x = (X + 1.5).requires_grad_()
     before = float(TARGET.log_prob(x.detach()).mean())
     optimizer = torch.optim.Adam([x], lr=0.05)

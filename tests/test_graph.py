@@ -6,6 +6,7 @@ from analytic import ExactNet, mixture
 from test_backends import Net
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -13,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("fitted", [False, True])
 def test_captured_numbers_are_the_estimates(fitted):
     target = mixture(5)
-    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000)).to(DEVICE)
+    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000), "eps").to(DEVICE)
     if fitted:
         density.fit(target.sample(2000, seed=2).float().to(DEVICE), progress=False)
     first, second = (target.sample(20, seed=seed).float().to(DEVICE) for seed in (3, 4))
@@ -30,7 +31,7 @@ def test_captured_numbers_are_the_estimates(fitted):
 
 
 def test_new_parameters_count():
-    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000)).to(DEVICE)
+    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000), "eps").to(DEVICE)
     x = mixture(5).sample(6).float().to(DEVICE)
     captured = fs.CapturedDensity(density, x, nfe=32)
     before = captured(x)[0]
@@ -44,15 +45,15 @@ def test_new_parameters_count():
 
 def test_general_networks_in_chunks():
     target, schedule = mixture(2), fs.LogSNR(-8, 6)
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
     x = target.sample(9).float()
     captured = fs.CapturedDensity(density, x, nfe=64, memory="60KB")
-    assert density.prepare(x, 64, 0, None, "60KB", {})[1].chunks.rows < 9 * 64
+    assert prepare(density, x, 64, 0, None, "60KB", {})[1].chunks.rows < 9 * 64
     assert torch.allclose(captured(x)[0], density.estimate(x, nfe=64).log_prob, rtol=1e-5, atol=1e-4)
 
 
 def test_another_shape_and_nan_are_errors():
-    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000)).to(DEVICE)
+    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000), "eps").to(DEVICE)
     captured = fs.CapturedDensity(density, torch.zeros(4, 5, device=DEVICE), nfe=32)
     with pytest.raises(ValueError, match=r"takes x of shape \(4, 5\), got \(3, 5\); capture another"):
         captured(torch.zeros(3, 5, device=DEVICE))
@@ -63,7 +64,7 @@ def test_another_shape_and_nan_are_errors():
 
 
 def test_data_of_other_dtypes():
-    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000)).to(DEVICE)
+    density = fs.ScoreDensity(Net(5).eval(), fs.DDPM.linear(1000), "eps").to(DEVICE)
     x = mixture(5).sample(4).float().to(DEVICE)
     captured = fs.CapturedDensity(density, x, nfe=32)
     assert captured(x.half())[0].dtype == torch.float32

@@ -39,7 +39,9 @@ def test_levels_of_elements_with_scales_of_their_own():
     def gaussian(own):
         target = Target(torch.ones(1), torch.zeros(1, len(own)), torch.diag(own)[None])
         reference = fs.Reference(torch.ones(1), torch.zeros(1, len(own)), own[None])
-        return fs.ScoreDensity(ExactNet(target, fs.LogSNR(-8, 8)), fs.LogSNR(-8, 8), reference=reference, program=False)
+        return fs.ScoreDensity(
+            ExactNet(target, fs.LogSNR(-8, 8)), fs.LogSNR(-8, 8), "eps", reference=reference, program=False
+        )
 
     found = fs.discrete_log_prob(fs.Transformed(gaussian(variance), zscore(MEAN, STD)), k, levels, nfe=16)
     total = 0.0

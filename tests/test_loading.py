@@ -285,5 +285,8 @@ def test_factory_errors(zoo, spec, error, message):
 
 @pytest.mark.parametrize(("schedule", "predicts"), [(None, "eps"), ("vp", None)])
 def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts):
-    with pytest.raises(ValueError, match=r"zoo:Net is a network; say with --schedule and --predicts.*ddpm-linear"):
+    with pytest.raises(
+        ValueError,
+        match=r"zoo:Net is a network; say with --schedule and --predicts .*'v' \(alpha eps - sigma x\).*ddpm-linear",
+    ):
         load_density("zoo:Net", schedule, predicts, CPU)

@@ -47,10 +47,10 @@ def test_a_standard_normal_costs_its_entropy_constant():
     x = torch.randn(8192, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = 1.5 * math.log(2 * math.pi) + 0.5 * float(x.square().sum(1).mean())
     # The default reference is the network's own density and leaves no noise at all, only rounding.
-    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE), x, seeds=2)
+    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE, "eps"), x, seeds=2)
     assert error < 1e-12
     assert mean == pytest.approx(exact, abs=1e-12)
-    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE, reference=fs.Reference.isotropic(2.0)), x)
+    mean, error = mean_loss(fs.ScoreDensity(Standard(), WIDE, "eps", reference=fs.Reference.isotropic(2.0)), x)
     assert error > 1e-3
     assert abs(mean - exact) < 4 * error
 
@@ -62,7 +62,7 @@ def test_log_snrs_are_stratified_over_the_batch_in_no_order_of_the_data():
             return x_t
 
     seen = []
-    density = fs.ScoreDensity(Recording(), WIDE)
+    density = fs.ScoreDensity(Recording(), WIDE, "eps")
     for seed in range(2):
         density_loss(density, X, seed=seed)
     cells = [((t + 14) / 30 * 256).floor().long() for t in seen]
@@ -141,7 +141,7 @@ def test_conditions_go_along_with_their_samples():
             alpha, _ = self.schedule.alpha_sigma(t)
             return super().forward(x_t - alpha[:, None] * label * scale, t)
 
-    density = fs.ScoreDensity(Shifted(TARGET, schedule), schedule)
+    density = fs.ScoreDensity(Shifted(TARGET, schedule), schedule, "eps")
     shared = torch.ones(1, dtype=torch.float64)
     mean, error = mean_loss(density, moved, label=label, scale=shared)
     truth = -float(TARGET.log_prob(MANY).mean())
@@ -159,7 +159,7 @@ def test_images_and_extra_channels():
             return torch.cat([sigma * x_t, torch.full_like(x_t, torch.nan)], 1)
 
     x = torch.randn(4096, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mean, error = mean_loss(fs.ScoreDensity(Wide(), WIDE, reference=fs.Reference.isotropic(2.0)), x)
+    mean, error = mean_loss(fs.ScoreDensity(Wide(), WIDE, "eps", reference=fs.Reference.isotropic(2.0)), x)
     exact = 2 * math.log(2 * math.pi) + 0.5 * float(x.square().flatten(1).sum(1).mean())
     assert abs(mean - exact) < 4 * error
 
@@ -174,7 +174,7 @@ def test_a_table_gives_the_sum_over_its_cells():
             times.update(t.tolist())
             return super().forward(x_t, t)
 
-    density = fs.ScoreDensity(Recording(TARGET, table), table)
+    density = fs.ScoreDensity(Recording(TARGET, table), table, "eps")
     mean, error = mean_loss(density)
     # Cells of 0.028 in log-SNR have an error of second order, 1e-4; 4 standard errors of noise.
     assert abs(mean + float(TARGET.log_prob(MANY).mean())) < 4 * error + 1e-3
@@ -224,7 +224,7 @@ def test_draws_have_noise_of_their_own():
             return x_t
 
     seen = []
-    density_loss(fs.ScoreDensity(Recording(), WIDE), X, seed=0, draws=2, antithetic=True)
+    density_loss(fs.ScoreDensity(Recording(), WIDE, "eps"), X, seed=0, draws=2, antithetic=True)
     eps = seen[0].reshape(2, 2, 256, 2)  # sign, draw, sample
     # At the clean end eps is read off x_t with a rounding error of 1e-16 e^8.
     assert torch.allclose(eps[0], -eps[1], atol=1e-8)
@@ -235,7 +235,9 @@ def test_a_fitted_reference_lowers_the_noise_of_the_loss_and_leaves_the_gradient
     losses, gradients = [], []
     exact = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 2), 0.09))
     for reference in (None, exact):
-        density = fs.ScoreDensity(ExactNet(TARGET, fs.LogSNR(-8, 8), gain=1.0), fs.LogSNR(-8, 8), reference=reference)
+        density = fs.ScoreDensity(
+            ExactNet(TARGET, fs.LogSNR(-8, 8), gain=1.0), fs.LogSNR(-8, 8), "eps", reference=reference
+        )
         losses.append(mean_loss(density, X)[1])
         (gradient,) = torch.autograd.grad(density_loss(density, X, seed=0), density.parameters())
         gradients.append(float(gradient))
@@ -335,7 +337,7 @@ def test_a_loss_is_a_number_or_a_sentence(schedule, size):
     for loss in (
         lambda: density_loss(density, x, seed=0, nodes=nodes),
         lambda: density_loss(density, x.double(), seed=0),
-        lambda: fs.DiffusionLoss(WithCondition(density.model), schedule, "eps")(x, torch.zeros(4, 1), seed=0),
+        lambda: fs.DiffusionLoss(WithCondition(density.model), schedule, predicts="eps")(x, torch.zeros(4, 1), seed=0),
     ):
         try:
             assert bool(torch.isfinite(loss()))
@@ -361,4 +363,4 @@ def test_a_network_that_answers_nan_has_no_loss():
             return x_t * torch.nan
 
     with pytest.raises(ValueError, match=r"the loss is nan for sample 0, the first of 4 among 4: .*check its weights"):
-        density_loss(fs.ScoreDensity(NaN(), fs.VP()), torch.randn(4, 3), seed=0)
+        density_loss(fs.ScoreDensity(NaN(), fs.VP(), "eps"), torch.randn(4, 3), seed=0)

@@ -50,7 +50,7 @@ def test_the_loss_shows_the_others_as_they_are():
             return torch.zeros_like(x)
 
     net, x = Recording(), torch.where(MASK, X, 5.0)
-    fs.density_loss(fs.ScoreDensity(net, SCHEDULE), x, mask=MASK, seed=0, draws=3, antithetic=True, there=MASK)
+    fs.density_loss(fs.ScoreDensity(net, SCHEDULE, "eps"), x, mask=MASK, seed=0, draws=3, antithetic=True, there=MASK)
     assert len(net.others) == 6 * int((~MASK).sum())
     assert bool((net.others == 5).all())
 
@@ -126,7 +126,7 @@ def test_metrics_divide_by_the_sample_s_own_dimensions():
 def test_a_row_program_runs_with_a_mask():
     net = Plain(8).double()
     both = [
-        fs.ScoreDensity(net, SCHEDULE, program=program).estimate(X, mask=MASK, nfe=32).log_prob
+        fs.ScoreDensity(net, SCHEDULE, "eps", program=program).estimate(X, mask=MASK, nfe=32).log_prob
         for program in (False, True)
     ]
     assert torch.allclose(*both, rtol=1e-10)
@@ -159,7 +159,7 @@ def imputation(count=4):
     given = torch.rand(count, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     given[:, 0], given[:, 1] = True, False
     reference = fs.Reference(torch.ones(1), torch.zeros(1, 5), cov.diagonal()[None])
-    return cov, x, given, fs.ScoreDensity(ConditionalEps(cov), SCHEDULE, reference=reference, program=False)
+    return cov, x, given, fs.ScoreDensity(ConditionalEps(cov), SCHEDULE, "eps", reference=reference, program=False)
 
 
 def conditional_log_prob(cov, x, given):
@@ -199,12 +199,12 @@ def test_the_ode_of_some_entries_is_that_of_shorter_data(reference):
     """Whatever stands outside, and whatever the network answers there; "auto" stops at the same steps."""
     kept, q = torch.arange(6) < 4, REFERENCES[reference]
     shorter = q if q.mean.shape[1] == 1 else fs.Reference(q.weight, q.mean[:, :4], q.variance[:, :4])
-    plain = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, reference=shorter, program=False)
+    plain = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, "eps", reference=shorter, program=False)
     # The grid follows the reference's widest and narrowest dimension, so those have to be the same.
     masked = density(reference)
     smallest, largest = shorter.scales()
     if (smallest, largest) != q.scales():
-        masked = fs.ScoreDensity(masked.model, SCHEDULE, reference=_padded(shorter), program=False)
+        masked = fs.ScoreDensity(masked.model, SCHEDULE, "eps", reference=_padded(shorter), program=False)
     x = torch.where(kept, X[:3], 50.0)
     found = fs.probability_flow_log_prob(masked, x, mask=kept, cond=seen(kept.expand(3, 6)), error=0.05)
     alone = fs.probability_flow_log_prob(plain, X[:3, :4], cond=seen(torch.ones(3, 4) > 0), error=0.05)
@@ -222,7 +222,7 @@ def _padded(reference):
 def test_nan_in_what_a_mask_leaves_out_is_told_with_its_own_remedy():
     x, mask = torch.zeros(2, 3), torch.tensor([True, True, False])
     x[:, 2] = math.nan
-    density = fs.ScoreDensity(nn.Identity(), fs.VP())
+    density = fs.ScoreDensity(nn.Identity(), fs.VP(), "eps")
     with pytest.raises(ValueError, match=r"NaN or inf in 2 of 2 samples.* mask leaves out a number: torch.nan_to_num"):
         density.estimate(x, mask=mask, nfe=8)
     with pytest.raises(ValueError, match=r"; remove them$"):

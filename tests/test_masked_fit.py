@@ -84,7 +84,7 @@ def test_error_bars_cover_whatever_the_reference_was_fitted_to(masked_fit):
     mask = torch.rand(1000, 8, generator=generator) < 0.6
     mask[:, 0] |= ~mask.any(1)
     given = mask if masked_fit else torch.ones_like(mask)
-    fitted = fs.ScoreDensity(MarginalEps(target), SCHEDULE, program=False).fit(
+    fitted = fs.ScoreDensity(MarginalEps(target), SCHEDULE, "eps", program=False).fit(
         data, mask=mask if masked_fit else None, reference="diagonal", evaluations=120_000, cond=seen(given)
     )
     assert bool(fitted.nodes.calibration.numel()) != masked_fit
@@ -99,7 +99,7 @@ def test_error_bars_cover_whatever_the_reference_was_fitted_to(masked_fit):
 
 
 def test_full_covariances_are_refused_unless_everything_counts():
-    full = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, reference=FULL, program=False)
+    full = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, "eps", reference=FULL, program=False)
     with pytest.raises(ValueError, match=r"a reference that is diagonal in the entries.*reference='diagonal'"):
         full.estimate(X, mask=MASK, cond=seen(MASK))
     every = torch.ones(40, 6) > 0

@@ -49,7 +49,7 @@ def test_the_network_sees_the_others_as_they_are():
     x = draw(12, 5, seed=9) @ torch.linalg.cholesky(cov).T
     given = torch.rand(12, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     given[:, 0], given[:, 1] = True, False
-    exact = fs.ScoreDensity(ConditionalEps(cov), SCHEDULE, program=False)
+    exact = fs.ScoreDensity(ConditionalEps(cov), SCHEDULE, "eps", program=False)
     found = exact.estimate(x, mask=~given, nfe=128, given=given)
     truth = torch.stack(
         [torch.distributions.MultivariateNormal(*conditional(cov, p, k)).log_prob(p[~k]) for p, k in zip(x, given)]
@@ -77,7 +77,7 @@ def test_imputation_on_a_table_of_timesteps():
     x = (std * draw(6, 3, 6, seed=60)).float()
     observed = (torch.rand(6, 3, 6, generator=torch.Generator().manual_seed(61)) < 0.5).float()
     cond = {"observed": observed, "values": x * observed}
-    found = fs.ScoreDensity(Imputer(), schedule).estimate(x, mask=1 - observed, nfe=512, cond=cond)
+    found = fs.ScoreDensity(Imputer(), schedule, "eps").estimate(x, mask=1 - observed, nfe=512, cond=cond)
     truth = ((1 - observed) * torch.distributions.Normal(0.0, std).log_prob(x)).sum((1, 2))
     assert bool(((found.log_prob - truth).abs() < 4 * found.stderr + found.truncation_per_sample).all())
     assert float(found.stderr.max()) < 0.2
@@ -90,7 +90,7 @@ def test_a_backend_with_kernels_gives_the_same_numbers(program):
     net, x = Plain(64), X[:3].float()
     options = {"program": program, "reference": REFERENCES["mixture"]}
     both = [
-        fs.ScoreDensity(net, SCHEDULE, backend=backend, **options).estimate(x, mask=MASK[:3], nfe=8).log_prob
+        fs.ScoreDensity(net, SCHEDULE, "eps", backend=backend, **options).estimate(x, mask=MASK[:3], nfe=8).log_prob
         for backend in ("torch", "triton")
     ]
     assert torch.allclose(*both, rtol=1e-5, atol=1e-3)
@@ -111,7 +111,7 @@ def test_padded_sequences_are_what_each_is_by_itself():
     target = Mixture(draw(2, 10, seed=11), torch.tensor(0.6))
     x = draw(4, 5, 2, seed=12)
     there = (torch.arange(5) < lengths[:, None])[..., None]
-    exact = fs.ScoreDensity(MarginalEps(target), SCHEDULE, program=False)
+    exact = fs.ScoreDensity(MarginalEps(target), SCHEDULE, "eps", program=False)
     cond = seen(there.expand(4, 5, 2))
     found = exact.estimate(x, mask=there, nfe=64, cond=cond)
     filled = exact.estimate(torch.where(there, x, -99.0), mask=there.float(), nfe=64, cond=cond)
@@ -134,7 +134,7 @@ def test_every_method_counts_the_same_entries(method, reference):
     kept = torch.arange(6) < 4
     q = REFERENCES[reference]
     shorter = q if q.mean.shape[1] == 1 else fs.Reference(q.weight, q.mean[:, :4], q.variance[:, :4])
-    plain = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, reference=shorter, program=False)
+    plain = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, "eps", reference=shorter, program=False)
     found = density(reference).estimate(X, mask=kept, method=method, nfe=32, cond=seen(kept.expand(40, 6)))
     alone = plain.estimate(X[:, :4], method=method, nfe=32, cond=seen(torch.ones(40, 4) > 0))
     # The last column of the ends is the reference's own slowest decay, which all of its dimensions decide.

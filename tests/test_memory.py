@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.support.memory import (
     Chunks,
     Footprint,
@@ -89,7 +90,7 @@ class Skips(nn.Module):
 @torch.no_grad()
 def test_a_network_of_many_small_operators_is_called_with_more_rows():
     net = Skips()
-    density = fs.ScoreDensity(net, fs.VP(), program=False)
+    density = fs.ScoreDensity(net, fs.VP(), "eps", program=False)
     x = torch.randn(2048, 32)
     density.estimate(x, nfe=16)
     # An output is 128 bytes and 200 of them live at once: 5 MiB are 200 rows and would write 26 KB an operator. 384 KiB
@@ -105,7 +106,7 @@ def test_calls_of_a_chunk_are_equal(monkeypatch):
     net = Skips()
     chunks = Chunks(rows=21 * 16, per_call=15 * 16)
     monkeypatch.setattr("fastscore.estimator.planner.plan_chunks", lambda *_: chunks)
-    fs.ScoreDensity(net, fs.VP(), program=False).estimate(torch.randn(42, 32), nfe=16)
+    fs.ScoreDensity(net, fs.VP(), "eps", program=False).estimate(torch.randn(42, 32), nfe=16)
     assert net.rows[6:] == [11 * 16, 10 * 16] * 2  # and not 15 and 6
 
 
@@ -137,7 +138,7 @@ class Narrow(nn.Linear):
 
 @pytest.mark.parametrize("budget", [1 << 20, 8 << 20])
 def test_estimate_stays_within_its_budget(budget):
-    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(200, 8)
+    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4), "eps"), torch.randn(200, 8)
     density.estimate(x[:2], nfe=16)
     peak = peak_bytes(lambda: density.estimate(x, nfe=64, memory=budget))
     # Beside the chunk there are the data, their shifts and one number a draw: 200 x (8 x 4 x 3 + a few) bytes.
@@ -147,7 +148,7 @@ def test_estimate_stays_within_its_budget(budget):
 @pytest.mark.parametrize("noise", ["independent", "sobol"])
 @pytest.mark.parametrize("samples", [1, 40])
 def test_so_does_one_of_many_evaluations(noise, samples):
-    density = fs.ScoreDensity(Narrow(), fs.LogSNR(-4, 4), noise=noise)
+    density = fs.ScoreDensity(Narrow(), fs.LogSNR(-4, 4), "eps", noise=noise)
     x, budget = torch.randn(samples, 8), 4 << 20
     density.estimate(x[:1], nfe=16)
     # 8,192 draws: their points, times, weights and sums are most of the budget, all of it counted.
@@ -156,20 +157,20 @@ def test_so_does_one_of_many_evaluations(noise, samples):
     with pytest.raises(ValueError, match=least) as refused:
         density.estimate(x, nfe=8192, memory=1 << 20)
     enough = int(re.search(least, str(refused.value))[1])
-    assert density.prepare(x, 8192, 0, None, enough, {})[1].chunks.rows >= 1  # plans, and is not refused
+    assert prepare(density, x, 8192, 0, None, enough, {})[1].chunks.rows >= 1  # plans, and is not refused
 
 
 def test_noise_is_counted_where_it_is_kept_alone():
     """Unfitted, "auto" draws independent noise, whose points need not all be there at once."""
     x, budget = torch.randn(1, 784), 16 << 20  # Sobol's points of 8,192 draws in 784 dimensions take 25.7 MB
-    auto, sobol = (fs.ScoreDensity(Identity(), fs.LogSNR(-4, 4), noise=noise) for noise in ("auto", "sobol"))
+    auto, sobol = (fs.ScoreDensity(Identity(), fs.LogSNR(-4, 4), "eps", noise=noise) for noise in ("auto", "sobol"))
     assert peak_bytes(lambda: auto.estimate(x, nfe=8192, memory=budget)) < budget
     with pytest.raises(ValueError, match="bytes that the draws take"):
         sobol.estimate(x, nfe=8192, memory=budget)
 
 
 def test_gradients_stay_within_the_budget_too():
-    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4)), torch.randn(100, 8)
+    density, x = fs.ScoreDensity(Wide(), fs.LogSNR(-4, 4), "eps"), torch.randn(100, 8)
     weights = sum(p.numel() * p.element_size() for p in density.parameters())
 
     def run():

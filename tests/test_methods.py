@@ -99,7 +99,7 @@ def check(found, expected):
 def test_every_method_is_the_sum_that_defines_it(table):
     schedule = fs.DDPM.from_betas(TABLES[table])
     net = ExactNet(TARGET, schedule, gain=1.1).requires_grad_(False)  # a wrong network: the sums hold for any
-    density = fs.ScoreDensity(net, schedule)
+    density = fs.ScoreDensity(net, schedule, "eps")
     expected = {method: brute(TABLES[table], X, net) for method, brute in BRUTE.items()}
     errors = [check(density.estimate(X, nfe=NFE, method=method), expected[method]) for method in BRUTE]
     # The noise is far below what tells the methods apart, so that one cannot pass for another.
@@ -112,7 +112,7 @@ def test_every_method_is_the_sum_that_defines_it(table):
 def test_a_gaussian_that_is_its_own_reference_has_the_sum_without_noise(method, table):
     schedule, target = fs.DDPM.from_betas(TABLES[table]), ill_conditioned(d=2, lowest=0.1, highest=2.0)
     exact, net = fs.Reference(torch.ones(1), target.mean, target.eigenvalue, target.basis), ExactNet(target, schedule)
-    found = fs.ScoreDensity(net, schedule, reference=exact).estimate(X, nfe=16, method=method)
+    found = fs.ScoreDensity(net, schedule, "eps", reference=exact).estimate(X, nfe=16, method=method)
     if method == "density":  # the integral without its discretization
         assert torch.allclose(found.log_prob, target.log_prob(X), rtol=1e-9)
     else:  # residuals are quadratic in the noise, which the quadrature integrates exactly
@@ -123,14 +123,14 @@ def test_a_gaussian_that_is_its_own_reference_has_the_sum_without_noise(method, 
 def test_a_mixture_reference_changes_no_method(method):
     schedule, net = fs.DDPM.from_betas(BETAS), ExactNet(TARGET, fs.DDPM.from_betas(BETAS))
     reference = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 2), 0.2))
-    density = fs.ScoreDensity(net, schedule, reference=reference)
+    density = fs.ScoreDensity(net, schedule, "eps", reference=reference)
     check(density.estimate(X, nfe=NFE, method=method), BRUTE[method](BETAS, X, net))
 
 
 @pytest.mark.parametrize("method", ["discrete", "elbo"])
 def test_discretization_is_the_difference_to_the_integral_on_the_same_draws(in_chunks, method):
     schedule = fs.DDPM.from_betas(BETAS)
-    density = fs.ScoreDensity(ExactNet(TARGET, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(TARGET, schedule), schedule, "eps")
     exact = float((BRUTE[method](BETAS, X, density.model) - BRUTE["density"](BETAS, X, density.model)).mean())
     assert abs(exact) > 0.1
     found = density.estimate(X, nfe=NFE, seed=3, method=method)
@@ -147,8 +147,8 @@ def test_a_continuous_schedule_is_cut_into_a_thousand_steps(method):
     t = 1e-5 + (1 - 1e-5) / 1000 * torch.arange(1, 1001, dtype=torch.float64)
     bar = torch.exp(-0.5 * 19.9 * t**2 - 0.1 * t)
     table = fs.DDPM(bar)
-    density = fs.ScoreDensity(ExactNet(TARGET, schedule), schedule)
-    same = fs.ScoreDensity(ExactNet(TARGET, table), table)
+    density = fs.ScoreDensity(ExactNet(TARGET, schedule), schedule, "eps")
+    same = fs.ScoreDensity(ExactNet(TARGET, table), table, "eps")
     for x in (X, 3 * X):
         # The closed-form part, to rounding of the time.
         assert torch.allclose(*(base(method, fs.Reference.isotropic(), x, s) for s in (schedule, table)), rtol=1e-9)
@@ -166,7 +166,7 @@ def test_finer_tables_come_to_the_density(method):
     errors = []
     for steps in (400, 800, 1600, 3200):
         schedule = fs.DDPM(torch.sigmoid(torch.linspace(14, -14, steps, dtype=torch.float64)))
-        density = fs.ScoreDensity(ExactNet(target, schedule), schedule, reference=exact)
+        density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", reference=exact)
         # The reference is the target: no noise, and what is left is the method's own error.
         found = density.estimate(x, nfe=16, method=method)
         assert torch.allclose(found.log_prob, base(method, exact, x, schedule), atol=1e-6)
@@ -188,7 +188,10 @@ def test_bars_of_a_sum_that_one_step_outweighs_cover(steps):
     """The last beta of a cosine table is 0.999: of DDPM's bound it has a weight of 1,000, where f is about zero."""
     schedule, mean = fs.DDPM.cosine(steps), torch.full((1, 1), 0.4)
     target = Target(torch.ones(1), mean, torch.full((1, 1, 1), 0.36))
-    density, x = fs.ScoreDensity(ExactNet(target, schedule), schedule, program=False), target.sample(16, seed=6).float()
+    density, x = (
+        fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", program=False),
+        target.sample(16, seed=6).float(),
+    )
     truth = torch.stack([density.estimate(x, nfe=8192, seed=100 + s, method="elbo").log_prob for s in range(4)]).mean(0)
     for nfe in (16, 64):
         found = [density.estimate(x, nfe=nfe, seed=seed, method="elbo") for seed in range(24)]

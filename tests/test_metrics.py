@@ -27,7 +27,7 @@ X = TARGET.sample(100, seed=3)
 
 def density(**options):
     # Without the search for a row program, which takes longer than these estimates.
-    return fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, **options), SCHEDULE, program=False)
+    return fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, **options), SCHEDULE, "eps", program=False)
 
 
 def test_mean_and_errors_are_those_of_one_estimate():
@@ -104,7 +104,7 @@ def test_the_network_is_evaluated_in_eval_mode_with_its_conditions_and_left_as_i
             return super().forward(x_t, t, shift)
 
     net = Noisy()
-    metric = NegativeLogLikelihood(fs.ScoreDensity(net, SCHEDULE, program=False), nfe=16)
+    metric = NegativeLogLikelihood(fs.ScoreDensity(net, SCHEDULE, "eps", program=False), nfe=16)
     shift = torch.zeros(100, 2)
     for part in (slice(0, 50), slice(50, 100)):
         metric.update(X[part], shift=shift[part])
@@ -128,7 +128,7 @@ def test_one_sample_none_and_other_dimensions():
     found = metric.compute()
     assert math.isnan(float(found["nll_stderr"]))
     assert float(found["nll_estimate_stderr"]) > 0
-    other = NegativeLogLikelihood(fs.ScoreDensity(torch.nn.Identity(), SCHEDULE), nfe=16)
+    other = NegativeLogLikelihood(fs.ScoreDensity(torch.nn.Identity(), SCHEDULE, "eps"), nfe=16)
     other._density[0].model.forward = lambda x_t, t: x_t
     other.update(X[:2])
     with pytest.raises(ValueError, match="samples had 2 dimensions so far and now 1"):
@@ -177,7 +177,7 @@ def test_the_callback_logs_the_metric_of_a_real_training():
         def __init__(self):
             super().__init__()
             self.net = ExactNet(TARGET, SCHEDULE, gain=0.9)
-            self.density = fs.ScoreDensity(self.net, SCHEDULE, program=False)
+            self.density = fs.ScoreDensity(self.net, SCHEDULE, "eps", program=False)
 
         def training_step(self, batch, batch_idx):
             return fs.density_loss(self.density, batch[0], seed=self.global_step)

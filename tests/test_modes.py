@@ -19,7 +19,7 @@ X = TRANSFORM(Z)
 
 
 def plain(gain=0.9, program=False):
-    return fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, gain=gain), SCHEDULE, program=program)
+    return fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, gain=gain), SCHEDULE, "eps", program=program)
 
 
 class Mlp(torch.nn.Module):
@@ -37,7 +37,7 @@ class Mlp(torch.nn.Module):
 DENSITIES = {
     "plain": lambda: (plain(), Z),
     "transformed": lambda: (fs.Transformed(plain(), TRANSFORM), X),
-    "program": lambda: (fs.ScoreDensity(Mlp().double(), SCHEDULE, program=True), Z),
+    "program": lambda: (fs.ScoreDensity(Mlp().double(), SCHEDULE, "eps", program=True), Z),
 }
 CALLS = {
     "log_prob": lambda d, x: d.log_prob(x, nfe=16),

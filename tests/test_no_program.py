@@ -89,10 +89,10 @@ class Moody(nn.Module):
 
 
 def test_a_network_that_differs_from_its_program_is_an_error():
-    density = fs.ScoreDensity(Moody(), SCHEDULE)
+    density = fs.ScoreDensity(Moody(), SCHEDULE, "eps")
     with pytest.raises(ProgramMismatch, match=r"differ by .* first in layer 'second'.*program=False"):
         density.estimate(torch.randn(8, 4), nfe=16)
-    fs.ScoreDensity(Moody(), SCHEDULE, program=False).estimate(torch.randn(8, 4), nfe=16)
+    fs.ScoreDensity(Moody(), SCHEDULE, "eps", program=False).estimate(torch.randn(8, 4), nfe=16)
 
 
 def test_answers_that_are_roundings_have_no_program_and_no_error():
@@ -154,7 +154,7 @@ def test_networks_of_diffusers_run_themselves(kind):
 
         net, cond = Positional(net), {"y": torch.arange(2)}
     net, x = net.eval(), torch.randn(2, 3, 8, 8)
-    on, off = (fs.ScoreDensity(net, fs.DDPM.linear(100), program=p) for p in ("auto", False))
+    on, off = (fs.ScoreDensity(net, fs.DDPM.linear(100), "eps", program=p) for p in ("auto", False))
     assert torch.equal(on.estimate(x, nfe=8, **cond).log_prob, off.estimate(x, nfe=8, **cond).log_prob)
     (found,) = on._programs._found.values()
     assert "which no row program holds" in found.reason
@@ -169,7 +169,7 @@ class Branching(torch.nn.Module):
         if t.ne(t.round()).any():
             return x_t * t[:, None]
         return x_t
-fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4)).estimate(torch.randn(2, 3), nfe=16)
+fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4), "eps").estimate(torch.randn(2, 3), nfe=16)
 """
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -216,7 +216,7 @@ class NaNAbove(nn.Module):
 
 
 def test_nan_is_told_when_a_number_is_read_and_nothing_waits_before(device, monkeypatch):
-    density, x = fs.ScoreDensity(NaNAbove(), fs.LogSNR(-8, 8)), torch.zeros(3, 4, device="cuda")
+    density, x = fs.ScoreDensity(NaNAbove(), fs.LogSNR(-8, 8), "eps"), torch.zeros(3, 4, device="cuda")
     density.estimate(x, nfe=16)
     x = x.clone()
     x[1] = 100.0

@@ -100,7 +100,7 @@ def test_the_network_is_asked_only_inside_the_schedules_range():
 
     seen = []
     schedule = fs.VP()
-    density = fs.ScoreDensity(Recording(TARGET, schedule), schedule)
+    density = fs.ScoreDensity(Recording(TARGET, schedule), schedule, "eps")
     probability_flow_log_prob(density, TARGET.sample(2))
     # Times come from log-SNRs in float64.
     assert min(seen) > 1e-5 * (1 - 1e-6)
@@ -174,7 +174,7 @@ def test_nfe_is_the_number_of_calls_and_conditions_go_with_their_samples(options
     net = Counting()
     x = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
-    density = fs.ScoreDensity(net, RANGE)
+    density = fs.ScoreDensity(net, RANGE, "eps")
     # Once, before it is counted: whether its graph is whole. Marked: what the sizes alone say is one more call.
     probability_flow_log_prob(density, x, method="midpoint", steps=1, label=fs.per_sample(label))
     net.calls = 0
@@ -236,7 +236,7 @@ def test_the_midpoint_rule_converges_with_its_order_on_half_the_traces(monkeypat
 def test_what_the_reference_explains_is_exact_whatever_the_steps():
     target = correlated(4)
     gaussian = fs.Reference(target.weight, target.mean, target.eigenvalue, target.basis)
-    density, x = fs.ScoreDensity(ExactNet(target, RANGE), RANGE, reference=gaussian), target.sample(50, seed=1)
+    density, x = fs.ScoreDensity(ExactNet(target, RANGE), RANGE, "eps", reference=gaussian), target.sample(50, seed=1)
     exact = at_clean_end(target, RANGE).log_prob(x)
     for options in ({}, {"trace": "hutchinson", "probes": 2}):
         found = probability_flow_log_prob(density, x, method="midpoint", steps=1, **options)
@@ -248,7 +248,7 @@ def test_what_the_reference_explains_is_exact_whatever_the_steps():
 def test_a_closer_reference_takes_the_noise_out_of_the_probes():
     target = correlated(6)
     x, options = target.sample(50, seed=1), dict(trace="hutchinson", probes=4, method="midpoint", steps=32)
-    far = fs.ScoreDensity(ExactNet(target, RANGE), RANGE, reference=fs.Reference.isotropic())
+    far = fs.ScoreDensity(ExactNet(target, RANGE), RANGE, "eps", reference=fs.Reference.isotropic())
     near, far = (probability_flow_log_prob(d, x, **options).stderr for d in (matched(target, RANGE), far))
     # The two share the target's covariance; noise comes from what is left of the Jacobian off its diagonal.
     assert float(near.mean()) < 0.2 * float(far.mean())
@@ -261,7 +261,7 @@ FITTED = {"two parts": mixture(2, components=2), "five parts": mixture(8, compon
 @pytest.mark.parametrize("name", FITTED)
 def test_auto_stays_within_its_error_and_says_how_far(name, error):
     target, wide = FITTED[name], fs.LogSNR(-14, 16)
-    density = fs.ScoreDensity(ExactNet(target, wide), wide)  # the default reference: the steps have work to do
+    density = fs.ScoreDensity(ExactNet(target, wide), wide, "eps")  # the default reference: the steps have work to do
     x = target.sample(200, seed=4)
     found = probability_flow_log_prob(density, x, error=error)
     actual = (found.log_prob - target.log_prob(x)).abs()
@@ -360,7 +360,7 @@ def test_a_network_that_vmap_cannot_batch_gives_the_same_trace():
 
     target = correlated(3)
     density, x = matched(target, RANGE), target.sample(4, seed=4)
-    odd = fs.ScoreDensity(Odd(target, RANGE), RANGE, reference=density.reference)
+    odd = fs.ScoreDensity(Odd(target, RANGE), RANGE, "eps", reference=density.reference)
     found, expected = (probability_flow_log_prob(d, x, method="midpoint", steps=4) for d in (odd, density))
     torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-9, atol=1e-9)
 
@@ -379,7 +379,7 @@ def test_how_many_traces_run_at_once_changes_nothing(monkeypatch, options, at_on
 
 
 def test_numbers_that_are_none_and_counts_that_fit_nowhere_are_refused():
-    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP()), torch.randn(3, 2)
+    density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP(), "eps"), torch.randn(3, 2)
     with pytest.raises(ValueError, match="the ODE gives NaN or inf for all of 3 samples"):
         probability_flow_log_prob(density, 1e30 * x, method="midpoint", steps=1)
     for options, message in (

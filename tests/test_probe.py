@@ -74,7 +74,7 @@ def test_each_kind_of_coupling_gets_its_sentence_once(wrong, said, call):
     torch.manual_seed(0)
     net, x, y = Net(wrong), torch.randn(40, 3), torch.arange(40) % 10
     net.train(wrong == "batch norm")
-    density = fs.ScoreDensity(net, SCHEDULE, program=False)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps", program=False)
     run = {
         "estimate": lambda: density.estimate(x, nfe=16, y=y),
         "log_prob": lambda: density.log_prob(x, nfe=16, y=y),
@@ -93,7 +93,7 @@ def test_each_kind_of_coupling_gets_its_sentence_once(wrong, said, call):
 def test_rows_that_see_each_other_are_seen_with_a_single_sample(wrong):
     torch.manual_seed(0)
     with pytest.warns(NetworkWarning, match="lets the rows of a batch see each other"):
-        fs.ScoreDensity(Net(wrong), SCHEDULE, program=False).estimate(torch.randn(1, 3), nfe=8)
+        fs.ScoreDensity(Net(wrong), SCHEDULE, "eps", program=False).estimate(torch.randn(1, 3), nfe=8)
 
 
 def test_labels_that_are_dropped_for_a_whole_call_are_called_random():
@@ -103,7 +103,7 @@ def test_labels_that_are_dropped_for_a_whole_call_are_called_random():
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             net = Net("all labels dropped at once")
-            fs.ScoreDensity(net, SCHEDULE, program=False).estimate(torch.randn(4, 3), nfe=8, y=torch.arange(4))
+            fs.ScoreDensity(net, SCHEDULE, "eps", program=False).estimate(torch.randn(4, 3), nfe=8, y=torch.arange(4))
         said += [str(w.message) for w in found if issubclass(w.category, NetworkWarning)]
     # One of three calls is dropped in 27 % of the trials; in 8 % of these all three are again as they were.
     assert len(said) >= 8
@@ -115,7 +115,7 @@ def test_a_label_that_is_dropped_in_a_tenth_of_the_rows_is_seen_nearly_always():
     seen = 0
     for seed in range(60):
         torch.manual_seed(seed)
-        density = fs.ScoreDensity(Net("label dropout"), SCHEDULE, program=False)
+        density = fs.ScoreDensity(Net("label dropout"), SCHEDULE, "eps", program=False)
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             density.estimate(torch.randn(4, 3), nfe=8, y=torch.arange(4))
@@ -126,7 +126,7 @@ def test_a_label_that_is_dropped_in_a_tenth_of_the_rows_is_seen_nearly_always():
 
 def test_the_cost_in_forward_passes():
     net = Net().eval()
-    density = fs.ScoreDensity(net, SCHEDULE, program=False)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps", program=False)
     density.estimate(torch.randn(4, 3), nfe=8)
     first, net.rows = sum(net.rows), []
     density.estimate(torch.randn(4, 3), nfe=8)
@@ -143,7 +143,7 @@ def test_a_weak_coupling_is_seen_in_every_dtype(wrong, dtype):
     torch.manual_seed(0)
     net = Net(wrong).to(dtype)
     with pytest.warns(NetworkWarning, match="lets the rows of a batch see each other"):
-        fs.ScoreDensity(net, SCHEDULE, program=False, time_dtype=dtype).estimate(torch.randn(4, 3), nfe=8)
+        fs.ScoreDensity(net, SCHEDULE, "eps", program=False, time_dtype=dtype).estimate(torch.randn(4, 3), nfe=8)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -161,7 +161,7 @@ def test_no_alarm_for_real_networks_in_bfloat16(name):
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=NetworkWarning)
-        density = fs.ScoreDensity(net, schedule, program=False, time_dtype=torch.bfloat16)
+        density = fs.ScoreDensity(net, schedule, "eps", program=False, time_dtype=torch.bfloat16)
         density.estimate(torch.randn(4, *shape), nfe=8, **cond)
 
 
@@ -173,7 +173,7 @@ def test_no_alarm_for_real_networks(name):
     cond = {k: fs.per_sample(f(4)) for k, f in own.items()} | {k: fs.shared(f(1)) for k, f in shared.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=NetworkWarning)
-        fs.ScoreDensity(net, schedule, program=False).estimate(torch.randn(4, *shape), nfe=8, **cond)
+        fs.ScoreDensity(net, schedule, "eps", program=False).estimate(torch.randn(4, *shape), nfe=8, **cond)
 
 
 def test_random_numbers_of_the_caller_are_left_alone():
@@ -182,5 +182,5 @@ def test_random_numbers_of_the_caller_are_left_alone():
     expected = torch.rand(4)
     torch.manual_seed(3)
     with pytest.warns(NetworkWarning):
-        fs.ScoreDensity(net, SCHEDULE, program=False).estimate(torch.zeros(4, 3), nfe=8, y=torch.arange(4))
+        fs.ScoreDensity(net, SCHEDULE, "eps", program=False).estimate(torch.zeros(4, 3), nfe=8, y=torch.arange(4))
     assert torch.equal(torch.rand(4), expected)

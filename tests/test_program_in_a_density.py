@@ -11,6 +11,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.integrand import cost_of_row
+from fastscore.estimator.network_density import network_of
 from fastscore.process.conditions import Conditions
 from fastscore.program.row_program import NoProgram, Programs
 
@@ -97,10 +98,10 @@ def test_copies_and_states_leave_programs_behind():
 def test_the_mode():
     x = torch.randn(4, 4)
     with pytest.raises(ValueError, match="program must be True, False or 'auto', got 'always'"):
-        fs.ScoreDensity(Odd(control_flow), SCHEDULE, program="always")
+        fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps", program="always")
     with pytest.raises(NoProgram, match="data-dependent"):
-        fs.ScoreDensity(Odd(control_flow), SCHEDULE, program=True).estimate(x, nfe=16)
-    automatic = fs.ScoreDensity(Odd(control_flow), SCHEDULE)
+        fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps", program=True).estimate(x, nfe=16)
+    automatic = fs.ScoreDensity(Odd(control_flow), SCHEDULE, "eps")
     automatic.estimate(x, nfe=16)
     (found,) = automatic._programs._found.values()
     assert found.program is None
@@ -122,7 +123,9 @@ def test_half_precision_and_integer_time():
     assert torch.allclose(a.estimate(x, nfe=64).log_prob, b.estimate(x, nfe=64).log_prob, rtol=0.02, atol=0.3)
     net, shape, *_ = make("MAR, no condition")
     x = torch.randn(4, *shape)
-    a, b = (fs.ScoreDensity(net, fs.DDPM.linear(100), program=p).estimate(x, nfe=32).log_prob for p in (True, False))
+    a, b = (
+        fs.ScoreDensity(net, fs.DDPM.linear(100), "eps", program=p).estimate(x, nfe=32).log_prob for p in (True, False)
+    )
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
@@ -133,7 +136,7 @@ def test_memory_is_measured_on_the_program():
     with torch.no_grad():
         samples = on.check(x, None, shared)
         program, module = (
-            cost_of_row(d.network, samples, d.network.find_programs(samples), d.reference) for d in (on, off)
+            cost_of_row(network_of(d), samples, network_of(d).find_programs(samples), d.reference) for d in (on, off)
         )
     assert program.row < module.row
     # Two blocks of three tables and a final layer's two, 24 floats wide, besides the evaluation's own tensors.

@@ -21,11 +21,11 @@ class Stream(io.StringIO):
 
 
 def density():
-    return fs.ScoreDensity(Net(), fs.VP(), nfe=8)
+    return fs.ScoreDensity(Net(), fs.VP(), "eps", nfe=8)
 
 
 def classifier():
-    return fs.DiffusionClassifier(fs.ScoreDensity(Labelled(), fs.VP()), {"label": torch.arange(2)})
+    return fs.DiffusionClassifier(fs.ScoreDensity(Labelled(), fs.VP(), "eps"), {"label": torch.arange(2)})
 
 
 class Labelled(Net):

@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def density(answer=lambda x, t: torch.tanh(x)):
-    return fs.ScoreDensity(Net(answer), fs.VP())
+    return fs.ScoreDensity(Net(answer), fs.VP(), "eps")
 
 
 class Wrapped(torch.Tensor):
@@ -111,7 +111,7 @@ def test_masks_and_conditions_of_a_wrong_kind(kind):
             density(lambda x, t, y: x).estimate(X, nfe=16, y=marked)
     shared = [value] + [torch.nested.nested_tensor([X[:2], X])] * (kind == "nested")
     for each in shared:  # goes on as it is, whatever it is
-        made = fs.ScoreDensity(Conditional(), fs.VP())
+        made = fs.ScoreDensity(Conditional(), fs.VP(), "eps")
         assert torch.equal(made.estimate(X, nfe=16, y=fs.shared(each)).log_prob, density().estimate(X, nfe=16).log_prob)
 
 
@@ -206,7 +206,7 @@ def test_a_single_sample_without_a_batch_is_told_how_to_be_one(call, kind):
         "three": (Convolves(nn.Conv3d(3, 3, 3, padding=1)), (30, 4, 4, 4)),
         "unpacked": (Unpacks(), (30, 8, 8)),
     }[kind]
-    made, x = fs.ScoreDensity(made, fs.VP()), torch.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
+    made, x = fs.ScoreDensity(made, fs.VP(), "eps"), torch.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
     with pytest.raises(ValueError, match=r"does not take data of shape .* is a single sample, .* give x\[None\]"):
         CALLS[call](made, x)
 
@@ -214,7 +214,7 @@ def test_a_single_sample_without_a_batch_is_told_how_to_be_one(call, kind):
 def test_data_that_are_wrong_otherwise_are_not_told_to_be_a_single_sample():
     for layer, shape in ((nn.Conv2d(3, 3, 3, padding=1), (2, 4, 8, 8)), (nn.Linear(4, 4), (2, 3))):
         with pytest.raises(ValueError, match="does not take data of shape") as refused:
-            fs.ScoreDensity(Convolves(layer), fs.VP()).estimate(torch.ones(shape), nfe=16)
+            fs.ScoreDensity(Convolves(layer), fs.VP(), "eps").estimate(torch.ones(shape), nfe=16)
         assert "single sample" not in str(refused.value)
 
 
@@ -240,7 +240,7 @@ def test_conditions_go_by_name():
         def forward(self, x, t, state):
             return x + state
 
-    made = fs.ScoreDensity(Conditional(), fs.VP())
+    made = fs.ScoreDensity(Conditional(), fs.VP(), "eps")
     with pytest.raises(ValueError, match=r"missing 1 required.*'state'.*; conditions go to the call by name"):
         made.estimate(X, nfe=16)
     with pytest.raises(TypeError, match="estimate takes x by position, got 1 more; options and conditions"):

@@ -65,7 +65,7 @@ def test_integers_of_every_kind_are_integers(sixteen):
 
 @pytest.mark.parametrize("nfe", [10**8, 10**9, 10**20])
 def test_more_evaluations_than_fit_into_memory(nfe):
-    with pytest.raises(ValueError, match="nfe must be at most 16777216 evaluations a sample"):
+    with pytest.raises(ValueError, match="nfe must be at most 16777216 evaluations per sample"):
         density().estimate(X, nfe=nfe)
     with pytest.raises(ValueError, match="max_nfe must be between the 256 evaluations to start from and 16777216"):
         density().estimate(X, target_stderr=0.1, max_nfe=nfe)
@@ -86,7 +86,7 @@ class Labelled(nn.Module):
 
 
 def test_a_call_that_was_refused_says_nothing_of_the_next_one():
-    made = fs.ScoreDensity(Labelled(), fs.VP())
+    made = fs.ScoreDensity(Labelled(), fs.VP(), "eps")
     with pytest.raises(ValueError, match=r"y \(29,\) shared by all"):
         made.estimate(X, nfe=16, y=torch.ones(29))
     expected = made.estimate(X, nfe=16, y=fs.per_sample(torch.ones(30))).log_prob
@@ -105,7 +105,7 @@ def test_a_call_that_was_refused_says_nothing_of_the_next_one():
     ],
 )
 def test_options_that_are_misspelt_do_not_go_to_the_network(name, message):
-    made = fs.ScoreDensity(Labelled(), fs.VP())
+    made = fs.ScoreDensity(Labelled(), fs.VP(), "eps")
     if message is None:
         made.estimate(X, **{"nfe": 16, name: 1})
         return
@@ -117,7 +117,7 @@ def test_options_that_are_misspelt_do_not_go_to_the_network(name, message):
         def forward(self, x, t, nfee=0, backend="", predicts="", max_nfes=0, target_sterr=0):
             return torch.tanh(x)
 
-    fs.ScoreDensity(Spells(), fs.VP()).estimate(X, **{"nfe": 16, name: 1})
+    fs.ScoreDensity(Spells(), fs.VP(), "eps").estimate(X, **{"nfe": 16, name: 1})
 
 
 def test_nodes_of_another_schedule_are_refused():
@@ -155,7 +155,7 @@ def test_arguments_of_another_kind():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", ["estimate", "log_prob", "loss", "ode"])
 def test_a_table_that_was_cast_is_refused(dtype, call):
-    made = fs.ScoreDensity(Net(), fs.DDPM.linear(100))
+    made = fs.ScoreDensity(Net(), fs.DDPM.linear(100), "eps")
     made.estimate(X, nfe=16)
     made.schedule.table = made.schedule.table.to(dtype)
     assert settings_of(made.schedule) != settings_of(fs.DDPM.linear(100))
@@ -194,7 +194,7 @@ def test_the_loss_has_derivatives_of_torch_func():
 def test_a_class_is_no_object():
     for given, message in (((Net, fs.VP()), "model .*the class Net"), ((Net(), fs.VP), "schedule .*the class VP")):
         with pytest.raises(TypeError, match=f"{message} and no object of it"):
-            fs.ScoreDensity(*given)
+            fs.ScoreDensity(*given, "eps")
 
 
 class Gaussian(nn.Module):
@@ -207,9 +207,12 @@ class Gaussian(nn.Module):
 
 def test_fit_warns_of_a_network_that_explains_its_data_worse_than_a_gaussian(recwarn):
     data = 0.5 * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
-    fs.ScoreDensity(Gaussian(), fs.VP()).fit(data, progress=False)
+    fs.ScoreDensity(Gaussian(), fs.VP(), "eps").fit(data, progress=False)
     assert [str(warning.message) for warning in recwarn] == []
-    message = r"nats a sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
-    for wrong, scale in ((fs.ScoreDensity(Gaussian(), fs.VP(), "x0"), 1), (fs.ScoreDensity(Gaussian(), fs.VP()), 10)):
+    message = r"nats per sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
+    for wrong, scale in (
+        (fs.ScoreDensity(Gaussian(), fs.VP(), "x0"), 1),
+        (fs.ScoreDensity(Gaussian(), fs.VP(), "eps"), 10),
+    ):
         with pytest.warns(UserWarning, match=message):
             wrong.fit(scale * data, progress=False)

@@ -52,7 +52,7 @@ class Calls(torch.nn.Module):
 )
 def test_error_at_a_number_of_evaluations(d, nfe, rmse):
     target = mixture(d)
-    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE, "eps")
     density.fit(target.sample(4000, seed=5), evaluations=100_000, progress=False)
     x = target.sample(POINTS, seed=17)
     errors = torch.stack([density.estimate(x, nfe=nfe, seed=seed).log_prob - target.log_prob(x) for seed in range(2)])
@@ -61,7 +61,7 @@ def test_error_at_a_number_of_evaluations(d, nfe, rmse):
 
 def test_passes_of_the_flow_at_a_hundredth_of_a_nat():
     target = mixture(2)
-    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE)
+    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE, "eps")
     density.fit(target.sample(4000, seed=5), evaluations=100_000, progress=False)
     x = target.sample(50, seed=17)
     found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=10)
@@ -71,7 +71,7 @@ def test_passes_of_the_flow_at_a_hundredth_of_a_nat():
 
 def test_operators_and_network_calls_of_an_estimate():
     model, x = Calls().eval(), torch.randn(64, 16)
-    density = fs.ScoreDensity(model, SCHEDULE, program=False)
+    density = fs.ScoreDensity(model, SCHEDULE, "eps", program=False)
     density.estimate(x, nfe=128)  # measures its rows once
     model.calls = model.rows = 0
     with Operators() as seen:
@@ -83,7 +83,7 @@ def test_operators_and_network_calls_of_an_estimate():
 
 
 def test_memory_stays_when_evaluations_grow():
-    density, x = fs.ScoreDensity(Calls().eval(), SCHEDULE), torch.randn(16, 16)
+    density, x = fs.ScoreDensity(Calls().eval(), SCHEDULE, "eps"), torch.randn(16, 16)
     few, many = (peak_bytes(lambda n=n: density.estimate(x, nfe=n, memory="4MB")) for n in (512, 4096))
     assert max(few, many) < 4_000_000
     assert many < 1.3 * few

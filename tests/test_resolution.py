@@ -95,7 +95,7 @@ def test_ordinary_data_are_silent(target, schedule, fit):
 def test_a_sample_in_the_middle_is_no_narrow_one():
     """There the network misses a share e of the noise and nothing else, e^2 of its square."""
     schedule = fs.DDPM.linear(1000)
-    density = fs.ScoreDensity(ExactNet(gaussian(*[0.00226] * 8), schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(gaussian(*[0.00226] * 8), schedule), schedule, "eps")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         density.estimate(torch.zeros(1, 8), nfe=16)
@@ -103,7 +103,7 @@ def test_a_sample_in_the_middle_is_no_narrow_one():
 
 def test_a_fitted_reference_stands_in_and_is_asked_again_without():
     target, schedule = gaussian(1e-5, 1e-5), fs.VE(0.3, 5.0)
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
     x = target.sample(400).float()
     with pytest.warns(UserWarning, match=SAID.format(2, 2)):
         density.estimate(x[:8], nfe=16)
@@ -118,7 +118,7 @@ def test_a_fitted_reference_stands_in_and_is_asked_again_without():
 
 def test_a_mask_leaves_out_what_it_hides():
     target, schedule = gaussian(1e-5, 0.5, 0.5), fs.VE(0.3, 5.0)
-    density = fs.ScoreDensity(ExactNet(target, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
     x = target.sample(4).float()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -159,7 +159,7 @@ def test_too_few_and_too_many_evaluations_and_unknown_methods():
         with pytest.raises(ValueError, match=rf"nfe={least - 1} leaves fewer than 4 draws.*use nfe >= {least} "):
             make_rules(paired, least - 1, schedule)
         assert make_rules(paired, least, schedule).nfe == least
-    with pytest.raises(ValueError, match=r"nfe must be at most 16777216 evaluations a sample, got 1000000000"):
+    with pytest.raises(ValueError, match=r"nfe must be at most 16777216 evaluations per sample, got 1000000000"):
         make_rules(nodes, 10**9, schedule)
     with pytest.raises(ValueError, match="density, discrete, elbo; got 'vlb'"):
         make_rules(nodes, 64, schedule, "vlb")

@@ -298,7 +298,7 @@ def unchanged():
 def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
     operation, change = CASES[name]
     net = Net(operation).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     for _ in range(2):
         before, right = estimates(net, density)
         assert torch.allclose(before, right, rtol=1e-4)  # float32 sums in another order
@@ -313,7 +313,7 @@ def test_a_setting_counts_as_soon_as_it_changes(name, monkeypatch):
 
 def test_a_number_that_is_read_of_a_weight_is_read_again():
     net = Net(lambda n, h: h * n.b.bias.tolist()[0]).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     for value in (1.0, 2.0):
         net.b.bias.data.fill_(value)
         found, right = estimates(net, density)
@@ -334,7 +334,7 @@ UNTIED = {
 def test_a_weight_of_two_names_counts_as_two_once_it_is_two(change):
     net = Net(lambda n, h: h).eval()
     net.t.bias = net.a.bias
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     before, _ = estimates(net, density)
     with torch.no_grad():
         net.a.bias.add_(1)  # of both
@@ -362,7 +362,7 @@ REPLACED = {
 def test_what_holds_the_weights_may_be_replaced(change):
     net = Net(lambda n, h: n.frozen[0](h)).eval()
     net.frozen = [nn.Linear(3, 3).requires_grad_(False)]
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     before, _ = estimates(net, density)
     (found,) = density._programs._found.values()
     assert found.program is not None, found.reason

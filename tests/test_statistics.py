@@ -59,13 +59,12 @@ def test_a_known_curve_is_added_as_a_whole_and_taken_off_the_differences():
 
 
 def test_curve_sum_is_the_mean_over_chunks():
-    f, sums, merged = noisy(30, 1.0), CurveSum.empty(200), CurveSum.empty(200)
+    f, sums, parts = noisy(30, 1.0), CurveSum.empty(200), []
     for chunk in f.split(7):
         sums.add(chunk, RULE.log_snr)
-        own = CurveSum.empty(200)
-        own.add(chunk, RULE.log_snr)
-        merged.add_curve(own.curve(), len(chunk))
-    for curve in (sums.curve(), merged.curve()):
+        parts.append(CurveSum.empty(200))
+        parts[-1].add(chunk, RULE.log_snr)
+    for curve in (sums.curve(), CurveSum.joined(parts).curve()):
         assert torch.allclose(curve.mean, -0.5 * f.double().mean(0))
         assert torch.allclose(curve.stderr, 0.5 * f.double().std(0) / math.sqrt(30))
         assert torch.allclose(curve.log_snr, RULE.log_snr)

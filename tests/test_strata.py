@@ -13,7 +13,7 @@ def test_a_rare_kind_of_sample_is_looked_at_and_counts_as_often_as_it_is():
     """2 % of the data lie apart, in a narrow cluster: 64 random samples of 600 would miss it in one fit of four."""
     target = Mixture(torch.tensor([[0.0] * 4, [4.0] * 4]), torch.tensor([[1.0], [0.05]]), torch.tensor([0.98, 0.02]))
     density, generator = (
-        fs.ScoreDensity(ExactEps(target, fs.VP()), fs.VP(), program=False),
+        fs.ScoreDensity(ExactEps(target, fs.VP()), fs.VP(), "eps", program=False),
         torch.Generator().manual_seed(2),
     )
     rare = 4 + 0.05 * torch.randn(16, 4, generator=generator)

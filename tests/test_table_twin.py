@@ -113,7 +113,7 @@ def test_a_network_of_waves_is_asked_between_and_once():
     calls = []
     net = Waves()
     net.register_forward_hook(lambda *of: calls.append(of[1][1].dtype))
-    density = fs.ScoreDensity(net, TABLE)
+    density = fs.ScoreDensity(net, TABLE, "eps")
     options = {"method": "midpoint", "steps": 4}
     first = fs.probability_flow_log_prob(density, X.float(), **options)
     asked = len(calls)
@@ -136,7 +136,7 @@ def test_a_network_of_waves_is_asked_between_and_once():
     ids=["rounds", "looks up", "branches", "fast waves"],
 )
 def test_a_network_of_whole_timesteps_is_refused(net, reason):
-    density = fs.ScoreDensity(net(), TABLE)
+    density = fs.ScoreDensity(net(), TABLE, "eps")
     with pytest.raises(ValueError, match=rf"the ODE asks between the timesteps of DDPM\(1000.*{reason}.*use estimate"):
         fs.probability_flow_log_prob(density, X.float())
     assert bool(density.estimate(X.float(), nfe=16).log_prob.isfinite().all())  # the remedy
@@ -152,6 +152,6 @@ def test_a_time_dtype_that_the_user_set_stays():
 
     for given, expected in ((torch.float32, {torch.float32}), (torch.float16, {torch.float16})):
         seen.clear()
-        density = fs.ScoreDensity(Joined(), TABLE, time_dtype=given)
+        density = fs.ScoreDensity(Joined(), TABLE, "eps", time_dtype=given)
         fs.probability_flow_log_prob(density, X.float(), method="midpoint", steps=2)
         assert seen == expected

@@ -27,7 +27,7 @@ def test_threads_that_trace_at_once_do_not_disturb_each_other():
     def one(width):
         try:
             net = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, 4)).eval()
-            density = fs.ScoreDensity(InTime(net), fs.VP(), program=True)
+            density = fs.ScoreDensity(InTime(net), fs.VP(), "eps", program=True)
             for _ in range(4):
                 density._programs = Programs(True)
                 found.append(float(density.estimate(torch.ones(3, 4), nfe=16).log_prob.sum()))
@@ -77,7 +77,7 @@ def test_a_trace_is_alone_until_its_symbolic_sizes_are_compared(monkeypatch):
         return match(traced)
 
     monkeypatch.setattr(program, "match", watched)
-    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), program=True).estimate(torch.ones(1, 4), nfe=16)
+    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), "eps", program=True).estimate(torch.ones(1, 4), nfe=16)
     assert free == [False]
 
 
@@ -92,6 +92,6 @@ def test_what_another_thread_prints_during_a_trace_is_not_lost(monkeypatch, caps
         return export(*args, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", talkative)
-    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), program=True).estimate(torch.ones(1, 4), nfe=16)
+    fs.ScoreDensity(InTime(nn.Linear(4, 4)).eval(), fs.VP(), "eps", program=True).estimate(torch.ones(1, 4), nfe=16)
     print("and its end", file=streams[0])  # a bar keeps the stream that it began on, and may end in any thread
     assert capsys.readouterr().err == "a bar\nand its end\n"

@@ -73,7 +73,7 @@ def test_turning_is_one_orthonormal_matrix_and_can_be_undone(shape):
 def test_other_shapes_have_none(shape):
     data = torch.randn(100, *shape)
     assert turning.factors_of(data.flatten(1), shape) is None
-    density = fs.ScoreDensity(nn.Identity(), fs.VP(), program=False)
+    density = fs.ScoreDensity(nn.Identity(), fs.VP(), "eps", program=False)
     with pytest.raises(ValueError, match="reference='images' needs samples of shape"):
         density.fit(data, reference="images", evaluations=1000, progress=False)
 
@@ -87,7 +87,7 @@ def test_channels_are_turned_to_where_they_do_not_depend_on_each_other():
 
 
 def test_fit_takes_it_where_it_leaves_the_least_and_the_number_stays():
-    density, x = fs.ScoreDensity(Exact(), fs.VP()), images(24, seed=1)
+    density, x = fs.ScoreDensity(Exact(), fs.VP(), "eps"), images(24, seed=1)
     density.fit(images(1000), evaluations=30_000, progress=False)
     assert density.reference.turned
     found = density.estimate(x, nfe=64)
@@ -95,15 +95,15 @@ def test_fit_takes_it_where_it_leaves_the_least_and_the_number_stays():
     assert bool((error.abs() < 4 * found.stderr + found.truncation_per_sample).all())
     assert abs(float(error.mean())) < 4 * float(found.stderr.square().mean().sqrt()) / 24**0.5 + found.truncation
     # The same evaluations with covariances along the pixels, the choice there was in many dimensions.
-    axes = fs.ScoreDensity(Exact(), fs.VP())
+    axes = fs.ScoreDensity(Exact(), fs.VP(), "eps")
     axes.fit(images(1000), reference="diagonal", evaluations=30_000, progress=False)
     assert float(found.variance.mean()) < 0.2 * float(axes.estimate(x, nfe=64).variance.mean())
 
 
 def test_a_fitted_density_is_saved_and_differentiated():
-    density = fs.ScoreDensity(Exact(0.1), fs.VP())
+    density = fs.ScoreDensity(Exact(0.1), fs.VP(), "eps")
     density.fit(images(400), reference="images", evaluations=3000, progress=False)
-    again, x = fs.ScoreDensity(Exact(0.1), fs.VP()), images(4, seed=2)
+    again, x = fs.ScoreDensity(Exact(0.1), fs.VP(), "eps"), images(4, seed=2)
     again.load_state_dict(density.state_dict())
     assert torch.equal(density.estimate(x, nfe=32).log_prob, again.estimate(x, nfe=32).log_prob)
     leaf = x.double().requires_grad_()
@@ -118,7 +118,7 @@ def test_a_fitted_density_is_saved_and_differentiated():
 
 
 def test_losses_and_the_ode_take_it():
-    density = fs.ScoreDensity(Exact(), fs.VP())
+    density = fs.ScoreDensity(Exact(), fs.VP(), "eps")
     density.fit(images(400), reference="images", evaluations=3000, progress=False)
     x = images(4, seed=3)
     assert bool(torch.isfinite(fs.density_loss(density, x, seed=0)))
@@ -129,7 +129,7 @@ def test_losses_and_the_ode_take_it():
 
 
 def test_few_samples_and_constant_ones_are_told():
-    density = fs.ScoreDensity(Exact(), fs.VP())
+    density = fs.ScoreDensity(Exact(), fs.VP(), "eps")
     with pytest.raises(
         ValueError, match="reference='images' needs at least 20 training samples, got 16; give more data"
     ):

@@ -163,7 +163,7 @@ def test_a_network_is_as_it_was_after(name, call):
         pytest.skip("a step of a training")
     before = snapshot(net)
     try:
-        CALLS[call](fs.ScoreDensity(net, SCHEDULE))
+        CALLS[call](fs.ScoreDensity(net, SCHEDULE, "eps"))
     except fs.verification.ProgramMismatch:
         assert "train mode" in name  # random, and says so
     after = snapshot(net)
@@ -181,9 +181,9 @@ def test_a_compiled_network_runs_compiled_in_an_estimate(how):
     torch._dynamo.reset()
     net = how(Images())
     RUNS["compiled"] = 0
-    found = fs.ScoreDensity(net, SCHEDULE).estimate(X, nfe=16)
+    found = fs.ScoreDensity(net, SCHEDULE, "eps").estimate(X, nfe=16)
     assert RUNS["compiled"] >= 1
-    plain = fs.ScoreDensity(getattr(net, "_orig_mod", net), SCHEDULE)
+    plain = fs.ScoreDensity(getattr(net, "_orig_mod", net), SCHEDULE, "eps")
     with torch.compiler.set_stance("force_eager"):
         expected = plain.estimate(X, nfe=16)
     assert torch.equal(found.log_prob, expected.log_prob)  # the backend runs the very operations
@@ -194,9 +194,9 @@ def test_a_compiled_network_that_was_trained_has_an_ode_density():
     torch._dynamo.reset()
     plain = MLP().eval()
     net = torch.compile(plain, backend="aot_eager")
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     fs.density_loss(density, X, seed=0).backward()
-    expected = fs.probability_flow_log_prob(fs.ScoreDensity(plain, SCHEDULE), X[:3], method="midpoint", steps=4)
+    expected = fs.probability_flow_log_prob(fs.ScoreDensity(plain, SCHEDULE, "eps"), X[:3], method="midpoint", steps=4)
     for batch in (2, 3):
         found = fs.probability_flow_log_prob(density, X[:batch], method="midpoint", steps=4)
         assert torch.allclose(found.log_prob, expected.log_prob[:batch], atol=1e-5)
@@ -206,5 +206,5 @@ def test_a_layer_that_learns_in_train_mode_sees_no_nan():
     """Where a network has layers that no program holds, they are found by NaN in x, which a running mean would keep."""
     net = Images().train()
     with pytest.warns(UserWarning, match="train mode"):
-        fs.ScoreDensity(net, SCHEDULE).log_prob(X, nfe=16)
+        fs.ScoreDensity(net, SCHEDULE, "eps").log_prob(X, nfe=16)
     assert bool(torch.isfinite(net.norm.running_mean).all())

@@ -24,10 +24,10 @@ def test_weights_are_the_coefficients_of_the_two_papers(name):
     t = torch.arange(len(bar))
     # float64, with 1 - bar of 1e-4 and better in between.
     paper = (1 - following) / (2 * (1 - bar))
-    assert torch.allclose(fs.density_weights(schedule, t), paper, rtol=1e-10)
+    assert torch.allclose(fs.density_weights(schedule, t, "eps"), paper, rtol=1e-10)
     ddpm = (1 - alpha[1:]) / (2 * (alpha[1:] - bar[1:]))
-    assert torch.allclose(fs.elbo_weights(schedule, t)[1:], ddpm, rtol=1e-10)
-    assert float(fs.elbo_weights(schedule, torch.tensor(0))) == pytest.approx(1 / (2 * float(alpha[0])))
+    assert torch.allclose(fs.elbo_weights(schedule, t, "eps")[1:], ddpm, rtol=1e-10)
+    assert float(fs.elbo_weights(schedule, torch.tensor(0), "eps")) == pytest.approx(1 / (2 * float(alpha[0])))
 
 
 @pytest.mark.parametrize("step", [1, 10, 19])
@@ -60,7 +60,7 @@ def test_the_elbo_weight_is_a_kullback_leibler_divergence(step):
 
 def test_the_trapezoid_rule_weighs_an_integral_over_log_snr():
     schedule = TABLES["cosine"]
-    weight = fs.density_weights(schedule, torch.arange(1000), rule="density")
+    weight = fs.density_weights(schedule, torch.arange(1000), "eps", rule="density")
     f = torch.sigmoid(schedule.table)
     assert float(weight @ f) == pytest.approx(-float(torch.trapezoid(f, schedule.table)) / 2, rel=1e-12)
 
@@ -68,15 +68,15 @@ def test_the_trapezoid_rule_weighs_an_integral_over_log_snr():
 def test_shapes_and_refusals():
     schedule = TABLES["linear"]
     t = torch.tensor([[0, 5], [999, 7]])
-    assert torch.equal(fs.density_weights(schedule, t)[1], fs.density_weights(schedule, t[1]))
+    assert torch.equal(fs.density_weights(schedule, t, "eps")[1], fs.density_weights(schedule, t[1], "eps"))
     with pytest.raises(ValueError, match=r"need a table of timesteps such as DDPM.linear\(1000\), got VP"):
-        fs.elbo_weights(fs.VP(), t)
+        fs.elbo_weights(fs.VP(), t, "eps")
     with pytest.raises(ValueError, match="knows timesteps 0 to 999, got 1000 to 1000"):
-        fs.density_weights(schedule, torch.tensor([1000]))
+        fs.density_weights(schedule, torch.tensor([1000]), "eps")
     with pytest.raises(ValueError, match="no time derivative"):
         fs.elbo_weights(schedule, t, "flow")
     with pytest.raises(ValueError, match="rule must be 'discrete'"):
-        fs.density_weights(schedule, t, rule="elbo")
+        fs.density_weights(schedule, t, "eps", rule="elbo")
 
 
 def test_the_tables_of_the_page_are_what_the_script_writes():
@@ -115,7 +115,7 @@ def test_the_sums_are_what_an_estimate_computes():
     two = mixture(1, components=3, std=0.2)
     target = page.Line(two.weight, two.mean[:, 0], 0.2)
     schedule, x = fs.DDPM.linear(100), two.sample(4000, seed=1)
-    density = fs.ScoreDensity(ExactNet(two, schedule), schedule)
+    density = fs.ScoreDensity(ExactNet(two, schedule), schedule, "eps")
     expected = page.mean_log_prob(schedule, target)
     for method, name in (("discrete", "paper"), ("elbo", "DDPM"), ("density", "trapezoid")):
         mean, error = density.estimate(x, nfe=100, method=method).mean()

@@ -74,7 +74,7 @@ def test_what_cannot_be_followed_is_no_program_and_leaves_nothing(operation, rea
     net.weights = [net.b.bias]
     settings, entries, names = copy.deepcopy(SETTINGS), copy.deepcopy(net.list), set(vars(net.cfg))
     with pytest.raises(NoProgram, match=reason):
-        fs.ScoreDensity(net, SCHEDULE, program=True).estimate(torch.randn(4, 3), nfe=16)
+        fs.ScoreDensity(net, SCHEDULE, "eps", program=True).estimate(torch.randn(4, 3), nfe=16)
     assert (SETTINGS, net.list, set(vars(net.cfg))) == (settings, entries, names)
 
 
@@ -92,7 +92,7 @@ def test_a_weight_has_its_gradient_wherever_the_code_finds_it(operation, weight)
     net.weights, net.hidden = [net.b.bias, nn.Parameter(torch.ones(3))], [nn.Linear(3, 3)]
     x, found = torch.randn(4, 3), []
     for program in ("auto", False):
-        density = fs.ScoreDensity(net, SCHEDULE, program=program)
+        density = fs.ScoreDensity(net, SCHEDULE, "eps", program=program)
         density.estimate(x, nfe=16)  # without gradients it may have a program
         found += torch.autograd.grad(density.log_prob(x, nfe=16).sum(), weight(net))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
@@ -102,7 +102,7 @@ def test_a_weight_has_its_gradient_wherever_the_code_finds_it(operation, weight)
 def test_a_sparse_buffer_is_no_reason_to_fail():
     net = Net(lambda n, h: h).eval()
     net.register_buffer("sparse", torch.ones(3).to_sparse())
-    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE))
+    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE, "eps"))
     assert torch.allclose(found, right, rtol=1e-4)
 
 
@@ -112,13 +112,13 @@ def test_a_cache_keeps_nothing_of_a_trace():
         return torch.arange(n, dtype=torch.float32)
 
     net = Net(lambda n, h: h + positions(3)).eval()
-    fs.ScoreDensity(net, SCHEDULE).estimate(torch.randn(4, 3), nfe=16)
+    fs.ScoreDensity(net, SCHEDULE, "eps").estimate(torch.randn(4, 3), nfe=16)
     assert type(positions(3)) is torch.Tensor
 
 
 def test_a_network_that_changes_all_the_time_runs_itself_at_last():
     net = Net(lambda n, h: h * n.cfg.scale).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     for i in range(12):
         net.cfg.scale = 1.0 + i
         found, right = estimates(net, density)
@@ -130,7 +130,7 @@ def test_a_network_that_changes_all_the_time_runs_itself_at_last():
 
 def test_what_is_read_of_the_network_itself_is_no_reason_to_trace_again():
     net = Net(lambda n, h: h * n.cfg.scale).eval()
-    density = fs.ScoreDensity(net, SCHEDULE)
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
     estimates(net, density)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -163,5 +163,5 @@ def test_networks_of_libraries_have_no_foreign_state():
 )
 def test_a_size_may_be_the_number_of_rows(rows_of):
     net = Net(lambda n, h: h * rows_of(n.b.bias[None], h)).eval()
-    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE, program=True))
+    found, right = estimates(net, fs.ScoreDensity(net, SCHEDULE, "eps", program=True))
     assert torch.allclose(found, right, rtol=1e-4)

@@ -14,6 +14,7 @@ from test_replay import replays, values
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.estimator.plan import Plan
 from fastscore.estimator.replay import GRAPHS
 from fastscore.reference.gaussians import Reference
@@ -117,7 +118,7 @@ class Reads(nn.Module):
 
 
 def test_a_longer_condition_keeps_to_the_memory():
-    density, x = fs.ScoreDensity(Reads().eval(), fs.VP(), program=False), data(16)
+    density, x = fs.ScoreDensity(Reads().eval(), fs.VP(), "eps", program=False), data(16)
     options = {"nfe": NFE, "memory": "60MB", "progress": False}
     density.estimate(x, text=fs.per_sample(torch.randn(16, 2, 16)), **options)
     text = fs.per_sample(torch.randn(16, 400, 16))
@@ -129,7 +130,7 @@ def test_references_of_the_same_cost_have_plans_of_their_own():
     """A mixture of two in eight dimensions takes as many multiplications as one full covariance."""
     torch.manual_seed(0)
     one, basis = torch.ones(1, 8), torch.linalg.qr(torch.randn(1, 8, 8))[0]
-    density, x = fs.ScoreDensity(nn_of_x(8), fs.VP()), torch.randn(200, 8)
+    density, x = fs.ScoreDensity(nn_of_x(8), fs.VP(), "eps"), torch.randn(200, 8)
     density.fit(x, evaluations=30_000, progress=False)
     density.reference = Reference(torch.ones(2) / 2, torch.randn(2, 8), torch.ones(2, 8))
     density.estimate(x, nfe=32, method="elbo", progress=False)
@@ -149,7 +150,7 @@ def nn_of_x(d):
 def test_what_is_kept_of_many_samples_and_many_draws_is_within_the_share():
     few, many = torch.randn(1100, 2), torch.randn(300_000, 2)
     for x, nfe, memory in ((few, 1 << 14, 64 << 20), (many, 8, 20 << 20)):
-        density = fs.ScoreDensity(nn_of_x(2), fs.VP(), program=False)
+        density = fs.ScoreDensity(nn_of_x(2), fs.VP(), "eps", program=False)
         density.estimate(x, nfe=nfe, memory=memory, progress=False)
         (plan,) = density.planner._plans.values()
         rules = sum(t.nbytes for rule in plan.draws.rules._made.values() for t in vars(rule).values())
@@ -160,9 +161,9 @@ def test_what_is_kept_of_many_samples_and_many_draws_is_within_the_share():
 def test_two_layouts_of_one_plan_have_rules_of_their_own():
     """One thread's rules of all groups are not those that another has made for other samples meanwhile."""
     density, x = make(), data()
-    plan, layouts = density.prepare(x, NFE, 0, None, None, {})[1], []
+    plan, layouts = prepare(density, x, NFE, 0, None, None, {})[1], []
     for index in (torch.arange(70), torch.arange(100, 170)):
-        samples = density.prepare(x, NFE, 0, index, None, {})[0]
+        samples = prepare(density, x, NFE, 0, index, None, {})[0]
         layouts.append(plan.layout(samples))
     stacked = Plan._stacked
 
@@ -222,7 +223,7 @@ class Square(nn.Module):
 
 
 def test_a_transposed_view_of_a_weight_is_another_weight(device):
-    density, x = replayed(fs.ScoreDensity(Square().eval().cuda(), fs.VP()), data(6).cuda()), data(6).cuda()
+    density, x = replayed(fs.ScoreDensity(Square().eval().cuda(), fs.VP(), "eps"), data(6).cuda()), data(6).cuda()
     density.model.first.weight.data = density.model.first.weight.data.t()
     assert agrees_on_device(density, x)
 
@@ -250,7 +251,7 @@ def test_a_number_on_the_host_is_part_of_a_graph(device):
     model = Scaled().eval()
     on_host = model.scale
     model.cuda().scale = on_host
-    density, x = replayed(fs.ScoreDensity(model, fs.VP()), data(6).cuda()), data(6).cuda()
+    density, x = replayed(fs.ScoreDensity(model, fs.VP(), "eps"), data(6).cuda()), data(6).cuda()
     model.scale.fill_(3.0)
     replayed(density, x)
     assert len(replays(density)) == 2
@@ -275,7 +276,7 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("memory", ["2MB", "18MB", "200MB", None])
 def test_a_graph_keeps_no_more_than_its_share(device, memory):
-    density, x = fs.ScoreDensity(Wide().eval().cuda(), fs.VP()), torch.randn(40, 600).cuda()
+    density, x = fs.ScoreDensity(Wide().eval().cuda(), fs.VP(), "eps"), torch.randn(40, 600).cuda()
     replayed(density, x, nfe=8, memory=memory)
     assert agrees_on_device(density, x, nfe=8, memory=memory, seed=1)
     for replay in replays(density):
@@ -313,13 +314,14 @@ def test_a_network_may_write_every_answer_into_the_same_memory(monkeypatch):
     chunks = Chunks(rows=16 * NFE, per_call=4 * NFE)
     monkeypatch.setattr("fastscore.estimator.planner.plan_chunks", lambda *_: chunks)
     found, expected = (
-        fs.ScoreDensity(net, fs.VP(), program=False).estimate(data(16), nfe=NFE) for net in (OneBuffer(), NewMemory())
+        fs.ScoreDensity(net, fs.VP(), "eps", program=False).estimate(data(16), nfe=NFE)
+        for net in (OneBuffer(), NewMemory())
     )
     assert torch.equal(found.log_prob, expected.log_prob)
 
 
 def test_indices_that_would_share_their_noise_are_refused():
-    density, x = fs.ScoreDensity(NewMemory(), fs.VP()), data(3)
+    density, x = fs.ScoreDensity(NewMemory(), fs.VP(), "eps"), data(3)
     density.estimate(x, nfe=NFE, sample_index=torch.tensor([0, 1, (1 << 60) - 1]))
     with pytest.raises(ValueError, match=r"non-negative integers below 2\^60, .* from 0 to 1152921504606846976"):
         density.estimate(x, nfe=NFE, sample_index=torch.tensor([0, 1, 1 << 60]))

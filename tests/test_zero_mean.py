@@ -100,7 +100,7 @@ def test_what_stands_elsewhere_is_given():
 
     net, x = Pocket(), X.clone()
     x[~THERE] = 5.0
-    fs.ZeroMeanDensity(net, SCHEDULE, program=False).estimate(x, mask=THERE, nfe=16, ligand=THERE)
+    fs.ZeroMeanDensity(net, SCHEDULE, "eps", program=False).estimate(x, mask=THERE, nfe=16, ligand=THERE)
     assert bool((net.seen == 5).all())
     assert len(net.seen) > 0
 

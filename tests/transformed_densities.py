@@ -34,7 +34,7 @@ TRANSFORMS = {
 
 def core(reference=None, gain=0.9):
     net = ExactNet(TARGET, SCHEDULE, gain=gain)
-    return fs.ScoreDensity(net, SCHEDULE, reference=reference, program=False)
+    return fs.ScoreDensity(net, SCHEDULE, "eps", reference=reference, program=False)
 
 
 def through(density, transforms):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
+from ..estimator.network_density import network_of, prepare
 from ..estimator.nodes import FittedNodes, NodeDensity
 from ..estimator.plan import Plan
 from ..estimator.protocol import Density, check_density
@@ -110,7 +111,7 @@ class DiffusionClassifier(nn.Module):
         """
         each = PILOT_NFE * len(self.log_prior) + 6 * PILOT_BINS * PILOT_DRAWS
         if evaluations < each:
-            raise ValueError(f"fit needs {each} evaluations a sample and at least one, got evaluations={evaluations}")
+            raise ValueError(f"fit needs {each} evaluations per sample and at least one, got evaluations={evaluations}")
         x = data[: evaluations // each]
         x = x.to(model_device(self.density.model, x.device))
         mask = None if mask is None else broadcast_mask(mask, data)[: len(x)].to(x.device)
@@ -153,7 +154,7 @@ class DiffusionClassifier(nn.Module):
 
         Arguments:
             x: data, floating point, shape (B, *shape).
-            nfe: network evaluations a class and sample, at most.
+            nfe: network evaluations per class and sample, at most.
             error: for each sample, bound of the probability that any round drops the class whose posterior is highest
                 under the network's exact densities; each comparison has error / (rounds (C - 1)). None evaluates all
                 classes to the end.
@@ -217,7 +218,7 @@ class DiffusionClassifier(nn.Module):
         x, mask = samples.entries(which)
         paired = Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
         f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
-        network = self.density.core.network
+        network = network_of(self.density.core)
         for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
             own = part.block(part.f.double())
             f[part.samples], weight[part.samples] = part.f.double(), part.flat(part.rule.weight.expand_as(own))
@@ -241,7 +242,7 @@ class DiffusionClassifier(nn.Module):
         rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
         first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
         mask, given = self.density.network_arguments(x, mask, cond | first)
-        samples, plan, _ = self.density.core.prepare(z, nfe, seed, index, memory, given, mask)
+        samples, plan, _ = prepare(self.density.core, z, nfe, seed, index, memory, given, mask)
         return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..estimator.statistics import student_quantile, successive_variance, widened
 
-# Evaluations a class; with fewer the nodes are so far apart that their own error decides.
+# Evaluations per class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
 
 
@@ -69,7 +69,7 @@ class Classification:
         samples, classes = self.active.shape
         return (
             f"Classification({samples} samples, {classes} classes, {float(self.nfe.double().mean()):.0f} evaluations "
-            f"a sample, {float(self.decided.double().mean()):.1%} decided)"
+            f"per sample, {float(self.decided.double().mean()):.1%} decided)"
         )
 
 
@@ -189,7 +189,7 @@ class Rounds:
 
 
 def round_sizes(nfe: int) -> list[int]:
-    """Return the evaluations a class of each round: each doubles what was spent, the last takes the rest."""
+    """Return the evaluations per class of each round: each doubles what was spent, the last takes the rest."""
     sizes, left = [], nfe
     while left:
         size = max(FIRST_ROUND, nfe - left)

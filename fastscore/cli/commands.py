@@ -65,8 +65,10 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.argument("data")
 @click.option("--out", required=True, metavar="FILE", help="Result, .npz or .csv.")
 @click.option("--schedule", metavar="NAME", help=SCHEDULE_HELP)
-@click.option("--predicts", type=click.Choice(list(PREDICTIONS)), help="What the network predicts.")
-@click.option("--nfe", type=click.IntRange(min=1), help="Network evaluations a sample.  [default: 256]")
+@click.option(
+    "--predicts", type=click.Choice(list(PREDICTIONS)), help="What the network returns; needed where MODEL is one."
+)
+@click.option("--nfe", type=click.IntRange(min=1), help="Network evaluations per sample.  [default: 256]")
 @click.option("--target-stderr", type=float, metavar="NATS", help="Go on until every standard error is below.")
 @click.option("--max-nfe", type=click.IntRange(min=1), default=16384, show_default=True, help="Bound of that.")
 @click.option("--fit", metavar="FILE", help="Training data; fitting to some thousand samples makes errors smaller.")
@@ -187,7 +189,7 @@ def _summary(result: Estimate, seconds: float, options: dict) -> Iterator[str]:
         mean, error = replace(result, log_prob=bits.double(), jump=jump).mean()
         yield f"bits/dim        {mean:.6g} +- {error:.2g}"
     yield f"stderr          {float(result.stderr.double().mean()):.3g} nats, mean over samples"
-    yield f"evaluations     {float(result.nfe.double().mean()):.6g} a sample"
+    yield f"evaluations     {float(result.nfe.double().mean()):.6g} per sample"
     yield f"seconds         {seconds:.1f}"
     yield f"truncation      {result.truncation:.2g} nats, an estimate, the largest of a sample"
     label = "{:.2g} nats, an estimate" if result.method == "density" else "{:+.2g} nats from the integral"

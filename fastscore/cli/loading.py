@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from ..density import ScoreDensity
 from ..estimator.protocol import Density
 from ..process.conditions import shared
+from ..process.predictions import what_it_must_say
 from ..process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from ..support.host import as_tensor
 
@@ -168,7 +169,8 @@ def load_density(
         return model.to(device), {"model": identity}
     if schedule is None or predicts is None:
         raise ValueError(
-            f"{spec} is a network; say with --schedule and --predicts how it was trained. Schedules: {schedule_usage()}"
+            f"{spec} is a network; say with --schedule and --predicts how it was trained: "
+            f"{what_it_must_say('--predicts')}. Schedules: {schedule_usage()}"
         )
     process = parse_schedule(schedule)
     if time is not None and not time.is_floating_point and not process.discrete:

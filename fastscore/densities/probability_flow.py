@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..estimator.estimate import mean_in_words
+from ..estimator.network_density import network_of
 from ..estimator.protocol import Density, check_density
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
@@ -81,7 +82,7 @@ class FlowLogProb(NamedTuple):
         parts.append(mean_in_words("log_prob", self.log_prob[known], self.stderr[known]))
         if bool(self.stderr[known].isnan().any()):
             parts.append("no stderr from one probe, probes=2 or more give one")
-        parts.append(f"{float(self.nfe.double().mean()):.0f} evaluations a sample")
+        parts.append(f"{float(self.nfe.double().mean()):.0f} evaluations per sample")
         for name in ("discretization", "truncation"):
             value = getattr(self, name)[known]
             if bool(value.isfinite().any()):
@@ -170,7 +171,7 @@ def probability_flow_log_prob(
     with undisturbed(core.model):
         core = between_timesteps(core, samples) if core.schedule.discrete else core
         flow = Flow(core, samples, trace, probes, seed)
-        refuse_cut_graph(core.network, flow.samples, flow.scale)
+        refuse_cut_graph(network_of(core), flow.samples, flow.scale)
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
     _warn_of_what_is_missing(found, error if method == "auto" else None)

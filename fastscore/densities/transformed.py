@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..density import ScoreDensity
-from ..estimator.estimate import Comparison, Estimate
+from ..estimator.comparison import Comparison
+from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density, check_density, of_core
 from ..estimator.samples import check_batch
 from ..process import masks

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..estimator.estimate import Comparison, Estimate
+from ..estimator.comparison import Comparison
+from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density, of_core
 from ..estimator.samples import check_batch
 from ..process.conditions import merged, per_sample
 from ..process.masks import broadcast_mask, inside
 from ..process.network import read_output
+from ..process.predictions import must_say_what_it_predicts
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
 from ..support.modes import differentiable, ordinary
@@ -63,7 +65,8 @@ class ZeroMeanDensity(Density):
 
     subspace = "centred positions"
 
-    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str = "eps", **options):
+    @must_say_what_it_predicts
+    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str, **options):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")

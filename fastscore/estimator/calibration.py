@@ -81,7 +81,7 @@ def calibrated(spread: Spread, nfe: int, calibration: Tensor) -> Tensor:
 
     Arguments:
         spread: of each sample's draws.
-        nfe: evaluations a sample. Ratios stay as they are beyond the measured ones.
+        nfe: evaluations per sample. Ratios stay as they are beyond the measured ones.
         calibration: as `calibrate` returns it; without columns the noise is independent.
     """
     measured = constants(nfe, calibration)

@@ -20,6 +20,7 @@ from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
 from .estimator import Estimator
+from .network_density import network_of
 from .plan import Plan
 from .planner import Wanted
 from .protocol import Density, check_density
@@ -35,7 +36,7 @@ class CapturedEstimate(NamedTuple):
 
     def __repr__(self):
         mean, own = (float(each.double().mean()) for each in self)
-        return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} a sample)"
+        return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} per sample)"
 
 
 class CapturedDensity:
@@ -106,7 +107,7 @@ class CapturedDensity:
         """Return the replay and the plan of a call; a network that reads other memory, or was traced anew, is captured
         again."""
         core = self.core
-        network = replace(core.network, log_snr_range=self.nodes.log_snr_range)
+        network = replace(network_of(core), log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)
         plan = core.planner.plan(network, self.nodes, self.reference, samples, programs, wanted)
         estimator = Estimator(network, self.reference, self.nodes, programs, "density")

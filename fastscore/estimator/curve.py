@@ -16,6 +16,7 @@ from torch import Tensor
 
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
 TABLE_BINS = 48
+SUMS = ("log_snr", "total", "squares")  # of a `CurveSum`
 SLOWEST, FASTEST_GROWTH = 0.02, -1.5  # rates a unit of log-SNR that a handful of draws can tell apart
 
 
@@ -53,6 +54,12 @@ class CurveSum:
         total, squares = torch.zeros(2, draws, dtype=torch.float64, device=device)
         return cls(torch.zeros(draws, dtype=torch.float64, device="cpu"), total, squares)
 
+    @classmethod
+    def joined(cls, parts: Sequence[CurveSum]) -> CurveSum:
+        """Return the sums over the samples of several, whose draws are as many."""
+        log_snr, total, squares = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in SUMS)
+        return cls(log_snr, total, squares, sum(part.count for part in parts))
+
     def add(self, f: Tensor, log_snr: Tensor) -> None:
         """Take in f of some samples, whose draws have these log-SNRs in the mean."""
         half = -0.5 * f.to(torch.float64)
@@ -68,14 +75,6 @@ class CurveSum:
         """Count samples whose sums are taken in already."""
         self.count += count
         self.log_snr += count * log_snr
-
-    def add_curve(self, curve: Curve, count: int) -> None:
-        """Add the curve of `count` samples."""
-        spread = (count - 1) * curve.stderr**2 if count > 1 else torch.zeros_like(curve.mean)
-        self.count += count
-        self.log_snr += count * curve.log_snr
-        self.total += count * curve.mean
-        self.squares += count * (curve.mean**2 + spread)
 
     def curve(self) -> Curve:
         total, squares = torch.stack([self.total, self.squares]).cpu()

@@ -3,47 +3,24 @@ r"""What an estimate returns: log-density, honest error bar, cost, and what rema
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.files import read_arrays, write_arrays
 from .bins import log_width
-from .curve import Curve, CurveSum, table_error, truncation
+from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
 from .statistics import GroupSums
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """A paired difference of log-densities, and its standard error: `difference, stderr = density.compare(...)`.
-
-    Attributes:
-        difference: log p(x | a) - log p(x | b) of each sample, nats, shape (B,).
-        stderr: its standard error, nats, shape (B,).
-        jump, group: as in `Estimate`.
-    """
-
-    difference: Tensor
-    stderr: Tensor
-    jump: Tensor
-    group: Tensor
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.difference, self.stderr))
-
-    def mean(self) -> tuple[float, float]:
-        """Return the batch mean of the difference and its standard error as an estimate of the data's, nats."""
-        return _on_host(GroupSums.of(self.difference, self.jump, self.group).mean_with_error())
-
-    def __repr__(self):
-        mean, error = self.mean()
-        return (
-            f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} a sample)"
-        )
+PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "group", "ends")
+IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "offset"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +63,72 @@ class Estimate:
     offset: float | Tensor = 0.0
     table: Tensor | None = None
     faults: Faults | None = None
+
+    @classmethod
+    def cat(cls, estimates: Sequence[Estimate]) -> Estimate:
+        """Return the estimate of the samples of several estimates, in their order.
+
+        It is that of one call on all of these samples, to rounding, with its mean and the error of it, its curve and
+        its truncation: if each call had the `seed`, the `nfe` and the method of that one, and its own samples'
+        `sample_index`. Without an index of their own the samples of every batch share the noise of the first.
+
+            >>> parts = [density.estimate(x, sample_index=i) for x, i in zip(data.split(100), index.split(100))]
+            >>> Estimate.cat(parts).mean()
+
+        Arguments:
+            estimates: one at least, on one device, by one method and kind of noise, with as many draws.
+
+        Raises:
+            ValueError: for none, and for estimates that differ in these.
+        """
+        parts = list(estimates)
+        _refuse_unlike(parts)
+        counts = [len(part.log_prob) for part in parts]
+        alike = len({part.dims if isinstance(part.dims, int) else None for part in parts}) == 1
+        one = parts[0].dims if alike else None
+        every = [torch.as_tensor(part.dims, device=part.nfe.device).expand_as(part.nfe) for part in parts]
+        return cls(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_SAMPLE},
+            curve_sum=CurveSum.joined([part.curve_sum for part in parts]),
+            dims=one if isinstance(one, int) else torch.cat(every),
+            method=parts[0].method,
+            noise=parts[0].noise,
+            offset=sum(count * part.offset for count, part in zip(counts, parts)) / sum(counts),
+            table=parts[0].table,
+            faults=Faults.joined(part.faults for part in parts),
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the estimate to a .npz file, whole or not at all, in the place of one that is there.
+
+        Raises:
+            ValueError: for another kind of file, or numbers that are not finite (`check`).
+            FileNotFoundError: if there is no such folder.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"an estimate is saved to a .npz file, got {str(path)!r}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name}; make it first")
+        write_arrays(path, to_arrays(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Estimate:
+        """Return the estimate in a file of `save`, equal to the bit, on the CPU; nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: for a file that `save` did not write, or that is damaged.
+        """
+        try:
+            arrays = read_arrays(Path(path))
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is no .npz file of Estimate.save, or damaged: {error}") from error
+        if missing := sorted(IN_A_FILE - set(arrays)):
+            raise ValueError(f"{path} is no file of Estimate.save: it has no {', '.join(missing)}")
+        return from_arrays(arrays)
 
     def check(self) -> Estimate:
         """Return the estimate itself, once the device has said that all numbers are finite.
@@ -156,7 +199,7 @@ class Estimate:
         group have in common is added to it. The error of a single sample's mean is NaN.
         """
         self.check()
-        return _on_host(GroupSums.of(self.log_prob, self.jump, self.group).mean_with_error())
+        return GroupSums.of(self.log_prob, self.jump, self.group).told()
 
     @property
     def dims_in_words(self) -> str:
@@ -169,20 +212,61 @@ class Estimate:
         nfe = float(self.nfe.double().mean())
         return (
             f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
-            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} a sample, "
-            f"{nfe:.0f} evaluations a sample, "
+            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
+            f"{nfe:.0f} evaluations per sample, "
             f"largest truncation about {self.truncation:.2g})"
         )
 
 
-def _on_host(numbers: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    mean, error = torch.stack(numbers).tolist()
-    return mean, error
+def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
+    """Return all that an estimate says in arrays by name, which a .npz file holds without pickle."""
+    estimate.check()
+    found = {name: getattr(estimate, name).detach().cpu().numpy() for name in PER_SAMPLE}
+    found |= {f"curve_{name}": getattr(estimate.curve_sum, name).detach().cpu().numpy() for name in SUMS}
+    found["curve_count"] = np.int64(estimate.curve_sum.count)
+    found["dims"] = torch.as_tensor(estimate.dims).detach().cpu().numpy()
+    found |= {"method": np.array(estimate.method), "noise": np.array(estimate.noise)}
+    found["offset"] = np.float64(float(estimate.offset))
+    return found if estimate.table is None else found | {"table": estimate.table.detach().cpu().numpy()}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
+    """Return the estimate that `to_arrays` made these of, on the CPU."""
+    dims = torch.from_numpy(np.asarray(arrays["dims"]))
+    sums = (torch.from_numpy(arrays[f"curve_{name}"]) for name in SUMS)
+    return Estimate(
+        **{name: torch.from_numpy(arrays[name]) for name in PER_SAMPLE},
+        curve_sum=CurveSum(*sums, int(arrays["curve_count"])),
+        dims=dims if dims.ndim else int(dims),
+        method=str(arrays["method"]),
+        noise=str(arrays["noise"]),
+        offset=float(arrays["offset"]),
+        table=torch.from_numpy(arrays["table"]) if "table" in arrays else None,
+    )
+
+
+def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
+    """Raise ValueError where estimates cannot be one, with what differs."""
+    if not estimates:
+        raise ValueError("there is no estimate to join, expected one at least")
+    for name, values in {
+        "methods": [each.method for each in estimates],
+        "kinds of noise": [each.noise for each in estimates],
+        "devices": [str(each.log_prob.device) for each in estimates],
+        "numbers of draws": [len(each.curve_sum.log_snr) for each in estimates],
+        "tables": [None if each.table is None else each.table.numpy().tobytes() for each in estimates],
+    }.items():
+        if len(set(values)) > 1:
+            got = "others" if name == "tables" else ", ".join(map(str, dict.fromkeys(values)))
+            raise ValueError(
+                f"estimates that are joined must have the same {name}, got {got}; call one density for all, with the "
+                "same arguments but the samples and their own"
+            )
 
 
 def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:
     """Return the mean of numbers (nats) with its error by their spread, and the mean of their own errors, if any."""
     value, stderr = (each.detach().double() for each in (value, stderr))
     spread = f" +- {float(value.std()) / math.sqrt(len(value)):.2g}" if len(value) > 1 else ""
-    own = f", stderr {float(stderr.mean()):.2g} a sample" if bool((stderr > 0).any()) else ""
+    own = f", stderr {float(stderr.mean()):.2g} per sample" if bool((stderr > 0).any()) else ""
     return f"{name} {float(value.mean()):.4g}{spread} nats{own}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,28 @@ class Faults:
     """
 
     def __init__(self, samples: Samples, value: Tensor, curve_sum: CurveSum):
-        self._open: tuple[Samples, Tensor, CurveSum] | None = (samples, value, curve_sum)
+        self._open = [(samples, value, curve_sum)]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Faults | None]) -> Faults | None:
+        """Return what may be wrong with any of some estimates, None where nothing may."""
+        still = [each for part in parts if part is not None for each in part._open]
+        if not still:
+            return None
+        joined = cls(*still[0])
+        joined._open = still
+        return joined
 
     def tell(self) -> None:
         """Raise ValueError if a number is not finite, with the first sample and the log-SNR; the first call waits."""
-        if self._open is None:
-            return
-        samples, value, curve_sum = self._open
-        bad = ~torch.isfinite(value).cpu()
-        if not bool(bad.any()):
-            self._open = None
-            return
+        for each in self._open:
+            _refuse(*each)
+        self._open = []
+
+
+def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
+    bad = ~torch.isfinite(value).cpu()
+    if bool(bad.any()):
         refuse_not_finite(samples.x, samples.mask is not None)
         curve = curve_sum.curve()
         where = (~torch.isfinite(curve.mean)).nonzero().flatten()

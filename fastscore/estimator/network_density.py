@@ -1,4 +1,8 @@
-"""A density of a network's own data: what it is made of, and how a call is checked and planned before it runs."""
+"""A density of a network's own data: what it is made of, and how a call is checked and planned before it runs.
+
+`network_of` and `prepare` are functions and no methods: the classifier, the ODE and CUDA graphs need them of a density,
+and people who make one should not find them there.
+"""
 
 from __future__ import annotations
 
@@ -63,34 +67,10 @@ class NetworkDensity(Density):
         """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
         return self.nodes.log_snr_range
 
-    @property
-    def network(self) -> Network:
-        """The network with all that is needed to read it."""
-        options = self.time_dtype, self._programs, self.backend
-        return Network(self.model, self.schedule, self.predicts, self.log_snr_range, *options)
-
     def _parts(self) -> tuple:
         """Return what an estimate is made of: the same objects mean the same network, read in the same way."""
         network = self.model, self.schedule, self.predicts, self.time_dtype, self.backend, self._programs
         return *network, self.reference, self.nodes
-
-    def prepare(
-        self,
-        x: Tensor,
-        nfe: int | None,
-        seed: int,
-        sample_index: Tensor | None,
-        memory: int | str | None,
-        cond: dict,
-        mask: Tensor | None = None,
-    ) -> tuple[Samples, Plan, tuple[RowProgram | None, ...]]:
-        """Check the data and plan an estimate with method "density"; arguments as in `estimate`.
-
-        Returns:
-            The data, a plan for them, and the network's row programs.
-        """
-        samples = self.check(x, sample_index, cond, mask=mask)
-        return samples, *self._plan(samples, self.wanted(nfe, seed, samples, memory))
 
     def wanted(
         self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = "density"
@@ -104,7 +84,7 @@ class NetworkDensity(Density):
     def _plan(
         self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
     ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
-        network = self.network
+        network = network_of(self)
         warn_if_training(self.model)
         programs = network.find_programs(samples)
         plan = self.planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
@@ -150,3 +130,28 @@ class NetworkDensity(Density):
                 "fit(data, mask=...)"
             )
         return samples
+
+
+def network_of(density: NetworkDensity) -> Network:
+    """Return the network of a density with all that is needed to read it."""
+    options = density.time_dtype, density._programs, density.backend
+    return Network(density.model, density.schedule, density.predicts, density.log_snr_range, *options)
+
+
+def prepare(
+    density: NetworkDensity,
+    x: Tensor,
+    nfe: int | None,
+    seed: int,
+    sample_index: Tensor | None,
+    memory: int | str | None,
+    cond: dict,
+    mask: Tensor | None = None,
+) -> tuple[Samples, Plan, tuple[RowProgram | None, ...]]:
+    """Check the data and plan an estimate with method "density"; arguments as in `ScoreDensity.estimate`.
+
+    Returns:
+        The data, a plan for them, and the network's row programs.
+    """
+    samples = density.check(x, sample_index, cond, mask=mask)
+    return samples, *density._plan(samples, density.wanted(nfe, seed, samples, memory))

@@ -25,7 +25,7 @@ class NodeDensity:
     Arguments:
         edges: ascending bin edges, float64, shape (K + 1,).
         share: share of the evaluations in each bin, sums to one, shape (K,).
-        paired: whether a bin's draws are antithetic pairs (two evaluations a draw), bool, shape (K,).
+        paired: whether a bin's draws are antithetic pairs (two evaluations per draw), bool, shape (K,).
         curve: known mean of the integrand at the centre of each bin, shape (K,); zero where nothing is known.
     """
 

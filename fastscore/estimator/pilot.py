@@ -251,7 +251,7 @@ def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
     below = 0.5 * nodes.curve_integral()
     if below > max(1.0, 0.5 * dims):
         warn(
-            f"on these data the network's log-density is {below:.3g} nats a sample below that of the fitted reference: "
-            "is predicts=, the time that the network gets (schedule=), or the scale of the data another than in "
-            "training, or is it not trained yet?"
+            f"on these data the network's log-density is {below:.3g} nats per sample below that of the fitted "
+            "reference: is predicts=, the time that the network gets (schedule=), or the scale of the data another "
+            "than in training, or is it not trained yet?"
         )

@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
     """What a caller wants of an estimate.
 
     Arguments:
-        nfe: evaluations a sample.
+        nfe: evaluations per sample.
         seed, round: of nodes and noise.
         noise: "sobol" or "independent".
         memory: bytes that tensors may take, see `fastscore.support.memory`.

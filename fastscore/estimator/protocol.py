@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
-from .estimate import Comparison, Estimate
+from .comparison import Comparison
+from .estimate import Estimate
 
 Self = TypeVar("Self", bound="Density")
 
@@ -31,7 +32,7 @@ class Density(nn.Module, ABC):
         model: the network, a function of z.
         schedule: its forward process.
         predicts: what it returns, see `fastscore.process.predictions`.
-        nfe: network evaluations a sample, where a call does not say.
+        nfe: network evaluations per sample, where a call does not say.
         log_snr_range: range (lowest, highest) of the log-SNR that estimates integrate over.
         subspace: why entries of x have no densities of their own, in words, where z has fewer dimensions; empty else.
     """

@@ -296,7 +296,7 @@ def group_shifts() -> Tensor:
 def make_rules(
     density: NodeDensity, nfe: int, schedule: Schedule, method: str = "density", seed: int = 0, round_: int = 0
 ) -> Rules:
-    """Place at most `nfe` evaluations a sample; `seed` and `round_` decide the shifts.
+    """Place at most `nfe` evaluations per sample; `seed` and `round_` decide the shifts.
 
     Raises:
         ValueError: for an unknown method, or when nfe is no integer, leaves fewer than 4 draws, too few for an error
@@ -306,7 +306,9 @@ def make_rules(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     nfe = whole("nfe", nfe)
     if nfe > MAX_DRAWS:
-        raise ValueError(f"nfe must be at most {MAX_DRAWS} evaluations a sample, got {nfe}; average over seeds instead")
+        raise ValueError(
+            f"nfe must be at most {MAX_DRAWS} evaluations per sample, got {nfe}; average over seeds instead"
+        )
     shift = common_shift(seed, round_)
 
     def most(nfe: int) -> Rules | None:
@@ -386,6 +388,6 @@ def _ends(by_shift: Tensor) -> Tensor:
 
 def _too_few(nfe: int, least: int) -> str:
     return (
-        f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws a sample, too few for an error bar; "
+        f"nfe={nfe} leaves fewer than {MIN_DRAWS} draws per sample, too few for an error bar; "
         f"use nfe >= {least} (the default is 256)"
     )

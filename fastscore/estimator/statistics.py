@@ -202,6 +202,11 @@ class GroupSums(NamedTuple):
         """Return the mean and its standard error as an estimate of the data's; NaN for one sample."""
         return self.mean(), (self.spread() / self.count.sum() + self.common_variance()).sqrt()
 
+    def told(self) -> tuple[float, float]:
+        """Return the mean and its standard error as numbers of the host, in one copy."""
+        mean, error = torch.stack(self.mean_with_error()).tolist()
+        return mean, error
+
     def mean(self) -> Tensor:
         return self.total.sum() / self.count.sum()
 

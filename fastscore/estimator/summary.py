@@ -28,7 +28,7 @@ class Summary:
         method: what the value is, see `fastscore.estimator.methods`, with its reference and the schedule.
         nodes: which say how fast the integrand decays beyond the ends.
         calibration: of the error bars.
-        nfe: evaluations a sample.
+        nfe: evaluations per sample.
         backend: that was asked for.
     """
 

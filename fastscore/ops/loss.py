@@ -3,7 +3,7 @@
 - `fastscore::loss_rows` makes the noised rows, with the reference's error and log q, which have no parameters.
 - `fastscore::loss_difference` reduces the network's answers to one number a row; its gradient is one op as well.
 
-Shapes: B samples, K draws a sample, S signs (2 with antithetic twins), d dimensions. Every draw of every sample has a
+Shapes: B samples, K draws per sample, S signs (2 with antithetic twins), d dimensions. Every draw of every sample has a
 time of its own, unlike in `definitions.py`. `around` chooses who computes.
 """
 

@@ -17,12 +17,16 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from inspect import signature
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .schedules import Schedule
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 
 class Coefficients(NamedTuple):
@@ -53,14 +57,43 @@ def _flow(alpha, sigma, d_alpha, d_sigma):
     return d_sigma, d_alpha, alpha / (alpha * d_sigma - d_alpha * sigma)
 
 
-PREDICTIONS: dict[str, Callable] = {
-    "eps": _eps,  # the noise
-    "x0": _x0,  # the clean data
-    "denoiser": _x0,  # the clean data, as EDM calls it
-    "v": _v,  # alpha eps - sigma x
-    "score": _score,  # gradient of log p_t at x_t
-    "flow": _flow,  # dx_t/dt = alpha' x + sigma' eps
+class Prediction(NamedTuple):
+    """A parametrization: what the network returns, in words, and its (a, b, c) of alpha, sigma and their slopes."""
+
+    meaning: str
+    row: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "eps": Prediction("the noise", _eps),
+    "x0": Prediction("the clean data", _x0),
+    "denoiser": Prediction("the clean data, as EDM calls it", _x0),
+    "v": Prediction("alpha eps - sigma x", _v),
+    "score": Prediction("the gradient of log p_t at x_t", _score),
+    "flow": Prediction("the velocity dx_t/dt", _flow),
 }
+
+
+def what_it_must_say(argument: str = "predicts") -> str:
+    """Return the sentence for a call that does not say what its network returns."""
+    known = ", ".join(f"{name!r} ({prediction.meaning})" for name, prediction in PREDICTIONS.items())
+    return (
+        f"{argument} must say what the network returns, one of {known}; it has no default, as nothing in a network "
+        "tells, and the wrong one gives wrong numbers"
+    )
+
+
+def must_say_what_it_predicts(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let calls of a function that lack its argument `predicts` raise TypeError with the sentence on it."""
+    place = list(signature(function).parameters).index("predicts")
+
+    @wraps(function)
+    def called(*args: Arguments.args, **named: Arguments.kwargs) -> Result:
+        if len(args) <= place and "predicts" not in named:
+            raise TypeError(what_it_must_say())
+        return function(*args, **named)
+
+    return called
 
 
 def check_prediction(predicts: str) -> str:
@@ -84,7 +117,7 @@ def coefficients(predicts: str, schedule: Schedule, t: Tensor) -> Coefficients:
     check_prediction(predicts)
     alpha, sigma = schedule.alpha_sigma(t)
     d_alpha, d_sigma = schedule.derivatives(t) if predicts == "flow" else (None, None)
-    return Coefficients(*PREDICTIONS[predicts](alpha, sigma, d_alpha, d_sigma))
+    return Coefficients(*PREDICTIONS[predicts].row(alpha, sigma, d_alpha, d_sigma))
 
 
 def eps_from(predicts: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -242,8 +242,8 @@ class FlowMatching(Schedule):
     """Straight paths x_t = s x + (1 - s) eps with s = t if `data_at` is 1, s = 1 - t if it is 0; t in (0, 1).
 
     Only for flows whose noise was drawn independently of the data. One trained on matched pairs (optimal transport in
-    minibatches or exact, reflow) has no density by the formula, which is then too low by up to 6 nats a dimension: take
-    `probability_flow_log_prob`. Noise added to the path (torchcfm's sigma > 0) is `ConditionalFlow`.
+    minibatches or exact, reflow) has no density by the formula, which is then too low by up to 6 nats per dimension:
+    take `probability_flow_log_prob`. Noise added to the path (torchcfm's sigma > 0) is `ConditionalFlow`.
 
     References:
         Flow Matching for Generative Modeling (Lipman et al., 2023), https://arxiv.org/abs/2210.02747

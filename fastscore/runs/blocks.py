@@ -1,4 +1,4 @@
-"""The work on a data set, cut into blocks: what its numbers depend on, the estimate of one, and all merged into one.
+"""The work on a data set, cut into blocks: what its numbers depend on, and the estimate of one.
 
 A sample's noise is keyed by its index in the data set: blocks, and who works on them, change no number beyond rounding.
 """
@@ -6,7 +6,7 @@ A sample's noise is keyed by its index in the data set: blocks, and who works on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..density import ScoreDensity
 from ..estimator.bins import count_outside
-from ..estimator.curve import Curve, CurveSum
-from ..estimator.estimate import Estimate
+from ..estimator.estimate import IN_A_FILE, to_arrays
 from ..estimator.protocol import Density
-from ..estimator.rules import group_of, make_rules, method_table
+from ..estimator.rules import make_rules, method_table
 from ..process.network import model_dtype, predict
 from ..support.host import positive
 from .condition_data import DataConditions
@@ -27,8 +26,6 @@ from .dataset import Array, check_data, digest, digest_of, digest_rows, take
 from .run_folder import RunFolder
 
 Block = dict[str, np.ndarray]
-PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "ends", "dims")
-ESTIMATE_KEYS = {"sample_index", *PER_SAMPLE, *(f"curve_{name}" for name in Curve._fields), "discretization", "noise"}
 FIT_BLOCK = 4096
 
 
@@ -150,43 +147,14 @@ class Work:
         index = self.blocks[number]
         given = {"cond": self.conditions_at(index), "progress": False, **self.options}
         options = {"sample_index": index, "mask": self.mask_at(index), **given}
-        result = self.density.estimate(self.rows(index), **options).check()
-        dims = torch.as_tensor(result.dims, device="cpu").expand(len(index))
-        return {
-            "sample_index": index.numpy(),
-            **{name: getattr(replace(result, dims=dims), name).cpu().numpy() for name in PER_SAMPLE},
-            **{f"curve_{name}": value.numpy() for name, value in result.log_snr_curve._asdict().items()},
-            "discretization": np.float64(result.discretization),
-            "noise": np.array(result.noise),
-        }
+        return {"sample_index": index.numpy(), **to_arrays(self.density.estimate(self.rows(index), **options))}
 
     def read(self, run: RunFolder, number: int, key: str) -> Block | None:
         """Return a finished block of the run with this key; None if its file is missing, damaged or another's."""
         block, index = run.read_arrays(run.block(number)), self.blocks[number].numpy()
-        if block is None or set(block) != ESTIMATE_KEYS | {"run"} or block["run"] != key:
+        if block is None or not set(block) >= {"sample_index", "run", *IN_A_FILE} or block["run"] != key:
             return None
         return block if np.array_equal(block["sample_index"], index) else None
-
-    def merge(self, blocks: Sequence[Block]) -> Estimate:
-        """Return the estimate of all blocks, with the curve and the bounds of all samples together."""
-        method, schedule = self.options["method"], self.density.schedule
-        total, offset = CurveSum.empty(len(blocks[0]["curve_mean"])), 0.0
-        for block in blocks:
-            curve = Curve(*(torch.from_numpy(block[f"curve_{name}"]) for name in Curve._fields))
-            total.add_curve(curve, len(block["log_prob"]))
-            offset += len(block["log_prob"]) * float(block["discretization"])
-        joined = {k: torch.from_numpy(np.concatenate([b[k] for b in blocks])) for k in PER_SAMPLE}
-        if self.mask is None:
-            joined["dims"] = int(joined["dims"][0])
-        return Estimate(
-            **joined,
-            curve_sum=total,
-            method=method,
-            noise=str(blocks[0]["noise"]),
-            group=group_of(torch.from_numpy(np.concatenate([b["sample_index"] for b in blocks]))),
-            offset=0.0 if method == "density" else offset / total.count,
-            table=method_table(schedule)[1] if method == "density" and schedule.discrete else None,
-        )
 
 
 def _of_mask(mask: DataMask | None, index: Tensor) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..density import ScoreDensity
 from ..estimator.bins import log_width, warn_if_outside
-from ..estimator.estimate import Estimate
+from ..estimator.estimate import Estimate, from_arrays
 from ..estimator.protocol import Density, check_density
 from ..process.network import model_device, model_dtype
 from ..support.host import refuse_not_dense
@@ -144,7 +144,8 @@ def evaluate_dataset(
             raise _with_what_is_kept(error, run, -(-_count(data, indices) // batch)) from None
         if not ranks.first:
             return None
-        result = work.merge([work.read(run, i, key) or work.estimate(i) for i in range(len(work.blocks))])
+        blocks = (work.read(run, i, key) or work.estimate(i) for i in range(len(work.blocks)))
+        result = Estimate.cat([from_arrays(block) for block in blocks])
         bits = {} if bins is None else {"bits_per_dim": result.bits_per_dim(bins, low, high)}
         _write_result(run, work, result, bits)
         run.clear()

@@ -1,7 +1,6 @@
 """The folder of an unfinished run: whole files or none, one process at a time, and a manifest that says whose it is.
 
-Every file is written under another name, synced to the disk and renamed, so that neither `kill -9` nor a power cut
-leaves half of one. The lock is the operating system's: it ends with its process, however that ends.
+The lock is the operating system's: it ends with its process, however that ends.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
+
+from ..support.files import read_arrays, write_arrays, write_whole
 
 # A digest is of the parts in which a run reads: where one of these differs, it differs with them, and tells nothing.
 READ_BY = {
@@ -111,26 +112,16 @@ class RunFolder:
 
     def write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
         """Let `write(file)` fill a file that appears at `path` when it is whole and on the disk."""
-        temporary = self.folder / f"{path.name}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # elsewhere a folder cannot be synced
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        write_whole(path, write, self.folder)
 
     def write_arrays(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        self.write(path, lambda file: np.savez(file, **arrays))
+        write_arrays(path, arrays, self.folder)
 
     def read_arrays(self, path: Path) -> dict[str, np.ndarray] | None:
         """Return the arrays of a file, or None if it is missing or damaged."""
         try:
-            with np.load(path) as stored:
-                return {name: stored[name] for name in stored.files}
-        except Exception:  # zip, zlib and numpy raise a dozen kinds; the remedy for all is to compute it again
+            return read_arrays(path)
+        except Exception:  # the remedy for all kinds is to compute it again
             return None
 
     def clear(self) -> None:

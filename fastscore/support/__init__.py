@@ -1,1 +1,1 @@
-"""What every room uses: numbers on the host, constants that follow a device, budgets, progress, warnings."""
+"""What every room uses: numbers on the host, constants that follow a device, budgets, files, progress, warnings."""

@@ -161,7 +161,7 @@ def even(count: int, most: int) -> int:
 def plan_chunks(
     cost: RowCost, bytes_of_noise: int, draws: int, memory: int | str | None, device: torch.device
 ) -> Chunks:
-    """Return how to cut an estimate of `draws` draws a sample; tables stay if a quarter of the budget holds them.
+    """Return how to cut an estimate of `draws` draws per sample; tables stay if a quarter of the budget holds them.
 
     Those of further groups are there together as far as a sixteenth of it holds them.
 

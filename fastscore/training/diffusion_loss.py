@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..density import ScoreDensity
 from ..estimator.estimate import Estimate
 from ..process.conditions import per_sample
+from ..process.predictions import must_say_what_it_predicts
 from ..process.schedules import DDPM, Schedule
 from .losses import density_loss
 from .nodes import AdaptiveNodes
@@ -33,7 +34,7 @@ class DiffusionLoss(nn.Module):
         head: the network, with x_t of shape (rows, d), t (rows,) and z (rows, k) under the keyword `condition`. Outputs
             beyond d, such as MAR's variances, are cut off and not trained.
         schedule: the forward process; by default MAR's, the cosine table of 1,000 steps.
-        predicts: as in `ScoreDensity`.
+        predicts: what the head returns, as in `ScoreDensity`; MAR's return "eps".
         draws: noise levels a token and step; MAR takes 4.
         condition: the head's keyword for z.
         options: of `ScoreDensity`, such as `program`, `backend`, `nfe` and `time_dtype`.
@@ -43,17 +44,18 @@ class DiffusionLoss(nn.Module):
         nodes: where in log-SNR to train, which follows the head as it learns.
 
     Example:
-        >>> loss = DiffusionLoss(head)
+        >>> loss = DiffusionLoss(head, predicts="eps")
         >>> loss(tokens, z, seed=step, mask=masked).backward()
         >>> loss.log_prob(tokens, z)
     """
 
+    @must_say_what_it_predicts
     def __init__(
         self,
         head: nn.Module,
         schedule: Schedule | None = None,
-        predicts: str = "eps",
         *,
+        predicts: str,
         draws: int = 4,
         condition: str = "c",
         **options,

@@ -62,7 +62,7 @@ def density_loss(
         x: data, shape (B, *shape).
         seed: key of the noise; give every step, and every process, another one: the step's number for instance.
         mask: which entries count, as in `ScoreDensity.estimate`; the loss is -log p of these given the others.
-        draws: noise levels a sample.
+        draws: noise levels per sample.
         antithetic: evaluate eps and -eps at every draw: two evaluations, of which the mean has less than half the
             variance, most of all where the data are clean.
         nodes: where in log-SNR to draw instead of `density.nodes`; they learn from this call.

@@ -22,12 +22,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..estimator.rules import METHODS, method_weights
-from ..process.predictions import coefficients
+from ..process.predictions import coefficients, must_say_what_it_predicts
 from ..process.schedules import Schedule
 from ..support.host import as_tensor
 
 
-def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: str = "discrete") -> Tensor:
+@must_say_what_it_predicts
+def density_weights(schedule: Schedule, t: Tensor, predicts: str, rule: str = "discrete") -> Tensor:
     r"""Return the weights with which the density formula sums a table's timesteps.
 
     .. math:: w_t = \tfrac12 c_t^2\, (1-\alpha_{t+1}) / (1-\bar\alpha_t)
@@ -35,7 +36,7 @@ def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: 
     Arguments:
         schedule: a table of timesteps, such as `DDPM.linear(1000)`.
         t: timesteps, integers 0 .. T-1 (the paper's t, less one), any shape.
-        predicts: what the network predicts, a key of `fastscore.process.predictions.PREDICTIONS`.
+        predicts: what the network returns, a key of `fastscore.process.predictions.PREDICTIONS`.
         rule: "discrete", the paper's coefficients; or "density", the trapezoid rule in log-SNR that `density_loss` and
             `ScoreDensity.estimate` use, whose error is of second order.
 
@@ -43,6 +44,7 @@ def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: 
         Nats per squared unit of the prediction's error, float64, shape of t.
 
     Raises:
+        TypeError: if `predicts` is missing.
         ValueError: for a schedule without a table, a timestep outside of it, an unknown prediction or rule.
     """
     if rule not in ("discrete", "density"):
@@ -50,7 +52,8 @@ def density_weights(schedule: Schedule, t: Tensor, predicts: str = "eps", rule: 
     return _weights(schedule, t, predicts, rule)
 
 
-def elbo_weights(schedule: Schedule, t: Tensor, predicts: str = "eps") -> Tensor:
+@must_say_what_it_predicts
+def elbo_weights(schedule: Schedule, t: Tensor, predicts: str) -> Tensor:
     r"""Return the weights with which DDPM's evidence lower bound sums a table's timesteps, posterior variances.
 
     .. math:: w_t = \tfrac12 c_t^2\, (1-\alpha_t) / (\alpha_t-\bar\alpha_t), \qquad w_1 = \tfrac12 c_1^2 / \alpha_1
@@ -62,7 +65,7 @@ def elbo_weights(schedule: Schedule, t: Tensor, predicts: str = "eps") -> Tensor
         Nats per squared unit of the prediction's error, float64, shape of t.
 
     Raises:
-        ValueError: as `density_weights`.
+        TypeError, ValueError: as `density_weights`.
     """
     return _weights(schedule, t, predicts, "elbo")
 

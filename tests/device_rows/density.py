@@ -6,6 +6,7 @@ from torch import nn
 import fastscore as fs
 from fastscore import density
 from fastscore.estimator import candidates, rules
+from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
 from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, mixture_data, of, random, row, summary
@@ -47,9 +48,9 @@ def estimate_for(on, name):
         return summary(of(lambda v: on(v.double()), fs.VP()).estimate(on(X.double()), nfe=NFE))
     if name == "images":
         net, x = on(Net(8)), on(random(3, 2, 2, 2))
-        return summary(fs.ScoreDensity(net, fs.VP()).estimate(x, nfe=NFE))
+        return summary(fs.ScoreDensity(net, fs.VP(), "eps").estimate(x, nfe=NFE))
     if name == "no parameters":
-        return summary(fs.ScoreDensity(WithoutParameters(), fs.VP()).estimate(on(X), nfe=NFE))
+        return summary(fs.ScoreDensity(WithoutParameters(), fs.VP(), "eps").estimate(on(X), nfe=NFE))
     return summary(of(on, program=name == "program True").estimate(on(X), nfe=NFE))
 
 
@@ -72,7 +73,7 @@ class Scaled(Net):
 @row("ScoreDensity.estimate", "CapturedDensity", each=["numbers on the host", "images, numbers on the host"])
 def estimate_with_numbers_on_the_host(on, name):
     x = X if name == "numbers on the host" else random(3, 2, 2, 2)
-    made, given = fs.ScoreDensity(on(Scaled(x[0].numel())), fs.VP(), program=True), {"factor": torch.tensor(1.5)}
+    made, given = fs.ScoreDensity(on(Scaled(x[0].numel())), fs.VP(), "eps", program=True), {"factor": torch.tensor(1.5)}
     captured = fs.CapturedDensity(made, on(x), nfe=NFE, **given)
     return summary(made.estimate(on(x), nfe=NFE, **given)), made.log_prob(on(x), nfe=NFE, **given), captured(on(x))
 
@@ -96,7 +97,7 @@ def estimate_under(on, name):
 
 @row("ScoreDensity.to", each=["density moved", "density moved after use", "network moved after use", "fitted, moved"])
 def estimate_after(on, name):
-    made = fs.ScoreDensity(Net(), fs.VP(), program=False)
+    made = fs.ScoreDensity(Net(), fs.VP(), "eps", program=False)
     if "use" in name:
         made.estimate(X, nfe=NFE)
     if "fitted" in name:
@@ -132,7 +133,9 @@ def fit(on, name):
 @row("ScoreDensity.fit")
 def fit_to_images(on):
     data = random(100, 3, 4, 4)
-    made = on(fs.ScoreDensity(Blurs(), fs.VP())).fit(on(data), reference="images", evaluations=20_000, progress=False)
+    made = on(fs.ScoreDensity(Blurs(), fs.VP(), "eps")).fit(
+        on(data), reference="images", evaluations=20_000, progress=False
+    )
     return made.state_dict(), summary(made.estimate(on(data[:6]), nfe=NFE))
 
 
@@ -180,25 +183,25 @@ FITS = {
 
 @row("ScoreDensity.fit", "Transformed.fit", "DiffusionClassifier.fit", each=[f"shared, {name}" for name in FITS])
 def fit_to_the_hosts_data_under_what_all_share(on, name):
-    made = FITS[name.removeprefix("shared, ")](fs.ScoreDensity(on(Shifted()), fs.VP(), program=False))
+    made = FITS[name.removeprefix("shared, ")](fs.ScoreDensity(on(Shifted()), fs.VP(), "eps", program=False))
     if name == "shared, DiffusionClassifier":
         return summary(made.fit(mixture_data(40), evaluations=20_000, progress=False).classify(on(X), nfe=64))
     made.fit(mixture_data(100), evaluations=3000, progress=False, given={"shift": fs.shared(SHIFT)})
     return summary(made.estimate(on(X), nfe=NFE, given={"shift": fs.shared(on(SHIFT))}))
 
 
-@row("ScoreDensity.with_reference", "ScoreDensity.network", "ScoreDensity.prepare", "ScoreDensity.check",
+@row("ScoreDensity.with_reference", "ScoreDensity.check",
      "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
      "ScoreDensity.core", "ScoreDensity.to_network", "ScoreDensity.wanted")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())
-    samples, plan, _ = made.prepare(on(X), NFE, 0, None, None, {})
+    samples, plan, _ = prepare(made, on(X), NFE, 0, None, None, {})
     parts = (
         samples.x,
         samples.index,
         plan.draws.rules.of(0).weight,
         made.check(on(X), None, {}).x,
-        made.network.predicts,
+        network_of(made).predicts,
         made.log_snr_range,
     )
     return summary(made.estimate(on(X), nfe=NFE)), parts
@@ -209,6 +212,15 @@ def words(on):
     made = of(on)
     texts = [fs.explain(made.model, (D,)), fs.explain(made.model, (D,), label=on(LABELS))]
     return [repr(made), *(text.replace(f"on {on(X).device}", "") for text in texts)]
+
+
+@row("Estimate.cat", "Estimate.save", "Estimate.load")
+def joined_and_saved(on, folder):
+    made, index = of(on), torch.arange(6)
+    parts = [made.estimate(on(X)[i : i + 3], nfe=NFE, sample_index=index[i : i + 3]) for i in (0, 3)]
+    joined = fs.Estimate.cat(parts)
+    joined.save(folder / "found.npz")
+    return summary(joined), summary(fs.Estimate.load(folder / "found.npz"))
 
 
 @row(

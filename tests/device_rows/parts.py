@@ -80,7 +80,7 @@ def diffusion_loss(on):
         def forward(self, x_t, t, c):
             return super().forward(x_t + c, t)
 
-    loss = fs.DiffusionLoss(on(Head()))
+    loss = fs.DiffusionLoss(on(Head()), predicts="eps")
     x, z = on(random(2, 4, D)), on(random(2, 4, D, seed=1)).requires_grad_()
     value = loss(x, z, seed=0, mask=on(torch.arange(8).reshape(2, 4) % 2 == 0))
     value.backward()

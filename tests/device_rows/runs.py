@@ -72,7 +72,7 @@ def data_set_under_conditions(on, folder):
     labels, shift = torch.arange(40) % 4, fs.shared(SHIFT)
     given = {"cond": {"given": {"label": LABELS.numpy(), "shift": shift}}}
     given["fit_cond"] = {"given": {"label": labels, "shift": shift}}
-    made = fs.ScoreDensity(on(Shifted()), fs.VP(), program=False)
+    made = fs.ScoreDensity(on(Shifted()), fs.VP(), "eps", program=False)
     found = evaluate_dataset(
         made, X, folder / "found.npz", fit=mixture_data(40), nfe=NFE, batch=4, restart=True, **given
     )

@@ -44,7 +44,7 @@ class Centred(nn.Module):
      "ZeroMeanDensity.with_reference", "ZeroMeanDensity.to_network", "ZeroMeanDensity.network_arguments",
      "ScoreDensity.network_arguments", "Transformed.network_arguments")  # fmt: skip
 def centred_points(on):
-    made, x = fs.ZeroMeanDensity(Centred(), fs.VP(), program=False), random(30, 4, 2)
+    made, x = fs.ZeroMeanDensity(Centred(), fs.VP(), "eps", program=False), random(30, 4, 2)
     x = on(x - x.mean(1, keepdim=True))
     made.fit(x, evaluations=3000, progress=False)
     found = made.estimate(x[:4], nfe=NFE)
@@ -102,7 +102,7 @@ def transformed(on, name):
 
 @row("Transformed.to")
 def transformed_and_moved(on):
-    made = fs.Transformed(fs.ScoreDensity(Net(), fs.VP()), TRANSFORMS["zscore"]())
+    made = fs.Transformed(fs.ScoreDensity(Net(), fs.VP(), "eps"), TRANSFORMS["zscore"]())
     made.log_prob(X, nfe=NFE)
     return on(made).log_prob(on(X), nfe=NFE), made.transform.loc
 

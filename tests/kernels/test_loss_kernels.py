@@ -203,7 +203,7 @@ def test_derivatives_other_than_backward_passes_are_those_of_the_definition(how)
 
         def f(gain):
             net.gain = gain  # noqa: B023
-            return fs.density_loss(fs.ScoreDensity(net, fs.VP(), backend=backend), x, seed=2)  # noqa: B023
+            return fs.density_loss(fs.ScoreDensity(net, fs.VP(), "eps", backend=backend), x, seed=2)  # noqa: B023
 
         found.append(derivative(how, f, torch.full((1,), 0.7, device=DEVICE)))
     assert float(found[0].abs()) > 1
@@ -228,7 +228,7 @@ def test_data_mask_and_conditions_made_in_inference_mode(backend):
         def forward(self, x_t, t, gain):
             return self.layer(x_t) * gain
 
-    density = fs.ScoreDensity(Scaled().to(DEVICE), fs.VP(), backend=backend)
+    density = fs.ScoreDensity(Scaled().to(DEVICE), fs.VP(), "eps", backend=backend)
     x, mask, gain = torch.randn(4, 3).to(DEVICE), (torch.eye(4, 3) == 0).to(DEVICE), torch.ones(1, 3).to(DEVICE)
     with torch.inference_mode():
         copies = x.clone(), mask.clone(), gain.clone()

@@ -7,6 +7,7 @@ import torch
 from mixtures import Mixture
 
 import fastscore as fs
+from fastscore.estimator.network_density import prepare
 from fastscore.estimator.round import Round
 from fastscore.estimator.summary import Summary, with_rounding
 from fastscore.ops.interpreting import interpreting
@@ -32,9 +33,11 @@ class Shrinks(torch.nn.Module):
 def parts_of(reference, batch, memory, schedule=None):
     torch.manual_seed(0)
     schedule = schedule or fs.VP()
-    density = fs.ScoreDensity(Shrinks(), schedule, backend="torch", program=False, reference=REFERENCES[reference]())
+    density = fs.ScoreDensity(
+        Shrinks(), schedule, "eps", backend="torch", program=False, reference=REFERENCES[reference]()
+    )
     x = torch.randn(batch, D).to(DEVICE)
-    samples, plan, programs = density.prepare(x, 21, 0, None, memory, {})
+    samples, plan, programs = prepare(density, x, 21, 0, None, memory, {})
     with torch.no_grad():
         return density, samples, plan, list(plan.run(samples, programs, density.reference))
 
@@ -85,7 +88,7 @@ def test_a_sample_that_is_not_finite_stays_so_and_harms_no_other():
 def test_an_estimate_by_kernel_is_that_by_torch(monkeypatch):
     target = Mixture(torch.tensor([[0.5, -1.0, 0.0]]), torch.tensor([[0.7]]))
     x = target.sample(3, torch.Generator().manual_seed(1)).float().to(DEVICE)
-    density = fs.ScoreDensity(Shrinks(), fs.VP(), backend="triton", program=False)
+    density = fs.ScoreDensity(Shrinks(), fs.VP(), "eps", backend="triton", program=False)
     found = density.estimate(x, nfe=8, progress=False)
     calls = []
     monkeypatch.setattr(Summary, "_by_kernel", lambda *given: calls.append(1) or Summary._by_torch(*given))
@@ -109,7 +112,7 @@ def test_an_estimate_by_kernel_is_that_by_torch(monkeypatch):
 )
 def test_data_may_lie_in_memory_as_they_like(view):
     x = view(torch.randn(6, 5).to(DEVICE))
-    density = fs.ScoreDensity(Shrinks(), fs.VP(), backend="triton", program=False)
+    density = fs.ScoreDensity(Shrinks(), fs.VP(), "eps", backend="triton", program=False)
     found, packed = (density.estimate(each, nfe=8, progress=False) for each in (x, x.contiguous()))
     assert torch.equal(found.log_prob, packed.log_prob)
     assert torch.equal(found.stderr, packed.stderr)

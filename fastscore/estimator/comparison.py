@@ -1,0 +1,40 @@
+"""What a comparison returns: paired differences of log-densities, with their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .statistics import GroupSums
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired difference of log-densities, and its standard error: `difference, stderr = density.compare(...)`.
+
+    Attributes:
+        difference: log p(x | a) - log p(x | b) of each sample, nats, shape (B,).
+        stderr: its standard error, nats, shape (B,).
+        jump, group: as in `Estimate`.
+    """
+
+    difference: Tensor
+    stderr: Tensor
+    jump: Tensor
+    group: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.difference, self.stderr))
+
+    def mean(self) -> tuple[float, float]:
+        """Return the batch mean of the difference and its standard error as an estimate of the data's, nats."""
+        return GroupSums.of(self.difference, self.jump, self.group).told()
+
+    def __repr__(self):
+        mean, error = self.mean()
+        return (
+            f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
+            f"stderr {float(self.stderr.mean()):.2g} per sample)"
+        )
