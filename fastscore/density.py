@@ -34,7 +34,7 @@ from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
-from .estimator.resolution import warn_if_unresolved
+from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
 from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
@@ -227,7 +227,7 @@ class ScoreDensity(NetworkDensity):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted)
         warn_if_coupled(network, samples, self.reference)
-        if method == "density" and self.planner.first("resolution", network, samples):
+        if method == "density" and clean_end_is_asked() and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(network, self.reference, self.nodes, programs, method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
@@ -350,7 +350,7 @@ class ScoreDensity(NetworkDensity):
                 cond.remember(self.model, len(samples))
             bar.total = bar.n  # not all that was allowed had to be spent
         self.reference = fitted.reference
-        self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales())
+        self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
         self.planner.forget_reference()
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
@@ -373,7 +373,9 @@ class ScoreDensity(NetworkDensity):
         return replace(samples, mask=mask_rows(counted, x))
 
     def with_reference(self, reference: Reference | None) -> ScoreDensity:
-        """Return a density with the same network and nodes but another reference, and independent noise.
+        """Return a density with the same network, another reference, independent noise, and nodes as before `fit`.
+
+        The nodes that `fit` found suit its own reference, and cost another one more than they gain.
 
         Arguments:
             reference: None for N(0, schedule.data_std^2), which a new density starts from.
@@ -389,7 +391,6 @@ class ScoreDensity(NetworkDensity):
             time_dtype=self.time_dtype,
             program=self._programs.mode,
         )
-        other.nodes = FittedNodes(self.nodes.density.without_curve(), uncalibrated(), other.reference.scales())
         other._programs = self._programs
         return other
 

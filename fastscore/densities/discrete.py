@@ -30,9 +30,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..density import ScoreDensity
+from ..estimator.calibration import uncalibrated
 from ..estimator.estimate import Estimate
 from ..estimator.methods import prior_kl
+from ..estimator.nodes import FittedNodes
 from ..estimator.protocol import Density, check_density
+from ..estimator.resolution import clean_end_counted
 from ..ops import noise
 from ..process.masks import inside, mask_rows
 from ..support.host import whole
@@ -140,9 +144,9 @@ def discrete_log_prob(
         )
     z, width = _as_the_network_saw(density, k, levels)
     core = density.core
-    single = core.reference.components == 1
-    plain = core if single else core.with_reference(core.reference.gaussian())
-    found = plain.estimate(z, mask=mask, **options)
+    plain = _with_one_gaussian(core)
+    with clean_end_counted():
+        found = plain.estimate(z, mask=mask, **options)
     gaussian = plain.reference  # on the device of the data by now
     flat, counted = z.reshape(len(z), -1), None if mask is None else mask_rows(mask, z)
     lo, hi = core.log_snr_range
@@ -152,6 +156,15 @@ def discrete_log_prob(
     return replace(
         found, log_prob=log_prob.to(found.log_prob.dtype), ends=torch.zeros_like(found.ends), method="discrete_log_prob"
     )
+
+
+def _with_one_gaussian(density: ScoreDensity) -> ScoreDensity:
+    """Return a density with the one Gaussian like its reference, and the nodes for it; itself if it has one."""
+    if density.reference.components == 1:
+        return density
+    other = density.with_reference(density.reference.gaussian())
+    other.nodes = FittedNodes(density.nodes.gaussian, uncalibrated(), other.reference.scales())
+    return other
 
 
 def _as_the_network_saw(density: Density, k: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

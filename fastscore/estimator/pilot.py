@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,11 +60,15 @@ Step = Callable[[str, int], None]  # what was done, and how many evaluations it 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a pilot found: reference, nodes, and the calibration of low-discrepancy noise."""
+    """What a pilot found: reference, nodes, the calibration of low-discrepancy noise, and the nodes for one Gaussian.
+
+    `gaussian` is None where the reference is one Gaussian itself, or nothing was measured.
+    """
 
     reference: Reference
     nodes: NodeDensity
     calibration: Tensor
+    gaussian: NodeDensity | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,11 @@ def strata(held: Samples, q: Reference, count: int) -> tuple[Samples, Tensor]:
 
 
 def pilot(network: Network, samples: Samples, weight: Tensor, references: list[Reference], plan: PilotPlan) -> Fitted:
-    """Choose reference and nodes on held-out samples, by their weights; the calibration stays empty."""
+    """Choose reference and nodes on held-out samples, by their weights; the calibration stays empty.
+
+    Beside every mixture its Gaussian is looked at, for the nodes that go with it, and is not to be chosen.
+    """
+    single = [q.gaussian() for q in references if q.components > 1]
     rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
     draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
     (rows,) = Rows.of(network, [rule], draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
@@ -159,10 +168,10 @@ def pilot(network: Network, samples: Samples, weight: Tensor, references: list[R
     for start in range(0, len(samples), at_once):
         part = samples.select(slice(start, start + at_once))
         keys = draws.keys(part.index.to(part.device), d)
-        errors, controls = row_terms(network, part, keys, rows, tuple(references))
+        errors, controls = row_terms(network, part, keys, rows, (*references, *single))
         terms.append((errors[0] - torch.stack(controls)).double().cpu())  # (Q, b, R)
         plan.step("pilot", len(part) * rule.nfe)
-    f = torch.cat(terms, 1).reshape(len(references), len(samples), BINS, DRAWS_PER_BIN, 2)
+    f = torch.cat(terms, 1).unflatten(2, (BINS, DRAWS_PER_BIN, 2))
     if not bool(torch.isfinite(f).all()):
         raise ValueError(
             "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
@@ -170,16 +179,29 @@ def pilot(network: Network, samples: Samples, weight: Tensor, references: list[R
     lo, hi = network.log_snr_range
     edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
     net_flops = _network_flops(network, samples)
-    scored = []
-    for q, reference in enumerate(references):
-        single = (weight @ f[q].var(2).mean(2)).sqrt()  # over draws; averaged over samples and the two signs
-        pair = (weight @ f[q].mean(3).var(2)).sqrt()
+    spreads = [_Spread.of(each, weight, edges) for each in f]
+    costs = [1 + q.flops(d) / net_flops for q in references]
+    winner = min(range(len(references)), key=lambda i: spreads[i].variance * costs[i])
+    best = references[winner]
+    own = sum(q.components > 1 for q in references[:winner])  # the mixtures before it
+    gaussian = spreads[len(references) + own].nodes if best.components > 1 else None
+    return Fitted(best, spreads[winner].nodes, calibration.uncalibrated(), gaussian)
+
+
+class _Spread(NamedTuple):
+    """What a reference leaves: an estimate's variance at the best nodes, times its evaluations, and these nodes."""
+
+    variance: float
+    nodes: NodeDensity
+
+    @classmethod
+    def of(cls, f: Tensor, weight: Tensor, edges: Tensor) -> _Spread:
+        """Return it for f of shape (b, BINS, DRAWS_PER_BIN, 2), by the weights of the samples."""
+        single = (weight @ f.var(2).mean(2)).sqrt()  # over draws; averaged over samples and the two signs
+        pair = (weight @ f.mean(3).var(2)).sqrt()
         best = torch.minimum(single, 2**0.5 * pair)
-        cost = 1 + reference.flops(d) / net_flops
-        nodes = NodeDensity.from_spread(edges, single, pair, curve=weight @ f[q].mean((2, 3)))
-        scored.append((float((best * edges.diff()).sum()) ** 2 * cost, nodes))
-    winner = min(range(len(scored)), key=lambda i: scored[i][0])
-    return Fitted(references[winner], scored[winner][1], calibration.uncalibrated())
+        nodes = NodeDensity.from_spread(edges, single, pair, curve=weight @ f.mean((2, 3)))
+        return cls(float((best * edges.diff()).sum()) ** 2, nodes)
 
 
 def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
@@ -203,7 +225,7 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
         own_mean = (REPLICATES / (REPLICATES - 1)) ** 0.5 if truth is None else 1.0
         truth = sums.mean(0) if truth is None else truth
         found.append(Replicates(nfe, own_mean * (sums - truth).cpu(), variance.cpu(), nu.cpu()))
-    return Fitted(fitted.reference, fitted.nodes, calibration.calibrate(found[::-1], len(typical)))
+    return replace(fitted, calibration=calibration.calibrate(found[::-1], len(typical)))
 
 
 def odd_points(samples: Samples, seed: int) -> Samples:

@@ -88,9 +88,8 @@ class Planner:
         key = wanted.seed, family
         plan = self._plans.get(key)
         if plan is None or not plan.draws.rules.hold():
-            density = nodes.density
-            if control_variate(wanted.method, reference) is not reference:
-                density = density.half_uniform()  # it was measured with another reference
+            itself = control_variate(wanted.method, reference) is reference
+            density = nodes.density if itself else nodes.gaussian
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)

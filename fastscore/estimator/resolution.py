@@ -14,6 +14,9 @@ of the misses' covariance over the noise, or the columns where there are too man
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -34,7 +37,23 @@ LIKE_IT = 3.0  # times the limit below which directions count beside one that is
 WIDER = 10.0  # times the network's share that a reference has, to be wider than the network
 PLAUSIBLE = 0.1  # mean square of the misses of data that are as narrow as the network says, at most
 MAX_DIM = 64  # for directions; columns beyond
+_COUNTED: ContextVar[bool] = ContextVar("whether somebody else counts what lies beyond the clean end", default=False)
 ROWS, ROWS_PER_DIM = 32, 4  # with 4 d rows the smallest second moment of d equal ones comes out as a quarter of them
+
+
+@contextmanager
+def clean_end_counted() -> Iterator[None]:
+    """Ask nothing inside: the caller counts by itself what lies beyond the clean end, as a bound of levels does."""
+    token = _COUNTED.set(True)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
+def clean_end_is_asked() -> bool:
+    """Return whether the clean end is the estimate's own affair."""
+    return not _COUNTED.get()
 
 
 def warn_if_unresolved(network: Network, samples: Samples, reference: Reference, rows_at_once: int) -> None:
