@@ -111,6 +111,25 @@ def test_truncation_tells_samples_apart_as_far_as_their_noise_lets():
     assert float(own.median()) < 2 * float(exact.median())
 
 
+def test_truncation_of_ordinary_samples_does_not_ask_an_outlier():
+    generator = torch.Generator().manual_seed(0)
+    noise, table = 0.3 * torch.randn(40, 200, generator=generator).double(), EndTable.of(RULE.log_snr, (-10.0, 10.0))
+    decay = torch.where(RULE.log_snr > 5, torch.exp(10 - RULE.log_snr), 0.0)[None]
+    plateau = torch.where(RULE.log_snr > 5, 1.0, 0.0)[None]
+    own = truncation(ends(noise + 2 * decay, table, (1.0, 0.001)))
+    for size in (100.0, 1e4, 1e9):
+        found = truncation(ends(torch.cat([noise + 2 * decay, size * plateau]), table, (1.0, 0.001)))
+        # The others' rates and means are theirs; with one pool they stated up to three times as much.
+        torch.testing.assert_close(found[:40], own, rtol=0.05, atol=0.02)
+        # The outlier has its own rate: a plateau goes on as far as the reference may be wide.
+        assert float(found[40]) == pytest.approx(size / 2 * math.log(1000) / 0.999, rel=0.05)
+
+
+def test_the_trapezoid_error_of_two_timesteps_is_not_known():
+    table = method_table(fs.DDPM(torch.tensor([0.9, 0.1])))[1]
+    assert math.isnan(table_error(Curve(table, torch.ones(2).double(), torch.zeros(2).double()), table.sort().values))
+
+
 def test_the_trapezoid_error_of_a_coarse_table():
     schedule = fs.DDPM.linear(40)
     table = method_table(schedule)[1]

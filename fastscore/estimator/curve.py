@@ -17,6 +17,7 @@ from torch import Tensor
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
 TABLE_BINS = 48
 SUMS = ("log_snr", "total", "squares")  # of a `CurveSum`
+MOST_POWERS = 9  # of ten, by which samples are told apart
 SLOWEST, FASTEST_GROWTH = 0.02, -1.5  # rates a unit of log-SNR that a handful of draws can tell apart
 
 
@@ -157,23 +158,46 @@ def truncation(ends: Tensor) -> Tensor:
     says how far the course may go on.
 
     A sample's own v is known no better than its noise: it counts as far as the samples differ by more than that, and
-    otherwise their mean stands for it; two standard errors are added.
+    otherwise their mean stands for it; two standard errors are added. Rates and means are those of samples alike, whose
+    integrand is of the same power of ten, so that an outlier says nothing of the others.
     """
     outer, outer_noise, inner, inner_noise, distance, inside, slowest = ends.unbind(-1)  # (B, 2) each
-    size = (outer.square() - outer_noise).mean(0)
-    decay = ((inner.square() - inner_noise).mean(0) / size).log() / (2 * distance.mean(0))
+    alike = _Alike(outer.square() + inner.square())
+    noise = alike.mean(outer_noise)
+    size = alike.mean(outer.square()) - noise
+    decay = ((alike.mean(inner.square()) - alike.mean(inner_noise)) / size).log() / (2 * distance.mean(0))
     # Without a value that stands out of the noise there is no rate to be seen.
-    seen = size > 3 * outer_noise.mean(0) / len(outer) ** 0.5
+    seen = size > 3 * noise / alike.count.sqrt()
     rate = torch.where(seen, decay.nan_to_num(1.0, 1.0, FASTEST_GROWTH), 1.0).clamp(FASTEST_GROWTH, 1 - 1e-6)
     tail = _tail(rate, slowest.amin(0)) * (-rate.clamp(min=0) * inside).exp()
-    mean = outer.mean(0)
-    if len(outer) > 1:
-        own = ((outer.var(0) - outer_noise.mean(0)) / outer.var(0).clamp(min=1e-300)).clamp(0, 1)
-        error = own * outer_noise + (1 - own) ** 2 * outer.var(0) / len(outer)
-    else:
-        own, error = torch.ones_like(mean), outer_noise
+    mean = alike.mean(outer)
+    spread = alike.mean((outer - mean).square()) * alike.count / (alike.count - 1).clamp(min=1)
+    own = ((spread - noise) / spread.clamp(min=1e-300)).clamp(0, 1).masked_fill(alike.count == 1, 1.0)
+    error = own * outer_noise + (1 - own) ** 2 * spread / alike.count
     value = mean + own * (outer - mean)
     return ((value.abs() + 2 * error.sqrt()) * tail).sum(1)
+
+
+class _Alike:
+    """Which samples are alike at an end: by how many powers of ten their integrand is above that of most, if it is.
+
+    Attributes:
+        count: how many are like a sample, itself included, float64, shape (B, 2).
+    """
+
+    def __init__(self, squares: Tensor):
+        above = squares / squares.median(0).values.clamp(min=1e-300)
+        power = (above.clamp(min=1.0).log10() / 2).round().clamp(max=MOST_POWERS)
+        every = torch.arange(MOST_POWERS + 1, dtype=power.dtype, device=power.device)
+        self._member = (power[..., None] == every).to(squares)  # (B, 2, powers)
+        self.count = self._total(torch.ones_like(squares))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return for each sample the mean of values (B, 2) over those that are like it, shape (B, 2)."""
+        return self._total(values) / self.count
+
+    def _total(self, values: Tensor) -> Tensor:
+        return torch.einsum("bek,ek->be", self._member, torch.einsum("bek,be->ek", self._member, values))
 
 
 def _tail(rate: Tensor, slowest: Tensor) -> Tensor:
@@ -189,7 +213,9 @@ def table_error(curve: Curve, table: Tensor) -> float:
 
     .. math:: \sum_i \frac{h_i^3}{12}\, |f''|
 
-    with the second derivative from the curve's means in 48 bins, whose noise the small cells of a table make harmless.
+    with the second derivative from the curve's means in 48 bins. The small cells of a long table make their noise
+    harmless; on a table of fewer than some 200 entries it adds to the estimate where evaluations are few. NaN where
+    draws are at fewer than three places, which show no curvature.
     """
     edges = torch.linspace(float(table[0]), float(table[-1]), TABLE_BINS + 1, dtype=torch.float64, device="cpu")
     place = (torch.searchsorted(edges, curve.log_snr.contiguous(), right=True) - 1).clamp(0, TABLE_BINS - 1)
@@ -200,7 +226,7 @@ def table_error(curve: Curve, table: Tensor) -> float:
         v.index_add_(0, place, values)[held] / count[held] for v, values in ((at, curve.log_snr), (mean, curve.mean))
     )
     if len(at) < 3:
-        return 0.0
+        return float("nan")
     slope = mean.diff() / at.diff()
     second = slope.diff().abs() / (0.5 * (at[2:] - at[:-2]))
     middle = (table[1:] + table[:-1]) / 2

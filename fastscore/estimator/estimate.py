@@ -152,8 +152,9 @@ class Estimate:
     def discretization(self) -> float:
         """What the method's sum is off the integral, nats, averaged over the batch.
 
-        For method "density" an estimate of the trapezoid rule's error over a table; zero on a continuous schedule,
-        where nodes have no bias and their error is in `stderr`. For "discrete" and "elbo" their `offset`.
+        For method "density" an estimate of the trapezoid rule's error over a table, too large where a short table meets
+        few evaluations, and NaN for fewer than three timesteps; zero on a continuous schedule, where nodes have no bias
+        and their error is in `stderr`. For "discrete" and "elbo" their `offset`.
         """
         return float(self.offset) if self.table is None else table_error(self.log_snr_curve, self.table)
 
