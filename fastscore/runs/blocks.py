@@ -6,7 +6,7 @@ A sample's noise is keyed by its index in the data set: blocks, and who works on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -18,8 +18,9 @@ from ..estimator.bins import count_outside
 from ..estimator.estimate import IN_A_FILE, to_arrays
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules, method_table
-from ..process.network import model_dtype, predict
+from ..process.network import model_dtype
 from ..support.host import positive
+from .answers import answers
 from .condition_data import DataConditions
 from .data_mask import DataMask
 from .dataset import Array, check_data, digest, digest_of, digest_rows, take
@@ -41,6 +42,7 @@ class Work:
     options: dict
     conditions: DataConditions
     mask: DataMask | None = None
+    answers: dict | None = None
 
     @classmethod
     def check(
@@ -68,8 +70,8 @@ class Work:
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))
         work = cls(density, data, index.split(batch), batch, device, options, conditions, counted)
-        _check_network(density, work.rows(index[:1]), work.conditions_at(index[:1]), work.mask_at(index[:1]))
-        return work
+        first = index[:1]
+        return replace(work, answers=answers(density, work.rows(first), work.conditions_at(first), work.mask_at(first)))
 
     def rows(self, index: Tensor) -> Tensor:
         return take(self.data, index).to(self.device)
@@ -101,6 +103,7 @@ class Work:
         return {
             "transform": digest({"z": seen, "log_det": log_det}),  # of the first sample, which tells transforms apart
             "network": digest(density.model.state_dict()),
+            "network's answer": self.answers,
             "schedule": f"{density.schedule!r} {digest({'log_snr': method_table(density.schedule)[1]})}",
             "predicts": density.predicts,
             "noise": density.noise,
@@ -164,27 +167,6 @@ def _of_mask(mask: DataMask | None, index: Tensor) -> str:
 def _of_parts(digests: Sequence[str]) -> str:
     """Return one digest of all parts; of what samples share it is the same, however many parts there are."""
     return digest_of(digests if len(set(digests)) > 1 else digests[:1])
-
-
-def _check_network(density: Density, x: Tensor, cond: dict[str, object], mask: Tensor | None) -> None:
-    """Call the network on two rows of the first sample; raise ValueError with its reason if it cannot take them."""
-    z, _ = density.to_network(x, mask)
-    mask, cond = density.network_arguments(x, mask, cond)
-    density = density.core
-    samples = density.check(z, None, cond, mask=mask)
-    ends = torch.tensor(density.log_snr_range, dtype=torch.float64, device="cpu")
-    time = density.schedule.time(ends).to(x.device)
-    try:
-        with torch.no_grad():
-            rows = samples.x[:, None].expand(1, 2, -1)
-            predict(density.model, rows, time, samples.conds[0], samples.shape, density.time_dtype)
-    except ValueError:
-        raise  # says so itself
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise ValueError(
-            f"the network does not take data of shape {samples.shape} a sample: {type(error).__name__}: {reason}"
-        ) from error
 
 
 def fitted_state(density: ScoreDensity) -> dict[str, Tensor]:

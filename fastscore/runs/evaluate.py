@@ -27,6 +27,7 @@ from ..process.network import model_device, model_dtype
 from ..support.host import refuse_not_dense
 from ..support.memory import parse_bytes
 from ..support.progress import progress_bar
+from .answers import alike
 from .blocks import Work, fitted_state
 from .condition_data import DataConditions
 from .data_mask import DataMask
@@ -169,7 +170,7 @@ def _agree(
 
     found = ranks.gather(look)
     settings = [setting for setting, *_ in found]
-    differs = [key for key in settings[0] if any(setting[key] != settings[0][key] for setting in settings)]
+    differs = [key for key in settings[0] if not all(alike(setting[key], settings[0][key]) for setting in settings)]
     if differs:
         values = [setting[differs[0]] for setting in settings]
         raise ValueError(

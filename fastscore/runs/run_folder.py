@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..support.files import read_arrays, write_arrays, write_whole
+from .answers import alike, in_words
 
 # A digest is of the parts in which a run reads: where one of these differs, it differs with them, and tells nothing.
 READ_BY = {
@@ -25,6 +26,10 @@ READ_BY = {
     "mask": ("batch", "indices"),
     "transform": ("data", "mask"),
     "reference and nodes": ("fit data", "schedule"),
+    "network's answer": (
+        *("network", "data", "indices", "conditions", "mask", "transform", "schedule", "time dtype", "device"),
+        *("fastscore", "torch"),
+    ),
 }
 
 
@@ -81,14 +86,16 @@ class RunFolder:
             FileExistsError: if there is no unfinished run, but a result.
         """
         fingerprint, stored = json.loads(json.dumps(fingerprint)), self.fingerprint
-        differs = [key for key in {**stored, **fingerprint} if stored.get(key) != fingerprint.get(key)]
+        differs = [key for key in {**stored, **fingerprint} if not alike(stored.get(key), fingerprint.get(key))]
         if not restart and not stored and self.out.exists():
             raise FileExistsError(
                 f"{self.out} is there already; give another out, or replace it with restart (--restart)"
             )
         if not restart and stored and differs and self.blocks():
             told = [key for key in differs if not set(READ_BY.get(key, ())) & set(differs)]
-            listed = "; ".join(f"{key} is {stored.get(key)} there and {fingerprint.get(key)} here" for key in told)
+            listed = "; ".join(
+                f"{key} is {in_words(stored.get(key))} there and {in_words(fingerprint.get(key))} here" for key in told
+            )
             raise ValueError(
                 f"{self.folder} holds {len(self.blocks())} finished blocks of another run: {listed}. "
                 "Give another out, or discard them with restart (--restart)"
@@ -96,6 +103,8 @@ class RunFolder:
         if restart or differs:
             self.clear()
             self.write(self._manifest, lambda file: file.write(json.dumps(fingerprint, indent=1).encode()))
+        else:
+            fingerprint = stored  # whose numbers the finished blocks carry
         return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
     def blocks(self) -> list[Path]:
