@@ -141,7 +141,7 @@ class FittedNodes(FittedBuffers):
     They stay on the CPU wherever the network goes: nodes are placed there, and a device would have to be waited for.
     """
 
-    def __init__(self, nodes: NodeDensity, calibration: Tensor, scales: tuple[float, float] = (1.0, 1.0)):
+    def __init__(self, nodes: NodeDensity, calibration: Tensor, scales: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
         self.register_buffer("edges", nodes.edges)
         self.register_buffer("share", nodes.share)

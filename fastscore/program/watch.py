@@ -64,7 +64,7 @@ class Tensors(NamedTuple):
 class _Dicts:
     """Whole dicts, whose names and objects are compared in a row, in under a microsecond each."""
 
-    def __init__(self, spaces: list[Space]):
+    def __init__(self, spaces: list[Space]) -> None:
         self.now, self.sizes = [s.now for s in spaces], [s.size for s in spaces]
         self.keys, self.values = ([*chain(*each)] for each in ((s.keys for s in spaces), (s.values for s in spaces)))
 
@@ -81,7 +81,7 @@ class _Dicts:
 class Watch:
     """What was added to it, as it is now."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.spaces: list[Space] = []
         self.tensors: list[Tensors] = []
         self._hollow: list[Mapping] = []  # empty dicts, most of which are a layer's hooks
