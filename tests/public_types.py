@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import fastscore as fs
-from fastscore import transforms
+from fastscore import adapters, transforms
 
 
 def of_densities(model: nn.Module, x: Tensor, labels: Tensor) -> None:
@@ -58,3 +58,11 @@ def that_is_wrong(model: nn.Module, x: Tensor) -> None:
     fs.DiffusionLoss(model)  # pyright: ignore[reportCallIssue]
     fs.ScoreDensity(model, "vp", "eps")  # pyright: ignore[reportArgumentType]
     fs.ScoreDensity(model, fs.VP(), "eps").estimate(x, nfe="many")  # pyright: ignore[reportArgumentType]
+
+
+def of_adapters(model: nn.Module) -> None:
+    assert_type(adapters.from_edm(model, nfe=32), fs.ScoreDensity)
+    assert_type(adapters.from_diffusers(model, object()), fs.ScoreDensity)
+    assert_type(adapters.from_k_diffusion(model), fs.ScoreDensity)
+    assert_type(adapters.from_flow_matching(model), fs.ScoreDensity)
+    adapters.from_edm(model, 3, 4, 5)  # pyright: ignore[reportCallIssue]

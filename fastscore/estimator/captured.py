@@ -104,8 +104,10 @@ class CapturedDensity:
         return CapturedEstimate((log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr)
 
     def _capture(self, samples: Samples, wanted: Wanted) -> tuple[Replay, Plan]:
-        """Return the replay and the plan of a call; a network that reads other memory, or was traced anew, is captured
-        again."""
+        """Return the replay and the plan of a call.
+
+        A network that reads other memory, or was traced anew, is captured again.
+        """
         core = self.core
         network = replace(network_of(core), log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)

@@ -313,7 +313,7 @@ class DDPM(Schedule):
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
-        """beta linear in t, the choice of DDPM."""
+        """Return the table with beta linear in t, the choice of DDPM."""
         return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"))
 
     @classmethod

@@ -193,6 +193,7 @@ def _bytes_in(tensor: Tensor) -> bytes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
+    """Return by name what a trace depends on of each tensor beside its numbers."""
     return tuple((name, *_LOOK(v)) for name, v in tensors.items() if v is not None)
 
 
