@@ -23,6 +23,7 @@ test: lint
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 # A source distribution, and the wheel with CUDA kernels that is built from it for this Python; auditwheel names the

@@ -71,13 +71,15 @@ for _kind in (value for name, value in list(globals().items()) if name in __all_
         _kind.__init__.__doc__ = _kind.__doc__  # else help() shows that of nn.Module
 
 
-def __getattr__(name: str) -> object:
-    """Import what reads and writes files when somebody asks for it."""
-    if name == "evaluate_dataset":
-        from .runs import evaluate_dataset
+if not TYPE_CHECKING:  # a checker would take every other name for one that is there
 
-        return evaluate_dataset
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        """Import what reads and writes files when somebody asks for it."""
+        if name == "evaluate_dataset":
+            from .runs import evaluate_dataset
+
+            return evaluate_dataset
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

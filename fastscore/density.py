@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class ScoreDensity(NetworkDensity):
         backend: str = "auto",
         time_dtype: torch.dtype | None = None,
         program: bool | str = "auto",
-    ):
+    ) -> None:
         super().__init__()
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
@@ -131,8 +132,8 @@ class ScoreDensity(NetworkDensity):
         sample_index: Tensor | None = None,
         mask: Tensor | None = None,
         memory: int | str | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> Tensor:
         r"""Return log p(x) in nats, shape (B,), differentiable with respect to x and the network's parameters.
 
@@ -174,8 +175,8 @@ class ScoreDensity(NetworkDensity):
         max_nfe: int = 16384,
         memory: int | str | None = None,
         progress: bool | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> Estimate:
         r"""Return log p(x) with its standard error and an account of the other errors.
 
@@ -252,8 +253,8 @@ class ScoreDensity(NetworkDensity):
     def compare(
         self,
         x: Tensor,
-        cond_a: dict,
-        cond_b: dict,
+        cond_a: dict[str, Any],
+        cond_b: dict[str, Any],
         *,
         nfe: int | None = None,
         seed: int = 0,
@@ -302,8 +303,8 @@ class ScoreDensity(NetworkDensity):
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> ScoreDensity:
         """Fit the reference density and the nodes to data, and calibrate low-discrepancy noise; return self.
 
@@ -357,7 +358,7 @@ class ScoreDensity(NetworkDensity):
             warn_if_worse_than_reference(fitted.nodes, samples)
         return self
 
-    def _chosen(self, data: Tensor, seed: int, cond: dict, mask: Tensor | None) -> Samples:
+    def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
         check_batch(data)
         chosen = choose(len(data), whole("seed", seed))

@@ -36,7 +36,7 @@ class LogDensity(Callback):
         ValueError: if `every` is less than 1.
     """
 
-    def __init__(self, metric: NegativeLogLikelihood, unpack: Callable | None = None, every: int = 1):
+    def __init__(self, metric: NegativeLogLikelihood, unpack: Callable | None = None, every: int = 1) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 epoch, got {every}")
         self.metric, self.unpack, self.every = metric, unpack or _first, every

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class NegativeLogLikelihood(Metric):
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, density: Density, nfe: int | None = None, seed: int = 0, **options):
+    def __init__(self, density: Density, nfe: int | None = None, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self._density = (check_density(density),)  # in a tuple, or it would become a submodule
         self.nfe, self.seed = nfe, seed
@@ -89,8 +90,8 @@ class NegativeLogLikelihood(Metric):
         *,
         sample_index: Tensor | None = None,
         mask: Tensor | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> None:
         """Take in a batch, shape (B, *shape), evaluated in eval mode.
 
@@ -121,7 +122,7 @@ class NegativeLogLikelihood(Metric):
         if mask is None:
             self.dims = torch.full_like(self.dims, found.dims)
 
-    def forward(self, x: Tensor, **options) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, **options: Any) -> dict[str, Tensor]:
         """Take in a batch and return the values of that batch on this process alone."""
         before = [state.clone() for state in self._sums()]
         self.update(x, **options)
@@ -188,8 +189,8 @@ class BitsPerDim(NegativeLogLikelihood):
         high: float = 1.0,
         nfe: int | None = None,
         seed: int = 0,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__(density, nfe, seed, **options)
         log_width(bins, low, high)  # raises
         self.levels, self._told = (bins, low, high), bins is None

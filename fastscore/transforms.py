@@ -51,7 +51,7 @@ class Logit(Transform):
 
     domain, bijective, sign = constraints.real, True, 1
 
-    def __init__(self, low: float = 0.0, high: float = 1.0):
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         if not high > low:
             raise ValueError(f"Logit needs high > low, got low={low}, high={high}")
@@ -64,7 +64,7 @@ class Logit(Transform):
     def _inverse(self, x):
         return torch.log(x - self.low) - torch.log(self.high - x)
 
-    def log_abs_det_jacobian(self, z, x):
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         width = torch.log(z.new_tensor(self.high - self.low))
         return width + torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)
 
@@ -85,7 +85,7 @@ class Whitening(Transform):
 
     bijective = True
 
-    def __init__(self, mean: Tensor, basis: Tensor, std: Tensor):
+    def __init__(self, mean: Tensor, basis: Tensor, std: Tensor) -> None:
         super().__init__()
         d = mean.numel()
         if basis.shape != (d, d) or std.shape != (d,):
@@ -115,7 +115,7 @@ class Whitening(Transform):
         flat = (x - self.mean.to(x)).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std.to(x)
         return flat.unflatten(-1, self.mean.shape)
 
-    def log_abs_det_jacobian(self, z, x):
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         return self.std.log().sum().expand(z.shape[: z.ndim - self.mean.ndim])
 
 

@@ -100,6 +100,7 @@ def cuda_environment(cuda_wheel, tmp_path_factory):
 def sources():
     """Return what a pure wheel holds beside its metadata."""
     found = {f"fastscore/{path.relative_to(ROOT / 'fastscore')}" for path in (ROOT / "fastscore").rglob("*.py")}
+    found.add("fastscore/py.typed")
     found |= {f"fastscore/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {"fastscore/density.py", "fastscore/kernels/__init__.py"} <= found
     return found

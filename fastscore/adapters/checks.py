@@ -8,15 +8,16 @@ from functools import wraps
 
 from torch import nn
 
+from ..support.generic import Arguments, Result
 from ..support.host import kind_of
 
 
-def adapter(make: Callable) -> Callable:
+def adapter(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let an adapter refuse what `ScoreDensity` takes and the adapter itself says: network, schedule and prediction."""
     said = {"model", "schedule", "predicts"} - inspect.signature(make).parameters.keys()
 
     @wraps(make)
-    def made(*args, **options):
+    def made(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
         for name in said & options.keys():
             raise TypeError(
                 f"{name} is no option of {make.__name__}, which reads it off what else it is given; leave it out, or "

@@ -16,16 +16,16 @@ class SubVP(VP):
         Score-Based Generative Modeling through SDEs (Song et al., 2021), https://arxiv.org/abs/2011.13456
     """
 
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         root = torch.exp(0.5 * log_snr)  # alpha / sigma = alpha / (1 - alpha^2), solved for alpha
         sigma = 2 / (1 + torch.sqrt(1 + 4 * root**2))
         return root * sigma, sigma
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         loss = torch.nn.functional.softplus(-super().log_snr(t))  # -log alpha^2
         return -loss - 2 * torch.log(-torch.expm1(-loss))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         _, sigma = self.scale(as_tensor(log_snr).to(torch.float64))
         loss = -torch.log1p(-sigma)
         # The variance-preserving process has its log-SNR -log(exp(loss) - 1) at the same time.
@@ -35,22 +35,22 @@ class SubVP(VP):
 class OffsetFlow(FlowMatching):
     """Straight path with a least noise: x_t = (1 - t) x + (t + offset) eps, t in [0, 1), data at t = 0."""
 
-    def __init__(self, offset: float):
+    def __init__(self, offset: float) -> None:
         super().__init__(data_at=0)
         if not 0 < offset < 1:
             raise ValueError(f"OffsetFlow needs 0 < offset < 1, got {offset}; without one use FlowMatching(0)")
         self.offset = float(offset)
         self.time_range = (0.0, self.time_range[1])
 
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         alpha, sigma = super().scale(log_snr)
         return (1 + self.offset) * alpha, (1 + self.offset) * sigma
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         t = as_tensor(t).to(torch.float64)
         return 2 * torch.log((1 - t) / (t + self.offset))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
         return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
 

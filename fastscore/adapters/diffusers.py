@@ -11,6 +11,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
@@ -40,11 +42,11 @@ class DiffusersNet(nn.Module):
         sign: int = 1,
         argument: str = "timestep",
         output: str = "sample",
-    ):
+    ) -> None:
         super().__init__()
         self.model, self.time, self.sign, self.argument, self.output = model, time, sign, argument, output
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         offset, slope = self.time
         if self.time != (0.0, 1.0):
             t = offset + slope * t
@@ -54,7 +56,7 @@ class DiffusersNet(nn.Module):
 
 @adapter
 def from_diffusers(
-    model: nn.Module, scheduler: object | None = None, time: str | None = None, sign: int | None = None, **options
+    model: nn.Module, scheduler: object | None = None, time: str | None = None, sign: int | None = None, **options: Any
 ) -> ScoreDensity:
     """Return the density of a diffusers model (UNet2DModel, SD3Transformer2DModel, FluxTransformer2DModel, ...).
 

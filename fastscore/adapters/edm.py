@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM's sampler, where a network does not
 
 
 @adapter
-def from_edm(net: nn.Module, sigma_min: float | None = None, sigma_max: float | None = None, **options) -> ScoreDensity:
+def from_edm(
+    net: nn.Module, sigma_min: float | None = None, sigma_max: float | None = None, **options: Any
+) -> ScoreDensity:
     """Return the density of an EDM or EDM2 network, called as `net(x, sigma, class_labels=...)`.
 
     Class labels, one-hot as the network wants them, are the keyword argument `class_labels` of `log_prob` and

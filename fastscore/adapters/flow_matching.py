@@ -8,8 +8,10 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
@@ -22,36 +24,36 @@ PREDICTIONS = ("flow", "x0", "eps")
 class SchedulerClock(Schedule):
     """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time."""
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler) -> None:
         self.scheduler = scheduler
         ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
         self.time_range = tuple(float(end) for end in self.time(ends))
 
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         return self.alpha_sigma(self.time(log_snr))
 
-    def alpha_sigma(self, t):
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         at = self.scheduler(as_tensor(t).to(torch.float64))
         return at.alpha_t, at.sigma_t
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
         return 2 * torch.log(alpha / sigma)
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return self.scheduler.snr_inverse(torch.exp(0.5 * as_tensor(log_snr).to(torch.float64)))
 
-    def derivatives(self, t):
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         at = self.scheduler(as_tensor(t).to(torch.float64))
         return at.d_alpha_t, at.d_sigma_t
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"SchedulerClock({type(self.scheduler).__name__})"
 
 
 @adapter
 def from_flow_matching(
-    model: nn.Module, scheduler: object | None = None, predicts: str = "flow", **options
+    model: nn.Module, scheduler: object | None = None, predicts: str = "flow", **options: Any
 ) -> ScoreDensity:
     """Return the density of a flow_matching model, called as `model(x, t, **extras)`.
 

@@ -9,6 +9,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,18 +26,18 @@ PREDICTIONS = {"EPSILON": "eps", "START_X": "x0"}
 class OriginalTime(Constants):
     """Call the network with the original timestep of entry i, rescaled where it was trained so."""
 
-    def __init__(self, model: nn.Module, timesteps: Tensor, factor: float | None):
+    def __init__(self, model: nn.Module, timesteps: Tensor, factor: float | None) -> None:
         super().__init__()
         self.model, self.factor = model, factor
         self.register_buffer("timesteps", timesteps, persistent=False)
 
-    def forward(self, x_t: Tensor, i: Tensor, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, i: Tensor, **cond: Any) -> Tensor:
         t = self.timesteps[i]
         return self.model(x_t, t if self.factor is None else t.float() * self.factor, **cond)
 
 
 @adapter
-def from_guided_diffusion(model: nn.Module, diffusion: object, **options) -> ScoreDensity:
+def from_guided_diffusion(model: nn.Module, diffusion: object, **options: Any) -> ScoreDensity:
     """Return the density of a guided-diffusion model; class labels are the keyword argument `y`.
 
     The density is that of images scaled to [-1, 1], as the data loader gives them. A learned variance (twice the

@@ -9,6 +9,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..density import ScoreDensity
@@ -19,7 +21,9 @@ from .table_denoiser import TableDenoiser
 
 
 @adapter
-def from_k_diffusion(denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: float = 80.0, **options) -> ScoreDensity:
+def from_k_diffusion(
+    denoiser: nn.Module, sigma_min: float = 0.01, sigma_max: float = 80.0, **options: Any
+) -> ScoreDensity:
     """Return the density of a k-diffusion denoiser, called as `denoiser(x, sigma, **cond)`.
 
     Arguments:

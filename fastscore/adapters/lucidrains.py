@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,16 @@ PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 class KeptLabels(nn.Module):
     """Call a classifier-free-guidance network without dropping labels, which its `forward` does in eval mode too."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, x_t: Tensor, t: Tensor, cond_drop_prob: float = 0.0, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond_drop_prob: float = 0.0, **cond: Any) -> Tensor:
         return self.model(x_t, t, cond_drop_prob=cond_drop_prob, **cond)
 
 
 @adapter
-def from_lucidrains(diffusion: nn.Module, **options) -> Transformed:
+def from_lucidrains(diffusion: nn.Module, **options: Any) -> Transformed:
     """Return the density of a `GaussianDiffusion` (also 1D, learned-variance or classifier-free-guidance ones).
 
     Conditions such as `classes` are keyword arguments of `log_prob` and `estimate`. Labels are never dropped and no

@@ -10,6 +10,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ SEVERAL = (
 class SbiNet(Constants):
     """Call a vector field estimator as `model(theta_t, t, condition=x)`; x is shared unless a call gives its own."""
 
-    def __init__(self, estimator: nn.Module, x: Tensor | None):
+    def __init__(self, estimator: nn.Module, x: Tensor | None) -> None:
         super().__init__()
         self.estimator = estimator
         self.register_buffer("x", x, persistent=False)
@@ -55,7 +57,7 @@ class SbiNet(Constants):
 
 
 @adapter
-def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options) -> Transformed:
+def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> Transformed:
     """Return the density log p(theta | x) of an sbi vector field estimator, in the parameters' own units.
 
     Arguments:

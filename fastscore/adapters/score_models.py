@@ -6,6 +6,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
@@ -16,7 +18,7 @@ from .checks import adapter, expect, expect_attributes, expect_module
 class TimeFirst(nn.Module):
     """Call `score(t, x, condition)`; conditions go by position there, so there is one name for them here."""
 
-    def __init__(self, score_model: nn.Module):
+    def __init__(self, score_model: nn.Module) -> None:
         super().__init__()
         self.score_model = score_model
 
@@ -26,7 +28,7 @@ class TimeFirst(nn.Module):
 
 
 @adapter
-def from_score_models(score_model: nn.Module, **options) -> ScoreDensity:
+def from_score_models(score_model: nn.Module, **options: Any) -> ScoreDensity:
     """Return the density of a score_models `ScoreModel`; a condition is the keyword argument `condition`.
 
     Arguments:

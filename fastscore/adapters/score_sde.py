@@ -13,6 +13,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,22 +31,22 @@ LABELS = 999  # of continuous times, whatever N is
 class TimesLabels(nn.Module):
     """Call the network with 999 t."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         return self.model(x_t, t * LABELS, **cond)
 
 
 class SigmaLabels(nn.Module):
     """Call the network with sigma_t = sigma_min (sigma_max / sigma_min)^t."""
 
-    def __init__(self, model: nn.Module, sigma_min: float, sigma_max: float):
+    def __init__(self, model: nn.Module, sigma_min: float, sigma_max: float) -> None:
         super().__init__()
         self.model, self.sigma_min, self.sigma_max = model, sigma_min, sigma_max
 
-    def forward(self, x_t: Tensor, t: Tensor, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         return self.model(x_t, self.sigma_min * (self.sigma_max / self.sigma_min) ** t, **cond)
 
 
@@ -54,18 +56,18 @@ class NoisiestFirst(Constants):
     x_t comes variance-preserving from the table, and goes as x + sigma eps.
     """
 
-    def __init__(self, model: nn.Module, sigmas: Tensor):
+    def __init__(self, model: nn.Module, sigmas: Tensor) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("sigmas", sigmas, persistent=False)
 
-    def forward(self, x_t: Tensor, i: Tensor, **cond) -> Tensor:
+    def forward(self, x_t: Tensor, i: Tensor, **cond: Any) -> Tensor:
         sigma = self.sigmas[i].to(x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1))
         return -sigma * self.model(x_t * (1 + sigma**2).sqrt(), len(self.sigmas) - 1 - i, **cond)
 
 
 @adapter
-def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **options) -> ScoreDensity:
+def from_score_sde(model: nn.Module, sde: object, continuous: bool = True, **options: Any) -> ScoreDensity:
     """Return the density of a score_sde network under its SDE.
 
     The density is that of the network's data: where the configuration says `centered`, images in [0, 1] come to it as

@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class DiffusionClassifier(nn.Module):
         >>> found.prediction, found.topk(3), found.nfe
     """
 
-    def __init__(self, density: Density, classes: dict[str, object], prior: Tensor | None = None):
+    def __init__(self, density: Density, classes: dict[str, object], prior: Tensor | None = None) -> None:
         super().__init__()
         self.density = check_density(density)
         self.classes = _check_classes(classes)
@@ -94,8 +95,8 @@ class DiffusionClassifier(nn.Module):
         seed: int = 0,
         memory: int | str | None = None,
         progress: bool | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> DiffusionClassifier:
         """Place the nodes where the two likeliest classes of a sample differ most noisily; return self.
 
@@ -147,8 +148,8 @@ class DiffusionClassifier(nn.Module):
         mask: Tensor | None = None,
         memory: int | str | None = None,
         progress: bool | None = None,
-        cond: dict | None = None,
-        **named,
+        cond: dict[str, Any] | None = None,
+        **named: Any,
     ) -> Classification:
         """Return p(y | x) of every class with its error.
 
@@ -231,7 +232,7 @@ class DiffusionClassifier(nn.Module):
         seed: int,
         index: Tensor | None,
         memory: int | str | None,
-        cond: dict,
+        cond: dict[str, Any],
         mask: Tensor | None,
     ) -> tuple[Samples, Tensor, Chunks]:
         """Check the data with the first class; return what the network sees, log|det dx/dz|, and half of the memory."""

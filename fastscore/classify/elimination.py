@@ -65,7 +65,7 @@ class Classification:
         log_posterior, classes = self.log_posterior.topk(k, dim=1)
         return log_posterior.exp(), classes
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         samples, classes = self.active.shape
         return (
             f"Classification({samples} samples, {classes} classes, {float(self.nfe.double().mean()):.0f} evaluations "
@@ -81,7 +81,7 @@ class Rounds:
         nfe: network evaluations spent on each sample, int64, shape (B,).
     """
 
-    def __init__(self, log_prior: Tensor, samples: int):
+    def __init__(self, log_prior: Tensor, samples: int) -> None:
         self.log_prior = log_prior
         self.active = torch.ones(samples, len(log_prior), dtype=torch.bool, device=log_prior.device)
         self.nfe = torch.zeros(samples, dtype=torch.int64, device=log_prior.device)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -98,7 +99,7 @@ def evaluate(
     fit_cond: tuple[str, ...],
     mask: str | None,
     fit_mask: str | None,
-    **options,
+    **options: Any,
 ) -> None:
     """Write the log-density of every sample of DATA under MODEL to a file.
 

@@ -17,7 +17,7 @@ LEARNING_RATE = 2e-3
 class ScoreMLP(nn.Module):
     """A residual network of SiLU layers with sines and cosines of the log-SNR at the input."""
 
-    def __init__(self, d: int, width: int, dropout: float = 0.0):
+    def __init__(self, d: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.register_buffer("frequency", 2.0 ** torch.arange(-3, 3))
         self.time = nn.Linear(2 * len(self.frequency), width)

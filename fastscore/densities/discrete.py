@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Levels:
     first: float = -1.0
     last: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole("bins", self.bins)
         if self.bins < 2 or not self.last > self.first:
             raise ValueError(f"Levels needs bins >= 2 and last > first, got {self}")
@@ -116,7 +117,7 @@ class Levels:
 
 
 def discrete_log_prob(
-    density: Density, k: Tensor, levels: Levels, *, mask: Tensor | None = None, **options
+    density: Density, k: Tensor, levels: Levels, *, mask: Tensor | None = None, **options: Any
 ) -> Estimate:
     r"""Return a lower bound of log P(k) in nats for levels k, with its standard error.
 

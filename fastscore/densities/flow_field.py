@@ -67,7 +67,7 @@ class Field:
         signs: Tensor | None,
         ends: tuple[float, float],
         scale: float,
-    ):
+    ) -> None:
         self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
         self.learned = learned(density, samples)
         self.reference = density.reference.scaled(1 / scale)

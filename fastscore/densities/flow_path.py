@@ -29,7 +29,7 @@ class Course(NamedTuple):
 class Flow:
     """The integral for some samples, by one solver or another; log-densities are (B, columns), a column a probe."""
 
-    def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int):
+    def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int) -> None:
         self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
         lo, hi = density.log_snr_range
         smallest, largest = density.reference.scales()

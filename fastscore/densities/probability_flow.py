@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class FlowLogProb(NamedTuple):
     discretization: Tensor
     truncation: Tensor
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         known = self.log_prob.isfinite()
         none = int((~known).sum())
         parts = [f"{len(known)} samples" + (f", {none} of them NaN" if none else "")]
@@ -105,8 +105,8 @@ def probability_flow_log_prob(
     rtol: float | None = None,
     atol: float | None = None,
     mask: Tensor | None = None,
-    cond: dict | None = None,
-    **named,
+    cond: dict[str, Any] | None = None,
+    **named: Any,
 ) -> FlowLogProb:
     """Return the log-density of the probability-flow ODE, nats, differentiable in x, conditions and parameters.
 

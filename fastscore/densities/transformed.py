@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Transformed(Density):
         >>> Transformed(density, zscore(mean, std)).fit(train).log_prob(x)
     """
 
-    def __init__(self, density: Density, transform: Transform):
+    def __init__(self, density: Density, transform: Transform) -> None:
         super().__init__()
         if check_density(density).subspace:
             raise ValueError(
@@ -76,7 +77,7 @@ class Transformed(Density):
         return self.density.core
 
     @differentiable
-    def log_prob(self, x: Tensor, *, mask: Tensor | None = None, **options) -> Tensor:
+    def log_prob(self, x: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
 
         Arguments:
@@ -92,7 +93,7 @@ class Transformed(Density):
 
     @ordinary
     @torch.no_grad()
-    def estimate(self, x: Tensor, *, mask: Tensor | None = None, **options) -> Estimate:
+    def estimate(self, x: Tensor, *, mask: Tensor | None = None, **options: Any) -> Estimate:
         """Return log p(x) with its standard error; arguments as in `ScoreDensity.estimate`.
 
         `bits_per_dim(bins, low, high)` of the result takes low and high in the user's space. The curve over log-SNR
@@ -105,11 +106,13 @@ class Transformed(Density):
         found = self.core.estimate(z, mask=mask, **options)
         return replace(found, log_prob=(found.log_prob.double() - log_det).to(found.log_prob.dtype))
 
-    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, *, mask: Tensor | None = None, **options) -> Comparison:
+    def compare(
+        self, x: Tensor, cond_a: dict[str, Any], cond_b: dict[str, Any], *, mask: Tensor | None = None, **options: Any
+    ) -> Comparison:
         """Return log p(x | a) - log p(x | b): the determinant cancels. As in `ScoreDensity.compare`."""
         return self.core.compare(self.to_network(x, mask)[0], cond_a, cond_b, mask=mask, **options)
 
-    def fit(self, data: Tensor, *, mask: Tensor | None = None, **options) -> Transformed:
+    def fit(self, data: Tensor, *, mask: Tensor | None = None, **options: Any) -> Transformed:
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
         # In batches through the device of the network, which the data may not fit.
         device = model_device(self.core.model, data.device)

@@ -17,7 +17,7 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class ZeroMeanDensity(Density):
     subspace = "centred positions"
 
     @must_say_what_it_predicts
-    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str, **options):
+    def __init__(self, model: nn.Module, schedule: Schedule, predicts: str, **options: Any) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a Module")
@@ -81,7 +81,9 @@ class ZeroMeanDensity(Density):
         return self.density
 
     @differentiable
-    def log_prob(self, x: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> Tensor:
+    def log_prob(
+        self, x: Tensor, *, mask: Tensor | None = None, cond: dict[str, Any] | None = None, **options: Any
+    ) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable in x and the network's parameters.
 
         Arguments:
@@ -95,18 +97,24 @@ class ZeroMeanDensity(Density):
         return self.density.log_prob(z, **given, **options)
 
     @ordinary
-    def estimate(self, x: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> Estimate:
+    def estimate(
+        self, x: Tensor, *, mask: Tensor | None = None, cond: dict[str, Any] | None = None, **options: Any
+    ) -> Estimate:
         """Return log p(x) with its standard error; `dims` are (n - 1) D. Arguments and errors as in `log_prob`."""
         z, given = self.coordinates(x, mask, cond)
         return self.density.estimate(z, **given, **options)
 
-    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, *, mask: Tensor | None = None, **options) -> Comparison:
+    def compare(
+        self, x: Tensor, cond_a: dict[str, Any], cond_b: dict[str, Any], *, mask: Tensor | None = None, **options: Any
+    ) -> Comparison:
         """Return log p(x | a) - log p(x | b), as `ScoreDensity.compare`."""
         z, given = self.coordinates(x, mask, cond_a)
         _, other = self.network_arguments(x, mask, merged(cond_b, {}))
         return self.density.compare(z, given["cond"], other, mask=given["mask"], **options)
 
-    def fit(self, data: Tensor, *, mask: Tensor | None = None, cond: dict | None = None, **options) -> ZeroMeanDensity:
+    def fit(
+        self, data: Tensor, *, mask: Tensor | None = None, cond: dict[str, Any] | None = None, **options: Any
+    ) -> ZeroMeanDensity:
         """Fit the reference and the nodes to centred positions, as `ScoreDensity.fit`; return self."""
         z, given = self.coordinates(data, mask, cond)
         self.density.fit(z, **given, **options)
@@ -156,7 +164,7 @@ class ZeroMeanDensity(Density):
         return places.counted, merged(cond, {"_order": per_sample(places.order), "_atoms": per_sample(places.atoms)})
 
     def coordinates(
-        self, x: Tensor, mask: Tensor | None = None, cond: dict | None = None
+        self, x: Tensor, mask: Tensor | None = None, cond: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, object]]:
         """Return z and the keyword arguments mask and cond that `self.density` takes with it.
 
@@ -197,12 +205,12 @@ class _Places(NamedTuple):
 class _OfCoordinates(nn.Module):
     """A network of positions as one of coordinates: H^T f(H z, t)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, z: Tensor, t: Tensor, *, _order: Tensor | None = None, _atoms: Tensor | None = None, **cond
+        self, z: Tensor, t: Tensor, *, _order: Tensor | None = None, _atoms: Tensor | None = None, **cond: Any
     ) -> Tensor:
         """Arguments: where the atoms stand, as in `_Places`, both (rows, M); without them all places have one."""
         basis = helmert(z.shape[1] + 1, z.device).to(z.dtype)

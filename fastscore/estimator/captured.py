@@ -11,7 +11,7 @@ step between two calls counts; what `fit` learned is fixed at capture.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class CapturedEstimate(NamedTuple):
     log_prob: Tensor
     stderr: Tensor
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         mean, own = (float(each.double().mean()) for each in self)
         return f"CapturedEstimate({len(self.log_prob)} samples, log_prob {mean:.4g} nats, stderr {own:.2g} per sample)"
 
@@ -67,9 +67,9 @@ class CapturedDensity:
         sample_index: Tensor | None = None,
         mask: Tensor | None = None,
         memory: int | str | None = None,
-        cond: dict | None = None,
-        **named,
-    ):
+        cond: dict[str, Any] | None = None,
+        **named: Any,
+    ) -> None:
         z, _ = check_density(density).to_network(x, mask)
         own_mask, cond = density.network_arguments(x, mask, cond)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
@@ -104,8 +104,10 @@ class CapturedDensity:
         return CapturedEstimate((log_prob.double() - log_det.to(samples.device)).to(log_prob.dtype), stderr)
 
     def _capture(self, samples: Samples, wanted: Wanted) -> tuple[Replay, Plan]:
-        """Return the replay and the plan of a call; a network that reads other memory, or was traced anew, is captured
-        again."""
+        """Return the replay and the plan of a call.
+
+        A network that reads other memory, or was traced anew, is captured again.
+        """
         core = self.core
         network = replace(network_of(core), log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)

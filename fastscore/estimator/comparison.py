@@ -32,7 +32,7 @@ class Comparison:
         """Return the batch mean of the difference and its standard error as an estimate of the data's, nats."""
         return GroupSums.of(self.difference, self.jump, self.group).told()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         mean, error = self.mean()
         return (
             f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "

@@ -98,7 +98,7 @@ class Estimate:
             faults=Faults.joined(part.faults for part in parts),
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimate to a .npz file, whole or not at all, in the place of one that is there.
 
         Raises:
@@ -113,7 +113,7 @@ class Estimate:
         write_arrays(path, to_arrays(self))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Estimate:
+    def load(cls, path: str | os.PathLike[str]) -> Estimate:
         """Return the estimate in a file of `save`, equal to the bit, on the CPU; nothing in the file is executed.
 
         Raises:
@@ -208,7 +208,7 @@ class Estimate:
         least, most = (self.dims, self.dims) if isinstance(self.dims, int) else map(int, self.dims.aminmax())
         return f"{most}" if least == most else f"{least} to {most}"
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         mean, error = self.mean()
         nfe = float(self.nfe.double().mean())
         return (

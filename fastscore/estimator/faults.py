@@ -20,7 +20,7 @@ class Faults:
         curve_sum: sums of the integrand over the samples, which say at which log-SNR a fault arose.
     """
 
-    def __init__(self, samples: Samples, value: Tensor, curve_sum: CurveSum):
+    def __init__(self, samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
         self._open = [(samples, value, curve_sum)]
 
     @classmethod

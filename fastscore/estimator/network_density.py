@@ -6,6 +6,8 @@ and people who make one should not find them there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -145,7 +147,7 @@ def prepare(
     seed: int,
     sample_index: Tensor | None,
     memory: int | str | None,
-    cond: dict,
+    cond: dict[str, Any],
     mask: Tensor | None = None,
 ) -> tuple[Samples, Plan, tuple[RowProgram | None, ...]]:
     """Check the data and plan an estimate with method "density"; arguments as in `ScoreDensity.estimate`.

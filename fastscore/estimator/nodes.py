@@ -150,7 +150,7 @@ class FittedNodes(FittedBuffers):
         calibration: Tensor,
         scales: tuple[float, float] = (1.0, 1.0),
         gaussian: NodeDensity | None = None,
-    ):
+    ) -> None:
         super().__init__()
         gaussian = nodes if gaussian is None else gaussian
         self.register_buffer("edges", nodes.edges)

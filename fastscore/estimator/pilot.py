@@ -229,8 +229,11 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
 
 
 def odd_points(samples: Samples, seed: int) -> Samples:
-    """Return samples that are not like the data: a third between two of them, a third further out than they are, and
-    a third with noise of their own size added. Each keeps the conditions and the index of the sample that it was."""
+    """Return samples that are not like the data.
+
+    A third lies between two of them, a third further out than they are, and a third has noise of their own size added.
+    Each keeps the conditions and the index of the sample that it was.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = samples.x
     other = x[torch.randperm(len(x), generator=generator, device="cpu").to(x.device)]

@@ -55,7 +55,7 @@ class Plan:
 
     def __init__(
         self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None, like: Plan | None = None
-    ):
+    ) -> None:
         self.network, self.draws, self.chunks, self.family = network, draws, chunks, family
         self._rules: dict[int, tuple[Rule, EndTable]] = {}
         self._joint: tuple[Layout, Rule, EndTable] | None = None

@@ -56,12 +56,12 @@ class Planner:
     of a density makes its own.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._costs: WeakKeyDictionary[nn.Module, dict[Hashable, RowCost]] = WeakKeyDictionary()
         self._asked: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Planner, ()
 
     def plan(

@@ -13,7 +13,7 @@ dimensions than x, where mask and conditions of the network are others too (`net
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -67,19 +67,19 @@ class Density(nn.Module, ABC):
         return mask, cond
 
     @abstractmethod
-    def log_prob(self, x: Tensor, **options) -> Tensor:
+    def log_prob(self, x: Tensor, **options: Any) -> Tensor:
         """Return log p(x) in nats, shape (B,), differentiable; options as in `ScoreDensity.log_prob`."""
 
     @abstractmethod
-    def estimate(self, x: Tensor, **options) -> Estimate:
+    def estimate(self, x: Tensor, **options: Any) -> Estimate:
         """Return log p(x) with its standard error; options as in `ScoreDensity.estimate`."""
 
     @abstractmethod
-    def compare(self, x: Tensor, cond_a: dict, cond_b: dict, **options) -> Comparison:
+    def compare(self, x: Tensor, cond_a: dict[str, Any], cond_b: dict[str, Any], **options: Any) -> Comparison:
         """Return log p(x | a) - log p(x | b), paired; options as in `ScoreDensity.compare`."""
 
     @abstractmethod
-    def fit(self: Self, data: Tensor, **options) -> Self:
+    def fit(self: Self, data: Tensor, **options: Any) -> Self:
         """Fit reference and nodes to data of the user's space, in place; options as in `ScoreDensity.fit`."""
 
     @abstractmethod

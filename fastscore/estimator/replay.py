@@ -44,7 +44,7 @@ class Replay:
         plan: of the first seed.
     """
 
-    def __init__(self, estimator: Estimator, samples: Samples, plan: Plan):
+    def __init__(self, estimator: Estimator, samples: Samples, plan: Plan) -> None:
         self.estimator, self.model, self.graph, self.nbytes = estimator, estimator.network.model, None, 0
         if samples.x.is_cuda:
             self.samples = replace(samples, x=samples.x.clone(), conds=tuple(cond.copy() for cond in samples.conds))
@@ -104,12 +104,12 @@ class Replays:
         reason: why the last call ran by itself; None if it was replayed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, Replay | str] = OrderedDict()
         self._last: Last | None = None
         self.reason: str | None = None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Replays, ()
 
     def again(self, parts: tuple, samples: Samples, wanted: Wanted) -> Last | None:

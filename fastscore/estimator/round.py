@@ -23,8 +23,9 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Round:
-    """What one set of draws says of some samples: value, variances, jump, evaluations, ends, curve, offset to the
-    integral.
+    """What one set of draws says of some samples.
+
+    It says value, variances, jump, evaluations, ends, curve, and the offset to the integral.
 
     Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means,
     without the error of the nodes' shift, which `jump` says; see `fastscore.estimator.statistics`.

@@ -148,7 +148,7 @@ class Rules:
         shift: U, the common part of all shifts, in [0, 1).
     """
 
-    def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float):
+    def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float) -> None:
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
         self._middles = density.quantile(_strata(draws, 0.5))
         self.paired = density.is_paired(self._middles)
@@ -222,7 +222,7 @@ class Rules:
 class FixedRules:
     """The same rule for all samples."""
 
-    def __init__(self, rule: Rule):
+    def __init__(self, rule: Rule) -> None:
         self.rule, self.draws, self.nfe = rule, len(rule.time), rule.nfe
 
     def of(self, group: int) -> Rule:

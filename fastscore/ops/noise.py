@@ -101,7 +101,6 @@ def unit(seed: int, draw: int, stream: int) -> float:
 
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:
     """Return each sample's own words (Q, M), int32, shape (B, 2, d); `round_` renews them for further estimates."""
-
     both = range(STREAM_SHIFT, STREAM_MULTIPLIER + 1)
     if _by_kernel(sample_index.device):
         kept = 0 if kind == "sobol" else _MASK

@@ -164,8 +164,10 @@ def why_not_dx(task: Task) -> str | None:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the precision of matrix products for weights of a dtype: half ones keep theirs, float32 follows torch's
-    own switch, `torch.set_float32_matmul_precision`."""
+    """Return the precision of matrix products for weights of a dtype.
+
+    Half ones keep theirs; float32 follows torch's own switch, `torch.set_float32_matmul_precision`.
+    """
     if dtype == torch.bfloat16:
         return "emulated bf16" if interpreting() else "bf16"
     if interpreting():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..support.host import as_tensor
 from .schedules import FlowMatching
@@ -28,24 +29,24 @@ class ConditionalFlow(FlowMatching):
         https://arxiv.org/abs/2302.00482
     """
 
-    def __init__(self, sigma: float, data_at: int = 1):
+    def __init__(self, sigma: float, data_at: int = 1) -> None:
         super().__init__(data_at)
         if not 0 < sigma < 1:
             raise ValueError(f"ConditionalFlow needs 0 < sigma < 1, got {sigma}; without added noise use FlowMatching")
         self.sigma = float(sigma)
         self.time_range = float(self.data_at), self.time_range[1]
 
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         return self._parts(self._share(log_snr))
 
-    def alpha_sigma(self, t):
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self._parts(self._from_time(t))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(t)
         return 2 * torch.log(alpha / sigma)
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return self._from_time(self._share(log_snr))
 
     def _from_time(self, t):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..support.generic import Arguments, Result
 from ..support.host import dense_form, layout_of
 from ..support.structure import Leaf, Marked, Structure, flatten, is_plain
 
@@ -267,7 +268,7 @@ def _refuse_misspelt(call: str, named: Iterable[str], options: set[str], owner: 
             )
 
 
-def takes_conditions(call: Callable) -> Callable:
+def takes_conditions(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a function take the network's keyword arguments by name, in the dict `cond`, or both; it gets the dict.
 
     What has the name of one of the function's own arguments can only go in `cond`: a tensor in its place is refused.
@@ -279,7 +280,7 @@ def takes_conditions(call: Callable) -> Callable:
     places = [name for name, p in parameters.items() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
 
     @wraps(call)
-    def with_conditions(*args, **kwargs):
+    def with_conditions(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if len(args) > len(places):
             raise TypeError(
                 f"{call.__name__} takes {', '.join(places).removeprefix('self, ')} by position, got "

@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..support.generic import Arguments, Result
 from .schedules import Schedule
-
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 
 
 class Coefficients(NamedTuple):

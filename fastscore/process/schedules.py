@@ -120,16 +120,16 @@ def settings_of(schedule: Schedule) -> tuple | None:
 class LogSNR(Schedule):
     """The log-SNR itself as time, variance-preserving, trained on [lo, hi]."""
 
-    def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL):
+    def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL) -> None:
         lo, hi = finite("lo of LogSNR", lo), finite("hi of LogSNR", hi)
         _require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
         self.lo, self.hi = lo, hi
         self.time_range = (self.hi, self.lo)
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return _float64(t)
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return _float64(log_snr)
 
 
@@ -143,10 +143,10 @@ class LiYan(Schedule):
     # float64 times whose log-SNR is the ceiling and the floor; t = 0 and t = 1 are at infinity.
     time_range = (1 / (1 + math.exp(LOG_SNR_CEIL)), 1 / (1 + math.exp(LOG_SNR_FLOOR)))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return -torch.logit(_float64(t))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-_float64(log_snr))
 
 
@@ -159,17 +159,17 @@ class VP(Schedule):
 
     time_range = (1e-5, 1.0)
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         beta_min, beta_max = finite("beta_min of VP", beta_min), finite("beta_max of VP", beta_max)
         _require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min:g}, {beta_max:g}")
         self.beta_min, self.beta_max = beta_min, beta_max
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         t = _float64(t)
         loss = 0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t  # -log alpha^2
         return -torch.log(torch.expm1(loss))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         loss = torch.nn.functional.softplus(-_float64(log_snr))
         slope = self.beta_max - self.beta_min
         # The stable root of the quadratic: no cancellation as t -> 0.
@@ -185,15 +185,15 @@ class Cosine(Schedule):
 
     time_range = tuple(2 / math.pi * math.atan(math.exp(-end / 2)) for end in (LOG_SNR_CEIL, LOG_SNR_FLOOR))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return -2 * torch.log(torch.tan(0.5 * math.pi * _float64(t)))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(-0.5 * _float64(log_snr)))
 
 
 class _Exploding(Schedule):
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         return torch.ones_like(log_snr), torch.exp(-0.5 * log_snr)
 
 
@@ -206,15 +206,15 @@ class VE(_Exploding):
 
     time_range = (0.0, 1.0)
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = _sigmas("VE", sigma_min, sigma_max)
         if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
             self.data_std = math.sqrt(sigma_min * sigma_max)
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (math.log(self.sigma_min) + _float64(t) * math.log(self.sigma_max / self.sigma_min))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return (-0.5 * _float64(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
 
@@ -225,16 +225,16 @@ class EDM(_Exploding):
         Elucidating the Design Space of Diffusion Models (Karras et al., 2022), https://arxiv.org/abs/2206.00364
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
         self.sigma_min, self.sigma_max = _sigmas("EDM", sigma_min, sigma_max)
         self.sigma_data = positive("sigma_data of EDM", sigma_data, "in units of the data")
         self.time_range = (self.sigma_min, self.sigma_max)
         self.data_std = self.sigma_data
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return -2 * torch.log(_float64(t))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-0.5 * _float64(log_snr))
 
 
@@ -249,7 +249,7 @@ class FlowMatching(Schedule):
         Flow Matching for Generative Modeling (Lipman et al., 2023), https://arxiv.org/abs/2210.02747
     """
 
-    def __init__(self, data_at: int = 1):
+    def __init__(self, data_at: int = 1) -> None:
         _require(
             data_at in (0, 1),
             f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at}",
@@ -258,13 +258,13 @@ class FlowMatching(Schedule):
         ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
         self.time_range = ends if data_at == 1 else (1 - ends[0], 1 - ends[1])
 
-    def scale(self, log_snr):
+    def scale(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         return (2 if self.data_at == 1 else -2) * torch.logit(_float64(t))
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid((0.5 if self.data_at == 1 else -0.5) * _float64(log_snr))
 
 
@@ -285,7 +285,7 @@ class DDPM(Schedule):
 
     discrete = True
 
-    def __init__(self, alphas_cumprod: Tensor):
+    def __init__(self, alphas_cumprod: Tensor) -> None:
         table = _float64(alphas_cumprod).detach().cpu().clone()
         _require(
             table.ndim == 1 and len(table) >= 2,
@@ -313,7 +313,7 @@ class DDPM(Schedule):
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
-        """beta linear in t, the choice of DDPM."""
+        """Return the table with beta linear in t, the choice of DDPM."""
         return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"))
 
     @classmethod
@@ -329,7 +329,7 @@ class DDPM(Schedule):
         bar = torch.cos((t + shift) / (1 + shift) * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         t = as_tensor(t)
         index = t.cpu()
         if index.is_floating_point() and bool((index != index.round()).any()):
@@ -350,18 +350,18 @@ class DDPM(Schedule):
         )
         return self.table
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         """Return the nearest timestep, int64."""
         rising = self.entries().flip(0).contiguous()
         middles = (rising[1:] + rising[:-1]) / 2
         log_snr = _float64(log_snr)
         return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)
 
-    def range_for(self, smallest, largest):
+    def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
         # The whole table counts, and nothing but it: a discrete network has no other nodes to offer.
         return float(self.table[-1]), float(self.table[0])
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lo, hi = self.log_snr_range
         return f"DDPM({len(self.table)} timesteps, log-SNR {lo:.2f} to {hi:.2f})"
 

@@ -35,13 +35,13 @@ class ContinuousDDPM(Schedule):
         >>> ScoreDensity(model, ContinuousDDPM(DDPM.linear(1000)), "eps")  # model takes t = 12.5
     """
 
-    def __init__(self, table: DDPM):
+    def __init__(self, table: DDPM) -> None:
         if not isinstance(table, DDPM):
             raise TypeError(f"table must be a DDPM such as DDPM.linear(1000), got {type(table).__name__}")
         self.table, self.time_range = table.entries(), table.time_range
         self.slope = _monotone_slopes(self.table.diff())
 
-    def log_snr(self, t):
+    def log_snr(self, t: Tensor) -> Tensor:
         t = as_tensor(t).to(torch.float64)
         last = self.time_range[1]
         if t.numel() and not bool(((t >= 0) & (t <= last)).all()):
@@ -49,7 +49,7 @@ class ContinuousDDPM(Schedule):
         cell = t.detach().floor().clamp(max=last - 1).long()
         return self._in_cell(cell, t - cell)
 
-    def time(self, log_snr):
+    def time(self, log_snr: Tensor) -> Tensor:
         log_snr = as_tensor(log_snr).to(torch.float64)
         flat = log_snr.detach().reshape(-1).cpu()
         below = torch.searchsorted(self.table.flip(0).contiguous(), flat)  # entries with a lower log-SNR
@@ -61,7 +61,7 @@ class ContinuousDDPM(Schedule):
         u = torch.where(flat >= self.table[cell], 0.0, torch.where(flat <= self.table[cell + 1], 1.0, u))  # entries
         return (cell + u).reshape(log_snr.shape).to(log_snr.device)
 
-    def range_for(self, smallest, largest):
+    def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
         return float(self.table[-1]), float(self.table[0])  # as the table's own: the network knows no other
 
     def _in_cell(self, cell: Tensor, u: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ContinuousDDPM(Schedule):
         rise = last - first
         return first + u * (at_first + u * (3 * rise - 2 * at_first - at_last + u * (at_first + at_last - 2 * rise)))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lo, hi = self.log_snr_range
         return f"ContinuousDDPM({len(self.table)} timesteps, log-SNR {lo:.2f} to {hi:.2f})"
 

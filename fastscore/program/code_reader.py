@@ -108,7 +108,7 @@ class _Names:
 class _Reader:
     """Follows names from the layers on until nothing new is reached."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.watch, layers = Watch(), tuple(model.modules())
         self.watch.reading("a layer", "class", lambda: (*map(type, layers), *map(vars, layers)))
         self.words: set[str] = {"forward"}  # names in the code that was reached

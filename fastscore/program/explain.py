@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,12 @@ EXAMPLE_TIMES = 4
 @takes_conditions
 @torch.no_grad()
 def explain(
-    model: nn.Module, shape: tuple[int, ...], schedule: Schedule | None = None, *, cond: dict | None = None, **named
+    model: nn.Module,
+    shape: tuple[int, ...],
+    schedule: Schedule | None = None,
+    *,
+    cond: dict[str, Any] | None = None,
+    **named: Any,
 ) -> str:
     """Return a network's row program, one instruction a line, or the reason why there is none.
 

@@ -34,7 +34,7 @@ class Hoisted:
         outputs: the nodes wanted.
     """
 
-    def __init__(self, traced: Traced, outputs: list[fx.Node]):
+    def __init__(self, traced: Traced, outputs: list[fx.Node]) -> None:
         self.leaves, self.outputs = traced.leaves, outputs
         self._held: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {}
         needed, waiting = set(), list(outputs)

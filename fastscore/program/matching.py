@@ -43,7 +43,7 @@ def match(traced: Traced) -> Matched:
 class Matcher:
     """Makes a value of every node that depends on x, by the method `on_<operation>`."""
 
-    def __init__(self, traced: Traced):
+    def __init__(self, traced: Traced) -> None:
         self.tables = Tables(traced)
         self.values: dict[fx.Node, Value | Concat | Split] = {}
 
@@ -82,25 +82,25 @@ class Matcher:
 
     # One method an operation.
 
-    def on_same(self, node):
+    def on_same(self, node: fx.Node) -> Value | Concat:
         value, shape = self.values[node.args[0]], node.meta["val"].shape
         if math.prod(shape[1:]) != value.width or (isinstance(value, Concat) and shape[-1] != value.width):
             raise refuse(node, "repeats x, or reshapes a concatenation")
         return value
 
-    def on_act(self, node):
+    def on_act(self, node: fx.Node) -> Value | Concat:
         return self._activate(node, Act(operation_of(node)))
 
-    def on_gelu(self, node):
+    def on_gelu(self, node: fx.Node) -> Value | Concat:
         tanh = "tanh" in (*node.args[1:], *node.kwargs.values())
         return self._activate(node, Act("gelu_tanh" if tanh else "gelu"))
 
-    def on_elu(self, node):
+    def on_elu(self, node: fx.Node) -> Value | Concat:
         if any(argument != 1 for argument in node.args[1:]):
             raise refuse(node, "only alpha = 1 is an instruction")
         return self._activate(node, Act("elu"))
 
-    def on_softplus(self, node):
+    def on_softplus(self, node: fx.Node) -> Value | Concat:
         if tuple(node.args[1:]) not in ((), (1,), (1.0, 20.0)):
             raise refuse(node, "only beta = 1 and threshold = 20 are an instruction")
         return self._activate(node, Act("softplus"))
@@ -117,7 +117,7 @@ class Matcher:
             return value._replace(parts=tuple(parts))
         return Value(self.next(act, value, node))
 
-    def on_layer_norm(self, node):
+    def on_layer_norm(self, node: fx.Node) -> Value | Concat:
         value, shape = self._plain(node, node.args[0]), node.args[1]
         if math.prod(shape) != value.core.width:
             raise refuse(node, f"norms {list(shape)} of {value.core.width} columns")
@@ -127,17 +127,17 @@ class Matcher:
         scale = 1.0 if weight is None else self.tables.of(weight, inner)
         return Value(core, scale, 0.0 if bias is None else self.tables.of(bias, inner))
 
-    def on_linear(self, node):
+    def on_linear(self, node: fx.Node) -> Value | Concat:
         x, weight, bias = (*node.args, None)[:3]
         return self._multiply(node, x, weight, bias)
 
-    def on_addmm(self, node):
+    def on_addmm(self, node: fx.Node) -> Value | Concat:
         bias, x, weight = node.args
         if node.kwargs:
             raise refuse(node, "has factors")
         return self._multiply(node, x, self._transposed(node, weight), bias)
 
-    def on_mm(self, node):
+    def on_mm(self, node: fx.Node) -> Value | Concat:
         x, weight = node.args
         return self._multiply(node, x, self._transposed(node, weight), None)
 
@@ -167,7 +167,7 @@ class Matcher:
                 product = self.tables.shifted(product, self.tables.linear(part, own, (stop - start) * out))
         return product
 
-    def on_cat(self, node, dim=0):
+    def on_cat(self, node: fx.Node, dim: int = 0) -> Concat:
         nodes, dim = (*node.args, dim)[:2]
         shape = node.meta["val"].shape
         if dim % len(shape) != len(shape) - 1 or any(size != 1 for size in shape[1:-1]):
@@ -186,10 +186,10 @@ class Matcher:
 
     on_concat = on_concatenate = on_cat
 
-    def on_hstack(self, node):
+    def on_hstack(self, node: fx.Node) -> Value | Concat:
         return self.on_cat(node, 1)
 
-    def on_add(self, node, sign=1):
+    def on_add(self, node: fx.Node, sign: int = 1) -> Value | Concat:
         a, b = node.args
         factor = sign * node.kwargs.get("alpha", 1)
         if self._depends(a) and self._depends(b):
@@ -198,31 +198,31 @@ class Matcher:
             return self.tables.shifted(self.values[a], self.tables.times(self._operand(node, a, b), factor))
         return self.tables.shifted(self.tables.scaled(self.values[b], factor), self._operand(node, b, a))
 
-    def on_sub(self, node):
+    def on_sub(self, node: fx.Node) -> Value | Concat:
         return self.on_add(node, -1)
 
-    def on_rsub(self, node):
+    def on_rsub(self, node: fx.Node) -> Value | Concat:
         a, b = node.args  # b - alpha a
         minus_a = self.tables.scaled(self.values[a], -node.kwargs.get("alpha", 1))
         return self.tables.shifted(minus_a, self._operand(node, a, b))
 
-    def on_neg(self, node):
+    def on_neg(self, node: fx.Node) -> Value | Concat:
         return self.tables.scaled(self.values[node.args[0]], -1)
 
-    def on_mul(self, node):
+    def on_mul(self, node: fx.Node) -> Value | Concat:
         a, b = node.args
         if self._depends(a) and self._depends(b):
             return self._gated(node, self._plain(node, a), self._plain(node, b))
         x, table = (a, b) if self._depends(a) else (b, a)
         return self.tables.scaled(self.values[x], self._operand(node, x, table))
 
-    def on_div(self, node):
+    def on_div(self, node: fx.Node) -> Value | Concat:
         a, b = node.args
         if node.kwargs or self._depends(b):
             raise refuse(node, "divides by a value that depends on x, or rounds")
         return self.tables.scaled(self.values[a], self.tables.inverse(self._operand(node, a, b)))
 
-    def on_slice(self, node):
+    def on_slice(self, node: fx.Node) -> Value | Concat:
         x, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
         size = x.meta["val"].shape[dim]
         if isinstance(size, torch.SymInt):  # [:] of the rows, or the row count would differ
@@ -232,7 +232,7 @@ class Matcher:
         start, stop, _ = slice(start, stop).indices(size)
         return self._cut(node, self._plain(node, x), *self._flat_range(node, x, dim, start, stop))
 
-    def on_split(self, node):
+    def on_split(self, node: fx.Node) -> Split:
         x, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
         ranges, start = [], 0
         for piece in node.meta["val"]:
@@ -243,7 +243,7 @@ class Matcher:
 
     on_chunk = on_split_with_sizes = on_tensor_split = on_split
 
-    def on_getitem(self, node):
+    def on_getitem(self, node: fx.Node) -> Value | Concat:
         pieces = self.values[node.args[0]]
         return self._cut(node, pieces.value, *pieces.ranges[node.args[1]])
 

@@ -18,8 +18,10 @@ _TENSORS = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put every attribute and buffer back as it was before: one that caches would keep the tensors of a trace, and a
-    layer that learns would learn from its rows."""
+    """Put every attribute and buffer back as it was before.
+
+    One that caches would keep the tensors of a trace, and a layer that learns would learn from its rows.
+    """
     before = [(vars(module), _plain_attributes(module)) for module in model.modules()]
     plain = (value for _, old in before for value, _ in old.values() if isinstance(value, Tensor))
     kept = contents(value for value in (*model.buffers(), *plain) if layout_of(value) is None)

@@ -53,7 +53,7 @@ class RowProgram:
     `code` is a list of instructions; `bind` gives the tensors that they index. Make one with `trace`.
     """
 
-    def __init__(self, model: nn.Module, traced: Traced, matched: Matched, dtype: torch.dtype, watch: Watch):
+    def __init__(self, model: nn.Module, traced: Traced, matched: Matched, dtype: torch.dtype, watch: Watch) -> None:
         self.model, self.traced, self.matched, self.dtype, self.watch = model, traced, matched, dtype, watch
         self.code: list[Instruction] = matched.code
         nodes = [table for table, _ in matched.tables if not isinstance(table, int | float)]
@@ -173,7 +173,7 @@ class RowProgram:
 class Timed:
     """A program at given times: weights and tables that need no sample's condition are evaluated once, here."""
 
-    def __init__(self, program: RowProgram, values: Values, device: torch.device):
+    def __init__(self, program: RowProgram, values: Values, device: torch.device) -> None:
         self.program, self.values, self.device = program, values, device
         hoisted = program.hoisted
         self.weights = [hoisted.value(values, node) for node in program.matched.weights]
@@ -247,13 +247,13 @@ class Programs:
         mode: True raises where a network has no program, "auto" and False say None; False never traces.
     """
 
-    def __init__(self, mode: bool | str = "auto"):
+    def __init__(self, mode: bool | str = "auto") -> None:
         if mode not in MODES:
             raise ValueError(f"program must be True, False or 'auto', got {mode!r}")
         self.mode = mode
         self._found: dict[object, _Found] = {}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Programs, (self.mode,)  # programs are no state: a copy traces its own network
 
     def find(
@@ -318,7 +318,7 @@ class Programs:
         self._found = entries | {key: found}
 
     @staticmethod
-    def _trace(model, shape, time, cond, dtype, before, stale):
+    def _trace(model, shape, time, cond, dtype, before, stale) -> _Found:
         traces = before.traces + 1 if before else 1
         try:
             if traces > MOST_TRACES:

@@ -17,7 +17,7 @@ from .tracing import SAMPLE, TIME, Traced
 class Tables:
     """Multiply and add tables, whole or by columns; what is new is appended to the graph."""
 
-    def __init__(self, traced: Traced):
+    def __init__(self, traced: Traced) -> None:
         self.add = traced.add
 
     def of(self, table: Table, inner: tuple[int, ...]) -> Table:

@@ -110,7 +110,9 @@ class Traced:
 class _Call(nn.Module):
     """The network as a function of tensors alone that returns one tensor of x_t's shape."""
 
-    def __init__(self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict], watch: Watch):
+    def __init__(
+        self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict], watch: Watch
+    ) -> None:
         super().__init__()
         self.network, self.constants, self.build, self.watch = model, constants, build, watch
 
@@ -124,11 +126,11 @@ class _Call(nn.Module):
 class _Numbers(TorchFunctionMode):
     """Refuses what a trace would keep, and nobody compares: numbers of some tensors, and the history of any."""
 
-    def __init__(self, unseen: dict[int, str]):
+    def __init__(self, unseen: dict[int, str]) -> None:
         super().__init__()
         self.unseen = unseen
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> object:
         first = args[0] if args else None
         name = getattr(function, "__name__", "")
         if name == "__get__" and (read := getattr(function.__self__, "__name__", "")) in _HISTORY:
@@ -234,13 +236,13 @@ def _quiet():
 class _Muted:
     """A text stream that leaves out what the thread that made it writes."""
 
-    def __init__(self, stream):
+    def __init__(self, stream) -> None:
         self.stream, self.muted = stream, threading.get_ident()
 
     def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self.muted else self.stream.write(text)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 

@@ -64,7 +64,7 @@ class Tensors(NamedTuple):
 class _Whole:
     """Whole dicts, whose names and objects are compared in a row, in under a microsecond each."""
 
-    def __init__(self, spaces: list[Space]):
+    def __init__(self, spaces: list[Space]) -> None:
         self.now, self.sizes = [s.now for s in spaces], [s.size for s in spaces]
         self.keys, self.values = ([*chain(*each)] for each in ((s.keys for s in spaces), (s.values for s in spaces)))
 
@@ -108,7 +108,7 @@ class _Shapes:
 class Watch:
     """What was added to it, as it is now."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.spaces: list[Space] = []
         self.tensors: list[Tensors] = []
         self._hollow: list[Mapping] = []  # empty dicts, most of which are a layer's hooks
@@ -221,6 +221,7 @@ def _bytes_in(tensor: Tensor) -> bytes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor | None]) -> tuple:
+    """Return by name what a trace depends on of each tensor beside its numbers."""
     return tuple([(name, _LOOK(v)) for name, v in tensors.items() if v is not None])
 
 

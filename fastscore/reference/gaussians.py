@@ -59,7 +59,7 @@ class Reference(FittedBuffers):
         variance: Tensor,
         basis: Tensor | None = None,
         factors: turning.Factors = (),
-    ):
+    ) -> None:
         _check(weight, mean, variance, basis, factors)
         given = weight, mean, variance, basis, *factors
         self._store(*(value if value is None else value.detach().clone() for value in given))
@@ -341,7 +341,7 @@ class Reference(FittedBuffers):
         y = y @ self.basis[0] if self.full else y
         return y**2, self.variance[0].expand(x.shape[1])
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kind = "full" if self.full else "isotropic" if self.mean.shape[1] == 1 else "diagonal"
         within = " in cosines" if self.turned else ""
         return f"Reference({self.components} x {kind} Gaussian{within})"

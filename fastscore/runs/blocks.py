@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Work:
         batch: int,
         device: torch.device,
         options: dict,
-        cond: dict | None = None,
+        cond: dict[str, Any] | None = None,
         mask: Array | None = None,
     ) -> Work:
         """Raise ValueError where data, indices, network and options do not fit together, before work begins."""

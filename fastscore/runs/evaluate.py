@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 def evaluate_dataset(
     density: Density,
     data: Array,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     nfe: int | None = None,
     seed: int = 0,
@@ -264,7 +264,7 @@ def _write_result(run: RunFolder, work: Work, result: Estimate, bits: dict[str, 
     run.write(run.out, write_csv)
 
 
-def _check_out(out: str | os.PathLike) -> Path:
+def _check_out(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix not in (".npz", ".csv"):
         raise ValueError(f"out must be a .npz or .csv file, got {str(out)!r}")

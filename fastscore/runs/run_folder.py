@@ -40,7 +40,7 @@ class RunFolder:
     while a process works on it; of several processes with one run, rank 0 owns it.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         self._manifest = self.folder / "manifest.json"
 

@@ -24,7 +24,7 @@ class FittedBuffers(nn.Module):
     stored buffers of any shape, because fitting decides how many numbers there are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._on_host: dict[str, tuple[Tensor, int | None, Tensor]] = {}
 

@@ -41,12 +41,12 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class _LiveBytes(TorchDispatchMode):
     """Track the bytes of storages created inside the block; `peak` is their maximum."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.made = self.written = 0
         self._seen = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         kwargs = kwargs or {}
         for storage in _storages((args, kwargs)):  # weights and inputs were there before
             self._seen.add(storage)

@@ -18,8 +18,10 @@ from torch._C._functorch import TransformType, get_interpreter_stack, is_functor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .generic import Arguments, Result
 
-def ordinary(call: Callable) -> Callable:
+
+def ordinary(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a call compute outside of inference mode: nothing that it keeps is a tensor that autograd refuses.
 
     Gradients stay off where inference mode had them off; tensors made in inference mode are copied. A `torch.compile`
@@ -30,7 +32,7 @@ def ordinary(call: Callable) -> Callable:
     """
 
     @wraps(call)
-    def outside(*args, **kwargs):
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if torch._C._are_functorch_transforms_active():
             raise ValueError(
                 f"{call.__name__} does not run under the transforms of torch.func, which take derivatives of log_prob "
@@ -51,7 +53,7 @@ def ordinary(call: Callable) -> Callable:
     return called
 
 
-def differentiable(call: Callable) -> Callable:
+def differentiable(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a call `(density, x, ...)`, one number a row of x, run in inference mode and under torch.func.
 
     The number of a row depends on that row alone, so one backward pass gives the derivative of them all. It is taken
@@ -118,7 +120,7 @@ class _WithSlope(torch.autograd.Function):
         return value.detach(), gradient, *rest
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, output) -> None:
         _, gradient, *rest = output
         ctx.constants = 1 + len(rest)
         ctx.mark_non_differentiable(gradient, *rest)
@@ -126,17 +128,17 @@ class _WithSlope(torch.autograd.Function):
         ctx.save_for_forward(gradient)
 
     @staticmethod
-    def backward(ctx, cotangent, *_):
+    def backward(ctx, cotangent, *_) -> tuple:
         (gradient,) = ctx.saved_tensors
         return cotangent.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx, tangent, *_) -> tuple:
         (gradient,) = ctx.saved_tensors
         return (tangent * gradient).flatten(1).sum(1), *[None] * ctx.constants
 
     @staticmethod
-    def vmap(info, in_dims, x, parts, slope):
+    def vmap(info, in_dims, x, parts, slope) -> tuple:
         calls = [_WithSlope.apply(each, parts, slope) for each in x.movedim(in_dims[0], 0)]
         outputs = tuple(torch.stack(each) for each in zip(*calls))
         return outputs, (0,) * len(outputs)

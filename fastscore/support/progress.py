@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from tqdm.auto import tqdm
 
 
-def progress_bar(progress: bool | None, iterable: Iterable | None = None, **options) -> tqdm:
+def progress_bar(progress: bool | None, iterable: Iterable | None = None, **options: Any) -> tqdm:
     """Return a bar of tqdm, to be used as a context.
 
     Arguments:

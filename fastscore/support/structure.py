@@ -85,7 +85,7 @@ def flatten(given: Mapping[str, object]) -> tuple[dict[str, Leaf], Structure]:
 
 
 class _Walk:
-    def __init__(self):
+    def __init__(self) -> None:
         self.leaves: dict[str, Leaf] = {}
         self.lists: dict[str, int] = {}
         self.key: list[object] = []

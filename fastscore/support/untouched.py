@@ -11,6 +11,8 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from .generic import Arguments, Result
+
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
@@ -32,7 +34,7 @@ def uncompiled() -> Iterator[None]:
 class _Stance:
     """The stance of torch.compile, which the whole process has: the first thread changes it, the last puts it back."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock, self._inside, self._changed = threading.Lock(), 0, None
 
     def enter(self) -> None:
@@ -52,7 +54,7 @@ class _Stance:
 _STANCE = _Stance()
 
 
-def evaluation(call: Callable) -> Callable:
+def evaluation(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a method of a density, or a function of one, compute without gradients and leave the network as it was.
 
     Layers in train mode do not learn from it (`undisturbed`).

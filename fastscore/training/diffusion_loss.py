@@ -13,6 +13,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
@@ -58,8 +60,8 @@ class DiffusionLoss(nn.Module):
         predicts: str,
         draws: int = 4,
         condition: str = "c",
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.density = ScoreDensity(head, schedule or DDPM.cosine(1000), predicts, **options)
         self.nodes = AdaptiveNodes(self.density.schedule)
@@ -94,7 +96,7 @@ class DiffusionLoss(nn.Module):
             cond={self.condition: per_sample(z)},
         )
 
-    def log_prob(self, x: Tensor, z: Tensor, **options) -> Tensor:
+    def log_prob(self, x: Tensor, z: Tensor, **options: Any) -> Tensor:
         """Return log p(x | z) of every token in nats, shape (*tokens,), differentiable in x, z and the weights.
 
         Arguments:
@@ -104,7 +106,7 @@ class DiffusionLoss(nn.Module):
         rows, conditions = self._rows(x, z, None)
         return self.density.log_prob(rows, **self._with(conditions, options)).reshape(x.shape[:-1])
 
-    def estimate(self, x: Tensor, z: Tensor, **options) -> Estimate:
+    def estimate(self, x: Tensor, z: Tensor, **options: Any) -> Estimate:
         """Return the `Estimate` of all tokens in their order, with standard errors.
 
         Arguments:

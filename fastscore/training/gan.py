@@ -19,6 +19,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..estimator.protocol import Density, check_density
@@ -38,8 +40,8 @@ def score_regularization(
     draws: int = 1,
     antithetic: bool = True,
     reduction: str = "mean",
-    cond: dict | None = None,
-    **named,
+    cond: dict[str, Any] | None = None,
+    **named: Any,
 ) -> Tensor:
     """Return an unbiased estimate of -log p(x) in nats whose gradient reaches x alone: a generator's loss term.
 

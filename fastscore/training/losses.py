@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def density_loss(
     antithetic: bool = False,
     nodes: AdaptiveNodes | None = None,
     reduction: str = "mean",
-    cond: dict | None = None,
-    **named,
+    cond: dict[str, Any] | None = None,
+    **named: Any,
 ) -> Tensor:
     """Return an unbiased estimate of -log p(x) in nats: the mean over the batch, or one a sample.
 

@@ -35,7 +35,7 @@ class AdaptiveNodes(FittedBuffers):
         >>> loss = density_loss(density, x, seed=step, nodes=nodes)
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         lo, hi = schedule.log_snr_range
         self.register_buffer("edges", torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu"))
