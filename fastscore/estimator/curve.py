@@ -185,7 +185,7 @@ class _Alike:
         count: how many are like a sample, itself included, float64, shape (B, 2).
     """
 
-    def __init__(self, squares: Tensor):
+    def __init__(self, squares: Tensor) -> None:
         above = squares / squares.median(0).values.clamp(min=1e-300)
         power = (above.clamp(min=1.0).log10() / 2).round().clamp(max=MOST_POWERS)
         every = torch.arange(MOST_POWERS + 1, dtype=power.dtype, device=power.device)

@@ -81,7 +81,7 @@ class _Whole:
 class _Some:
     """Some names of each of several mappings, compared in a row."""
 
-    def __init__(self, spaces: list[Space]):
+    def __init__(self, spaces: list[Space]) -> None:
         pairs = [(s.now.get, key, value) for s in spaces for key, value in zip(s.keys, s.values)]
         self.pairs, self.values = [(get, key) for get, key, _ in pairs], [value for *_, value in pairs]
         sized = [(s.now, s.size) for s in spaces if s.size is not None]
@@ -97,7 +97,7 @@ class _Some:
 class _Shapes:
     """The shapes of all layers' parameters and buffers, compared in a row."""
 
-    def __init__(self, tensors: list[Tensors]):
+    def __init__(self, tensors: list[Tensors]) -> None:
         self.now = [each.now for each in tensors]
         self.shapes = [*chain.from_iterable(each.shapes for each in tensors)]
 
