@@ -235,6 +235,29 @@ def test_what_is_not_replayed_says_why(device, monkeypatch, reason, options, cal
     assert not replays(density)
 
 
+def test_after_a_replay_what_is_asked_for_otherwise_is_not_replayed(device, monkeypatch):
+    density, x = make(), data(6).cuda()
+    agree(density, x)
+    assert density.replays.reason is None
+    found = density.estimate(x.double(), nfe=NFE, progress=False)  # weights stay float32
+    assert found.log_prob.dtype == torch.float64
+    assert all(map(torch.equal, values(found), fresh(density, x.double())))
+    agree(density, x)
+    torch.set_autocast_enabled("cuda", True)  # a context of torch.autocast leaves it off where there is no GPU
+    try:
+        density.estimate(x, nfe=NFE, progress=False)
+        assert "the network is no row program" in density.replays.reason
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    agree(density, x)
+    for name, value in (("FASTSCORE_GRAPHS", "0"), ("FASTSCORE_CHECK", "now")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            density.estimate(x, nfe=NFE, progress=False)
+            assert density.replays.reason.startswith(f"{name}={value} is set")
+        agree(density, x)
+
+
 def test_a_graph_that_gives_other_numbers_is_not_used(device, monkeypatch):
     call = replay.Replay.__call__
     wrong = lambda *args: [each._replace(told=each.told + 1) if hasattr(each, "told") else each for each in call(*args)]  # noqa: E731
