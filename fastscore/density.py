@@ -184,8 +184,9 @@ class ScoreDensity(NetworkDensity):
             x: data, floating point, shape (B, *shape).
             nfe: network evaluations per sample; 256 by default.
             seed: key of the noise. The same seed gives the same answer, to rounding, whatever the batch or the chunks.
-            sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default. Give data-set indices
-                and a sample keeps its noise in any batch.
+            sample_index: int64, shape (B,), the other key of the noise; 0 .. B-1 by default, in every batch. In a loop
+                over batches give each its place among all samples, `torch.arange(start, start + len(x))`: batches that
+                share their noise share its error, and a mean over them is several times less certain than it looks.
             mask: True (or 1) for the entries that count, in any shape that broadcasts to x, or of its first dimensions,
                 (B, L) for x (B, L, D); one that fits in both ways is refused. The other entries are given: the density
                 is conditional on them, the network sees x_t = x there, and its answers there are not used. A keyword
@@ -246,7 +247,7 @@ class ScoreDensity(NetworkDensity):
                 f"evaluations, and twice as many are more than max_nfe={max_nfe}; give a larger max_nfe, or fit the "
                 "density first"
             )
-        return estimator.report(found, samples, wanted.noise, numbers)
+        return estimator.report(found, samples, wanted, numbers)
 
     @ordinary
     @evaluation

@@ -24,7 +24,8 @@ def estimate(log_prob, stderr=0.5, dims=10):
         dims,
         "density",
         "sobol",
-        torch.zeros(len(log_prob), dtype=torch.int64),
+        0,
+        torch.arange(len(log_prob)),
         torch.zeros(len(log_prob), 2, 7),
     )
 

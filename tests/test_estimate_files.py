@@ -128,13 +128,28 @@ class Zero(torch.nn.Module):
 
 
 def test_samples_of_other_sizes_keep_their_dimensions():
-    parts = [fs.ScoreDensity(Zero(), fs.VP(), "eps").estimate(torch.ones(2, d), nfe=8) for d in (3, 5)]
+    density = fs.ScoreDensity(Zero(), fs.VP(), "eps")
+    parts = [density.estimate(torch.ones(2, d), nfe=8, sample_index=torch.arange(d, d + 2)) for d in (3, 5)]
     assert fs.Estimate.cat(parts).dims.tolist() == [3, 3, 5, 5]
+
+
+def test_batches_that_all_begin_at_zero_are_not_joined():
+    density = exact()
+    parts = [density.estimate(x, nfe=16) for x in (X[:6], X[6:10])]
+    with pytest.raises(
+        ValueError, match=r"4 of 10 samples have the seed 0 and the sample_index of another.*arange\(start"
+    ):
+        fs.Estimate.cat(parts)
+    several = fs.Estimate.cat([parts[0], density.estimate(X[6:10], nfe=16, seed=1)])  # whose noise is its own
+    assert (len(several.log_prob), several.seed) == (10, None)
+    assert fs.Estimate.cat([several, density.estimate(X[10:12], nfe=16, seed=2)]).seed is None
 
 
 def test_what_cannot_be_one_estimate_is_refused(tmp_path):
     table, x = exact(fs.DDPM.linear(50)), X[:3]
-    found = table.estimate(x, nfe=16)
+    found = table.estimate(x, nfe=16, seed=2**63)  # of more than 63 bits
+    found.save(tmp_path / "x.npz")
+    assert fs.Estimate.load(tmp_path / "x.npz").seed == 2**63
     for other, message in (
         (table.estimate(x, nfe=16, method="elbo"), "must have the same methods, got density, elbo"),
         (table.estimate(x, nfe=20), "must have the same numbers of draws, got 16, 20"),
@@ -203,7 +218,7 @@ def test_on_a_device_joining_waits_for_nothing_and_forgets_no_fault(tmp_path):
         for read in (joined.mean, lambda: joined.save(tmp_path / "x.npz"), joined.check):
             with pytest.raises(ValueError, match="NaN or inf for sample 4 at log-SNR"):
                 read()
-        good = fs.Estimate.cat([parts[0], parts[0]])
+        good = fs.Estimate.cat([parts[0]])
         good.save(tmp_path / "x.npz")
         assert fs.Estimate.load(tmp_path / "x.npz").log_prob.device.type == "cpu"
         with pytest.raises(ValueError, match="must have the same devices, got cuda:0, cpu"):

@@ -17,10 +17,11 @@ from ..support.files import read_arrays, write_arrays
 from .bins import log_width
 from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
+from .rules import group_of
 from .statistics import GroupSums
 
-PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "group", "ends")
-IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "offset"}
+PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "sample_index", "ends")
+IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "seed", "offset"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Estimate:
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
-        group: which samples share their nodes, int64 in 0 .. 15, shape (B,); see `fastscore.estimator.rules`.
+        seed, sample_index: of the noise; int64, shape (B,), on the CPU. Samples of two calls with the same seed and the
+            same index have the same noise. Joined estimates of several seeds have None.
         ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
         offset: for "discrete" and "elbo" their difference to the integral on the same evaluations, nats, averaged over
             the batch; 0 for "density".
@@ -58,7 +60,8 @@ class Estimate:
     dims: int | Tensor
     method: str
     noise: str
-    group: Tensor
+    seed: int | None
+    sample_index: Tensor
     ends: Tensor
     offset: float | Tensor = 0.0
     table: Tensor | None = None
@@ -69,8 +72,8 @@ class Estimate:
         """Return the estimate of the samples of several estimates, in their order.
 
         It is that of one call on all of these samples, to rounding, with its mean and the error of it, its curve and
-        its truncation: if each call had the `seed`, the `nfe` and the method of that one, and its own samples'
-        `sample_index`. Without an index of their own the samples of every batch share the noise of the first.
+        its truncation, if each call had the `seed`, the `nfe` and the method of that one, and its own samples'
+        `sample_index`.
 
             >>> parts = [density.estimate(x, sample_index=i) for x, i in zip(data.split(100), index.split(100))]
             >>> Estimate.cat(parts).mean()
@@ -79,10 +82,13 @@ class Estimate:
             estimates: one at least, on one device, by one method and kind of noise, with as many draws.
 
         Raises:
-            ValueError: for none, and for estimates that differ in these.
+            ValueError: for none, for estimates that differ in these, and where samples of two batches have the same
+                noise, since each began to count at 0: no error of their mean would know of it.
         """
         parts = list(estimates)
         _refuse_unlike(parts)
+        _refuse_common_noise(parts)
+        seeds = {part.seed for part in parts}
         counts = [len(part.log_prob) for part in parts]
         alike = len({part.dims if isinstance(part.dims, int) else None for part in parts}) == 1
         one = parts[0].dims if alike else None
@@ -93,6 +99,7 @@ class Estimate:
             dims=one if isinstance(one, int) else torch.cat(every),
             method=parts[0].method,
             noise=parts[0].noise,
+            seed=seeds.pop() if len(seeds) == 1 else None,
             offset=sum(count * part.offset for count, part in zip(counts, parts)) / sum(counts),
             table=parts[0].table,
             faults=Faults.joined(part.faults for part in parts),
@@ -141,6 +148,11 @@ class Estimate:
         if self.faults is not None:
             self.faults.tell()
         return self
+
+    @property
+    def group(self) -> Tensor:
+        """Which samples share their nodes, int64 in 0 .. 15, shape (B,), on the CPU (`fastscore.estimator.rules`)."""
+        return group_of(self.sample_index)
 
     @cached_property
     def log_snr_curve(self) -> Curve:
@@ -227,6 +239,7 @@ def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
     found["curve_count"] = np.int64(estimate.curve_sum.count)
     found["dims"] = torch.as_tensor(estimate.dims).detach().cpu().numpy()
     found |= {"method": np.array(estimate.method), "noise": np.array(estimate.noise)}
+    found["seed"] = np.array("" if estimate.seed is None else str(estimate.seed))  # of any size
     found["offset"] = np.float64(float(estimate.offset))
     return found if estimate.table is None else found | {"table": estimate.table.detach().cpu().numpy()}
 
@@ -241,6 +254,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
         dims=dims if dims.ndim else int(dims),
         method=str(arrays["method"]),
         noise=str(arrays["noise"]),
+        seed=int(str(arrays["seed"])) if str(arrays["seed"]) else None,
         offset=float(arrays["offset"]),
         table=torch.from_numpy(arrays["table"]) if "table" in arrays else None,
     )
@@ -262,6 +276,19 @@ def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
             raise ValueError(
                 f"estimates that are joined must have the same {name}, got {got}; call one density for all, with the "
                 "same arguments but the samples and their own"
+            )
+
+
+def _refuse_common_noise(estimates: Sequence[Estimate]) -> None:
+    """Raise ValueError where samples of two estimates have the same seed and index, and so the same noise."""
+    for seed in {each.seed for each in estimates} - {None}:
+        index = torch.cat([each.sample_index for each in estimates if each.seed == seed])
+        again = len(index) - len(index.unique())
+        if again:
+            raise ValueError(
+                f"{again} of {len(index)} samples have the seed {seed} and the sample_index of another one, and so the "
+                "same noise, of which the error of their mean would know nothing; give every batch its place among all "
+                "samples, sample_index=torch.arange(start, start + len(x))"
             )
 
 

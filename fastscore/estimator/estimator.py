@@ -17,6 +17,7 @@ from .methods import control_variate
 from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
+from .planner import Wanted
 from .round import Numbers, Round
 from .rows import Draws
 from .rules import method_table
@@ -54,7 +55,7 @@ class Estimator:
         told = torch.stack([found.value, variance[0].sqrt()]).to(samples.x.dtype)
         return Numbers(told, variance[1])
 
-    def report(self, found: Round, samples: Samples, noise: str, numbers: Numbers | None = None) -> Estimate:
+    def report(self, found: Round, samples: Samples, wanted: Wanted, numbers: Numbers | None = None) -> Estimate:
         """Return the estimate of all rounds; its curve and its offset are those of the first."""
         told, variance = numbers or self.numbers(found, samples)
         by_trapezoids = self.method == "density" and self.network.schedule.discrete
@@ -67,8 +68,9 @@ class Estimator:
             curve_sum=found.curve_sum,
             dims=samples.dims,
             method=self.method,
-            noise=noise,
-            group=samples.group,
+            noise=wanted.noise,
+            seed=wanted.seed,
+            sample_index=samples.index,
             ends=found.ends,
             offset=found.offset,
             table=method_table(self.network.schedule)[1] if by_trapezoids else None,

@@ -161,7 +161,7 @@ class Last(NamedTuple):
 
     def __call__(self, samples: Samples) -> Estimate:
         found, numbers = self.replay(samples, self.plan)
-        return self.estimator.report(found, samples, self.wanted.noise, numbers)
+        return self.estimator.report(found, samples, self.wanted, numbers)
 
     def holds(self, parts: tuple, samples: Samples, wanted: Wanted) -> bool:
         """Return whether a call asks for the same, and would get the same programs, plan and graph."""

@@ -65,6 +65,11 @@ class Work:
         index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
+        if len(index.unique()) < len(index):
+            raise ValueError(
+                f"indices must name every sample once, whose noise would be the same again, got {len(index)} indices "
+                f"of {len(index.unique())} samples"
+            )
         if options["target_stderr"] is not None:
             positive("target_stderr", options["target_stderr"], "nats")
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
@@ -151,12 +156,12 @@ class Work:
         index = self.blocks[number]
         given = {"cond": self.conditions_at(index), "progress": False, **self.options}
         options = {"sample_index": index, "mask": self.mask_at(index), **given}
-        return {"sample_index": index.numpy(), **to_arrays(self.density.estimate(self.rows(index), **options))}
+        return to_arrays(self.density.estimate(self.rows(index), **options))
 
     def read(self, run: RunFolder, number: int, key: str) -> Block | None:
         """Return a finished block of the run with this key; None if its file is missing, damaged or another's."""
         block, index = run.read_arrays(run.block(number)), self.blocks[number].numpy()
-        if block is None or not set(block) >= {"sample_index", "run", *IN_A_FILE} or block["run"] != key:
+        if block is None or not set(block) >= {"run", *IN_A_FILE} or block["run"] != key:
             return None
         return block if np.array_equal(block["sample_index"], index) else None
 
