@@ -25,7 +25,7 @@ def test_the_drawing_has_every_room():
     drawing = re.search(r"\n\n( {4}cli/.*?)\n\n", PAGE, re.S)[1]
     drawn = set(re.findall(r"(\w+(?:\.py)?)/?(?=\s)", drawing))
     rooms = {path.stem if path.is_dir() else path.name for path in (ROOT / "fastscore").iterdir()}
-    rooms -= {"__pycache__", "__init__.py", "__main__.py"}
+    rooms -= {"__pycache__", "__init__.py", "__main__.py", "py.typed"}
     assert rooms - drawn == set()
 
 
