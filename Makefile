@@ -23,7 +23,7 @@ FAST_TESTS := test_architecture.py test_discrete.py test_estimate.py test_loadin
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
-test: lint
+test: lint docs
 	$(BIN)/python -P -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 # Under a minute on two cores; the rest is for `make test`.
@@ -33,6 +33,13 @@ test-fast: .venv/dev
 # The same with the Python and the packages that are there.
 test-fast-here:
 	$(PYTHON) -P -m pytest -q -n auto --dist loadfile $(addprefix tests/,$(FAST_TESTS))
+
+# The site, in build/docs: pages, and the reference from docstrings. docs-links also asks every address on the web.
+docs: .venv/dev
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
+
+docs-links: .venv/dev
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b linkcheck docs build/links
 
 lint: .venv/dev
 	$(BIN)/ruff check .
