@@ -30,6 +30,7 @@ from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
+from .estimator.methods import DENSITY
 from .estimator.network_density import NetworkDensity, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
@@ -229,9 +230,9 @@ class ScoreDensity(NetworkDensity):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted)
         warn_if_coupled(network, samples, self.reference)
-        if method == "density" and clean_end_is_asked() and self.planner.first("resolution", network, samples):
+        if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
-        estimator = Estimator(network, self.reference, self.nodes, programs, method)
+        estimator = Estimator(network, self.reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             replay = self.replays.find(parts, estimator, samples, plan, wanted) if target_stderr is None else None
             found, numbers = replay(samples, plan) if replay else (estimator.evaluate(samples, plan, bar.update), None)

@@ -6,6 +6,7 @@ from analytic import ExactNet, mixture
 
 import fastscore as fs
 from fastscore.estimator.allocation import Allocation
+from fastscore.estimator.methods import DENSITY
 from fastscore.estimator.nodes import NodeDensity
 from fastscore.estimator.rules import Rules
 from fastscore.estimator.statistics import GroupSums
@@ -38,7 +39,7 @@ def test_every_entry_is_drawn_as_often_as_its_count_says(share, draws):
 def test_a_constant_is_summed_right_by_every_shift(steps, draws):
     schedule = fs.DDPM.linear(steps)
     density = NodeDensity.uniform(*schedule.log_snr_range)
-    sums = [float(Rules(density, draws, schedule, "density", k / 40).of(0).weight.sum()) for k in range(40)]
+    sums = [float(Rules(density, draws, schedule, DENSITY, k / 40).of(0).weight.sum()) for k in range(40)]
     whole = float(schedule.log_snr_range[1] - schedule.log_snr_range[0])
     assert sums == pytest.approx([whole] * 40, rel=1e-9)
 

@@ -10,7 +10,7 @@ from analytic import ExactNet, Target, ill_conditioned, mixture
 from torch.distributions import Normal, kl_divergence
 
 import fastscore as fs
-from fastscore.estimator.methods import base
+from fastscore.estimator.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,7 +151,9 @@ def test_a_continuous_schedule_is_cut_into_a_thousand_steps(method):
     same = fs.ScoreDensity(ExactNet(TARGET, table), table, "eps")
     for x in (X, 3 * X):
         # The closed-form part, to rounding of the time.
-        assert torch.allclose(*(base(method, fs.Reference.isotropic(), x, s) for s in (schedule, table)), rtol=1e-9)
+        assert torch.allclose(
+            *(METHODS[method].base(fs.Reference.isotropic(), x, s) for s in (schedule, table)), rtol=1e-9
+        )
     found, expected = (q.estimate(X, nfe=4000, method=method) for q in (density, same))
     # The nodes of the schedule reach further than the table's, so the draws differ: 4 standard errors of independence.
     error = (found.stderr**2 + expected.stderr**2).sqrt()
@@ -169,7 +171,7 @@ def test_finer_tables_come_to_the_density(method):
         density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps", reference=exact)
         # The reference is the target: no noise, and what is left is the method's own error.
         found = density.estimate(x, nfe=16, method=method)
-        assert torch.allclose(found.log_prob, base(method, exact, x, schedule), atol=1e-6)
+        assert torch.allclose(found.log_prob, METHODS[method].base(exact, x, schedule), atol=1e-6)
         errors.append(float((found.log_prob - target.log_prob(x)).mean().abs()))
     # Both are first-order rules: an error a half as large with twice the steps, but for terms of the next order.
     for coarse, fine in pairwise(errors):
@@ -180,7 +182,7 @@ def test_finer_tables_come_to_the_density(method):
 def test_density_starts_from_the_reference_itself():
     reference = fs.Reference(TARGET.weight, TARGET.mean, torch.full((5, 2), 0.09))
     # The target's float32 weights sum to one within 1e-7.
-    assert torch.allclose(base("density", reference, X, fs.VP()), TARGET.log_prob(X), atol=1e-6)
+    assert torch.allclose(METHODS["density"].base(reference, X, fs.VP()), TARGET.log_prob(X), atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [50, 1000])

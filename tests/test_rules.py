@@ -8,8 +8,9 @@ import torch
 from analytic import SCHEDULES
 
 import fastscore as fs
+from fastscore.estimator.methods import DENSITY, METHODS, method_of, table_of
 from fastscore.estimator.nodes import NodeDensity
-from fastscore.estimator.rules import GROUPS, METHODS, Rules, group_of, make_rules, method_table, method_weights
+from fastscore.estimator.rules import GROUPS, Rules, group_of, make_rules
 
 SHIFTS, SEEDS = 64, 200
 
@@ -50,7 +51,7 @@ def test_draws_ascend_and_evaluations_stay_below_nfe(name, nfe, fitted):
             assert bool(rule.paired.any()) == fitted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=repr)
 @pytest.mark.parametrize("name", ["log-snr", "ddpm-linear"])
 @pytest.mark.parametrize("nfe", [8, 50, 400])
 @pytest.mark.parametrize("fitted", [False, True])
@@ -60,12 +61,12 @@ def test_sums_have_no_bias_for_any_function(name, nfe, fitted, method):
     density = bumpy(lo, hi) if fitted else NodeDensity.uniform(lo, hi)
     found = [integral(make_rules(density, nfe, schedule, method, seed).of(seed % 16), rough) for seed in range(SEEDS)]
     found = torch.tensor(found, dtype=torch.float64)
-    if method == "density" and not schedule.discrete:
+    if method.table(schedule) is None:
         fine = torch.linspace(lo, hi, 400001, dtype=torch.float64)
         exact = float(torch.trapezoid(rough(fine), fine))
     else:
-        table = method_table(schedule)[1]
-        exact = float(method_weights(table, method) @ rough(table))
+        table = table_of(schedule)[1]
+        exact = float(method.weights(table) @ rough(table))
     # Four standard errors of the mean over seeds; nodes in the middle of their cells are off by a standard deviation.
     assert float(found.mean()) == pytest.approx(exact, abs=4 * float(found.std()) / SEEDS**0.5)
 
@@ -74,23 +75,21 @@ def test_entries_that_are_drawn_in_any_case_carry_their_whole_weight():
     schedule = fs.DDPM.linear(50)
     lo, hi = schedule.log_snr_range
     rule = make_rules(bumpy(lo, hi), 4000, schedule).of(3)
-    table = method_table(schedule)[1]
+    table = table_of(schedule)[1]
     summed = torch.zeros(50).double().index_add_(0, 49 - rule.time, rule.weight)
-    assert torch.allclose(summed, method_weights(table, "density"), rtol=1e-12)
+    assert torch.allclose(summed, DENSITY.weights(table), rtol=1e-12)
 
 
 def test_the_known_curve_leaves_no_error_of_its_own():
     # A function that is the curve itself is integrated exactly by every shift.
     for schedule in (fs.LogSNR(), fs.DDPM.linear(200)):
         density = bumpy(*schedule.log_snr_range)
-        found = [
-            integral(Rules(density, 12, schedule, "density", u).of(0), density.curve_at) for u in (0.0, 0.31, 0.77)
-        ]
-        table = method_table(schedule)[1]
+        found = [integral(Rules(density, 12, schedule, DENSITY, u).of(0), density.curve_at) for u in (0.0, 0.31, 0.77)]
+        table = table_of(schedule)[1]
         whole = (
             density.curve_integral()
             if not schedule.discrete
-            else float(method_weights(table, "density") @ density.curve_at(table))
+            else float(DENSITY.weights(table) @ density.curve_at(table))
         )
         assert found == pytest.approx([whole] * 3, rel=1e-12)
 
@@ -109,7 +108,7 @@ def test_errors_of_the_groups_cancel():
     for count in (1, 2, 4, 8, 16):
         means = []
         for k in range(SHIFTS):
-            rules = Rules(density, 16, schedule, "density", k / SHIFTS)
+            rules = Rules(density, 16, schedule, DENSITY, k / SHIFTS)
             means.append(sum(integral(rules.of(g), smooth) for g in range(count)) / count - exact)
         rms.append(math.sqrt(sum(m * m for m in means) / len(means)))
     # Independent shifts would leave a quarter of the error of one group, these leave less than an eighth.
@@ -138,12 +137,12 @@ def test_discrete_and_elbo_weights_are_their_papers():
     schedule = fs.DDPM.linear(50)
     bar = torch.sigmoid(schedule.table)
     alpha = torch.cat([bar[:1], bar[1:] / bar[:-1]])
-    _, log_snr = method_table(schedule)
+    _, log_snr = table_of(schedule)
     # Li and Yan: (1 - alpha_{t+1}) / (1 - abar_t) for t = 1 .. T-1; ascending log-SNR is descending t.
-    found = method_weights(log_snr, "discrete").flip(0)
+    found = METHODS["discrete"].weights(log_snr).flip(0)
     assert torch.allclose(found[:-1], (1 - alpha[1:]) / (1 - bar[:-1]), rtol=1e-10)
     # Ho et al. with posterior variances: (1 - alpha_t) / (alpha_t - abar_t) for t >= 2, 1 / alpha_1 for the decoder.
-    found = method_weights(log_snr, "elbo").flip(0)
+    found = METHODS["elbo"].weights(log_snr).flip(0)
     assert torch.allclose(found[1:], (1 - alpha[1:]) / (alpha[1:] - bar[1:]), rtol=1e-10)
     assert float(found[0]) == pytest.approx(1 / float(alpha[0]), rel=1e-12)
 
@@ -162,4 +161,4 @@ def test_too_few_and_too_many_evaluations_and_unknown_methods():
     with pytest.raises(ValueError, match=r"nfe must be at most 16777216 evaluations per sample, got 1000000000"):
         make_rules(nodes, 10**9, schedule)
     with pytest.raises(ValueError, match="density, discrete, elbo; got 'vlb'"):
-        make_rules(nodes, 64, schedule, "vlb")
+        method_of("vlb")

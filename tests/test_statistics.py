@@ -8,8 +8,9 @@ import torch
 import fastscore as fs
 from fastscore.estimator.calibration import calibrated, uncalibrated
 from fastscore.estimator.curve import Curve, CurveSum, EndTable, ends, table_error, truncation
+from fastscore.estimator.methods import DENSITY, table_of
 from fastscore.estimator.nodes import NodeDensity
-from fastscore.estimator.rules import GROUPS, Rules, group_shifts, make_rules, method_table, method_weights
+from fastscore.estimator.rules import GROUPS, Rules, group_shifts, make_rules
 from fastscore.estimator.statistics import (
     GroupSums,
     Spread,
@@ -20,7 +21,7 @@ from fastscore.estimator.statistics import (
     widened,
 )
 
-RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), "density", 0.5).of(0)
+RULE = Rules(NodeDensity.uniform(-10, 10), 200, fs.LogSNR(-10, 10), DENSITY, 0.5).of(0)
 
 
 def noisy(count, spread, seed=0):
@@ -126,19 +127,19 @@ def test_truncation_of_ordinary_samples_does_not_ask_an_outlier():
 
 
 def test_the_trapezoid_error_of_two_timesteps_is_not_known():
-    table = method_table(fs.DDPM(torch.tensor([0.9, 0.1])))[1]
+    table = table_of(fs.DDPM(torch.tensor([0.9, 0.1])))[1]
     assert math.isnan(table_error(Curve(table, torch.ones(2).double(), torch.zeros(2).double()), table.sort().values))
 
 
 def test_the_trapezoid_error_of_a_coarse_table():
     schedule = fs.DDPM.linear(40)
-    table = method_table(schedule)[1]
+    table = table_of(schedule)[1]
     fine = torch.linspace(float(table[0]), float(table[-1]), 100001, dtype=torch.float64)
 
     def course(log_snr):
         return 30 * torch.sigmoid(log_snr + 2) * torch.sigmoid(2 - log_snr)
 
-    error = abs(float(method_weights(table, "density") @ course(table) - torch.trapezoid(course(fine), fine)))
+    error = abs(float(DENSITY.weights(table) @ course(table) - torch.trapezoid(course(fine), fine)))
     found = table_error(Curve(table, course(table), torch.zeros_like(table)), table)
     assert error < found < 10 * error  # absolute values: errors of both signs do not cancel in it
 

@@ -249,7 +249,7 @@ class DiffusionClassifier(nn.Module):
     def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
         if weighting == "uniform":
             return uniform_in_time(nfe, self.density.schedule)
-        return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, "density", seed, round_)
+        return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, seed=seed, round_=round_)
 
     def _common(self, samples: Samples, log_det: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
@@ -273,7 +273,7 @@ class _Plan:
 def _pilot_rules(core: ScoreDensity, paired: bool, seed: int) -> Rules:
     uniform = NodeDensity.pairs if paired else NodeDensity.uniform
     draws = PILOT_BINS * PILOT_DRAWS
-    return make_rules(uniform(*core.log_snr_range), draws * (1 + paired), core.schedule, "density", seed)
+    return make_rules(uniform(*core.log_snr_range), draws * (1 + paired), core.schedule, seed=seed)
 
 
 def _check_classes(classes: dict[str, object]) -> Conditions:

@@ -112,7 +112,7 @@ class CapturedDensity:
         network = replace(network_of(core), log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)
         plan = core.planner.plan(network, self.nodes, self.reference, samples, programs, wanted)
-        estimator = Estimator(network, self.reference, self.nodes, programs, "density")
+        estimator = Estimator(network, self.reference, self.nodes, programs, wanted.method)
         needs = depends_on(estimator, samples, plan)
         if needs != self._depends_on:
             self.replay, self._depends_on = Replay(estimator, samples, plan), needs

@@ -13,14 +13,13 @@ from ..reference.gaussians import Reference
 from .calibration import uncalibrated
 from .estimate import Estimate
 from .faults import Faults
-from .methods import control_variate
+from .methods import Method
 from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
 from .planner import Wanted
 from .round import Numbers, Round
 from .rows import Draws
-from .rules import method_table
 from .samples import Samples, deferred
 from .summary import Summary, with_rounding
 
@@ -33,12 +32,12 @@ class Estimator:
     reference: Reference
     nodes: FittedNodes
     programs: tuple[RowProgram | None, ...]
-    method: str
+    method: Method
 
     def evaluate(self, samples: Samples, plan: Plan, advance: Callable[[int], object]) -> Round:
         """Evaluate the draws of a plan; `advance` is told of every chunk's samples."""
         draws, network = plan.draws, self.network
-        reference, nfe = control_variate(self.method, self.reference), draws.rules.nfe
+        reference, nfe = self.method.control_variate(self.reference), draws.rules.nfe
         calibration = calibration_of(self.nodes, samples, draws)
         says = Summary(self.method, reference, network.schedule, self.nodes, calibration, nfe, network.backend)
         found = Round.empty(len(samples), len(draws), nfe, samples.device)
@@ -58,7 +57,6 @@ class Estimator:
     def report(self, found: Round, samples: Samples, wanted: Wanted, numbers: Numbers | None = None) -> Estimate:
         """Return the estimate of all rounds; its curve and its offset are those of the first."""
         told, variance = numbers or self.numbers(found, samples)
-        by_trapezoids = self.method == "density" and self.network.schedule.discrete
         return Estimate(
             log_prob=told[0],
             stderr=told[1],
@@ -67,13 +65,13 @@ class Estimator:
             nfe=found.nfe,
             curve_sum=found.curve_sum,
             dims=samples.dims,
-            method=self.method,
+            method=self.method.name,
             noise=wanted.noise,
             seed=wanted.seed,
             sample_index=samples.index,
             ends=found.ends,
             offset=found.offset,
-            table=method_table(self.network.schedule)[1] if by_trapezoids else None,
+            table=self.method.by_trapezoids(self.network.schedule),
             faults=Faults(samples, found.value, found.curve_sum) if deferred(samples.device) else None,
         )
 

@@ -1,10 +1,18 @@
-r"""What stands outside the sum: log p = base(x) - 1/2 sum_s w_s f_s, one base a method.
+r"""The three methods of an estimate: log p = base(x) - 1/2 sum_s w_s f_s, one base and one set of weights each.
 
-- ``density``: log q(x). The integral's tails are q's.
-- ``discrete``: Li and Yan's sum over a table of timesteps. With t_1 its least noisy time, the base is
-  -(1 + log(2 pi t_1)) d/2 - 1/2 sum_i w_i E||eps - eps_q||^2; the last term puts back what the control variate took.
-- ``elbo``: the variational bound of DDPM with posterior variances: a Gaussian decoder of variance t_1 at the first
-  step, minus KL(N(alpha_T x, sigma_T^2) || N(0, 1)), and the same last term.
+With lambda_1 > lambda_2 > ... a table's log-SNRs and t = sigmoid(-lambda) the paper's time, a whole table's weights and
+bases are
+
+============  ==========================================  =============================================  ===============
+method        weight of entry i                           base                                           source
+============  ==========================================  =============================================  ===============
+``density``   its cell's width in log-SNR                 log q(x)                                       the integral
+``discrete``  (t_{i+1} - t_i) / (t_i (1 - t_i))           -(1 + log(2 pi t_1)) d/2 - r                   Li and Yan 2024
+``elbo``      exp(lambda_{i-1} - lambda_i) - 1            log N(x_1; 0, t_1) - KL(x_T || N(0, 1)) - r    Ho et al. 2020
+============  ==========================================  =============================================  ===============
+
+The integral is by the trapezoid rule on a table, and its tails are q's. A sum has no tails, and puts back what the
+control variate takes, r = 1/2 sum_i w_i E||eps - eps_q||^2, which is known in closed form for a single Gaussian.
 
 References:
     A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
@@ -14,6 +22,8 @@ References:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,26 +31,139 @@ from torch import Tensor
 from ..process.masks import inside
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
-from .rules import method_table, method_weights
+
+TABLE_STEPS = 1000  # timesteps of a sum where the schedule itself is continuous
 
 
-def control_variate(method: str, reference: Reference) -> Reference:
-    """Return the reference that a method subtracts: sums need closed-form residuals, hence a single Gaussian."""
-    return reference if method == "density" else reference.gaussian()
+class Method(ABC):
+    """What is summed, and what stands outside of the sum.
+
+    Attributes:
+        name: by which a caller asks for it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def table(self, schedule: Schedule) -> tuple[Tensor, Tensor] | None:
+        """Return times and ascending log-SNRs of all that there is to sum over; None where it is an integral."""
+
+    @abstractmethod
+    def weights(self, log_snr: Tensor) -> Tensor:
+        """Return the weight of every entry of an ascending table of log-SNRs, float64, shape (T,)."""
+
+    @abstractmethod
+    def control_variate(self, reference: Reference) -> Reference:
+        """Return the reference whose residual is subtracted."""
+
+    @abstractmethod
+    def base(self, reference: Reference, x: Tensor, schedule: Schedule, mask: Tensor | None = None) -> Tensor:
+        """Return the term outside the sum, nats, float64, shape (B,); `reference` as `control_variate` gives it."""
+
+    def by_trapezoids(self, schedule: Schedule) -> Tensor | None:
+        """Return the table over which an integral is summed, with an error of its own; None where there is none."""
+        return None
+
+    def __repr__(self) -> str:
+        return self.name
 
 
-def base(method: str, reference: Reference, x: Tensor, schedule: Schedule, mask: Tensor | None = None) -> Tensor:
-    """Return the term outside the sum, nats, float64, shape (B,); `reference` as `control_variate` gives it."""
-    if method == "density":
+class Density(Method):
+    """The integral over log-SNR."""
+
+    name = "density"
+
+    def table(self, schedule: Schedule) -> tuple[Tensor, Tensor] | None:
+        return table_of(schedule) if schedule.discrete else None
+
+    def weights(self, log_snr: Tensor) -> Tensor:
+        middles = (log_snr[1:] + log_snr[:-1]) / 2
+        return torch.cat([log_snr[:1], middles, log_snr[-1:]]).diff()
+
+    def control_variate(self, reference: Reference) -> Reference:
+        return reference
+
+    def base(self, reference: Reference, x: Tensor, schedule: Schedule, mask: Tensor | None = None) -> Tensor:
         return reference.log_prob(x, mask)
-    d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
-    _, log_snr = method_table(schedule)
-    weight = method_weights(log_snr, method).to(x.device)
-    control = reference.expected_residual(x, log_snr.exp().to(x.device), weight, mask)
-    log_first = math.log(1 / (1 + math.exp(float(log_snr[-1]))))
-    if method == "discrete":
-        return -(1 + math.log(2 * math.pi) + log_first) * d / 2 - 0.5 * control
-    return -(math.log(2 * math.pi) + log_first) * d / 2 - prior_kl(x, float(log_snr[0]), mask) - 0.5 * control
+
+    def by_trapezoids(self, schedule: Schedule) -> Tensor | None:
+        return table_of(schedule)[1] if schedule.discrete else None
+
+
+class Sum(Method):
+    """A sum over timesteps, of which the integral is the limit."""
+
+    @abstractmethod
+    def constant(self, x: Tensor, log_snr: Tensor, d: float | Tensor, mask: Tensor | None) -> Tensor:
+        """Return what no timestep of a table sees, nats, float64, shape (B,), for d entries that count."""
+
+    def table(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        return table_of(schedule)
+
+    def control_variate(self, reference: Reference) -> Reference:
+        return reference.gaussian()
+
+    def base(self, reference: Reference, x: Tensor, schedule: Schedule, mask: Tensor | None = None) -> Tensor:
+        d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
+        _, log_snr = self.table(schedule)
+        weight = self.weights(log_snr).to(x.device)
+        control = reference.expected_residual(x, log_snr.exp().to(x.device), weight, mask)
+        return self.constant(x, log_snr, d, mask) - 0.5 * control
+
+
+class Discrete(Sum):
+    """Li and Yan's sum, whose last cell ends at t = 1."""
+
+    name = "discrete"
+
+    def weights(self, log_snr: Tensor) -> Tensor:
+        t = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.sigmoid(-log_snr)])
+        return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
+
+    def constant(self, x: Tensor, log_snr: Tensor, d: float | Tensor, mask: Tensor | None) -> Tensor:
+        return -(1 + math.log(2 * math.pi) + _log_first(log_snr)) * d / 2 + x.new_zeros(len(x), dtype=torch.float64)
+
+
+class Elbo(Sum):
+    """DDPM's variational bound with posterior variances, and a Gaussian decoder of variance t_1 at the first step."""
+
+    name = "elbo"
+
+    def weights(self, log_snr: Tensor) -> Tensor:
+        # The least noisy entry is the decoder's: its weight is 1 / alphas_cumprod.
+        return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
+
+    def constant(self, x: Tensor, log_snr: Tensor, d: float | Tensor, mask: Tensor | None) -> Tensor:
+        return -(math.log(2 * math.pi) + _log_first(log_snr)) * d / 2 - prior_kl(x, float(log_snr[0]), mask)
+
+
+DENSITY = Density()
+METHODS: dict[str, Method] = {method.name: method for method in (DENSITY, Discrete(), Elbo())}
+
+
+def method_of(name: str) -> Method:
+    """Return the method of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]
+
+
+def table_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Return (time, log_snr) of the discrete process of a schedule, noisiest first.
+
+    A table is itself; a continuous schedule is cut into 1000 equal steps of its own time, the first one step from
+    the clean end.
+    """
+    if schedule.discrete:
+        time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
+    else:
+        clean, noisy = schedule.time_range
+        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
+    return time, schedule.log_snr(time)
 
 
 def prior_kl(x: Tensor, log_snr: float, mask: Tensor | None = None) -> Tensor:
@@ -49,3 +172,8 @@ def prior_kl(x: Tensor, log_snr: float, mask: Tensor | None = None) -> Tensor:
     x2 = inside(x.to(torch.float64), mask).square().sum(1)
     d = x.shape[1] if mask is None else mask.sum(1, dtype=torch.float64)
     return 0.5 * (alpha2 * x2 + d * (sigma2 - 1 - math.log(sigma2)))
+
+
+def _log_first(log_snr: Tensor) -> float:
+    """Return log t of the least noisy entry."""
+    return math.log(1 / (1 + math.exp(float(log_snr[-1]))))

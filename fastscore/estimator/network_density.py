@@ -21,6 +21,7 @@ from ..support.buffers import Constants
 from ..support.host import whole
 from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
+from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
@@ -75,13 +76,13 @@ class NetworkDensity(Density):
         return *network, self.reference, self.nodes
 
     def wanted(
-        self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = "density"
+        self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = DENSITY.name
     ) -> Wanted:
         """Return what a call wants of an estimate, by the density's own options where it says nothing."""
         nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), whole("seed", seed)
         if memory is not None:
             parse_bytes(memory)
-        return Wanted(nfe, seed, self._noise_kind(samples), memory, method)
+        return Wanted(nfe, seed, self._noise_kind(samples), memory, method_of(method))
 
     def _plan(
         self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None

@@ -211,7 +211,7 @@ def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, 
     for nfe in sorted(CALIBRATION_NFE, reverse=True):
         parts = []
         for replicate in range(1, REPLICATES + 1):
-            rules = make_rules(fitted.nodes, nfe, network.schedule, "density", plan.seed, replicate)
+            rules = make_rules(fitted.nodes, nfe, network.schedule, seed=plan.seed, round_=replicate)
             draws = Draws(rules, "sobol", plan.seed, replicate)
             sums, variance, nu = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
             for part in Plan(network, draws, chunks).run(samples, programs, fitted.reference):

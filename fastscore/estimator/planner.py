@@ -17,7 +17,7 @@ from ..support.host import whole
 from ..support.memory import Chunks, RowCost, plan_chunks
 from . import probe
 from .integrand import cost_of_row
-from .methods import control_variate
+from .methods import DENSITY, Method
 from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
         seed, round: of nodes and noise.
         noise: "sobol" or "independent".
         memory: bytes that tensors may take, see `fastscore.support.memory`.
-        method: one of `fastscore.estimator.rules.METHODS`.
+        method: what is summed.
         most: draws that later rounds may have, which the memory has to hold.
     """
 
@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
     seed: int
     noise: str
     memory: int | str | None = None
-    method: str = "density"
+    method: Method = DENSITY
     round: int = 0
     most: int = 0
 
@@ -88,7 +88,7 @@ class Planner:
         key = wanted.seed, family
         plan = self._plans.get(key)
         if plan is None or not plan.draws.rules.hold():
-            itself = control_variate(wanted.method, reference) is reference
+            itself = wanted.method.control_variate(reference) is reference
             density = nodes.density if itself else nodes.gaussian
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)

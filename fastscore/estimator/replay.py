@@ -23,6 +23,7 @@ from ..program.settings import of_matrix_products
 from ..support.memory import peak_bytes
 from .estimate import Estimate
 from .estimator import Estimator
+from .methods import DENSITY
 from .plan import Plan
 from .planner import Wanted
 from .round import Numbers, Round
@@ -188,8 +189,8 @@ def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
         return "FASTSCORE_CHECK=now is set, and looks at every chunk"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph already"
-    if estimator.method != "density":
-        return f"the method is {estimator.method!r}"
+    if estimator.method is not DENSITY:
+        return f"the method is {estimator.method.name!r}"
     if samples.mask is not None:
         return "a mask is given"
     if any(program is None for program in estimator.programs):

@@ -21,21 +21,8 @@ the draws, proportional to p(lambda_k) W_k. Where N pi_k >= 1 it is drawn in any
 the others are drawn systematically, n_k times on average, with the weight W_k / n_k (`Allocation`). The whole table is
 the integral by the trapezoid rule.
 
-The three methods differ in the weights alone. With lambda_1 > lambda_2 > ... the table's log-SNRs and
-t = sigmoid(-lambda) the paper's time:
-
-====================  ================================================  =======================
-method                weight of entry i                                 source
-====================  ================================================  =======================
-``density``           its cell's width in log-SNR (trapezoid rule)      the integral itself
-``discrete``          (t_{i+1} - t_i) / (t_i (1 - t_i))                 Li and Yan (2024)
-``elbo``              exp(lambda_{i-1} - lambda_i) - 1                  Ho et al. (2020)
-====================  ================================================  =======================
-
 References:
     On the Theory of Systematic Sampling (Madow and Madow, 1944), https://doi.org/10.1214/aoms/1177731312
-    A Score-Based Density Formula (Li and Yan, 2024), https://arxiv.org/abs/2408.16765
-    Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239
 """
 
 from __future__ import annotations
@@ -50,10 +37,9 @@ from ..ops import noise
 from ..process.schedules import Schedule, settings_of
 from ..support.host import whole
 from .allocation import Allocation
+from .methods import DENSITY, Method
 from .nodes import NodeDensity
 
-METHODS = ("density", "discrete", "elbo")
-TABLE_STEPS = 1000  # timesteps of "discrete" and "elbo" where the schedule itself is continuous
 MIN_DRAWS = 4
 MAX_DRAWS = 1 << 24  # a rule is a handful of float64 a draw: a gigabyte
 GROUPS = 16
@@ -71,7 +57,7 @@ class Rule:
         log_snr: of each draw, float64, shape (N,).
         time: the schedule's own time there, shape (N,); int64 for a table.
         weight: of each draw for the chosen method, shape (N,).
-        density_weight: of each draw for method "density", shape (N,).
+        density_weight: of each draw in the integral, whatever the method, shape (N,).
         paired: whether the draw is an antithetic pair, bool, shape (N,).
         curve: the known mean of the integrand at each draw, shape (N,).
         remainder: the whole of the known mean less its sum over the draws, float64, shape ().
@@ -144,17 +130,15 @@ class Rules:
         density: where to draw.
         draws: N.
         schedule: whose times.
-        method: one of `METHODS`.
+        method: whose weights.
         shift: U, the common part of all shifts, in [0, 1).
     """
 
-    def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: str, shift: float) -> None:
+    def __init__(self, density: NodeDensity, draws: int, schedule: Schedule, method: Method, shift: float) -> None:
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
         self._middles = density.quantile(_strata(draws, 0.5))
         self.paired = density.is_paired(self._middles)
-        self._table = (
-            None if not schedule.discrete and method == "density" else _Table.of(density, draws, schedule, method)
-        )
+        self._table = _Table.of(density, draws, schedule, method)
         self._made: dict[int, Rule] = {}
         self._ask_everywhere()
 
@@ -250,9 +234,12 @@ class _Table:
     allocation: Allocation
 
     @classmethod
-    def of(cls, density: NodeDensity, draws: int, schedule: Schedule, method: str) -> _Table:
-        time, log_snr = method_table(schedule)
-        weight, cell = method_weights(log_snr, method), method_weights(log_snr, "density")
+    def of(cls, density: NodeDensity, draws: int, schedule: Schedule, method: Method) -> _Table | None:
+        table = method.table(schedule)
+        if table is None:
+            return None
+        time, log_snr = table
+        weight, cell = method.weights(log_snr), DENSITY.weights(log_snr)
         # Half of the draws go where a sum's weights are large, as at its ends, and half where the integral's are: a
         # single step of a table may outweigh all others, at noise where nothing is left to see.
         shares = [share / share.sum() for share in (density.density_at(log_snr) * each for each in (weight, cell))]
@@ -294,16 +281,14 @@ def group_shifts() -> Tensor:
 
 
 def make_rules(
-    density: NodeDensity, nfe: int, schedule: Schedule, method: str = "density", seed: int = 0, round_: int = 0
+    density: NodeDensity, nfe: int, schedule: Schedule, method: Method = DENSITY, seed: int = 0, round_: int = 0
 ) -> Rules:
     """Place at most `nfe` evaluations per sample; `seed` and `round_` decide the shifts.
 
     Raises:
-        ValueError: for an unknown method, or when nfe is no integer, leaves fewer than 4 draws, too few for an error
+        ValueError: when nfe is no integer, leaves fewer than 4 draws, too few for an error
             bar, or is so large that the nodes themselves do not fit into memory.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     nfe = whole("nfe", nfe)
     if nfe > MAX_DRAWS:
         raise ValueError(
@@ -343,34 +328,6 @@ def uniform_in_time(nfe: int, schedule: Schedule) -> FixedRules:
     return FixedRules(
         Rule.plain(schedule.log_snr(time), time, weight, torch.ones(draws, dtype=torch.bool, device="cpu"))
     )
-
-
-def method_table(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Return (time, log_snr) of the discrete process that "discrete" and "elbo" sum over, noisiest first.
-
-    A table is itself; a continuous schedule is cut into 1000 equal steps of its own time, the first one step from
-    the clean end.
-    """
-    if schedule.discrete:
-        time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
-    else:
-        clean, noisy = schedule.time_range
-        time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
-    return time, schedule.log_snr(time)
-
-
-def method_weights(log_snr: Tensor, method: str) -> Tensor:
-    """Return the weight of every entry of an ascending table of log-SNRs, shape (T,); see the module's table."""
-    if method == "density":
-        middles = (log_snr[1:] + log_snr[:-1]) / 2
-        return torch.cat([log_snr[:1], middles, log_snr[-1:]]).diff()
-    if method == "discrete":
-        t = torch.cat(
-            [torch.ones(1, dtype=torch.float64, device="cpu"), torch.sigmoid(-log_snr)]
-        )  # t = 1 closes the integral
-        return (t[:-1] - t[1:]) / (t[1:] * (1 - t[1:]))
-    # The least noisy entry is the Gaussian decoder's: its weight is 1 / alphas_cumprod.
-    return torch.cat([torch.expm1(log_snr.diff()), 1 + torch.exp(-log_snr[-1:])])
 
 
 def _strata(draws: int, shift: float) -> Tensor:

@@ -12,7 +12,7 @@ from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
 from .calibration import calibrated, constants
 from .curve import ends
-from .methods import base
+from .methods import DENSITY, Method
 from .nodes import FittedNodes
 from .part import Part
 from .round import Numbers, Round
@@ -32,7 +32,7 @@ class Summary:
         backend: that was asked for.
     """
 
-    method: str
+    method: Method
     reference: Reference
     schedule: Schedule
     nodes: FittedNodes
@@ -44,7 +44,7 @@ class Summary:
         """Put what a part of the samples has shown into their places of a round."""
         x = samples.x
         by_kernel = runnable(x.device, x.dtype, self.backend)[0] != "torch"
-        if by_kernel and self.method == "density" and samples.mask is None:
+        if by_kernel and self.method is DENSITY and samples.mask is None:
             self._by_kernel(part, samples, found)
         else:
             self._by_torch(part, samples, found)
@@ -52,16 +52,16 @@ class Summary:
     def _by_torch(self, part: Part, samples: Samples, found: Round) -> None:
         chosen, rule, f = part.samples, part.rule, part.block(part.f)
         x, mask = samples.entries(chosen)
-        value = base(self.method, self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
+        value = self.method.base(self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
         found.value[chosen] = value
         spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)))
         spread = Spread(*map(part.flat, spread))
         found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
         found.curve_sum.add(part.f, rule.log_snr)
-        if self.method != "density":
+        if self.method is not DENSITY:
             integral = part.flat(draw_sum(f, rule, density=True))
-            integral += base("density", self.reference, x, self.schedule, mask)
+            integral += DENSITY.base(self.reference, x, self.schedule, mask)
             found.offset = found.offset + (value - integral).sum() / len(samples)
 
     def _by_kernel(self, part: Part, samples: Samples, found: Round) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..density import ScoreDensity
 from ..estimator.bins import count_outside
 from ..estimator.estimate import IN_A_FILE, to_arrays
+from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
-from ..estimator.rules import make_rules, method_table
+from ..estimator.rules import make_rules
 from ..process.network import model_dtype
 from ..support.host import positive
 from .answers import answers
@@ -72,7 +73,7 @@ class Work:
             )
         if options["target_stderr"] is not None:
             positive("target_stderr", options["target_stderr"], "nats")
-        make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
+        make_rules(density.core.nodes.density, options["nfe"], density.schedule, method_of(options["method"]))
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))
         work = cls(density, data, index.split(batch), batch, device, options, conditions, counted)
@@ -110,7 +111,7 @@ class Work:
             "transform": digest({"z": seen, "log_det": log_det}),  # of the first sample, which tells transforms apart
             "network": digest(density.model.state_dict()),
             "network's answer": self.answers,
-            "schedule": f"{density.schedule!r} {digest({'log_snr': method_table(density.schedule)[1]})}",
+            "schedule": f"{density.schedule!r} {digest({'log_snr': table_of(density.schedule)[1]})}",
             "predicts": density.predicts,
             "noise": density.noise,
             "time dtype": str(density.time_dtype),

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..estimator.rules import METHODS, method_weights
+from ..estimator.methods import METHODS
 from ..process.predictions import coefficients, must_say_what_it_predicts
 from ..process.schedules import Schedule
 from ..support.host import as_tensor
@@ -71,7 +71,6 @@ def elbo_weights(schedule: Schedule, t: Tensor, predicts: str) -> Tensor:
 
 
 def _weights(schedule: Schedule, t: Tensor, predicts: str, method: str) -> Tensor:
-    assert method in METHODS
     if not schedule.discrete:
         raise ValueError(
             f"timestep weights need a table of timesteps such as DDPM.linear(1000), got {schedule!r}; "
@@ -81,5 +80,5 @@ def _weights(schedule: Schedule, t: Tensor, predicts: str, method: str) -> Tenso
     log_snr = schedule.log_snr(t)  # raises for a timestep that the table lacks
     if predicts == "flow":
         schedule.derivatives(t)  # raises: a table has none
-    every = method_weights(schedule.table.flip(0), method).flip(0)  # of timestep 0, 1, ..
+    every = METHODS[method].weights(schedule.table.flip(0)).flip(0)  # of timestep 0, 1, ..
     return 0.5 * coefficients(predicts, schedule, t).c.square() * every[t.long().cpu()].to(log_snr.device)

@@ -5,7 +5,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import density
-from fastscore.estimator import candidates, rules
+from fastscore.estimator import candidates, methods
 from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
@@ -23,7 +23,7 @@ def estimate_of_a(on, name):
     return summary(of(on, predicts=name.removeprefix("prediction ")).estimate(on(X), nfe=NFE))
 
 
-@row("ScoreDensity.estimate", each=[f"method {m}" for m in rules.METHODS])
+@row("ScoreDensity.estimate", each=[f"method {m}" for m in methods.METHODS])
 def estimate_by(on, name):
     method = name.removeprefix("method ")
     return [summary(of(on, s).estimate(on(X), nfe=NFE, method=method)) for s in (fs.VP(), fs.DDPM.linear(100))]

@@ -7,6 +7,7 @@ import torch
 from mixtures import Mixture
 
 import fastscore as fs
+from fastscore.estimator.methods import DENSITY
 from fastscore.estimator.network_density import prepare
 from fastscore.estimator.round import Round
 from fastscore.estimator.summary import Summary, with_rounding
@@ -52,7 +53,7 @@ def test_a_round_is_the_same_by_kernel_and_by_torch(batch, memory, reference, me
     assert (parts[0].stack is None) == (memory is not None or batch <= 64)
     calibration = MEASURED if measured else density.nodes.calibration
     q, nfe = density.reference, plan.draws.rules.nfe
-    says = Summary("density", q, density.schedule, density.nodes, calibration, nfe, "triton")
+    says = Summary(DENSITY, q, density.schedule, density.nodes, calibration, nfe, "triton")
     rounds = [Round.empty(batch, len(plan.draws), nfe, samples.device) for _ in range(2)]
     for part in parts:
         for found, put in zip(rounds, (says._by_kernel, says._by_torch)):
@@ -74,9 +75,7 @@ def test_a_sample_that_is_not_finite_stays_so_and_harms_no_other():
     density, samples, plan, parts = parts_of("isotropic", 70, None)
     (part,) = parts
     part.f[3, 2] = math.nan
-    says = Summary(
-        "density", density.reference, density.schedule, density.nodes, density.nodes.calibration, 21, "triton"
-    )
+    says = Summary(DENSITY, density.reference, density.schedule, density.nodes, density.nodes.calibration, 21, "triton")
     found = Round.empty(70, len(plan.draws), 21, samples.device)
     says._by_kernel(part, samples, found)
     bad = torch.isnan(found.value)
