@@ -97,12 +97,17 @@ class NetworkDensity(Density):
         return Wanted(nfe, seed, self._noise_kind(samples), memory, method)
 
     def _plan(
-        self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
+        self,
+        samples: Samples,
+        wanted: Wanted,
+        nodes: FittedNodes | None = None,
+        reference: Reference | None = None,
     ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
         network = self.network
         warn_if_training(self.model)
         programs = network.find_programs(samples)
-        plan = self.planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
+        reference = self.reference if reference is None else reference
+        plan = self.planner.plan(network, nodes or self.nodes, reference, samples, programs, wanted)
         for cond in samples.conds:  # with which the network has answered, if it never had before
             cond.remember(self.model, len(samples))
         return plan, programs
