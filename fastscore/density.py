@@ -222,7 +222,7 @@ class ScoreDensity(NetworkDensity):
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
         wanted, reference = self.wanted(nfe, seed, samples, memory, method), self.reference
-        if own_control(control, method, wanted.nfe, samples):
+        if own_control(control, method, wanted.nfe, samples.mask is not None):
             wanted, reference = (
                 wanted._replace(noise="independent", control=control),
                 Picked.of(reference, samples.shape),

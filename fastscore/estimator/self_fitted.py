@@ -27,7 +27,7 @@ BLOCK = 1 << 18  # draws times entries, of which some twenty tensors are there a
 MOST_ENTRIES = 512  # whose equations are solved at once
 
 
-def own_control(control: str, method: str, nfe: int, samples: Samples) -> bool:
+def own_control(control: str, method: str, nfe: int, masked: bool) -> bool:
     """Return whether f is that of a reference fitted to each sample's own draws, control "self".
 
     Raises:
@@ -40,7 +40,7 @@ def own_control(control: str, method: str, nfe: int, samples: Samples) -> bool:
     remedy = 'or leave control="reference"'
     if method != "density":
         raise ValueError(f'control="self" is for method="density", got {method!r}; leave the method out, {remedy}')
-    if samples.mask is not None:
+    if masked:
         raise ValueError(f'control="self" is for whole samples, got a mask; leave the mask out, {remedy}')
     if nfe < FEWEST_DRAWS:
         raise ValueError(

@@ -19,6 +19,7 @@ from ..estimator.curve import Curve, CurveSum
 from ..estimator.estimate import Estimate
 from ..estimator.protocol import Density
 from ..estimator.rules import group_of, make_rules, method_table
+from ..estimator.self_fitted import own_control
 from ..process.network import model_dtype, predict
 from ..support.host import positive
 from .condition_data import DataConditions
@@ -67,6 +68,7 @@ class Work:
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if options["target_stderr"] is not None:
             positive("target_stderr", options["target_stderr"], "nats")
+        own_control(options["control"], options["method"], options["nfe"], mask is not None)
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, options["method"])
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))
