@@ -23,6 +23,7 @@ of any samples that share their nodes. Draw s is in fold s mod `FOLDS`; one of w
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,9 +56,7 @@ class Hats(NamedTuple):
             log_snr: of the draws, (N,).
             counts: 1 for draws, 0 for what fills up the last folds, in the dtype of the fit, (N,).
         """
-        knots = 1 + max(1, math.ceil((span[1] - span[0]) / SPACING))
-        place = ((log_snr - span[0]) * ((knots - 1) / (span[1] - span[0]))).clamp(0, knots - 1)
-        value = (1 - (place[:, None] - torch.arange(knots, device=place.device)).abs()).clamp(min=0).to(counts)
+        value = _hats(log_snr, span).to(counts)
         once = value * counts[:, None]
         twice = torch.cat([once * value, once[:, :-1] * value[:, 1:]], 1)
         value, once, twice = (part.unflatten(0, (-1, FOLDS)).transpose(0, 1) for part in (value, once, twice))
@@ -82,6 +81,25 @@ def fit(z: Tensor, rest: Tensor, hats: Hats) -> tuple[Tensor, Tensor]:
     return tuple(torch.bmm(hats.value, v).transpose(0, 1).flatten(0, 1) for v in (c, w))
 
 
+@lru_cache(maxsize=64)
+def inflation(draws: int, span: tuple[float, float]) -> float:
+    r"""Return by how much the variance of a sum over draws may be larger than that of the draws, added up.
+
+    Two draws of different folds are fitted to each other. What the noise of one puts into the coefficients of the other
+    is uncorrelated with all else, but not with what the other puts into its own: at most it is the same. With r the
+    share that the coefficients' noise has beside the rest of a draw's variance, the sum's is at most 1 + 2 r, and what
+    the draws show 1 + r. A regression of N draws with the hat matrix H has :math:`r = tr(H^2) / N`.
+    """
+    count = draws - draws // FOLDS
+    log_snr = torch.linspace(*span, count, dtype=torch.float64, device="cpu")
+    value = _hats(log_snr, span)
+    inner, one = value.mT @ value, torch.eye(value.shape[1], dtype=torch.float64, device="cpu")
+    step = one.diff(dim=0)
+    hat = torch.linalg.solve(inner + RIDGE * one + SMOOTH * step.mT @ step, inner)
+    share = 2 * float((hat * hat.mT).sum()) / count  # of c and of w
+    return (1 + 2 * share) / (1 + share)
+
+
 def departure(z: Tensor, keep: Tensor, mean: Tensor, c: Tensor, w: Tensor) -> Tensor:
     r"""Return how far the squared residual e_s is from its mean, beyond e_q, entry by entry; of mean zero itself.
 
@@ -94,6 +112,13 @@ def departure(z: Tensor, keep: Tensor, mean: Tensor, c: Tensor, w: Tensor) -> Te
     """
     linear = torch.addcmul(keep * c, w, mean + c)
     return torch.addcmul(2 * z * linear, z.square() - 1, w * (2 * keep + w))
+
+
+def _hats(log_snr: Tensor, span: tuple[float, float]) -> Tensor:
+    """Return the value of every hat at some places, (N, J)."""
+    knots = 1 + max(1, math.ceil((span[1] - span[0]) / SPACING))
+    place = ((log_snr - span[0]) * ((knots - 1) / (span[1] - span[0]))).clamp(0, knots - 1)
+    return (1 - (place[:, None] - torch.arange(knots, device=place.device)).abs()).clamp(min=0)
 
 
 def _by_fold(values: Tensor) -> Tensor:
