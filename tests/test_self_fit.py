@@ -1,4 +1,4 @@
-"""The self-fitted reference: its mean is exact, its coefficients are other folds', and estimates with it are unbiased."""
+"""The self-fitted reference: its mean is exact, its coefficients are of other folds, estimates with it are unbiased."""
 
 import re
 
@@ -182,7 +182,7 @@ def small(schedule=None, **options):
 def test_the_answer_is_a_samples_own_whatever_the_batch_and_the_chunks():
     density, x = small()
     whole = density.estimate(x, nfe=100, seed=3, control="self")
-    # Chunks of one sample, whose draws are evaluated in several parts: the fit alone takes most of the budget.
+    # Chunks of one sample, whose draws are evaluated in several parts: its fit takes most of the budget.
     least = self_fitted.self_fit_cost(
         density.network, density.check(x, None, {}), (None,), Picked.of(density.reference, (8,))
     )
@@ -297,7 +297,8 @@ def test_memory_stays_within_the_budget():
         density.estimate(x, nfe=draws, control="self", memory=1 << 20)
     least = int(re.search(r"give memory >= (\d+)", str(refused.value))[1])
     for budget in (int(1.3 * least), 4 * least):
-        peak = peak_bytes(lambda: density.estimate(x, nfe=draws, control="self", memory=budget))
+        options = {"nfe": draws, "control": "self", "memory": budget}
+        peak = peak_bytes(lambda given=options: density.estimate(x, **given))
         assert budget / 8 < peak < budget
 
 
