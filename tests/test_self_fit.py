@@ -99,8 +99,9 @@ def test_estimates_are_unbiased_and_intervals_cover(name):
     beyond = max(each.truncation for each in found) + max(abs(each.discretization) for each in found)
     assert abs(mean) < 3 * stderr + beyond
     covered = torch.cat([e.abs() < 1.96 * each.stderr + each.truncation_per_sample for e, each in zip(error, found)])
-    # 1,024 intervals of 95 %, a standard error of 0.7 %, and 1 % for skewness that 64 draws do not show.
-    assert 0.92 <= float(covered.double().mean()) <= 0.99
+    # 1,024 intervals with a standard error of 0.8 %. This network switches between components in a few draws, whose
+    # large terms most samples do not show: 92 % are covered (docs/images.md).
+    assert 0.89 <= float(covered.double().mean()) <= 0.98
 
 
 def photograph_like(shape=(3, 8, 8)):
@@ -147,6 +148,8 @@ def test_images_gain_much_and_stay_unbiased(planted, monkeypatch):
         assert abs(mean) > 20 * stderr
         return
     assert abs(mean) < 3 * stderr + max(each.truncation for each in found)
+    covered = torch.cat([e.abs() < 1.96 * each.stderr for e, each in zip(error, found)])
+    assert float(covered.double().mean()) > 0.93  # of 384, a standard error of 1.1 %
     plain = density.estimate(x, nfe=64, progress=False).log_prob.double() - truth
     assert float(error.square().mean()) < 0.1 * float(plain.square().mean())
 

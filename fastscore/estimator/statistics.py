@@ -92,9 +92,12 @@ class Spread(NamedTuple):
                 have so little noise beside the course of f that its slope and its bends have to be left out.
         """
         terms = _terms(f, rule)
-        variance, nu = successive_variance(terms) if inflation is None else third_variance(terms)
-        variance = variance if inflation is None else inflation * variance
-        draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
+        if inflation is None:
+            variance, nu = successive_variance(terms)
+            draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
+        else:
+            variance, nu = third_variance(terms)
+            variance, draws = inflation * variance, nu / 0.43
         third = bends(terms).pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         share = KNOWN / (KNOWN + draws)
