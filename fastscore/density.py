@@ -17,14 +17,12 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
-from .estimator.coincidence import refuse_coincidences
 from .estimator.comparison import Comparison
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
@@ -33,21 +31,22 @@ from .estimator.estimator import Estimator
 from .estimator.methods import DENSITY
 from .estimator.network_density import NetworkDensity, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
-from .estimator.pilot import PILOT_DRAWS, PilotPlan, choose, run_pilot, warn_if_worse_than_reference
+from .estimator.pilot import PILOT_DRAWS, PilotPlan, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
-from .estimator.samples import Samples, check_batch, deferred, refuse_not_finite_at
+from .estimator.samples import deferred
+from .estimator.self_fitted import own_control
 from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
 from .ops.select import check_name
-from .process.conditions import Conditions, merged, takes_conditions
-from .process.masks import broadcast_mask, mask_rows
-from .process.network import model_device, warn_if_training
+from .process.conditions import merged, takes_conditions
+from .process.network import warn_if_training
 from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
+from .reference.picking import Picked
 from .support.host import kind_of, positive, whole
 from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
@@ -172,6 +171,7 @@ class ScoreDensity(NetworkDensity):
         sample_index: Tensor | None = None,
         mask: Tensor | None = None,
         method: str = "density",
+        control: str = "reference",
         target_stderr: float | None = None,
         max_nfe: int = 16384,
         memory: int | str | None = None,
@@ -194,6 +194,12 @@ class ScoreDensity(NetworkDensity):
                 of the network that is itself called mask goes as `cond={"mask": ...}`.
             method: "density" (the integral), "discrete" (Li and Yan's sum) or "elbo" (DDPM's bound); all three
                 use the same noise, at nodes where their own weights are large.
+            control: what is subtracted from the network's squared residuals. "reference" is the density's reference.
+                "self" is that plus what each sample's own residual vectors have beside it that is linear in the noise,
+                fitted to other draws than those that it serves, so that estimates stay unbiased (`docs/images.md`):
+                of images, and of networks that are far from any fitted reference, a small part of the variance is
+                left. It needs nfe >= 64, method "density" and no mask, keeps a sample's residuals until its last draw,
+                and draws independent noise, also where `fit` has calibrated Sobol's.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
                 is below; at most `max_nfe` a sample. For single samples: where to stop depends on what was seen, so
                 that their mean is off by a part of the target (`docs/limits.md`).
@@ -212,12 +218,18 @@ class ScoreDensity(NetworkDensity):
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
                 returns the wrong shape, NaN or inf (named by sample and log-SNR; on a GPU when a number is read on the
                 host, see `Estimate.check`, or at once with FASTSCORE_CHECK=now in the environment); if a mask does not
-                fit x, leaves nothing of a sample, or meets a reference that is not diagonal in the entries.
+                fit x, leaves nothing of a sample, or meets a reference that is not diagonal in the entries; if control
+                "self" meets what it does not go with, or the memory does not hold one sample's residuals.
         """
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        wanted = self.wanted(nfe, seed, samples, memory, method)
+        wanted, reference = self.wanted(nfe, seed, samples, memory, method), self.reference
+        if own_control(control, method, wanted.nfe, samples.mask is not None):
+            wanted, reference = (
+                wanted._replace(noise="independent", control=control),
+                Picked.of(reference, samples.shape),
+            )
         if target_stderr is not None:
             wanted = wanted._replace(most=whole("max_nfe", max_nfe))
             if not wanted.nfe <= max_nfe <= MAX_DRAWS:
@@ -228,18 +240,18 @@ class ScoreDensity(NetworkDensity):
         parts = self._parts()
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
-        network, (plan, programs) = network_of(self), self._plan(samples, wanted)
+        network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
         warn_if_coupled(network, samples, self.reference)
         if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
-        estimator = Estimator(network, self.reference, self.nodes, programs, wanted.method)
+        estimator = Estimator(network, reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             replay = self.replays.find(parts, estimator, samples, plan, wanted) if target_stderr is None else None
             found, numbers = replay(samples, plan) if replay else (estimator.evaluate(samples, plan, bar.update), None)
             while target_stderr is not None and len(active := found.above(target_stderr, max_nfe)):
                 wanted = wanted._replace(nfe=int(found.nfe[active].min()), round=wanted.round + 1)
                 bar.reset(total=len(active))
-                more, some = self._plan(samples, wanted)[0], samples.select(active)
+                more, some = self._plan(samples, wanted, reference=reference)[0], samples.select(active)
                 found.average(active, estimator.evaluate(some, more, bar.update))
         if target_stderr is not None and len(left := found.nfe[found.variance[0].sqrt() > target_stderr]):
             spent = int(left.max())
@@ -359,21 +371,6 @@ class ScoreDensity(NetworkDensity):
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)
         return self
-
-    def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
-        """Return the samples that `fit` looks at, on the network's device."""
-        check_batch(data)
-        chosen = choose(len(data), whole("seed", seed))
-        here = model_device(self.model, data.device)
-        x = data[chosen.to(data.device)].to(here)
-        refuse_not_finite_at("data", x, chosen)
-        given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
-        samples = replace(self.check(x, chosen), conds=(given,))
-        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
-        if mask is None:
-            return samples
-        counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)
-        return replace(samples, mask=mask_rows(counted, x))
 
     def with_reference(self, reference: Reference | None) -> ScoreDensity:
         """Return a density with the same network, another reference, independent noise, and nodes as before `fit`.

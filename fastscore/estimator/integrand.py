@@ -8,6 +8,7 @@ the entries that count, and x_t = x elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -48,10 +49,10 @@ def row_terms(
     if mask is not None:
         x_t, eps = torch.where(entries, x_t, x[:, None]), inside(eps, entries)
     counted, errors = inside(x, mask), []
-    for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
-        prediction = inside(_predict(network, samples.shape, x_t, rows, cond, timed), entries)
+    for prediction in predictions(network, samples, x_t, rows):
         backend = "torch" if plain else rows.backend
-        errors.append(ops.residual(prediction, counted, eps, *noise_words, *rows.coefficients, backend))
+        answer = inside(prediction, entries)
+        errors.append(ops.residual(answer, counted, eps, *noise_words, *rows.coefficients, backend))
     controls = [
         ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
         if kernel
@@ -59,6 +60,12 @@ def row_terms(
         for q, kernel in zip(references, by_kernel)
     ]
     return errors, controls
+
+
+def predictions(network: Network, samples: Samples, x_t: Tensor, rows: Rows) -> Iterator[Tensor]:
+    """Yield the prediction of every row, (B, R, d), under each condition of the samples."""
+    for cond, timed in zip(samples.conds, rows.timed or (None,) * len(samples.conds)):
+        yield _predict(network, samples.shape, x_t, rows, cond, timed)
 
 
 def _predict(
@@ -87,11 +94,18 @@ def _has_kernel(reference: Reference, rows: Rows, x: Tensor) -> bool:
 
 
 def cost_of_row(
-    network: Network, samples: Samples, programs: tuple[RowProgram | None, ...], reference: Reference
+    network: Network,
+    samples: Samples,
+    programs: tuple[RowProgram | None, ...],
+    reference: Reference,
+    evaluate: Callable[[Network, Samples, Tensor, Rows, Reference], object] | None = None,
 ) -> memory.RowCost:
     """Return the memory of one row, and of what is there of one draw for all samples: noise, a program's tables.
 
     Network and autograd are included; both are measured on a few rows of the first sample.
+
+    Arguments:
+        evaluate: what is done with some rows; `draw_values` by default.
 
     Raises:
         ValueError: if the network cannot be called with such data, with its reason.
@@ -106,10 +120,18 @@ def cost_of_row(
     keys = draws.keys(one.index.to(one.device), one.x.shape[1])
     timed = rows.with_programs(network, programs, one)
     with uncompiled():
-        found = memory.footprint(lambda: draw_values(network, one, keys, timed, reference))
+        found = memory.footprint(lambda: (evaluate or draw_values)(network, one, keys, timed, reference))
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
     draw = tables + noise.POINT_BYTES * one.x.shape[1]
     return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw)
+
+
+def all_values(
+    network: Network, samples: Samples, keys: Tensor, each: Iterable[Rows], reference: Reference, draws: int
+) -> Tensor:
+    """Return f of all draws, (b, N), of which `each` has some."""
+    values = [chunk_values(network, samples, keys, rows, reference) for rows in each]
+    return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 
 def chunk_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

@@ -6,6 +6,7 @@ and people who make one should not find them there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from ..ops.noise import SOBOL_MAX_DIM
 from ..ops.select import select
-from ..process.network import warn_if_training
+from ..process.conditions import Conditions
+from ..process.masks import broadcast_mask, mask_rows
+from ..process.network import model_device, warn_if_training
 from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
@@ -24,11 +27,12 @@ from .coincidence import refuse_coincidences
 from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
+from .pilot import choose
 from .plan import Plan
 from .planner import Planner, Wanted
 from .protocol import Density
 from .replay import Replays
-from .samples import Samples, check_batch, check_samples
+from .samples import Samples, check_batch, check_samples, refuse_not_finite_at
 
 
 class NetworkDensity(Density):
@@ -85,12 +89,17 @@ class NetworkDensity(Density):
         return Wanted(nfe, seed, self._noise_kind(samples), memory, method_of(method))
 
     def _plan(
-        self, samples: Samples, wanted: Wanted, nodes: FittedNodes | None = None
+        self,
+        samples: Samples,
+        wanted: Wanted,
+        nodes: FittedNodes | None = None,
+        reference: Reference | None = None,
     ) -> tuple[Plan, tuple[RowProgram | None, ...]]:
         network = network_of(self)
         warn_if_training(self.model)
         programs = network.find_programs(samples)
-        plan = self.planner.plan(network, nodes or self.nodes, self.reference, samples, programs, wanted)
+        reference = self.reference if reference is None else reference
+        plan = self.planner.plan(network, nodes or self.nodes, reference, samples, programs, wanted)
         for cond in samples.conds:  # with which the network has answered, if it never had before
             cond.remember(self.model, len(samples))
         return plan, programs
@@ -133,6 +142,21 @@ class NetworkDensity(Density):
                 "fit(data, mask=...)"
             )
         return samples
+
+    def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
+        """Return the samples that `fit` looks at, on the network's device."""
+        check_batch(data)
+        chosen = choose(len(data), whole("seed", seed))
+        here = model_device(self.model, data.device)
+        x = data[chosen.to(data.device)].to(here)
+        refuse_not_finite_at("data", x, chosen)
+        given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
+        samples = replace(self.check(x, chosen), conds=(given,))
+        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
+        if mask is None:
+            return samples
+        counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)
+        return replace(samples, mask=mask_rows(counted, x))
 
 
 def network_of(density: NetworkDensity) -> Network:

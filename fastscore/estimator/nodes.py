@@ -117,6 +117,10 @@ class NodeDensity:
         """Return the same density with nothing known of the integrand."""
         return NodeDensity(self.edges, self.share, self.paired)
 
+    def alone(self) -> NodeDensity:
+        """Return the same share of the evaluations everywhere without antithetic pairs."""
+        return NodeDensity(self.edges, self.share, torch.zeros_like(self.paired), self.curve)
+
     def half_uniform(self) -> NodeDensity:
         """Return a density for another integrand than the fitted one: half of the draws go everywhere alike."""
         width = self.edges.diff()

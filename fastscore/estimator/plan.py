@@ -19,7 +19,7 @@ optimizer counts, however it was written. `fastscore.estimator.planner` keeps th
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -31,7 +31,7 @@ from ..reference.gaussians import Reference
 from ..support.host import together
 from ..support.memory import RULE_BYTES, Chunks
 from .curve import EndTable
-from .integrand import check_finite, chunk_values
+from .integrand import all_values, check_finite
 from .layout import Cut, Groups, Layout
 from .network import Network
 from .part import Part
@@ -51,12 +51,19 @@ class Plan:
         chunks: how much at once, and how much may be kept between two calls.
         family: what all but the seed comes from.
         like: a plan of the same family, from which is taken what another seed does not change.
+        values: what makes f of some samples' draws: `all_values`, or another with its arguments.
     """
 
     def __init__(
-        self, network: Network, draws: Draws, chunks: Chunks, family: Hashable = None, like: Plan | None = None
+        self,
+        network: Network,
+        draws: Draws,
+        chunks: Chunks,
+        family: Hashable = None,
+        like: Plan | None = None,
+        values: Callable[..., Tensor] = all_values,
     ) -> None:
-        self.network, self.draws, self.chunks, self.family = network, draws, chunks, family
+        self.network, self.draws, self.chunks, self.family, self.values = network, draws, chunks, family, values
         self._rules: dict[int, tuple[Rule, EndTable]] = {}
         self._joint: tuple[Layout, Rule, EndTable] | None = None
         self._rows: dict[tuple[int, range], Rows] = {}
@@ -196,8 +203,7 @@ class Plan:
             chosen, key = slice(start, start + cut.at_once), next(keys)
             part = own.select(chosen)
             each = tables or (rows for span in cut.spans for rows in self._tables([cut._replace(spans=(span,))], call))
-            values = [chunk_values(self.network, part, key, rows, call.reference) for rows in each]
-            f = torch.cat(values, 1) if len(values) > 1 else values[0]
+            f = self.values(self.network, part, key, each, call.reference, len(self.draws))
             if call.check:
                 check_finite(f, part, rule)
             yield Part(cut.here[chosen], f, rule, ends)

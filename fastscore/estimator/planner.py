@@ -16,7 +16,7 @@ from ..reference.gaussians import Reference
 from ..support.host import whole
 from ..support.memory import Chunks, RowCost, plan_chunks
 from . import probe
-from .integrand import cost_of_row
+from .integrand import all_values, cost_of_row
 from .methods import DENSITY, Method
 from .network import Network
 from .nodes import FittedNodes
@@ -24,6 +24,7 @@ from .plan import Plan
 from .rows import Draws
 from .rules import make_rules
 from .samples import Samples
+from .self_fitted import self_fit_cost, self_fitted
 
 PLANS = 8
 
@@ -38,6 +39,7 @@ class Wanted(NamedTuple):
         memory: bytes that tensors may take, see `fastscore.support.memory`.
         method: what is summed.
         most: draws that later rounds may have, which the memory has to hold.
+        control: "reference", or "self" for one that is fitted to each sample's own draws.
     """
 
     nfe: int
@@ -47,6 +49,7 @@ class Wanted(NamedTuple):
     method: Method = DENSITY
     round: int = 0
     most: int = 0
+    control: str = "reference"
 
 
 class Planner:
@@ -90,12 +93,15 @@ class Planner:
         if plan is None or not plan.draws.rules.hold():
             itself = wanted.method.control_variate(reference) is reference
             density = nodes.density if itself else nodes.gaussian
+            own = wanted.control == "self"
+            if own:  # whose c takes what is odd in the noise, which pairs would
+                density = density.alone()
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
             chunks = self.chunks(network, samples, programs, reference, wanted, most)
             like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
-            plan = Plan(network, draws, chunks, family, like)
+            plan = Plan(network, draws, chunks, family, like, self_fitted if own else all_values)
         if not (plan.draws.rules.learned and torch.is_grad_enabled()):
             self._keep(key, plan)
         return plan
@@ -110,9 +116,11 @@ class Planner:
         draws: int,
     ) -> Chunks:
         """Return how much fits into memory at once, by what a row of such samples costs; ask the network's rows too."""
-        kind, costs = self._kind(network, samples, reference, programs), self._costs.setdefault(network.model, {})
+        own = wanted.control == "self"
+        kind = own, self._kind(network, samples, reference, programs)
+        costs = self._costs.setdefault(network.model, {})
         if kind not in costs:
-            costs[kind] = cost_of_row(network, samples, programs, reference)
+            costs[kind] = (self_fit_cost if own else cost_of_row)(network, samples, programs, reference)
             self._probe(network, samples)
         points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
         return plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)

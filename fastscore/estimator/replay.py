@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..program.settings import of_matrix_products
+from ..reference.picking import Picked
 from ..support.memory import peak_bytes
 from .estimate import Estimate
 from .estimator import Estimator
@@ -193,6 +194,8 @@ def why_not(estimator: Estimator, samples: Samples, plan: Plan) -> str | None:
         return f"the method is {estimator.method.name!r}"
     if samples.mask is not None:
         return "a mask is given"
+    if isinstance(estimator.reference, Picked):
+        return "the reference is fitted to every sample's own draws"
     if any(program is None for program in estimator.programs):
         return "the network is no row program, and what it reads may change between two calls"
     if any(isinstance(v, Tensor) and not v.is_cuda for cond in samples.conds for v in cond.shared.values()):

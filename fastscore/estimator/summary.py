@@ -10,6 +10,8 @@ from torch import Tensor
 from ..ops.select import implementation, runnable
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
+from ..reference.picking import Picked
+from . import self_fit
 from .calibration import calibrated, constants
 from .curve import ends
 from .methods import DENSITY, Method
@@ -44,7 +46,8 @@ class Summary:
         """Put what a part of the samples has shown into their places of a round."""
         x = samples.x
         by_kernel = runnable(x.device, x.dtype, self.backend)[0] != "torch"
-        if by_kernel and self.method is DENSITY and samples.mask is None:
+        own = isinstance(self.reference, Picked)
+        if by_kernel and not own and self.method is DENSITY and samples.mask is None:
             self._by_kernel(part, samples, found)
         else:
             self._by_torch(part, samples, found)
@@ -54,7 +57,9 @@ class Summary:
         x, mask = samples.entries(chosen)
         value = self.method.base(self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
         found.value[chosen] = value
-        spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)))
+        own = isinstance(self.reference, Picked)
+        inflation = self_fit.inflation(f.shape[-1], self.nodes.log_snr_range) if own else None
+        spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)), inflation)
         spread = Spread(*map(part.flat, spread))
         found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,19 @@ def factors_of(data: Tensor, shape: tuple[int, ...]) -> list[Tensor] | None:
     empty = data.new_empty(0)
     own = [cosines(size).to(data.device) for size in shape[1:]]
     return [_of_channels(data, shape[0]) if shape[0] <= MOST_CHANNELS else empty, *own, *[empty] * (2 - len(own))]
+
+
+@lru_cache(maxsize=16)
+def cosines_of(shape: tuple[int, ...], device: torch.device) -> list[Tensor] | None:
+    """Return cosines along channels, rows and columns for samples of a shape (C, H, W) or (C, L), float64; else None.
+
+    Along three colours they are close to brightness and two differences of colours.
+    """
+    if len(shape) not in (2, 3) or min(shape[1:]) < FEWEST:
+        return None
+    empty = torch.empty(0, dtype=torch.float64, device="cpu")
+    own = [cosines(size) if size <= MOST_CHANNELS else empty for size in shape[:1]] + [*map(cosines, shape[1:])]
+    return [factor.to(device) for factor in [*own, *[empty] * (3 - len(own))]]
 
 
 def are_basis(factors: Factors, d: int) -> bool:

@@ -48,6 +48,7 @@ def evaluate_dataset(
     nfe: int | None = None,
     seed: int = 0,
     method: str = "density",
+    control: str = "reference",
     target_stderr: float | None = None,
     max_nfe: int = 16384,
     memory: int | str | None = None,
@@ -73,7 +74,7 @@ def evaluate_dataset(
         data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
         out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, with `bins` bits_per_dim, and with a
             mask dims.
-        nfe, seed, method, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
+        nfe, seed, method, control, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
         batch: samples in a block: what an interruption may cost.
         cond: keyword arguments of the network: arrays with one entry a sample of the data, shape (N, ...), which go
             along in blocks; what all samples share is a number, a text, or in `fastscore.shared`. Fractions come in the
@@ -111,6 +112,7 @@ def evaluate_dataset(
         "nfe": density.nfe if nfe is None else nfe,
         "seed": seed,
         "method": method,
+        "control": control,
         "target_stderr": target_stderr,
         "max_nfe": max_nfe,
     }

@@ -103,11 +103,15 @@ class RowCost(NamedTuple):
         row: peak of one row's tensors, its noise and the network's activations among them.
         each: mean size of these tensors: what an operator writes for one row.
         draw: what is there of one draw for all samples.
+        kept: of one draw of one sample, until the sample's last draw.
+        work: what a sample's end takes beside that.
     """
 
     row: int
     each: int
     draw: int
+    kept: int = 0
+    work: int = 0
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -171,14 +175,20 @@ def plan_chunks(
         memory: as in `chunk_rows`.
 
     Raises:
-        ValueError: as `chunk_rows`.
+        ValueError: as `chunk_rows`; if the budget does not hold what is kept of one sample.
     """
-    fixed = draws * (RULE_BYTES + bytes_of_noise)
+    fixed = draws * (RULE_BYTES + bytes_of_noise + cost.kept) + cost.work
     budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, SUM_BYTES * draws
     keep = 4 * tables <= budget
     groups = max(1, min(MOST_GROUPS, budget // max(1, 16 * tables))) if keep else 0
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
-    row = cost.row + SUM_BYTES + (0 if keep else cost.draw // samples)
+    row = cost.row + cost.kept + SUM_BYTES + (0 if keep else cost.draw // samples)
+    if cost.kept and budget < row:
+        given = "the default budget" if memory is None else f"memory={memory!r}"
+        raise ValueError(
+            f"{given} does not hold one sample's residuals, {cost.kept:,} bytes in each of {draws} draws, and "
+            f"{fixed - draws * cost.kept + row:,} to evaluate them; give memory >= {fixed + row} or a smaller nfe"
+        )
     rows = chunk_rows(row, memory, device, fixed + (groups * tables if keep else samples * sums))
     near = max(CPU_CALL // row, CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)
     per_call = min(rows, near) if device.type == "cpu" else rows

@@ -5,7 +5,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import density
-from fastscore.estimator import candidates, methods
+from fastscore.estimator import candidates, methods, self_fitted
 from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
@@ -27,6 +27,14 @@ def estimate_of_a(on, name):
 def estimate_by(on, name):
     method = name.removeprefix("method ")
     return [summary(of(on, s).estimate(on(X), nfe=NFE, method=method)) for s in (fs.VP(), fs.DDPM.linear(100))]
+
+
+@row("ScoreDensity.estimate", each=[f"control {c}" for c in self_fitted.CONTROLS])
+def estimate_less(on, name):
+    options = {"nfe": 64, "control": name.removeprefix("control ")}
+    found = [of(on, reference=kind()).estimate(on(X), **options) for kind in REFERENCES.values()]
+    image = fs.ScoreDensity(on(Net(16)), fs.VP(), program=False).estimate(on(random(3, 1, 4, 4)), **options)
+    return [summary(each) for each in (*found, image)]
 
 
 @row("ScoreDensity.estimate", each=[f"noise {n}" for n in density.NOISES])
