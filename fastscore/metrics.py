@@ -142,7 +142,8 @@ class NegativeLogLikelihood(Metric):
         return *(getattr(self, name) for name in GroupSums._fields), self.variance
 
     def _values(self, *sums: Tensor) -> dict[str, Tensor]:
-        of_groups, variance = GroupSums(*sums[:-1]), sums[-1]
+        *of_groups, variance = (each.double() for each in sums)  # whatever `set_dtype` has made of them
+        of_groups = GroupSums(*of_groups)
         samples = of_groups.count.sum()
         if not samples:
             raise ValueError(f"{type(self).__name__} has seen no sample; call update(x) first")

@@ -24,10 +24,17 @@ def estimate(log_prob, stderr=0.5, dims=10):
         dims,
         "density",
         "sobol",
-        0,
+        torch.zeros(len(log_prob), dtype=torch.int64),
         torch.arange(len(log_prob)),
         torch.zeros(len(log_prob), 2, 7),
     )
+
+
+def test_one_sample_has_no_spread():
+    assert repr(estimate([-1.5])).startswith(
+        "Estimate(1 sample, 10 dims, log_prob -1.5 nats, stderr 0.5 per sample, 64"
+    )
+    assert "2 samples, 10 dims, log_prob -1 +- 0.5 nats" in repr(estimate([-1.5, -0.5]))
 
 
 def test_bits_per_dim_of_a_uniform_density():

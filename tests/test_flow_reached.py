@@ -159,7 +159,7 @@ def test_the_result_is_one_readable_line(few_steps):
     found = fs.probability_flow_log_prob(density, X[:2], trace="hutchinson", probes=4)
     text = repr(found)
     assert text.startswith(f"FlowLogProb(2 samples, log_prob {float(found.log_prob.mean()):.4g} +- ")
-    assert f"stderr {float(found.stderr.mean()):.2g} per sample" in text
+    assert "stderr" not in text  # in two dimensions there are two probes, and both give the exact trace
     assert f"largest discretization about {float(found.discretization.max()):.2g}" in text
     assert "\n" not in text
     with pytest.warns(UserWarning, match="is not reached"):

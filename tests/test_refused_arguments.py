@@ -57,6 +57,20 @@ def test_levels_are_not_dequantized_into_a_few_numbers(dtype):
         fs.Levels(256).dequantize(torch.zeros(2, 3, dtype=torch.int64), dtype=dtype)
 
 
+def test_data_sets_are_arrays_and_conditions_of_the_network_go_in_a_dict(tmp_path):
+    wrong = torch.utils.data.TensorDataset(X)
+    with pytest.raises(
+        ValueError, match=r"data must be one tensor or array of numpy .* got TensorDataset; torch.stack"
+    ):
+        fs.evaluate_dataset(density(), wrong, tmp_path / "x.npz")
+    with pytest.raises(
+        ValueError, match=r"class_labels is no argument of evaluate_dataset; .* cond={'class_labels': ...}"
+    ):
+        fs.evaluate_dataset(density(), X, tmp_path / "x.npz", class_labels=X)
+    with pytest.raises(ValueError, match=r"got DataLoader; .*torch.stack of the samples of a Dataset"):
+        density().fit(torch.utils.data.DataLoader(wrong))
+
+
 @pytest.mark.parametrize("sixteen", [np.int64(16), torch.tensor(16), np.uint8(16)], ids=lambda v: type(v).__name__)
 def test_integers_of_every_kind_are_integers(sixteen):
     expected = density().estimate(X, nfe=16, seed=16).log_prob

@@ -36,6 +36,9 @@ from ..support.untouched import uncompiled
 COLUMNS = 32  # backward passes in one call; it bounds their memory
 
 
+FEW_DIM = 13  # where probes are drawn without repetition; beyond, two of sixteen agree in one of 68 samples at most
+
+
 class Time(NamedTuple):
     """What the field needs to know of a time t of the path: its schedule's own, and numbers that it decides.
 
@@ -187,9 +190,23 @@ def time_of(log_snr: Tensor, scale: float) -> Tensor:
     return torch.sigmoid(-0.5 * log_snr - math.log(scale))
 
 
+def kinds(d: int) -> int:
+    """Return how many probes there are in d dimensions that differ by more than the sign of all."""
+    return 1 << (d - 1)
+
+
 def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
-    """Return signs of shape (probes, B, d), keyed by sample as all noise is."""
+    """Return signs of shape (probes, B, d), keyed by sample as all noise is.
+
+    In few dimensions no two of a sample's probes are the same, or the same but for the sign of all: equal ones would
+    say nothing new, and agree as if there were no error.
+    """
     d = samples.x.shape[1]
+    if d <= FEW_DIM:
+        place = torch.randperm(kinds(d), generator=torch.Generator().manual_seed(seed), device="cpu")[:probes]
+        flips = 1 - 2 * (place[:, None] >> torch.arange(d, device="cpu") & 1)  # the last one never
+        w = noise.words(seed, samples.index.to(samples.device), 0, noise.STREAM_PROBE, d)
+        return torch.where(w < 0, -1.0, 1.0).to(samples.x) * flips[:, None].to(samples.x)
     drawn = [noise.words(seed, samples.index.to(samples.device), p, noise.STREAM_PROBE, d) for p in range(probes)]
     return torch.stack([torch.where(w < 0, -1.0, 1.0) for w in drawn]).to(samples.x)
 

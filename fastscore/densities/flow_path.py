@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..density import ScoreDensity
 from ..estimator.samples import Samples
 from .flow_ends import truncation
-from .flow_field import Field, rademacher, time_of
+from .flow_field import Field, kinds, rademacher, time_of
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
 
@@ -30,7 +30,8 @@ class Flow:
     """The integral for some samples, by one solver or another; log-densities are (B, columns), a column a probe."""
 
     def __init__(self, density: ScoreDensity, samples: Samples, trace: str, probes: int, seed: int) -> None:
-        self.density, self.samples, self.trace, self.probes, self.seed = density, samples, trace, probes, seed
+        self.density, self.samples, self.trace, self.seed = density, samples, trace, seed
+        self.probes = min(probes, kinds(samples.x.shape[1]))  # all that there are give the exact trace
         lo, hi = density.log_snr_range
         smallest, largest = density.reference.scales()
         self.scale = math.sqrt(smallest * largest)

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..estimator.estimate import mean_in_words
 from ..estimator.network_density import network_of
 from ..estimator.protocol import Density, check_density
+from ..estimator.statistics import student_quantile
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
 from ..support.host import positive, whole
@@ -39,7 +40,7 @@ from ..support.untouched import undisturbed
 from ..support.warn import warn
 from .between_timesteps import between_timesteps
 from .cut_graph import refuse_cut_graph
-from .flow_field import learned
+from .flow_field import kinds, learned
 from .flow_path import ADAPTIVE, Flow
 from .flow_steps import MAX_STEPS, Solved, doubling, not_finite, once
 
@@ -53,6 +54,7 @@ READ = {
 DEFAULTS = {"error": 0.01, "steps": 1, "rtol": 1e-5, "atol": 1e-5}
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
+STUDENT = {2: 12.71, 3: 4.30}  # the 97.5 % quantile for few probes, where its expansion fails
 MOST = 1 << 17  # steps, or probes: what is known of every one beforehand takes a gigabyte at most
 
 
@@ -121,7 +123,8 @@ def probability_flow_log_prob(
             between timesteps, which it is asked once.
         x: data, shape (B, *shape).
         trace: "exact" (d vector-Jacobian products an evaluation) or "hutchinson" (one a probe, Rademacher signs).
-        probes: number of Hutchinson probes, averaged; one has no standard error (NaN), two or more have.
+        probes: number of Hutchinson probes, averaged; one has no standard error (NaN), more have, by Student's t. In up
+            to 13 dimensions a sample's probes are drawn without repetition; all 2^(d-1) of them give the exact trace.
         seed: key of the probes.
         method: "midpoint" on a grid of `steps`; "auto", the same with twice the steps, sample by sample, until the
             answer moves by less than `error`; or the name of a solver of torchdiffeq.
@@ -202,12 +205,14 @@ def _options(method: str, given: dict[str, object]) -> dict[str, object]:
 
 
 def _result(flow: Flow, log_prob: Tensor, *constants: Tensor) -> FlowLogProb:
-    """Return the mean over probes with its standard error."""
-    mean, log_prob = log_prob.mean(1), log_prob.detach()
-    if flow.trace == "exact":
+    """Return the mean over probes with its standard error, as wide as Student's t wants it for so few."""
+    mean, log_prob, n = log_prob.mean(1), log_prob.detach(), flow.probes
+    if flow.trace == "exact" or n == kinds(flow.samples.x.shape[1]):
         return FlowLogProb(mean, torch.zeros_like(log_prob[:, 0]), *constants)
-    spread = log_prob.std(1) if flow.probes > 1 else torch.full_like(log_prob[:, 0], math.nan)
-    return FlowLogProb(mean, spread / flow.probes**0.5, *constants)
+    if n == 1:
+        return FlowLogProb(mean, torch.full_like(log_prob[:, 0], math.nan), *constants)
+    quantile = STUDENT.get(n) or float(student_quantile(0.025, torch.tensor(n - 1.0, device="cpu")))
+    return FlowLogProb(mean, log_prob.std(1) * (quantile / 1.96 / n**0.5), *constants)
 
 
 def _warn_of_what_is_missing(found: FlowLogProb, error: float | None) -> None:

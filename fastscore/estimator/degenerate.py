@@ -12,12 +12,16 @@ import math
 import torch
 from torch import Tensor
 
+from ..process.masks import inside
 from ..process.schedules import Schedule
+from ..reference.gaussians import Reference
 from ..support.warn import warn
+from .samples import Samples
 
 # Range of a column, of its largest value, and spread of a direction, at which float32 data are constant.
 RELATIVE = 1e-6
 COPY = 1e-5  # of a column's spread, by which a copy in float32, scaled and shifted, may differ
+FAR_OUT = 10.0  # standard deviations; outliers are further, and are not most samples
 FAR = 10.0  # times, by which a direction is narrower than the least noise; decorrelated pixels come near to it
 MAX_DIM = 1024  # for linear dependence, an eigenvalue problem of d x d
 ROWS = 4096  # that linear dependence is looked for in
@@ -42,6 +46,21 @@ def warn_if_out_of_range(x: Tensor, scales: tuple[float, float], log_snr_range: 
             f"the data have a standard deviation of {size:.2g}, {where}: there log_prob is the fitted reference's and "
             "not the network's, with an error that neither stderr nor truncation shows; scale the data as they were in "
             "training"
+        )
+
+
+def warn_if_far(samples: Samples, reference: Reference) -> None:
+    """Warn where most samples lie far outside of what a reference was fitted to, as data of another scale do.
+
+    The median over samples of the mean square distance from the reference's mean, in its standard deviations, counts.
+    """
+    one = reference.gaussian()
+    y = inside(one.turn(samples.x.double()) - one.mean, samples.mask)
+    distance = float((y.square().sum(1) / samples.dims).median()) ** 0.5 / one.scales()[1]
+    if distance > FAR_OUT:
+        warn(
+            f"most samples are {distance:.3g} standard deviations of the fitted reference from its mean, in every "
+            "dimension on average: is the scale of x another than that of the data in training and in fit?"
         )
 
 

@@ -20,8 +20,8 @@ from .faults import Faults
 from .rules import group_of
 from .statistics import GroupSums
 
-PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "sample_index", "ends")
-IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "seed", "offset"}
+PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends")
+IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "offset"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Estimate:
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
-        seed, sample_index: of the noise; int64, shape (B,), on the CPU. Samples of two calls with the same seed and the
-            same index have the same noise. Joined estimates of several seeds have None.
+        seed, sample_index: of the noise of each sample, int64, shape (B,), on the CPU; seeds modulo 2^64. Samples of
+            two calls with the same seed and the same index have the same noise.
         ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
         offset: for "discrete" and "elbo" their difference to the integral on the same evaluations, nats, averaged over
             the batch; 0 for "density".
@@ -60,7 +60,7 @@ class Estimate:
     dims: int | Tensor
     method: str
     noise: str
-    seed: int | None
+    seed: Tensor
     sample_index: Tensor
     ends: Tensor
     offset: float | Tensor = 0.0
@@ -88,7 +88,6 @@ class Estimate:
         parts = list(estimates)
         _refuse_unlike(parts)
         _refuse_common_noise(parts)
-        seeds = {part.seed for part in parts}
         counts = [len(part.log_prob) for part in parts]
         alike = len({part.dims if isinstance(part.dims, int) else None for part in parts}) == 1
         one = parts[0].dims if alike else None
@@ -99,7 +98,6 @@ class Estimate:
             dims=one if isinstance(one, int) else torch.cat(every),
             method=parts[0].method,
             noise=parts[0].noise,
-            seed=seeds.pop() if len(seeds) == 1 else None,
             offset=sum(count * part.offset for count, part in zip(counts, parts)) / sum(counts),
             table=parts[0].table,
             faults=Faults.joined(part.faults for part in parts),
@@ -222,10 +220,11 @@ class Estimate:
 
     def __repr__(self) -> str:
         mean, error = self.mean()
+        spread = f" +- {error:.2g}" if len(self.log_prob) > 1 else ""
         nfe = float(self.nfe.double().mean())
         return (
-            f"Estimate({len(self.log_prob)} samples, {self.dims_in_words} dims, "
-            f"log_prob {mean:.4g} +- {error:.2g} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
+            f"Estimate({len(self.log_prob)} sample{'s' * (len(self.log_prob) > 1)}, {self.dims_in_words} dims, "
+            f"log_prob {mean:.4g}{spread} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
             f"{nfe:.0f} evaluations per sample, "
             f"largest truncation about {self.truncation:.2g})"
         )
@@ -239,7 +238,6 @@ def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
     found["curve_count"] = np.int64(estimate.curve_sum.count)
     found["dims"] = torch.as_tensor(estimate.dims).detach().cpu().numpy()
     found |= {"method": np.array(estimate.method), "noise": np.array(estimate.noise)}
-    found["seed"] = np.array("" if estimate.seed is None else str(estimate.seed))  # of any size
     found["offset"] = np.float64(float(estimate.offset))
     return found if estimate.table is None else found | {"table": estimate.table.detach().cpu().numpy()}
 
@@ -254,7 +252,6 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
         dims=dims if dims.ndim else int(dims),
         method=str(arrays["method"]),
         noise=str(arrays["noise"]),
-        seed=int(str(arrays["seed"])) if str(arrays["seed"]) else None,
         offset=float(arrays["offset"]),
         table=torch.from_numpy(arrays["table"]) if "table" in arrays else None,
     )
@@ -281,15 +278,14 @@ def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
 
 def _refuse_common_noise(estimates: Sequence[Estimate]) -> None:
     """Raise ValueError where samples of two estimates have the same seed and index, and so the same noise."""
-    for seed in {each.seed for each in estimates} - {None}:
-        index = torch.cat([each.sample_index for each in estimates if each.seed == seed])
-        again = len(index) - len(index.unique())
-        if again:
-            raise ValueError(
-                f"{again} of {len(index)} samples have the seed {seed} and the sample_index of another one, and so the "
-                "same noise, of which the error of their mean would know nothing; give every batch its place among all "
-                "samples, sample_index=torch.arange(start, start + len(x))"
-            )
+    keys = torch.stack([torch.cat([getattr(each, name) for each in estimates]) for name in ("seed", "sample_index")])
+    again = keys.shape[1] - keys.unique(dim=1).shape[1]
+    if again:
+        raise ValueError(
+            f"{again} of {keys.shape[1]} samples have the seed and the sample_index of another one, and so the same "
+            "noise, of which the error of their mean would know nothing; give every batch its place among all samples, "
+            "sample_index=torch.arange(start, start + len(x))"
+        )
 
 
 def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:

@@ -23,6 +23,8 @@ from .rows import Draws
 from .samples import Samples, deferred
 from .summary import Summary, with_rounding
 
+MIDDLE = 1 << 63  # of the seeds' 64 bits, which int64 has with a sign
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -67,7 +69,7 @@ class Estimator:
             dims=samples.dims,
             method=self.method.name,
             noise=wanted.noise,
-            seed=wanted.seed,
+            seed=torch.full_like(samples.index, (wanted.seed + MIDDLE) % (2 * MIDDLE) - MIDDLE),
             sample_index=samples.index,
             ends=found.ends,
             offset=found.offset,

@@ -53,6 +53,7 @@ PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
 MIN_SAMPLES = 20
+FEWEST_FLOPS = 1000  # of a network, a dimension: what is no matrix product is not counted, and takes time too
 
 
 Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
@@ -88,7 +89,10 @@ def choose(count: int, seed: int) -> Tensor:
         ValueError: for fewer than 20 samples.
     """
     if count < MIN_SAMPLES:
-        raise ValueError(f"fit needs at least {MIN_SAMPLES} samples, got {count}")
+        raise ValueError(
+            f"fit needs at least {MIN_SAMPLES} samples, got {count}; give more of the training data, or estimate "
+            "without fit"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     held, train = order[: held_out(count)], order[held_out(count) :]
     return torch.cat([held[: EM_SAMPLES // 4], train[:EM_SAMPLES]])
@@ -264,7 +268,7 @@ def _network_flops(network: Network, samples: Samples) -> int:
     (rows,) = Rows.of(network, [rule], draws.points(range(1), d, one.device), range(1), one.x)
     with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, draws.keys(one.index.to(one.device), d), rows, ())
-    return max(1, counter.get_total_flops() // 2)
+    return max(FEWEST_FLOPS * d, counter.get_total_flops() // 2)
 
 
 def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
@@ -278,5 +282,6 @@ def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
         warn(
             f"on these data the network's log-density is {below:.3g} nats per sample below that of the fitted "
             "reference: is predicts=, the time that the network gets (schedule=), or the scale of the data another "
-            "than in training, or is it not trained yet?"
+            "than in training, or is it not trained to the end, at the clean end above all, as by a flow's loss? There "
+            "density_loss trains, and probability_flow_log_prob asks less of it"
         )

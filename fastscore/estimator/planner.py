@@ -27,6 +27,7 @@ from .samples import Samples
 from .self_fitted import self_fit_cost, self_fitted
 
 PLANS = 8
+OF_THE_REFERENCE = ("resolution", "distance")  # questions whose answers another reference changes
 
 
 class Wanted(NamedTuple):
@@ -133,10 +134,10 @@ class Planner:
         return new
 
     def forget_reference(self) -> None:
-        """Measure rows, and ask about resolution, anew: another reference was fitted."""
+        """Measure rows, and ask about the reference, anew: another one was fitted."""
         self._costs.clear()
         for asked in self._asked.values():
-            asked -= {key for key in asked if key[0] == "resolution"}
+            asked -= {key for key in asked if key[0] in OF_THE_REFERENCE}
 
     @staticmethod
     def _kind(

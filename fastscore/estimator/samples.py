@@ -78,7 +78,7 @@ def check_batch(x: Tensor) -> None:
         )
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         got, remedy = (tuple(x.shape), "a single sample is x[None]") if isinstance(x, Tensor) else (
-            type(x).__name__, "torch.as_tensor(x) makes one of an array"
+            type(x).__name__, "torch.as_tensor(x) makes one of an array, torch.stack of the samples of a Dataset"
         )  # fmt: skip
         raise ValueError(f"x must be a tensor of shape (B, *shape) with B >= 1, got {got}; {remedy}")
     if not x.is_floating_point():

@@ -18,6 +18,11 @@ Array = Tensor | np.ndarray
 def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> None:
     """Raise ValueError unless the data are floating point of shape (N, *shape), N >= 1; `name` is for the message."""
     refuse_not_dense(name, data)
+    if not isinstance(data, Tensor | np.ndarray):
+        raise ValueError(
+            f"{name} must be one tensor or array of numpy (N, *shape), mapped from a file or in memory, got "
+            f"{type(data).__name__}; torch.stack of the samples of a Dataset makes one"
+        )
     kind = data.dtype.name if isinstance(data, np.ndarray) else str(data.dtype).removeprefix("torch.")
     if "int" in kind:
         raise ValueError(

@@ -66,6 +66,7 @@ def evaluate_dataset(
     restart: bool = False,
     progress: bool | None = None,
     ranks: Ranks | None = None,
+    **named: object,
 ) -> Estimate | None:
     """Write the log-density of every sample to a file, going on where a call with the same arguments was interrupted.
 
@@ -105,6 +106,12 @@ def evaluate_dataset(
         Interrupted: on Ctrl-C; finished blocks are kept.
         OtherRankFailed: if another rank failed, or is gone; finished blocks are kept.
     """
+    if named:
+        name = next(iter(named))
+        raise ValueError(
+            f"{name} is no argument of evaluate_dataset; a keyword of the network goes as cond={{{name!r}: ...}}, an "
+            "array with one entry a sample of the data"
+        )
     run, ranks = RunFolder(_check_out(out)), ranks or Ranks()
     core = check_density(density).core
     device = model_device(core.model, core.reference.weight.device)

@@ -31,6 +31,7 @@ READ_BY = {
         *("fastscore", "torch"),
     ),
 }
+CHANGES_NOTHING = ("memory",)  # but the rounding: a run that ran out of it goes on with less
 
 
 class RunFolder:
@@ -86,7 +87,8 @@ class RunFolder:
             FileExistsError: if there is no unfinished run, but a result.
         """
         fingerprint, stored = json.loads(json.dumps(fingerprint)), self.fingerprint
-        differs = [key for key in {**stored, **fingerprint} if not alike(stored.get(key), fingerprint.get(key))]
+        keys = [key for key in {**stored, **fingerprint} if key not in CHANGES_NOTHING]
+        differs = [key for key in keys if not alike(stored.get(key), fingerprint.get(key))]
         if not restart and not stored and self.out.exists():
             raise FileExistsError(
                 f"{self.out} is there already; give another out, or replace it with restart (--restart)"
