@@ -236,7 +236,7 @@ def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
     found = {name: getattr(estimate, name).detach().cpu().numpy() for name in PER_SAMPLE}
     found |= {f"curve_{name}": getattr(estimate.curve_sum, name).detach().cpu().numpy() for name in SUMS}
     found["curve_count"] = np.int64(estimate.curve_sum.count)
-    found["dims"] = torch.as_tensor(estimate.dims).detach().cpu().numpy()
+    found["dims"] = torch.as_tensor(estimate.dims, device="cpu").detach().numpy()
     found |= {"method": np.array(estimate.method), "noise": np.array(estimate.noise)}
     found["offset"] = np.float64(float(estimate.offset))
     return found if estimate.table is None else found | {"table": estimate.table.detach().cpu().numpy()}

@@ -33,7 +33,7 @@ def estimate_by(on, name):
 def estimate_less(on, name):
     options = {"nfe": 64, "control": name.removeprefix("control ")}
     found = [of(on, reference=kind()).estimate(on(X), **options) for kind in REFERENCES.values()]
-    image = fs.ScoreDensity(on(Net(16)), fs.VP(), program=False).estimate(on(random(3, 1, 4, 4)), **options)
+    image = fs.ScoreDensity(on(Net(16)), fs.VP(), "eps", program=False).estimate(on(random(3, 1, 4, 4)), **options)
     return [summary(each) for each in (*found, image)]
 
 
