@@ -236,8 +236,10 @@ def joined_and_saved(on, folder):
     "Estimate.bits_per_dim_stderr",
     "Estimate.interval",
     "Estimate.mean",
+    "Estimate.group",
     "Estimate.dims_in_words",
 )
 def of_an_estimate(on):
     found = of(on).estimate(on(X), nfe=NFE)
-    return found.bits_per_dim(256), found.bits_per_dim_stderr(), found.interval(0.9), found.mean(), repr(found)
+    told = found.mean(), found.group, repr(found)
+    return found.bits_per_dim(256), found.bits_per_dim_stderr(), found.interval(0.9), *told
