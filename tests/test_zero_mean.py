@@ -44,8 +44,8 @@ def log_prob(x, there):
 X = centred(torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * STD, THERE)
 
 
-def density(*arguments, **options):
-    return fs.ZeroMeanDensity(Cloud(*arguments), SCHEDULE, *arguments[:1], program=False, **options)
+def density(predicts="eps", uncentred=0.0, **options):
+    return fs.ZeroMeanDensity(Cloud(predicts, uncentred), SCHEDULE, predicts, program=False, **options)
 
 
 def test_the_basis_is_orthonormal_nested_and_centred():
