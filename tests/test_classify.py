@@ -48,7 +48,7 @@ PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 def classifier(targets=TARGETS, prior=None, schedule=SCHEDULE, **options):
-    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, "eps", **options)
+    density = fs.ScoreDensity(ClassNet(targets, schedule), schedule, **{"predicts": "eps"} | options)
     return fs.DiffusionClassifier(density, {"y": torch.arange(len(targets))}, prior)
 
 

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 def make(schedule=None, **options):
     torch.manual_seed(0)
-    return fs.ScoreDensity(Net().eval(), schedule or fs.VP(), "eps", **options)
+    return fs.ScoreDensity(Net().eval(), schedule or fs.VP(), **{"predicts": "eps"} | options)
 
 
 def data(count=B, seed=1):

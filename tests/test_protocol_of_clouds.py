@@ -38,7 +38,7 @@ def clouds(masked):
 
 
 def centred(**options):
-    return fs.ZeroMeanDensity(Cloud(), SCHEDULE, "eps", program=False, **options)
+    return fs.ZeroMeanDensity(Cloud(), SCHEDULE, **{"predicts": "eps", "program": False} | options)
 
 
 class WithMask:

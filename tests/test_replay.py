@@ -28,7 +28,7 @@ def device():
 
 def make(schedule=None, **options):
     torch.manual_seed(0)
-    return fs.ScoreDensity(Net().eval().cuda(), schedule or fs.VP(), "eps", **options)
+    return fs.ScoreDensity(Net().eval().cuda(), schedule or fs.VP(), **{"predicts": "eps"} | options)
 
 
 def replays(density):
@@ -154,7 +154,7 @@ def test_around_a_network_that_is_no_program_are_few_launches(device, counted_ke
         options["reference"] = options["reference"]()
     torch.manual_seed(0)
     model, x = Images().eval().cuda(), torch.randn(3, 5, 1, 1).cuda()
-    density = fs.ScoreDensity(model, schedule, "eps", backend="triton", **options)
+    density = fs.ScoreDensity(model, schedule, **{"predicts": "eps", "backend": "triton"} | options)
     if fitted:  # with numbers that no kernel has written, what fit finds would be of no use
         density.nodes.calibration = torch.tensor([[4.0, 8]] + [[0.0, 0]] * 4 + [[1.0, 1]], dtype=torch.float64)
     for _ in range(2):
