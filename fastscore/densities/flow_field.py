@@ -31,6 +31,7 @@ from ..ops import noise
 from ..process.masks import inside
 from ..process.network import predict
 from ..process.predictions import eps_from
+from ..support.host import whole
 from ..support.untouched import uncompiled
 
 COLUMNS = 32  # backward passes in one call; it bounds their memory
@@ -201,9 +202,9 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
     In few dimensions no two of a sample's probes are the same, or the same but for the sign of all: equal ones would
     say nothing new, and agree as if there were no error.
     """
-    d = samples.x.shape[1]
+    d, seed = samples.x.shape[1], whole("seed", seed)
     if d <= FEW_DIM:
-        place = torch.randperm(kinds(d), generator=torch.Generator().manual_seed(seed), device="cpu")[:probes]
+        place = torch.randperm(kinds(d), generator=torch.Generator().manual_seed(seed % 2**64), device="cpu")[:probes]
         flips = 1 - 2 * (place[:, None] >> torch.arange(d, device="cpu") & 1)  # the last one never
         w = noise.words(seed, samples.index.to(samples.device), 0, noise.STREAM_PROBE, d)
         return torch.where(w < 0, -1.0, 1.0).to(samples.x) * flips[:, None].to(samples.x)

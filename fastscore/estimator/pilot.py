@@ -53,7 +53,6 @@ PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
 MIN_SAMPLES = 20
-FEWEST_FLOPS = 1000  # of a network, a dimension: what is no matrix product is not counted, and takes time too
 
 
 Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
@@ -268,7 +267,7 @@ def _network_flops(network: Network, samples: Samples) -> int:
     (rows,) = Rows.of(network, [rule], draws.points(range(1), d, one.device), range(1), one.x)
     with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, draws.keys(one.index.to(one.device), d), rows, ())
-    return max(FEWEST_FLOPS * d, counter.get_total_flops() // 2)
+    return max(1, counter.get_total_flops() // 2)
 
 
 def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:

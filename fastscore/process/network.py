@@ -109,8 +109,8 @@ def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, c
     taken = {len(layer.kernel_size) + 2 for layer in layers_of(model) if isinstance(layer, nn.modules.conv._ConvNd)}
     if passed.ndim + 1 in taken or f"expected {passed.ndim + 1}, got {passed.ndim}" in reason:
         remedies.append(
-            "if x has no dimension of channels, give x[:, None]; if it is a single sample, without one of the batch, "
-            "x[None]"
+            "if x is a single sample, without a dimension for the batch, give x[None]; if it has none for channels, "
+            "x[:, None]"
         )
     given = f" and conditions {cond}" if str(cond) else ""
     called = f"called with x_t {tuple(passed.shape)} {passed.dtype} and t {tuple(time.shape)} {time.dtype}"
