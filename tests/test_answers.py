@@ -57,6 +57,7 @@ def test_rounding_is_not_another_network(tmp_path):
 
 
 def test_a_random_network_has_no_answer_to_compare(tmp_path):
+    torch.manual_seed(0)  # one seed in 64 drops the same of six numbers twice
     density = fs.ScoreDensity(Scaled(dropout=0.5).train(), fs.VP(), "eps")
     state = torch.get_rng_state()
     assert answers(density, samples(1), {}, None) is None
