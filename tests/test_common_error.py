@@ -56,6 +56,23 @@ def test_a_mean_has_the_spread_over_seeds_that_it_states(nfe, count, index):
     assert 0.8 * alone < bar < (2 if nfe == 16 else 1.4) * alone, (alone, bar)
 
 
+def test_batches_that_all_begin_at_zero_share_their_errors():
+    """Sixteen batches of 16 with the same indices: their noise, of which their samples' errors know nothing, is one."""
+    x = torch.randn(256, D, generator=torch.Generator().manual_seed(1)) * VARIANCE.sqrt()
+
+    def ratio(sample_index):
+        parts = [
+            [density().estimate(b, nfe=32, seed=s, sample_index=i) for b, i in zip(x.split(16), sample_index.split(16))]
+            for s in range(SEEDS)
+        ]
+        spread = torch.stack([torch.cat([each.log_prob for each in run]).mean() for run in parts]).std()
+        own = torch.stack([torch.cat([each.variance for each in run]).sum().sqrt() / 256 for run in parts]).mean()
+        return float(spread / own)
+
+    # With common noise errors add up over 16 batches, up to fourfold; with their places there is the shift beside them.
+    assert ratio(torch.arange(256) % 16) > 1.5 * ratio(torch.arange(256))
+
+
 def test_metrics_and_data_sets_state_it_too(tmp_path):
     metrics = pytest.importorskip("fastscore.metrics")
     metric, bits = (kind(density(), nfe=32) for kind in (metrics.NegativeLogLikelihood, metrics.BitsPerDim))

@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -192,8 +193,8 @@ def time_of(log_snr: Tensor, scale: float) -> Tensor:
 
 
 def kinds(d: int) -> int:
-    """Return how many probes there are in d dimensions that differ by more than the sign of all."""
-    return 1 << (d - 1)
+    """Return how many probes in d dimensions differ by more than the sign of all; where they may repeat, no bound."""
+    return 1 << (d - 1) if d <= FEW_DIM else sys.maxsize
 
 
 def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:

@@ -87,7 +87,8 @@ class Density(Method):
         return reference.log_prob(x, mask)
 
     def by_trapezoids(self, schedule: Schedule) -> Tensor | None:
-        return table_of(schedule)[1] if schedule.discrete else None
+        table = self.table(schedule)
+        return None if table is None else table[1]
 
 
 class Sum(Method):

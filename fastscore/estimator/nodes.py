@@ -143,7 +143,7 @@ class FittedNodes(FittedBuffers):
     """The node density, the calibration of low-discrepancy noise and the reference's scales, kept by `state_dict`.
 
     Sums over a table take one Gaussian instead of a mixture, and what it leaves of the integrand lies elsewhere: nodes
-    that suit the mixture cost the Gaussian ten times its error. A pilot measures both (`gaussian`).
+    that suit the mixture cost the Gaussian several times its error. A pilot measures both (`gaussian`).
 
     They stay on the CPU wherever the network goes: nodes are placed there, and a device would have to be waited for.
     """

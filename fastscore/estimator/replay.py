@@ -117,8 +117,7 @@ class Replays:
     def again(self, parts: tuple, samples: Samples, wanted: Wanted) -> Last | None:
         """Return the last call if it was replayed, this one asks for the same, and all is as it was; None else.
 
-        What comes between a checked call and its replay, programs, a plan and the search for a graph, takes two thirds
-        of a repeated call's time on the host.
+        It spares what else comes between a checked call and its replay: programs, a plan and the search for a graph.
 
         Arguments:
             parts: what the call is made of, the same objects or not.

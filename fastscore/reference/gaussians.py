@@ -146,13 +146,15 @@ class Reference(FittedBuffers):
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log q(x) in nats, shape (B,), for x and mask of shape (B, d); computed in float64, differentiable."""
         x = self.turn(x.to(torch.float64))
-        logs = []
-        for k in range(self.components):
-            y = inside(x - self.mean[k], mask)
-            y = y @ self.basis[k] if self.full else y
-            terms = y**2 / self.variance[k] + (2 * math.pi * self.variance[k]).log()
-            logs.append(torch.sub(self.weight[k].log(), inside(terms, mask).sum(1), alpha=0.5))
+        logs = [self.component(k, x, mask)[1] for k in range(self.components)]
         return torch.logsumexp(torch.stack(logs), 0) if self.components > 1 else logs[0]
+
+    def component(self, k: int, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return turned samples (B, d) in the basis of a component, centred, and its weighted log-density, (B,)."""
+        y = inside(x - self.mean[k], mask)
+        y = y @ self.basis[k] if self.full else y
+        terms = y**2 / self.variance[k] + (2 * math.pi * self.variance[k]).log()
+        return y, torch.sub(self.weight[k].log(), inside(terms, mask).sum(1), alpha=0.5)
 
     def residual(
         self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None

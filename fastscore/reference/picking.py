@@ -51,21 +51,14 @@ class Picked(Reference):
         The last two are float64, (B,) and (B, d).
         """
         x = self.turn(x.to(torch.float64))
-        best = None
-        for k in range(self.components):
-            y = x - self.mean[k]
-            y = y @ self.basis[k] if self.full else y
-            log_prob = -0.5 * (y**2 / self.variance[k] + (2 * math.pi * self.variance[k]).log()).sum(1)
-            joint, index = log_prob + self.weight[k].log(), torch.full_like(log_prob, k, dtype=torch.int64)
-            if best is None:
-                best = joint, index, log_prob, y
-                continue
-            better = joint > best[0]
-            best = (
-                *(torch.where(better, a, b) for a, b in zip((joint, index, log_prob), best)),
-                torch.where(better[:, None], y, best[3]),
-            )
-        return best[1:]
+        y, joint = self.component(0, x)
+        picked = torch.zeros_like(joint, dtype=torch.int64)
+        for k in range(1, self.components):
+            own, log_prob = self.component(k, x)
+            better = log_prob > joint
+            y, joint = torch.where(better[:, None], own, y), torch.where(better, log_prob, joint)
+            picked = picked.masked_fill(better, k)
+        return picked, joint - self.weight.log()[picked], y
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the log-density of each sample's component, nats, float64, (B,)."""
