@@ -116,7 +116,7 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self.planner, self.replays = Planner(), Replays()
+        self.planner, self.replays, self._schedule_was = Planner(), Replays(), (None, schedule.log_snr_range)
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table

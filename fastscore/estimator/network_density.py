@@ -17,7 +17,7 @@ from ..ops.select import select
 from ..process.conditions import Conditions
 from ..process.masks import broadcast_mask, mask_rows
 from ..process.network import model_device, warn_if_training
-from ..process.schedules import Schedule
+from ..process.schedules import SAME_END, Schedule, settings_of
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
 from ..support.buffers import Constants
@@ -58,6 +58,7 @@ class NetworkDensity(Density):
     planner: Planner
     replays: Replays
     _programs: Programs
+    _schedule_was: tuple[tuple | None, tuple[float, float]]
 
     @property
     def core(self) -> NetworkDensity:
@@ -125,6 +126,7 @@ class NetworkDensity(Density):
             ValueError: as `estimate` for bad data.
         """
         samples = check_samples(x, sample_index, conds, self.model, mask)
+        self._follow_schedule()
         self.reference = self.reference.on(samples.device)
         if isinstance(self.model, Constants):
             self.model.follow(samples.device)
@@ -142,6 +144,21 @@ class NetworkDensity(Density):
                 "fit(data, mask=...)"
             )
         return samples
+
+    def _follow_schedule(self) -> None:
+        """Stretch the nodes if the schedule's ends have moved since: they may be set, and a schedule may learn them.
+
+        Estimates stay unbiased, since any nodes are right; error bars calibrated for other nodes may not be.
+        """
+        settings, ends = self._schedule_was
+        now = settings_of(self.schedule)
+        if now is not None and now == settings:
+            return
+        moved = self.schedule.log_snr_range
+        if max(abs(a - b) for a, b in zip(moved, ends)) > SAME_END:
+            self.nodes = self.nodes.stretched(*self.schedule.range_for(*self.nodes.scales.tolist()))
+            ends = moved
+        self._schedule_was = now, ends
 
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""

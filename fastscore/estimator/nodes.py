@@ -180,6 +180,14 @@ class FittedNodes(FittedBuffers):
         """Return all numbers, to be compared with those of another time."""
         return tuple(buffer.numpy().tobytes() for buffer in self._buffers.values())
 
+    def stretched(self, lo: float, hi: float) -> FittedNodes:
+        """Return the same nodes over another range of log-SNR, without a calibration."""
+        (a, b), found = self.log_snr_range, FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
+        ends = torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
+        found.edges = torch.lerp(*ends, (self.edges - a) / (b - a))  # exact at both ends
+        found.scales = self.scales
+        return found
+
     @property
     def log_snr_range(self) -> tuple[float, float]:
         """Lowest and highest log-SNR of the nodes."""

@@ -28,6 +28,8 @@ COPIES = 6
 SAME_PLACE = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
+RANDOM = "it draws random numbers, as dropout and label dropout (class_dropout_prob, cond_drop_prob) do; "
+
 
 class NetworkWarning(UserWarning):
     """A network's answer for a row depends on something else than the row."""
@@ -74,10 +76,7 @@ def _what_differs(
     sample, time = kind % 2, kind // 2
     batch = call(sample, time)
     if not _same(batch.reshape(COPIES, 4, -1), batch[None, :4], tolerance):
-        return (
-            "answers differently for the same row in one batch: it draws random numbers, as dropout and label dropout "
-            f"(class_dropout_prob, cond_drop_prob) do; {eval_mode}turn them off"
-        )
+        return f"answers differently for the same row in one batch: {RANDOM}{eval_mode}turn them off"
     early = torch.arange(4 * COPIES, device="cpu") % 2  # rows 0 and 1, at the first time
     last = torch.tensor([3, 3, 3], device="cpu")
     company, alone = (call(sample[few], time[few]) for few in (early, last))
@@ -90,10 +89,7 @@ def _what_differs(
     if not apart and not _same(again[2], batch, SAME_PLACE):
         return None  # sums in no fixed order, by as little
     if not all(_same(found, before, tolerance) for found, before in zip(again, (company, alone, batch))):
-        return (
-            "answers differently when the same batch is evaluated again: it draws random numbers; "
-            f"{eval_mode}turn them off"
-        )
+        return f"answers differently when the same batch is evaluated again: {RANDOM}{eval_mode}turn them off"
     mixed, turned = torch.tensor([[0, 3, 3], [3, 0, 0]], device="cpu")
     same = [_same(call(sample[few], time[few]), batch[few], tolerance) for few in (mixed, turned)]
     if same == [True, False]:  # the batch's own time goes with the first row

@@ -23,10 +23,8 @@ from ..support.host import as_tensor, finite, positive
 
 # Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
-
-
-# A schedule's end this near to the cut is the cut: endless ones state it as their `time_range`.
-_CUT = 0.01
+# Ends this near to each other are one: endless schedules state the cut as their `time_range`.
+SAME_END = 0.01
 
 
 class Schedule:
@@ -90,8 +88,8 @@ class Schedule:
         """
         clean, noisy = (float(self.log_snr(_float64(t))) for t in self.time_range)
         lowest, highest = LOG_SNR_FLOOR - 2 * math.log(largest), LOG_SNR_CEIL - 2 * math.log(smallest)
-        noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < _CUT else max(noisy, lowest)
-        return noisy, highest if abs(clean - LOG_SNR_CEIL) < _CUT else min(clean, highest)
+        noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < SAME_END else max(noisy, lowest)
+        return noisy, highest if abs(clean - LOG_SNR_CEIL) < SAME_END else min(clean, highest)
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))

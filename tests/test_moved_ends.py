@@ -1,0 +1,94 @@
+"""A schedule's ends may move under a living density: set by hand, or learned. Its nodes go with them."""
+
+import copy
+
+import pytest
+import torch
+from mixtures import ExactEps, Mixture
+
+import fastscore as fs
+
+MIXTURE = Mixture(torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), torch.tensor([[0.3, 0.4]]))
+X = MIXTURE.sample(256, torch.Generator().manual_seed(1))
+
+
+class Ends(fs.VP):
+    """Another class than our own, whose answers may come from anywhere."""
+
+    most = 20.0
+
+    def log_snr(self, t):
+        self.beta_max = type(self).most
+        return super().log_snr(t)
+
+
+def with_range(schedule, ends):
+    schedule.time_range = ends
+
+
+def with_noise(schedule, beta_max):
+    schedule.beta_max = beta_max
+
+
+MOVES = [
+    pytest.param(lambda: fs.VP(), with_range, (0.01, 0.7), id="time_range is set"),
+    pytest.param(lambda: fs.VP(), with_noise, 12.0, id="a setting is changed"),
+    pytest.param(lambda: fs.VE(0.01, 50.0), with_range, (0.1, 0.9), id="a variance-exploding one"),
+]
+
+
+@pytest.mark.parametrize(("made", "move", "to"), MOVES)
+def test_a_density_whose_schedules_ends_move_is_one_of_the_new_schedule(made, move, to):
+    schedule = made()
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    before = density.estimate(X, nfe=32)
+    move(schedule, to)
+    fresh = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    found, expected = density.estimate(X, nfe=32), fresh.estimate(X, nfe=32)
+    assert density.log_snr_range == fresh.log_snr_range
+    assert torch.equal(found.log_prob, expected.log_prob)
+    assert not torch.equal(found.log_prob, before.log_prob)
+    assert torch.equal(density.log_prob(X, nfe=32), fresh.log_prob(X, nfe=32))
+
+
+def test_a_class_of_a_users_is_asked_at_every_call():
+    schedule = Ends()
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    before = density.log_snr_range
+    try:
+        Ends.most = 8.0
+        density.log_prob(X, nfe=32)
+        # The noisy end of VP is at -log(exp(int beta) - 1), int beta = (0.1 + most) / 2.
+        assert before[0] == pytest.approx(-10.05, abs=0.01)
+        assert density.log_snr_range[0] == pytest.approx(-4.03, abs=0.01)
+    finally:
+        Ends.most = 20.0
+
+
+def test_fitted_nodes_stay_right_over_another_range():
+    schedule = fs.VP()
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    density.fit(MIXTURE.sample(1000, torch.Generator().manual_seed(2)), progress=False)
+    assert density.nodes.calibration.numel()
+    share = density.nodes.share.clone()
+    schedule.beta_max = 14.0
+    found = [density.estimate(X, nfe=64, seed=seed) for seed in range(8)]
+    assert density.log_snr_range[0] == pytest.approx(-7.05, abs=0.01)
+    assert torch.equal(density.nodes.share, share)
+    assert not density.nodes.calibration.numel()
+    error = torch.stack([e.log_prob.double() for e in found]) - MIXTURE.log_prob(X)
+    stderr = torch.stack([e.stderr.double() for e in found])
+    # 2048 intervals of 95 %, at 256 points: two standard errors of the share are 2 %.
+    assert 0.92 <= float((error.abs() < 1.96 * stderr).double().mean()) <= 0.985
+    assert abs(float(error.mean())) < 4 * float(stderr.square().mean().sqrt()) / error.numel() ** 0.5
+
+
+def test_ends_that_a_schedule_learns_by_less_than_counts_keep_the_nodes():
+    schedule = fs.VP()
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    density.estimate(X, nfe=32)
+    nodes, kept = density.nodes, copy.deepcopy(density.nodes.state_dict())
+    schedule.beta_max += 1e-3
+    density.estimate(X, nfe=32)
+    assert density.nodes is nodes
+    assert all(map(torch.equal, density.nodes.state_dict().values(), kept.values()))
