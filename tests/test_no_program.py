@@ -110,6 +110,26 @@ def test_answers_that_are_roundings_have_no_program_and_no_error():
     assert torch.allclose(found.log_prob, expected, atol=1e-10)  # the reference is exact, and the network too
 
 
+class Cancelling(nn.Module):
+    """v of N(0, 0.16), written as (alpha x_t - x) / sigma: a difference of nearly the same, over a small sigma."""
+
+    schedule = fs.LogSNR(-10.0, 15.0)
+
+    def forward(self, x_t, log_snr):
+        alpha, sigma = (v.to(x_t)[:, None] for v in self.schedule.scale(log_snr))
+        return (alpha * x_t - alpha * 0.16 / (alpha**2 * 0.16 + sigma**2) * x_t) / sigma
+
+
+def test_a_network_that_rounds_as_much_itself_has_no_program_and_no_error():
+    x = 0.4 * torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    density = fs.ScoreDensity(Cancelling(), Cancelling.schedule, "v")
+    found = density.estimate(x, nfe=64)
+    truth = torch.distributions.Normal(0.0, 0.4).log_prob(x.double()).sum(1)
+    # 64 intervals of 95 %: 55 or more are inside with a probability of 99.9 %.
+    assert int(((found.log_prob - truth).abs() < 1.96 * found.stderr).sum()) >= 55
+    assert "float64" in fs.explain(Cancelling(), (48,), Cancelling.schedule)
+
+
 def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
     wrong = activations.Activation(torch.relu, torch.relu_)
     monkeypatch.setitem(activations.ACTIVATIONS, "selu", wrong)
