@@ -25,8 +25,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import image_ode
 import torch
 from image_networks import PREDICTS, SCHEDULE, ImageNetwork
+from peers import Outcome
 from torch import Tensor
 
 import fastscore as fs
@@ -44,39 +46,52 @@ class Method(NamedTuple):
 
     Attributes:
         name: as the table says it.
-        run: of (x, evaluations per sample, seed); nats, float64, (B,).
-        evaluations: to try.
-        family: "plain", or "fastscore".
+        run: of (x, evaluations per sample, seed).
+        evaluations: to try; 0 where the method chooses them.
     """
 
     name: str
-    run: Callable[[Tensor, int, int], Tensor]
+    run: Callable[[Tensor, int, int], Outcome]
     evaluations: tuple[int, ...]
-    family: str = "plain"
 
 
-def methods(network: ImageNetwork, training: Tensor, evaluations: tuple[int, ...]) -> list[Method]:
-    """Return all ways; `training` is dequantized patches (N, 3, size, size) of the training photographs."""
-    plain = Plain(network, training)
-    unfitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS)
-    fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS).fit(training, reference="images", progress=False)
+class Ways:
+    """All ways for one network, with the densities that they need.
 
-    def estimate(density: fs.ScoreDensity, **options) -> Callable[[Tensor, int, int], Tensor]:
-        def run(x: Tensor, nfe: int, seed: int) -> Tensor:
-            return density.estimate(x, nfe=nfe, seed=seed, progress=False, **options).log_prob.double()
+    Arguments:
+        training: dequantized patches (N, 3, size, size) of the training photographs.
+    """
 
-        return run
+    def __init__(self, network: ImageNetwork, training: Tensor) -> None:
+        self.network, self.plain = network, Plain(network, training)
+        self.unfitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS)
+        self.fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS).fit(training, reference="images", progress=False)
 
-    return [
-        Method("plain, all timesteps", plain.method(all_timesteps), (1000,)),
-        Method("plain, importance-sampled times", plain.method(independent), evaluations),
-        Method("plain, low-discrepancy times", plain.method(low_discrepancy), evaluations),
-        Method("plain, learned schedule", plain.method(plain.learned), evaluations),
-        Method("fastscore, unfitted", estimate(unfitted), evaluations, "fastscore"),
-        Method("fastscore, fitted", estimate(fitted), evaluations, "fastscore"),
-        Method("fastscore, self, unfitted", estimate(unfitted, control="self"), evaluations, "fastscore"),
-        Method("fastscore, self, fitted", estimate(fitted, control="self"), evaluations, "fastscore"),
-    ]
+    def methods(self, evaluations: tuple[int, ...]) -> list[Method]:
+        plain, own = self.plain, {"control": "self"}
+        return [
+            *(Method(f"ODE, {name}", _solved(make(self.network)), (0,)) for name, make in image_ode.LIBRARIES.items()),
+            Method("plain, all timesteps", plain.method(all_timesteps), (1000,)),
+            Method("plain, importance-sampled times", plain.method(independent), evaluations),
+            Method("plain, low-discrepancy times", plain.method(low_discrepancy), evaluations),
+            Method("plain, learned schedule", plain.method(plain.learned), evaluations),
+            Method("fastscore, unfitted", _estimated(self.unfitted), evaluations),
+            Method("fastscore, fitted", _estimated(self.fitted), evaluations),
+            Method("fastscore, self, unfitted", _estimated(self.unfitted, **own), evaluations),
+            Method("fastscore, self, fitted", _estimated(self.fitted, **own), evaluations),
+        ]
+
+
+def _estimated(density: fs.ScoreDensity, **options: str) -> Callable[[Tensor, int, int], Outcome]:
+    def run(x: Tensor, nfe: int, seed: int) -> Outcome:
+        found = density.estimate(x, nfe=nfe, seed=seed, progress=False, **options)
+        return Outcome(found.log_prob.double(), float(found.nfe.double().mean()))
+
+    return run
+
+
+def _solved(likelihood: image_ode.Likelihood) -> Callable[[Tensor, int, int], Outcome]:
+    return lambda x, _, seed: Outcome(*likelihood(x, seed))
 
 
 def low_discrepancy(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[float, float]]:
@@ -124,15 +139,15 @@ class Plain:
         width, share = self.edges.diff()[k], cumulative.diff()[k]
         return self.edges[k] + (u - cumulative[k]) / share * width, width / share / n, RANGE
 
-    def method(self, rule: Rule) -> Callable[[Tensor, int, int], Tensor]:
+    def method(self, rule: Rule) -> Callable[[Tensor, int, int], Outcome]:
         """Return log p(x) by a rule that places the log-SNRs of every sample anew."""
 
-        def run(x: Tensor, nfe: int, seed: int) -> Tensor:
+        def run(x: Tensor, nfe: int, seed: int) -> Outcome:
             found, generator = [], torch.Generator().manual_seed(seed)
             for each in x:
                 log_snr, weight, span = rule(nfe, generator)
                 found.append(-0.5 * (weight @ self.residuals(each, log_snr, generator)))
-            return torch.stack(found) + known(x, *span)
+            return Outcome(torch.stack(found) + known(x, *span), len(log_snr))
 
         return run
 

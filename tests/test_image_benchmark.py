@@ -25,7 +25,7 @@ class Exact(nn.Module):
 @pytest.fixture(scope="module")
 def ways():
     training = STD * torch.randn(200, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    return {method.name: method for method in image_methods.methods(Exact(), training, (64,))}
+    return {method.name: method for method in image_methods.Ways(Exact(), training).methods((64,))}
 
 
 def bound_of_the_table(x):
@@ -41,18 +41,20 @@ def test_every_way_gives_the_log_density_of_a_gaussian(ways):
     truth = -0.5 * (X.double().square().flatten(1).sum(1) / STD**2 + 48 * math.log(2 * math.pi * STD**2))
     for name, method in ways.items():
         (nfe,) = method.evaluations
-        found = torch.stack([method.run(X, nfe, seed) for seed in range(16)])
+        found = torch.stack([method.run(X, nfe, seed).log_prob for seed in range(16)])
         expected = bound_of_the_table(X) if name == "plain, all timesteps" else truth
-        # The spread over 16 seeds and 6 samples says how exact the mean is; 1e-3 is for the ends of the range.
+        # The spread over 16 seeds and 6 samples says how exact the mean is; 1e-3 is for the ends of the range. Probes
+        # have no spread here, where the divergence is a multiple of the identity: dopri5's own error is left, of a
+        # tolerance of 1e-3 in 49 numbers.
         stderr = float(found.var(0).mean() / found.numel()) ** 0.5
-        assert abs(float((found - expected).mean())) < 4 * stderr + 1e-3, name
+        assert abs(float((found - expected).mean())) < 4 * stderr + (0.05 if name.startswith("ODE") else 1e-3), name
     assert float((truth - bound_of_the_table(X)).min()) > 0  # a bound
 
 
 def test_the_learned_schedule_has_less_variance_than_equidistant_times(ways):
     spread = {}
     for name in ("plain, low-discrepancy times", "plain, learned schedule", "plain, importance-sampled times"):
-        found = torch.stack([ways[name].run(X, 64, seed) for seed in range(40)])
+        found = torch.stack([ways[name].run(X, 64, seed).log_prob for seed in range(40)])
         spread[name] = float(found.var(0).mean())
     # 39 degrees of freedom at 6 samples: each variance has a standard error of 9 %.
     assert spread["plain, learned schedule"] < 0.9 * spread["plain, low-discrepancy times"]
