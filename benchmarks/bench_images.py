@@ -80,7 +80,7 @@ def check_means(rows: list[dict]) -> None:
 
 
 def ratios(row: dict, rows: list[dict]) -> dict:
-    """Return how many times the evaluations and the time the plain formula needs, at as many evaluations or the most."""
+    """Return how many times the evaluations and the time the plain formula takes, at as many of them or the most."""
     found = {}
     for column, peer in (("uniform / this", UNIFORM), ("learned / this", BEST)):
         of_peer = {other["evaluations"]: other for other in rows if other["method"] == peer}

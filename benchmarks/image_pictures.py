@@ -1,4 +1,4 @@
-"""docs/images.png: error against evaluations and time, where the variance is, and patches by their bits per dimension."""
+"""docs/images.png: error against evaluations and time, where the variance is, and patches by bits per dimension."""
 
 from __future__ import annotations
 
