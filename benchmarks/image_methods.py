@@ -68,15 +68,15 @@ class Ways:
         self.fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS).fit(training, reference="images", progress=False)
 
     def methods(self, evaluations: tuple[int, ...]) -> list[Method]:
-        plain, own = self.plain, {"control": "self"}
+        plain, alone, own = self.plain, {"control": "reference"}, {"control": "self"}
         return [
             *(Method(f"ODE, {name}", _solved(make(self.network)), (0,)) for name, make in image_ode.LIBRARIES.items()),
             Method("plain, all timesteps", plain.method(all_timesteps), (1000,)),
             Method("plain, importance-sampled times", plain.method(independent), evaluations),
             Method("plain, low-discrepancy times", plain.method(low_discrepancy), evaluations),
             Method("plain, learned schedule", plain.method(plain.learned), evaluations),
-            Method("fastscore, unfitted", _estimated(self.unfitted), evaluations),
-            Method("fastscore, fitted", _estimated(self.fitted), evaluations),
+            Method("fastscore, unfitted", _estimated(self.unfitted, **alone), evaluations),
+            Method("fastscore, fitted", _estimated(self.fitted, **alone), evaluations),
             Method("fastscore, self, unfitted", _estimated(self.unfitted, **own), evaluations),
             Method("fastscore, self, fitted", _estimated(self.fitted, **own), evaluations),
         ]

@@ -37,7 +37,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.self_fitted import own_control
+from .estimator.self_pays import measure_self
 from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
 from .ops.select import check_name
 from .process.conditions import merged, takes_conditions
@@ -46,7 +46,6 @@ from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
-from .reference.picking import Picked
 from .support.host import kind_of, positive, whole
 from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
@@ -171,7 +170,7 @@ class ScoreDensity(NetworkDensity):
         sample_index: Tensor | None = None,
         mask: Tensor | None = None,
         method: str = "density",
-        control: str = "reference",
+        control: str = "auto",
         target_stderr: float | None = None,
         max_nfe: int = 16384,
         memory: int | str | None = None,
@@ -196,10 +195,10 @@ class ScoreDensity(NetworkDensity):
                 use the same noise, at nodes where their own weights are large.
             control: what is subtracted from the network's squared residuals. "reference" is the density's reference.
                 "self" is that plus what each sample's own residual vectors have beside it that is linear in the noise,
-                fitted to other draws than those that it serves, so that estimates stay unbiased (`docs/images.md`):
-                of images, and of networks that are far from any fitted reference, a small part of the variance is
-                left. It needs nfe >= 64, method "density" and no mask, keeps a sample's residuals until its last draw,
-                and draws independent noise, also where `fit` has calibrated Sobol's.
+                fitted to other draws than those that it serves, so that estimates stay unbiased (`docs/images.md`). It
+                needs nfe >= 64, method "density" and no mask, keeps a sample's residuals until its last draw, and
+                draws independent noise. "auto" takes it where that goes, for samples (C, H, W) of 192 numbers or more,
+                unless `fit` measured that it does not pay; `Estimate.control` says which it was.
             target_stderr: go on, for the samples above it, doubling the evaluations until their standard error (nats)
                 is below; at most `max_nfe` a sample. For single samples: where to stop depends on what was seen, so
                 that their mean is off by a part of the target (`docs/limits.md`).
@@ -224,12 +223,7 @@ class ScoreDensity(NetworkDensity):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        wanted, reference = self.wanted(nfe, seed, samples, memory, method), self.reference
-        if own_control(control, method, wanted.nfe, samples.mask is not None):
-            wanted, reference = (
-                wanted._replace(noise="independent", control=control),
-                Picked.of(reference, samples.shape),
-            )
+        wanted, reference = self.controlled(control, self.wanted(nfe, seed, samples, memory, method), samples)
         if target_stderr is not None:
             wanted = wanted._replace(most=whole("max_nfe", max_nfe))
             if not wanted.nfe <= max_nfe <= MAX_DRAWS:
@@ -349,9 +343,12 @@ class ScoreDensity(NetworkDensity):
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
         degenerate, network = warn_if_degenerate(samples.x[:, everywhere], self.schedule), network_of(self)
+        left = evaluations
         with progress_bar(progress, total=evaluations, unit="evaluation", desc="fit: reference") as bar:
 
             def step(what: str, count: int) -> None:
+                nonlocal left
+                left -= count
                 bar.set_description(f"fit: {what}")
                 bar.update(count)
 
@@ -365,10 +362,11 @@ class ScoreDensity(NetworkDensity):
             fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))
+            self.reference = fitted.reference
+            self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
+            self.planner.forget_reference()
+            measure_self(self, samples, self.wanted(None, seed, samples, memory), left, step)
             bar.total = bar.n  # not all that was allowed had to be spent
-        self.reference = fitted.reference
-        self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
-        self.planner.forget_reference()
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)

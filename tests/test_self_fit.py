@@ -151,7 +151,7 @@ def test_images_gain_much_and_stay_unbiased(planted, monkeypatch):
     assert abs(mean) < 3 * stderr + max(each.truncation for each in found)
     covered = torch.cat([e.abs() < 1.96 * each.stderr for e, each in zip(error, found)])
     assert float(covered.double().mean()) > 0.93  # of 384, a standard error of 1.1 %
-    plain = density.estimate(x, nfe=64, progress=False).log_prob.double() - truth
+    plain = density.estimate(x, nfe=64, control="reference", progress=False).log_prob.double() - truth
     assert float(error.square().mean()) < 0.1 * float(plain.square().mean())
 
 
@@ -281,7 +281,7 @@ def test_a_target_is_reached_by_rounds_that_fit_their_own_draws():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"control": "own"}, "control must be one of reference, self; got 'own'"),
+        ({"control": "own"}, "control must be one of auto, reference, self; got 'own'"),
         ({"nfe": 63}, "needs nfe >= 64, evaluations to fit a sample's residuals to, got 63; give more, or leave"),
         ({"method": "elbo"}, "is for method=\"density\", got 'elbo'; leave the method out"),
         ({"mask": torch.ones(8)}, "is for whole samples, got a mask; leave the mask out"),

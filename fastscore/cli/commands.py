@@ -19,9 +19,9 @@ from typing import Any
 import click
 import torch
 
+from ..estimator.control import CONTROLS
 from ..estimator.estimate import Estimate
 from ..estimator.methods import METHODS
-from ..estimator.self_fitted import CONTROLS
 from ..ops import measured
 from ..ops.select import BACKENDS, native
 from ..process.predictions import PREDICTIONS
@@ -81,9 +81,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.option("--fit-mask", metavar="FILE", help="Mask of the training data.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Key of the noise.")
 @click.option("--method", type=click.Choice(list(METHODS)), default="density", show_default=True)
-@click.option(
-    "--control", type=click.Choice(CONTROLS), default="reference", show_default=True, help="What is subtracted."
-)
+@click.option("--control", type=click.Choice(CONTROLS), default="auto", show_default=True, help="What is subtracted.")
 @click.option("--memory", metavar="BYTES", help="Budget for tensors, such as 512MB.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a saved block.")
 @click.option("--bins", type=click.IntRange(min=2), help="Levels of the data, for bits per dimension.")

@@ -21,7 +21,8 @@ from .rules import group_of
 from .statistics import GroupSums
 
 PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends")
-IN_A_FILE = {*PER_SAMPLE, *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "method", "noise", "offset"}
+WORDS = "method", "noise", "control"  # files of before had no control
+IN_A_FILE = {*PER_SAMPLE, *WORDS[:2], *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "offset"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Estimate:
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
         method: "density", "discrete" or "elbo".
         noise: "sobol" or "independent".
+        control: "reference", or "self" where every sample has one that is fitted to its own draws.
         seed, sample_index: of the noise of each sample, int64, shape (B,), on the CPU; seeds modulo 2^64. Samples of
             two calls with the same seed and the same index have the same noise.
         ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
@@ -66,6 +68,7 @@ class Estimate:
     offset: float | Tensor = 0.0
     table: Tensor | None = None
     faults: Faults | None = None
+    control: str = "reference"
 
     @classmethod
     def cat(cls, estimates: Sequence[Estimate]) -> Estimate:
@@ -98,6 +101,7 @@ class Estimate:
             dims=one if isinstance(one, int) else torch.cat(every),
             method=parts[0].method,
             noise=parts[0].noise,
+            control=parts[0].control,
             offset=sum(count * part.offset for count, part in zip(counts, parts)) / sum(counts),
             table=parts[0].table,
             faults=Faults.joined(part.faults for part in parts),
@@ -237,7 +241,7 @@ def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
     found |= {f"curve_{name}": getattr(estimate.curve_sum, name).detach().cpu().numpy() for name in SUMS}
     found["curve_count"] = np.int64(estimate.curve_sum.count)
     found["dims"] = torch.as_tensor(estimate.dims, device="cpu").detach().numpy()
-    found |= {"method": np.array(estimate.method), "noise": np.array(estimate.noise)}
+    found |= {name: np.array(getattr(estimate, name)) for name in WORDS}
     found["offset"] = np.float64(float(estimate.offset))
     return found if estimate.table is None else found | {"table": estimate.table.detach().cpu().numpy()}
 
@@ -250,8 +254,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
         **{name: torch.from_numpy(arrays[name]) for name in PER_SAMPLE},
         curve_sum=CurveSum(*sums, int(arrays["curve_count"])),
         dims=dims if dims.ndim else int(dims),
-        method=str(arrays["method"]),
-        noise=str(arrays["noise"]),
+        **{name: str(arrays[name]) for name in WORDS if name in arrays},
         offset=float(arrays["offset"]),
         table=torch.from_numpy(arrays["table"]) if "table" in arrays else None,
     )
@@ -264,6 +267,7 @@ def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
     for name, values in {
         "methods": [each.method for each in estimates],
         "kinds of noise": [each.noise for each in estimates],
+        "control variates": [each.control for each in estimates],
         "devices": [str(each.log_prob.device) for each in estimates],
         "numbers of draws": [len(each.curve_sum.log_snr) for each in estimates],
         "tables": [None if each.table is None else each.table.numpy().tobytes() for each in estimates],

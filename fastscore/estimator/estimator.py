@@ -69,6 +69,7 @@ class Estimator:
             dims=samples.dims,
             method=self.method.name,
             noise=wanted.noise,
+            control=wanted.control,
             seed=torch.full_like(samples.index, (wanted.seed + MIDDLE) % (2 * MIDDLE) - MIDDLE),
             sample_index=samples.index,
             ends=found.ends,

@@ -20,10 +20,12 @@ from ..process.network import model_device, warn_if_training
 from ..process.schedules import SAME_END, Schedule, settings_of
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
+from ..reference.picking import Picked
 from ..support.buffers import Constants
 from ..support.host import whole
 from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
+from .control import control_of
 from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
@@ -88,6 +90,16 @@ class NetworkDensity(Density):
         if memory is not None:
             parse_bytes(memory)
         return Wanted(nfe, seed, self._noise_kind(samples), memory, method_of(method))
+
+    def controlled(self, control: str, wanted: Wanted, samples: Samples) -> tuple[Wanted, Reference]:
+        """Return what is wanted with a control variate, and the reference that goes with it.
+
+        Raises:
+            ValueError: as `check_control`.
+        """
+        if control_of(control, self.noise, self.nodes, samples, wanted) == "reference":
+            return wanted, self.reference
+        return wanted._replace(noise="independent", control="self"), Picked.of(self.reference, samples.shape)
 
     def _plan(
         self,

@@ -140,7 +140,10 @@ class NodeDensity:
 
 
 class FittedNodes(FittedBuffers):
-    """The node density, the calibration of low-discrepancy noise and the reference's scales, kept by `state_dict`.
+    """What `fit` leaves behind beside the reference, kept by `state_dict`.
+
+    That is the node density, the calibration of low-discrepancy noise, the reference's scales, and whether references
+    that are fitted to each sample's own draws pay.
 
     Sums over a table take one Gaussian instead of a mixture, and what it leaves of the integrand lies elsewhere: nodes
     that suit the mixture cost the Gaussian several times its error. A pilot measures both (`gaussian`).
@@ -154,6 +157,7 @@ class FittedNodes(FittedBuffers):
         calibration: Tensor,
         scales: tuple[float, float] = (1.0, 1.0),
         gaussian: NodeDensity | None = None,
+        self_pays: bool = True,
     ) -> None:
         super().__init__()
         gaussian = nodes if gaussian is None else gaussian
@@ -163,6 +167,7 @@ class FittedNodes(FittedBuffers):
             self.register_buffer(f"gaussian_{name}", getattr(gaussian, name))
         self.register_buffer("calibration", calibration)
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
+        self.register_buffer("self_pays", torch.tensor(self_pays, device="cpu"))
 
     def _apply(self, fn, recurse=True):
         return self
@@ -185,7 +190,7 @@ class FittedNodes(FittedBuffers):
         (a, b), found = self.log_snr_range, FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
         ends = torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
         found.edges = torch.lerp(*ends, (self.edges - a) / (b - a))  # exact at both ends
-        found.scales = self.scales
+        found.scales, found.self_pays = self.scales, self.self_pays
         return found
 
     @property

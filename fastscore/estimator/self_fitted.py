@@ -21,33 +21,9 @@ from .rows import Rows
 from .samples import Samples
 from .self_fit import FOLDS, Hats, departure, fit
 
-CONTROLS = ("reference", "self")
 FEWEST_DRAWS = 64  # of which coefficients are fitted; below, their own noise is more than what they take away
 BLOCK = 1 << 18  # draws times entries, of which some twenty tensors are there at once
 MOST_ENTRIES = 512  # whose equations are solved at once
-
-
-def own_control(control: str, method: str, nfe: int, masked: bool) -> bool:
-    """Return whether f is that of a reference fitted to each sample's own draws, control "self".
-
-    Raises:
-        ValueError: for an unknown control, or where "self" does not go with the rest of a call.
-    """
-    if control not in CONTROLS:
-        raise ValueError(f"control must be one of {', '.join(CONTROLS)}; got {control!r}")
-    if control == "reference":
-        return False
-    remedy = 'or leave control="reference"'
-    if method != "density":
-        raise ValueError(f'control="self" is for method="density", got {method!r}; leave the method out, {remedy}')
-    if masked:
-        raise ValueError(f'control="self" is for whole samples, got a mask; leave the mask out, {remedy}')
-    if nfe < FEWEST_DRAWS:
-        raise ValueError(
-            f'control="self" needs nfe >= {FEWEST_DRAWS}, evaluations to fit a sample\'s residuals to, got {nfe}; '
-            f"give more, {remedy}"
-        )
-    return True
 
 
 def self_fitted(

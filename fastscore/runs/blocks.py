@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..density import ScoreDensity
 from ..estimator.bins import count_outside
+from ..estimator.control import check_control
 from ..estimator.estimate import IN_A_FILE, to_arrays
 from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules
-from ..estimator.self_fitted import own_control
 from ..process.network import model_dtype
 from ..support.host import positive
 from .answers import answers
@@ -74,7 +74,7 @@ class Work:
             )
         if options["target_stderr"] is not None:
             positive("target_stderr", options["target_stderr"], "nats")
-        own_control(options["control"], options["method"], options["nfe"], mask is not None)
+        check_control(options["control"], options["method"], options["nfe"], mask is not None)
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, method_of(options["method"]))
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))

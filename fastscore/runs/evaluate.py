@@ -48,7 +48,7 @@ def evaluate_dataset(
     nfe: int | None = None,
     seed: int = 0,
     method: str = "density",
-    control: str = "reference",
+    control: str = "auto",
     target_stderr: float | None = None,
     max_nfe: int = 16384,
     memory: int | str | None = None,

@@ -187,7 +187,8 @@ def plan_chunks(
         given = "the default budget" if memory is None else f"memory={memory!r}"
         raise ValueError(
             f"{given} does not hold one sample's residuals, {cost.kept:,} bytes in each of {draws} draws, and "
-            f"{fixed - draws * cost.kept + row:,} to evaluate them; give memory >= {fixed + row} or a smaller nfe"
+            f"{fixed - draws * cost.kept + row:,} to evaluate them; give memory >= {fixed + row}, "
+            'a smaller nfe or control="reference"'
         )
     rows = chunk_rows(row, memory, device, fixed + (groups * tables if keep else samples * sums))
     near = max(CPU_CALL // row, CPU_OPERATOR // max(1, cost.each), MIN_AUTO_ROWS)

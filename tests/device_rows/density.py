@@ -5,7 +5,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import density
-from fastscore.estimator import candidates, methods, self_fitted
+from fastscore.estimator import candidates, control, methods
 from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
@@ -29,7 +29,7 @@ def estimate_by(on, name):
     return [summary(of(on, s).estimate(on(X), nfe=NFE, method=method)) for s in (fs.VP(), fs.DDPM.linear(100))]
 
 
-@row("ScoreDensity.estimate", each=[f"control {c}" for c in self_fitted.CONTROLS])
+@row("ScoreDensity.estimate", each=[f"control {c}" for c in control.CONTROLS])
 def estimate_less(on, name):
     options = {"nfe": 64, "control": name.removeprefix("control ")}
     found = [of(on, reference=kind()).estimate(on(X), **options) for kind in REFERENCES.values()]

@@ -1,0 +1,128 @@
+"""Which control variate "auto" is: fitted to each image's own draws where that goes and pays, the reference elsewhere."""
+
+import io
+
+import pytest
+import torch
+from test_self_fit import Exact, images, photograph_like
+
+import fastscore as fs
+from fastscore.estimator import control
+
+SCHEDULE = fs.LogSNR(-12, 17)
+TARGET = photograph_like()
+X = images(TARGET, 40)
+
+
+def make(**options):
+    return fs.ScoreDensity(Exact(TARGET, SCHEDULE), SCHEDULE, "eps", program=False, **options)
+
+
+def same(one, other):
+    return torch.equal(one.log_prob, other.log_prob) and torch.equal(one.stderr, other.stderr)
+
+
+def test_images_have_it_without_being_told():
+    density = make()
+    found = density.estimate(X, nfe=64)
+    assert (found.control, found.noise) == ("self", "independent")
+    assert same(found, density.estimate(X, nfe=64, control="self"))
+    # Twelve to thirty times less variance than the reference alone, here and on photographs (docs/images.md).
+    assert float(found.variance.mean()) < 0.1 * float(density.estimate(X, nfe=64, control="reference").variance.mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "reason"),
+    [
+        ({"nfe": 63}, {}, '"self" needs nfe >= 64, evaluations to fit a sample\'s residuals to, got 63; give more'),
+        ({"method": "elbo"}, {}, '"self" is for method="density", got \'elbo\'; leave the method out'),
+        ({"mask": torch.ones(3, 8, 8)}, {}, '"self" is for whole samples, got a mask; leave the mask out'),
+        ({}, {"noise": "sobol"}, 'noise="sobol" was asked for'),
+    ],
+)
+def test_a_call_that_it_does_not_go_with_has_the_reference(options, made, reason):
+    density, options = make(**made), {"nfe": 64} | options
+    found = density.estimate(X, **options)
+    assert found.control == "reference"
+    assert same(found, density.estimate(X, control="reference", **options))
+    samples = density.check(X, None, {}, mask=options.get("mask"))
+    wanted = density.wanted(options["nfe"], 0, samples, None, options.get("method", "density"))
+    assert control.why_reference(density.noise, density.nodes, samples, wanted).startswith(reason)
+
+
+class Flat(Exact):
+    def forward(self, x, t):
+        return super().forward(x.reshape(-1, 3, 8, 8), t).reshape(x.shape)
+
+
+@pytest.mark.parametrize("shape", [(192,), (3, 64), (1, 3, 8, 8)])
+def test_what_is_no_image_has_the_reference(shape):
+    density = fs.ScoreDensity(Flat(TARGET, SCHEDULE), SCHEDULE, "eps", program=False)
+    assert density.estimate(X.reshape(-1, *shape), nfe=64).control == "reference"
+
+
+def test_small_images_and_long_samples_have_the_reference(monkeypatch):
+    monkeypatch.setattr(control, "LEAST_DIMS", 193)
+    assert make().estimate(X[:2], nfe=64).control == "reference"
+    monkeypatch.setattr(control, "LEAST_DIMS", 192)
+    monkeypatch.setattr(control, "MOST_BYTES", 2 * 64 * 192 * 4)
+    assert make().estimate(X[:2], nfe=64).control == "self"
+    assert make().estimate(X[:2], nfe=65).control == "reference"
+
+
+def test_the_memory_is_no_reason_for_another_number():
+    density = make()
+    expected = density.estimate(X, nfe=64)
+    assert density.estimate(X, nfe=64, memory="20MB").control == "self"
+    assert torch.allclose(density.estimate(X, nfe=64, memory="20MB").log_prob, expected.log_prob, atol=1e-3)
+    with pytest.raises(ValueError, match="does not hold one sample's residuals"):
+        density.estimate(X, nfe=64, memory="100KB")
+
+
+def test_fit_measures_whether_it_pays():
+    data = images(TARGET, 400)
+    density = make().fit(data, reference="isotropic", evaluations=20_000, progress=False)
+    assert bool(density.nodes.self_pays)
+    assert density.estimate(X, nfe=64).control == "self"
+    # Of the right kind, and with enough data, the reference is so near that fitting to a sample's draws adds noise.
+    density.fit(images(TARGET, 2000), reference="images", evaluations=60_000, progress=False)
+    alone, own = (density.estimate(X, nfe=64, control=c).variance.mean() for c in ("reference", "self"))
+    assert float(alone) < 0.5 * float(own)
+    assert not bool(density.nodes.self_pays)
+    assert density.estimate(X, nfe=64).control == "reference"
+    other = make()
+    other.load_state_dict(density.state_dict())
+    assert other.estimate(X, nfe=64).control == "reference"
+
+
+def test_measuring_stays_within_the_evaluations():
+    density, asked = make(), []
+    density.model.register_forward_hook(lambda model, args, output: asked.append(len(output)))
+    density.estimate(X[:1], nfe=64)  # probes, once
+    asked.clear()
+    density.fit(images(TARGET, 400), reference="isotropic", evaluations=20_000, progress=False)
+    # Measuring memory asks for a few rows more.
+    assert sum(asked) < 20_000 + 500
+
+
+def test_an_estimate_keeps_its_control(tmp_path):
+    density = make()
+    found = density.estimate(X[:20], nfe=64)
+    found.save(tmp_path / "found.npz")
+    assert fs.Estimate.load(tmp_path / "found.npz").control == "self"
+    rest = {"nfe": 64, "sample_index": torch.arange(20, 40)}
+    assert fs.Estimate.cat([found, density.estimate(X[20:], **rest)]).control == "self"
+    with pytest.raises(ValueError, match="same control variates, got self, reference"):
+        fs.Estimate.cat([found, density.estimate(X[20:], control="reference", **rest)])
+
+
+def test_a_file_of_before_had_the_reference(tmp_path):
+    import numpy as np
+
+    make().estimate(X[:4], nfe=16).save(tmp_path / "now.npz")
+    with np.load(tmp_path / "now.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays if name != "control"}
+    written = io.BytesIO()
+    np.savez(written, **kept)
+    (tmp_path / "before.npz").write_bytes(written.getvalue())
+    assert fs.Estimate.load(tmp_path / "before.npz").control == "reference"
