@@ -34,6 +34,7 @@ from torch import Tensor
 import fastscore as fs
 
 ROWS = 256  # of the network at once
+FIT_EVALUATIONS = 40_000  # reference and nodes; noise stays independent
 PILOT_BINS, PILOT_SAMPLES, PILOT_DRAWS = 25, 48, 8
 
 # n -> log-SNRs and their weights in an integral over a range
@@ -65,7 +66,8 @@ class Ways:
     def __init__(self, network: ImageNetwork, training: Tensor) -> None:
         self.network, self.plain = network, Plain(network, training)
         self.unfitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS)
-        self.fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS).fit(training, reference="images", progress=False)
+        self.fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS)
+        self.fitted.fit(training, reference="images", evaluations=FIT_EVALUATIONS, progress=False)
 
     def methods(self, evaluations: tuple[int, ...]) -> list[Method]:
         plain, alone, own = self.plain, {"control": "reference"}, {"control": "self"}

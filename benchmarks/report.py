@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import image_pictures
 import pictures
 from markdown import aot_table, markdown
 from record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-# Other pages show these: docs/kernels.md and docs/training.md.
-OTHERS = {"native_resources", "aot", "gan"}
+# Other pages show these, docs/kernels.md and docs/training.md, and docs/images.png shows the last two.
+OTHERS = {"native_resources", "aot", "gan", "images_variance", "images_ranked"}
+IMAGES = ("images", "images_variance", "images_ranked")
 
 
 def tables() -> dict[str, dict]:
@@ -105,6 +107,8 @@ def main() -> None:
     page.write_text(readme(page.read_text(), found))
     pictures.save(pictures.race(found["race"]["rows"]), DOCS / "race.png")
     pictures.save(pictures.scaling(found["scaling"]["rows"]), DOCS / "scaling.png")
+    drawn = (json.loads((RESULTS / f"{name}.json").read_text())["rows"] for name in IMAGES)
+    pictures.save(image_pictures.images(*drawn), DOCS / "images.png")
     for name in (name for name in found if name.endswith("-kernels")):  # of a GPU
         machine = name.removesuffix("-kernels")
         ceilings = found[f"{machine}-ceilings"]["rows"][0]

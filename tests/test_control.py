@@ -1,4 +1,4 @@
-"""Which control variate "auto" is: fitted to each image's own draws where that goes and pays, the reference elsewhere."""
+"""Which control variate "auto" is: fitted to each image's own draws where that goes and pays, else the reference."""
 
 import io
 
