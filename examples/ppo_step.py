@@ -13,7 +13,7 @@ begins as a wide Gaussian around the origin, learned from samples, and pays 0.1 
 Needs:   fastscore, matplotlib
 Prints:  the mean reward with its error and the ratio before any step (1) and after the last, every few rounds
 Draws:   the reward over the rounds, into the file of --out
-Takes:   TIME
+Takes:   34 s of one processor; --small some seconds
 """
 
 from __future__ import annotations
