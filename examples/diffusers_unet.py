@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a few seconds: fewer steps, fewer images")
     args = parser.parse_args(argv)
-    steps, count = (40, 40) if args.small else (700, HELD_OUT)
+    steps, count = (60, 40) if args.small else (700, HELD_OUT)
 
     images, held_out = digits(args.seed)
     held_out = held_out[:count]
