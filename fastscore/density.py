@@ -37,7 +37,8 @@ from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.self_pays import measure_self
+from .estimator.schedule_ends import ScheduleEnds
+from .estimator.self_pilot import pilot_of_own
 from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
 from .ops.select import check_name
 from .process.conditions import merged, takes_conditions
@@ -115,7 +116,7 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self.planner, self.replays, self._schedule_was = Planner(), Replays(), (None, schedule.log_snr_range)
+        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule)
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -223,7 +224,7 @@ class ScoreDensity(NetworkDensity):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        wanted, reference = self.controlled(control, self.wanted(nfe, seed, samples, memory, method), samples)
+        wanted, reference = self._controlled(control, self.wanted(nfe, seed, samples, memory, method), samples)
         if target_stderr is not None:
             wanted = wanted._replace(most=whole("max_nfe", max_nfe))
             if not wanted.nfe <= max_nfe <= MAX_DRAWS:
@@ -365,7 +366,7 @@ class ScoreDensity(NetworkDensity):
             self.reference = fitted.reference
             self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
             self.planner.forget_reference()
-            measure_self(self, samples, self.wanted(None, seed, samples, memory), left, step)
+            pilot_of_own(self, samples, self.wanted(None, seed, samples, memory), left, step)
             bar.total = bar.n  # not all that was allowed had to be spent
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)

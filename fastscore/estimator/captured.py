@@ -26,6 +26,7 @@ from .planner import Wanted
 from .protocol import Density, check_density
 from .replay import Replay, depends_on
 from .samples import Samples, deferred
+from .schedule_ends import ScheduleEnds
 
 
 class CapturedEstimate(NamedTuple):
@@ -76,7 +77,7 @@ class CapturedDensity:
         core = self.core
         self.samples = core.check(z, sample_index, cond, mask=own_mask)
         self.wanted = core.wanted(nfe, seed, self.samples, memory)
-        self.reference, self.nodes = core.reference, core.nodes
+        self.reference, self.nodes, self._ends = core.reference, core.nodes, ScheduleEnds(core.schedule)
         self._depends_on, self.replay = None, None
         self._capture(self.samples, self.wanted)
 
@@ -109,6 +110,7 @@ class CapturedDensity:
         A network that reads other memory, or was traced anew, is captured again.
         """
         core = self.core
+        self.nodes = self._ends.follow(core.schedule, self.nodes)
         network = replace(network_of(core), log_snr_range=self.nodes.log_snr_range)
         programs = network.find_programs(samples)
         plan = core.planner.plan(network, self.nodes, self.reference, samples, programs, wanted)

@@ -17,7 +17,7 @@ from ..ops.select import select
 from ..process.conditions import Conditions
 from ..process.masks import broadcast_mask, mask_rows
 from ..process.network import model_device, warn_if_training
-from ..process.schedules import SAME_END, Schedule, settings_of
+from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
 from ..reference.picking import Picked
@@ -35,6 +35,7 @@ from .planner import Planner, Wanted
 from .protocol import Density
 from .replay import Replays
 from .samples import Samples, check_batch, check_samples, refuse_not_finite_at
+from .schedule_ends import ScheduleEnds
 
 
 class NetworkDensity(Density):
@@ -60,7 +61,7 @@ class NetworkDensity(Density):
     planner: Planner
     replays: Replays
     _programs: Programs
-    _schedule_was: tuple[tuple | None, tuple[float, float]]
+    _ends: ScheduleEnds
 
     @property
     def core(self) -> NetworkDensity:
@@ -91,7 +92,7 @@ class NetworkDensity(Density):
             parse_bytes(memory)
         return Wanted(nfe, seed, self._noise_kind(samples), memory, method_of(method))
 
-    def controlled(self, control: str, wanted: Wanted, samples: Samples) -> tuple[Wanted, Reference]:
+    def _controlled(self, control: str, wanted: Wanted, samples: Samples) -> tuple[Wanted, Reference]:
         """Return what is wanted with a control variate, and the reference that goes with it.
 
         Raises:
@@ -99,7 +100,10 @@ class NetworkDensity(Density):
         """
         if control_of(control, self.noise, self.nodes, samples, wanted) == "reference":
             return wanted, self.reference
-        return wanted._replace(noise="independent", control="self"), Picked.of(self.reference, samples.shape)
+        base = self.reference
+        if not bool(self.nodes.own_base):
+            base = Reference.isotropic(self.schedule.data_std).on(samples.device)
+        return wanted._replace(noise="independent", control="self"), Picked.of(base, samples.shape)
 
     def _plan(
         self,
@@ -138,7 +142,7 @@ class NetworkDensity(Density):
             ValueError: as `estimate` for bad data.
         """
         samples = check_samples(x, sample_index, conds, self.model, mask)
-        self._follow_schedule()
+        self.nodes = self._ends.follow(self.schedule, self.nodes)
         self.reference = self.reference.on(samples.device)
         if isinstance(self.model, Constants):
             self.model.follow(samples.device)
@@ -156,21 +160,6 @@ class NetworkDensity(Density):
                 "fit(data, mask=...)"
             )
         return samples
-
-    def _follow_schedule(self) -> None:
-        """Stretch the nodes if the schedule's ends have moved since: they may be set, and a schedule may learn them.
-
-        Estimates stay unbiased, since any nodes are right; error bars calibrated for other nodes may not be.
-        """
-        settings, ends = self._schedule_was
-        now = settings_of(self.schedule)
-        if now is not None and now == settings:
-            return
-        moved = self.schedule.log_snr_range
-        if max(abs(a - b) for a, b in zip(moved, ends)) > SAME_END:
-            self.nodes = self.nodes.stretched(*self.schedule.range_for(*self.nodes.scales.tolist()))
-            ends = moved
-        self._schedule_was = now, ends
 
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""

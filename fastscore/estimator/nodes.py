@@ -15,6 +15,10 @@ from torch import Tensor
 
 from ..support.buffers import FittedBuffers
 
+# Log-SNRs, for a standard deviation of one, between which a fit to each image's own draws leaves most of its variance:
+# below there is little to know, and above little but the data's own noise (docs/images.png).
+IMAGES = (-1.0, 12.0)
+IMAGE_BINS = 100
 SMOOTHINGS = 2  # passes of (1, 2, 1) / 4 over a pilot's variances
 
 
@@ -46,6 +50,17 @@ class NodeDensity:
         """The same number of evaluations everywhere in [lo, hi], all of them in antithetic pairs."""
         one = torch.ones(1, dtype=torch.float64, device="cpu")
         return cls(torch.tensor([lo, hi], dtype=torch.float64, device="cpu"), one, one.bool())
+
+    @classmethod
+    def of_images(cls, lo: float, hi: float, std: float) -> NodeDensity:
+        """Half of the evaluations everywhere in [lo, hi], half where images of a standard deviation have structure.
+
+        Their density rises and falls over a few units of log-SNR: where it jumps, the sum of a shift of all nodes does.
+        """
+        even = cls.uniform(lo, hi, IMAGE_BINS)
+        centre = (even.edges[1:] + even.edges[:-1]) / 2 + 2 * math.log(std)
+        inside = torch.sigmoid(centre - IMAGES[0]) * torch.sigmoid(IMAGES[1] - centre) + 1e-12
+        return cls(even.edges, (even.share + inside / inside.sum()) / 2, even.paired)
 
     @classmethod
     def from_spread(
@@ -142,8 +157,9 @@ class NodeDensity:
 class FittedNodes(FittedBuffers):
     """What `fit` leaves behind beside the reference, kept by `state_dict`.
 
-    That is the node density, the calibration of low-discrepancy noise, the reference's scales, and whether references
-    that are fitted to each sample's own draws pay.
+    That is the node density, the calibration of low-discrepancy noise, the reference's scales, and for references that
+    are fitted to each sample's own draws: the nodes, whether they begin with the fitted reference (`own_base`) or with
+    the schedule's N(0, std^2), and whether they pay.
 
     Sums over a table take one Gaussian instead of a mixture, and what it leaves of the integrand lies elsewhere: nodes
     that suit the mixture cost the Gaussian several times its error. A pilot measures both (`gaussian`).
@@ -157,17 +173,23 @@ class FittedNodes(FittedBuffers):
         calibration: Tensor,
         scales: tuple[float, float] = (1.0, 1.0),
         gaussian: NodeDensity | None = None,
-        self_pays: bool = True,
+        own: NodeDensity | None = None,
+        own_base: bool = True,
     ) -> None:
         super().__init__()
         gaussian = nodes if gaussian is None else gaussian
+        lo, hi = float(nodes.edges[0]), float(nodes.edges[-1])
+        own = NodeDensity.of_images(lo, hi, scales[1]) if own is None else own
+        self.register_buffer("own_edges", own.edges)
+        self.register_buffer("own_share", own.share)
+        for name, value in (("own_base", own_base), ("own_pays", True)):
+            self.register_buffer(name, torch.tensor(value, device="cpu"))
         self.register_buffer("edges", nodes.edges)
         for name in ("share", "paired", "curve"):
             self.register_buffer(name, getattr(nodes, name))
             self.register_buffer(f"gaussian_{name}", getattr(gaussian, name))
         self.register_buffer("calibration", calibration)
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
-        self.register_buffer("self_pays", torch.tensor(self_pays, device="cpu"))
 
     def _apply(self, fn, recurse=True):
         return self
@@ -181,16 +203,24 @@ class FittedNodes(FittedBuffers):
         """The density for the one Gaussian like the reference; that of the reference itself where it is one."""
         return NodeDensity(self.edges, self.gaussian_share, self.gaussian_paired, self.gaussian_curve)
 
+    @property
+    def own(self) -> NodeDensity:
+        """The density for references that are fitted to a sample's own draws, which take what is odd in the noise."""
+        return NodeDensity(self.own_edges, self.own_share, torch.zeros_like(self.own_share, dtype=torch.bool))
+
     def values(self) -> tuple[bytes, ...]:
         """Return all numbers, to be compared with those of another time."""
         return tuple(buffer.numpy().tobytes() for buffer in self._buffers.values())
 
     def stretched(self, lo: float, hi: float) -> FittedNodes:
         """Return the same nodes over another range of log-SNR, without a calibration."""
-        (a, b), found = self.log_snr_range, FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
-        ends = torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
-        found.edges = torch.lerp(*ends, (self.edges - a) / (b - a))  # exact at both ends
-        found.scales, found.self_pays = self.scales, self.self_pays
+        (a, b), ends = self.log_snr_range, torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
+        found = FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian, own=self.own)
+        found.edges, found.own_edges = (
+            torch.lerp(*ends, (edges - a) / (b - a))
+            for edges in (self.edges, self.own_edges)  # exact at both ends
+        )
+        found.scales, found.own_base, found.own_pays = self.scales, self.own_base, self.own_pays
         return found
 
     @property

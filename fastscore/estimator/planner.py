@@ -95,8 +95,7 @@ class Planner:
             itself = wanted.method.control_variate(reference) is reference
             density = nodes.density if itself else nodes.gaussian
             own = wanted.control == "self"
-            if own:  # whose c takes what is odd in the noise, which pairs would
-                density = density.alone()
+            density = nodes.own if own else density
             rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
