@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .classify.classifier import Classification, DiffusionClassifier
 from .densities.discrete import Levels, discrete_log_prob
+from .densities.distribution import as_distribution
 from .densities.probability_flow import FlowLogProb, probability_flow_log_prob
 from .densities.transformed import Transformed
 from .densities.zero_mean import ZeroMeanDensity
@@ -54,6 +55,7 @@ __all__ = [
     "ScoreDensity",
     "Transformed",
     "ZeroMeanDensity",
+    "as_distribution",
     "density_loss",
     "density_weights",
     "discrete_log_prob",

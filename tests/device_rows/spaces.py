@@ -147,6 +147,15 @@ def ode(on, name):
     return tuple(fs.probability_flow_log_prob(made, on(X), **options, mask=mask, label=on(LABELS)))
 
 
+@row("as_distribution")
+def distribution(on):
+    made = fs.as_distribution(of(on), (D,), nfe=NFE, label=fs.per_sample(on(LABELS[:3])))
+    wide, x = made.expand((2, 3)), on(X.clone()).requires_grad_()
+    value = torch.distributions.Independent(wide, 1).log_prob(x.reshape(2, 3, D))
+    value.sum().backward()
+    return value, x.grad, made.log_prob(on(X[0])), repr(made)
+
+
 @row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks",
                               "captured, masked"])  # fmt: skip
 def captured(on, name):
