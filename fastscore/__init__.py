@@ -4,6 +4,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .classify.classifier import Classification, DiffusionClassifier
+from .densities.difference import compare_densities
 from .densities.discrete import Levels, discrete_log_prob
 from .densities.distribution import as_distribution
 from .densities.probability_flow import FlowLogProb, probability_flow_log_prob
@@ -56,6 +57,7 @@ __all__ = [
     "Transformed",
     "ZeroMeanDensity",
     "as_distribution",
+    "compare_densities",
     "density_loss",
     "density_weights",
     "discrete_log_prob",
