@@ -1,8 +1,10 @@
 """Densities of other libraries' networks: one function an ecosystem, none of which is imported.
 
-Each reads schedule, prediction and time convention off the library's own objects; docs/adapters.md lists them.
+Each reads schedule, prediction and time convention off the library's own objects; docs/adapters.md lists them, and
+`from_model` finds the one that an object needs.
 """
 
+from .any_model import from_model
 from .diffusers import from_diffusers
 from .edm import from_edm
 from .flow_matching import from_flow_matching
@@ -20,6 +22,7 @@ __all__ = [
     "from_guided_diffusion",
     "from_k_diffusion",
     "from_lucidrains",
+    "from_model",
     "from_sbi",
     "from_score_models",
     "from_score_sde",

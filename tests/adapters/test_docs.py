@@ -66,6 +66,11 @@ def objects(call):
         from adapters import test_lucidrains as t
 
         return {"diffusion": t.diffusion(t.Exact("pred_v"), auto_normalize=False)}
+    if function == "from_model":
+        from adapters import test_diffusers as t
+
+        exact = objects("from_diffusers(")
+        return {"pipeline": t.diffusers.DDPMPipeline(exact["unet"], exact["scheduler"])}
     from adapters import test_guided_diffusion as t
 
     return {"model": t.Exact((1 - t.BETAS).cumprod(0), 1, data=False), "process": t.Diffusion(t.BETAS)}

@@ -1,11 +1,12 @@
 """Rows of the adapters, with stand-ins for the libraries' objects."""
 
 import math
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+import fastscore as fs
 from fastscore import adapters
 
 from .common import NFE, D, Net, X, row, summary
@@ -136,6 +137,13 @@ def from_score_sde(on):
     kinds = [("VPSDE", vp, True), ("VPSDE", vp, False), ("subVPSDE", vp, True)]
     kinds += [("VESDE", ve, True), ("VESDE", ve, False)]
     return [adapters.from_score_sde(on(Net()), named(name, **held), whole, **OPTIONS) for name, held, whole in kinds]
+
+
+def from_model(on):
+    net = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5, label_dim=0)
+    net.forward = MethodType(lambda self, x, sigma: self.net(x, sigma), net)
+    sde = named("VPSDE", beta_0=0.1, beta_1=20.0)
+    return [fs.from_model(on(net), **OPTIONS), adapters.from_model(on(Net()), sde, **OPTIONS)]
 
 
 @row(each=adapters.__all__)
