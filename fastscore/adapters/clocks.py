@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..process.schedules import DDPM, VP, FlowMatching
+from ..process.schedules import DDPM, VP, FlowMatching, Schedule
 from ..support.host import as_tensor
 
 
@@ -53,6 +55,34 @@ class OffsetFlow(FlowMatching):
     def time(self, log_snr: Tensor) -> Tensor:
         ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
         return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
+
+
+class Preconditioned(Schedule):
+    r"""EDM's noise x + sigma eps as its inner network sees it, scaled by :math:`1 / \sqrt{\sigma^2 + \sigma_d^2}`.
+
+    With the angle t of which :math:`\tan t = \sigma / \sigma_d` that is
+    :math:`x_t = \cos(t)\, x / \sigma_d + \sin(t)\, \epsilon`, and what the inner network learns,
+    :math:`\pm(\cos(t)\, \epsilon - \sin(t)\, x / \sigma_d)`, is the velocity along t or its negative. Read so, no large
+    number is rounded to the network's dtype, where sigma is small and denoised data differ little from noised ones.
+
+    References:
+        Elucidating the Design Space of Diffusion Models (Karras et al., 2022), table 1, https://arxiv.org/abs/2206.00364
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, sigma_data: float) -> None:
+        self.data_std = self.sigma_data = float(sigma_data)
+        self.time_range = (math.atan(sigma_min / sigma_data), math.atan(sigma_max / sigma_data))
+
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = torch.exp(-0.5 * log_snr)
+        alpha = 1 / torch.sqrt(sigma**2 + self.sigma_data**2)
+        return alpha, alpha * sigma
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(self.sigma_data * torch.tan(as_tensor(t).to(torch.float64)))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64)) / self.sigma_data)
 
 
 def table(alphas_cumprod: Tensor) -> DDPM:

@@ -25,7 +25,11 @@ def objects(call):
         scheduler, flow = t.ddpm(), t.diffusers.FlowMatchEulerDiscreteScheduler()
         bar = scheduler.alphas_cumprod.double()
         table = t.ExactModel("epsilon", lambda i: bar[i].sqrt(), lambda i: (1 - bar[i]).sqrt())
-        networks = {"unet": table, "transformer": t.ExactSD3(), "own_network": t.ExactOwn(lambda s: s)}
+        from adapters import test_diffusers_edm as e
+
+        more = {"edm_unet": e.ExactInner(0.5, 1), "edm_scheduler": t.ddpm("EDMEulerScheduler")}
+        more["average"] = e.EMAModel([])  # of an exact network, which has no parameters
+        networks = more | {"unet": table, "transformer": t.ExactSD3(), "own_network": t.ExactOwn(lambda s: s)}
         return networks | {"scheduler": scheduler, "flow_scheduler": flow}
     if function == "from_edm":
         from adapters import test_edm as t

@@ -46,8 +46,14 @@ def from_diffusers(on):
     table = SimpleNamespace(config=config, alphas_cumprod=table_of())
     options = dict.fromkeys(("shift", "shift_terminal", "invert_sigmas"), None) | {"num_train_timesteps": 1000}
     flow = named("FlowMatchEulerDiscreteScheduler", config=Config(options), sigma_min=0.01)
+    noise = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
+    edm = named("EDMEulerScheduler", config=Config(noise))
+    model = on(net())
+    average = SimpleNamespace(shadow_params=[p.detach().clone() for p in model.parameters()])
     return [
         adapters.from_diffusers(on(net()), table, **OPTIONS),
+        adapters.from_diffusers(on(net()), edm, **OPTIONS),
+        adapters.from_diffusers(model, table, ema=average, **OPTIONS),
         adapters.from_diffusers(on(net()), flow, time="t", **OPTIONS),
     ]
 
