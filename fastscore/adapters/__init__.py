@@ -5,6 +5,7 @@ Each reads schedule, prediction and time convention off the library's own object
 """
 
 from .any_model import from_model
+from .azula import from_azula
 from .diffusers import from_diffusers
 from .edm import from_edm
 from .flow_matching import from_flow_matching
@@ -14,8 +15,10 @@ from .lucidrains import from_lucidrains
 from .sbi import from_sbi
 from .score_models import from_score_models
 from .score_sde import from_score_sde
+from .torchcfm import from_torchcfm
 
 __all__ = [
+    "from_azula",
     "from_diffusers",
     "from_edm",
     "from_flow_matching",
@@ -26,4 +29,5 @@ __all__ = [
     "from_sbi",
     "from_score_models",
     "from_score_sde",
+    "from_torchcfm",
 ]

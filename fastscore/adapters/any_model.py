@@ -13,6 +13,7 @@ from torch import nn
 
 from ..estimator.protocol import Density
 from ..support.host import kind_of
+from .azula import from_azula
 from .diffusers import from_diffusers
 from .diffusers_conventions import bare
 from .edm import from_edm
@@ -23,10 +24,12 @@ from .lucidrains import from_lucidrains
 from .sbi import from_sbi
 from .score_models import from_score_models
 from .score_sde import from_score_sde
+from .torchcfm import from_torchcfm
 
 Adapter = Callable[..., Density]
 
 PACKAGES: dict[str, Adapter] = {
+    "azula": from_azula,
     "denoising_diffusion_pytorch": from_lucidrains,
     "diffusers": from_diffusers,
     "flow_matching": from_flow_matching,
@@ -34,6 +37,7 @@ PACKAGES: dict[str, Adapter] = {
     "k_diffusion": from_k_diffusion,
     "sbi": from_sbi,
     "score_models": from_score_models,
+    "torchcfm": from_torchcfm,
 }
 
 

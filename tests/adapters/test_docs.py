@@ -70,6 +70,15 @@ def objects(call):
         from adapters import test_lucidrains as t
 
         return {"diffusion": t.diffusion(t.Exact("pred_v"), auto_normalize=False)}
+    if function == "from_azula":
+        from adapters import test_azula as t
+
+        return {"azula_denoiser": t.denoise.KarrasDenoiser(t.Exact("Karras"), t.noise.VPSchedule())}
+    if function == "from_torchcfm":
+        from adapters import test_torchcfm as t
+
+        matcher = t.MATCHERS["circle"]()
+        return {"model": t.Exact(matcher), "matcher": matcher}
     if function == "from_model":
         from adapters import test_diffusers as t
 
@@ -105,7 +114,7 @@ def test_the_version_of_every_row_is_the_one_that_runs_here():
         for library, _ in ROWS
         if re.match(r"[\w-]+ \d", library)
     }
-    assert len(named) == 6
+    assert len(named) == 8
     for name, tested in named:
         try:
             assert version(name) == tested, name

@@ -58,6 +58,15 @@ def from_diffusers(on):
     ]
 
 
+def from_azula(on):
+    class Schedule:
+        def __call__(self, t):
+            return torch.cos(1.5 * t), torch.sqrt(1.0001 - torch.cos(1.5 * t) ** 2)
+
+    made = Wrapped(lambda net, x, t: SimpleNamespace(mean=net(x, t)), schedule=Schedule())
+    return [adapters.from_azula(on(made), **OPTIONS)]
+
+
 def from_edm(on):
     plain = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5)
     rounded = Wrapped(lambda net, x, sigma: net(x, sigma), u=torch.linspace(80, 0, 30))
@@ -143,6 +152,17 @@ def from_score_sde(on):
     kinds = [("VPSDE", vp, True), ("VPSDE", vp, False), ("subVPSDE", vp, True)]
     kinds += [("VESDE", ve, True), ("VESDE", ve, False)]
     return [adapters.from_score_sde(on(Net()), named(name, **held), whole, **OPTIONS) for name, held, whole in kinds]
+
+
+def from_torchcfm(on):
+    class TimeFirst(Net):
+        def forward(self, t, x):
+            return super().forward(x, t)
+
+    paths = [("ConditionalFlowMatcher", 0.0), ("ConditionalFlowMatcher", 0.1), ("TargetConditionalFlowMatcher", 0.1)]
+    paths += [("VariancePreservingConditionalFlowMatcher", 0.1)]
+    matchers = [named(name, sigma=sigma, compute_mu_t=None) for name, sigma in paths]
+    return [adapters.from_torchcfm(on(TimeFirst()), each, **OPTIONS) for each in matchers]
 
 
 def from_model(on):
