@@ -84,7 +84,7 @@ class Sigma(nn.Module):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (lambda: (nn.Linear(2, 2),), TypeError, "one of from_azula, from_diffusers, .* got Linear of torch.*; call one"),
+        (lambda: (nn.Linear(2, 2),), TypeError, "one of from_azula, .* got Linear of torch.*; call one"),
         (lambda: (Sigma(),), TypeError, "got Sigma of .*test_any_model; call one of them, or build fastscore.ScoreD"),
         (lambda: (nn.Linear,), TypeError, "got the class Linear and no object of it"),
         (lambda: ({"ema": None},), TypeError, "got dict of builtins; call one"),
