@@ -12,6 +12,7 @@ from .flow_matching import from_flow_matching
 from .guided_diffusion import from_guided_diffusion
 from .k_diffusion import from_k_diffusion
 from .lucidrains import from_lucidrains
+from .monai import from_monai
 from .sbi import from_sbi
 from .score_models import from_score_models
 from .score_sde import from_score_sde
@@ -26,6 +27,7 @@ __all__ = [
     "from_k_diffusion",
     "from_lucidrains",
     "from_model",
+    "from_monai",
     "from_sbi",
     "from_score_models",
     "from_score_sde",

@@ -21,6 +21,7 @@ from .flow_matching import from_flow_matching
 from .guided_diffusion import from_guided_diffusion
 from .k_diffusion import from_k_diffusion
 from .lucidrains import from_lucidrains
+from .monai import from_monai
 from .sbi import from_sbi
 from .score_models import from_score_models
 from .score_sde import from_score_sde
@@ -35,6 +36,7 @@ PACKAGES: dict[str, Adapter] = {
     "flow_matching": from_flow_matching,
     "guided_diffusion": from_guided_diffusion,
     "k_diffusion": from_k_diffusion,
+    "monai": from_monai,
     "sbi": from_sbi,
     "score_models": from_score_models,
     "torchcfm": from_torchcfm,

@@ -74,6 +74,12 @@ def objects(call):
         from adapters import test_azula as t
 
         return {"azula_denoiser": t.denoise.KarrasDenoiser(t.Exact("Karras"), t.noise.VPSchedule())}
+    if function == "from_monai":
+        from adapters import test_monai as t
+
+        pairs = t.TABLES["DDPM"](), t.FLOWS["continuous"]()
+        made = {"monai_unet": t.exact_on(pairs[0]), "flow_unet": t.exact_on(pairs[1])}
+        return made | {"monai_scheduler": pairs[0], "rflow_scheduler": pairs[1]}
     if function == "from_torchcfm":
         from adapters import test_torchcfm as t
 
@@ -114,7 +120,7 @@ def test_the_version_of_every_row_is_the_one_that_runs_here():
         for library, _ in ROWS
         if re.match(r"[\w-]+ \d", library)
     }
-    assert len(named) == 8
+    assert len(named) == 9
     for name, tested in named:
         try:
             assert version(name) == tested, name

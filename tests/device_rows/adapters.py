@@ -116,6 +116,13 @@ class FlowMatchingEstimator(VPScoreEstimator):
         return self.net(theta + condition, t)
 
 
+def from_monai(on):
+    kept = {"num_train_timesteps": 50, "prediction_type": "epsilon"}
+    plain = named("DDPMScheduler", alphas_cumprod=table_of(), **kept)
+    flow = named("RFlowScheduler", use_discrete_timesteps=True, **kept)
+    return [adapters.from_monai(on(Net()), scheduler, **OPTIONS) for scheduler in (plain, flow)]
+
+
 def from_sbi(on):
     kept = {
         "condition_shape": torch.Size([D]), "input_shape": torch.Size([D]), "mean_0": torch.full((D,), 0.1),
