@@ -85,6 +85,12 @@ def test_gradients_reach_values_and_parameters():
     assert float(gain.abs()) > 0
 
 
+def test_torch_func_takes_its_derivative():
+    found, x = made(nfe=16), X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(found.log_prob(x[0]), x)
+    torch.testing.assert_close(torch.func.grad(found.log_prob)(X[0]), expected[0], rtol=1e-12, atol=0)
+
+
 def test_the_same_seed_gives_the_same_answer_and_none_another_one_in_every_call():
     fixed, fresh = made(), made(seed=None)
     assert torch.equal(fixed.log_prob(X), fixed.log_prob(X))

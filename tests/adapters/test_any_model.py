@@ -12,6 +12,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore import adapters
+from fastscore.adapters.any_model import INTERFACES, PACKAGES
 
 CALLS = [call for _, call in ROWS if not call.startswith(("from_model", "from_flow_matching(velocity)"))]
 
@@ -28,6 +29,11 @@ def test_it_is_the_adapter_of_every_row(call):
     for density in (found, own):
         density.core._programs.mode = False
     assert torch.equal(found.estimate(x, nfe=16).log_prob, own.estimate(x, nfe=16).log_prob)
+
+
+def test_every_adapter_can_be_found():
+    found = {make.__name__ for make in (*PACKAGES.values(), *INTERFACES)}
+    assert found == {*adapters.__all__} - {"from_model"}
 
 
 def test_what_holds_a_network_is_opened():
