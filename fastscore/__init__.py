@@ -4,7 +4,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .classify.classifier import Classification, DiffusionClassifier
+from .densities.difference import compare_densities
 from .densities.discrete import Levels, discrete_log_prob
+from .densities.distribution import as_distribution
 from .densities.probability_flow import FlowLogProb, probability_flow_log_prob
 from .densities.transformed import Transformed
 from .densities.zero_mean import ZeroMeanDensity
@@ -25,6 +27,7 @@ from .training.nodes import AdaptiveNodes
 from .training.weights import density_weights, elbo_weights
 
 if TYPE_CHECKING:
+    from .adapters import from_model
     from .runs import evaluate_dataset
 
 __version__ = version("fastscore")
@@ -54,12 +57,15 @@ __all__ = [
     "ScoreDensity",
     "Transformed",
     "ZeroMeanDensity",
+    "as_distribution",
+    "compare_densities",
     "density_loss",
     "density_weights",
     "discrete_log_prob",
     "elbo_weights",
     "evaluate_dataset",
     "explain",
+    "from_model",
     "per_sample",
     "probability_flow_log_prob",
     "score_regularization",
@@ -74,11 +80,15 @@ for _kind in (value for name, value in list(globals().items()) if name in __all_
 if not TYPE_CHECKING:  # a checker would take every other name for one that is there
 
     def __getattr__(name: str) -> object:
-        """Import what reads and writes files when somebody asks for it."""
+        """Import what reads and writes files, and what knows other libraries, when somebody asks for it."""
         if name == "evaluate_dataset":
             from .runs import evaluate_dataset
 
             return evaluate_dataset
+        if name == "from_model":
+            from .adapters import from_model
+
+            return from_model
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,10 +20,12 @@ def of_densities(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     assert_type(density.log_prob(x, seed=1), Tensor)
     assert_type(density.estimate(x, nfe=64, y=labels), fs.Estimate)
     assert_type(density.compare(x, {"y": labels}, {"y": 1}), fs.Comparison)
+    assert_type(fs.compare_densities(density, density, x, nfe=64, y=labels), fs.Comparison)
     assert_type(density.log_snr_range, tuple[float, float])
     assert_type(fs.Transformed(density, transforms.zscore(0.0, 2.0)).estimate(x), fs.Estimate)
     assert_type(fs.ZeroMeanDensity(model, fs.VP(), "eps").estimate(x), fs.Estimate)
     assert_type(fs.probability_flow_log_prob(density, x), fs.FlowLogProb)
+    assert_type(fs.as_distribution(density, (2,), nfe=64, y=1).log_prob(x), Tensor)
 
 
 def of_estimates(found: fs.Estimate, path: Path) -> None:

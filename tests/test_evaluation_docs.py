@@ -25,6 +25,7 @@ def names(tmp_path_factory):
     found = {
         "model": ClassNet(TARGETS, fs.VP()),
         "background": torch.nn.Module(),
+        "previous": ClassNet(TARGETS, fs.VP()),
         "train_data": points(10, seed=1),
         "train_y": y,
         "test_data": points(10, seed=7),
@@ -45,6 +46,19 @@ def test_the_classifier(names):
     found = names["classifier"].classify(names["test_data"])
     assert float((found.prediction == likely).double().mean()) > 0.9
     assert len(PRIOR) == found.active.shape[1]
+
+
+def test_two_checkpoints_of_the_same_answers_do_not_differ(names):
+    assert (names["mean"], names["error"]) == (0, 0)
+
+
+def test_the_distributions_of_all_classes(names):
+    """The mean over 40 samples and 4 classes, some far from the data, to four errors of its spread."""
+    found, truth = names["log_likelihood"], exact(names["test_data"])[0]
+    assert found.shape == truth.shape
+    own = torch.arange(len(truth)), names["test_y"]
+    error = (found - truth)[own]
+    assert abs(float(error.mean())) < 4 * float(error.std()) / len(error) ** 0.5
 
 
 def test_the_data_set(names):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..process.schedules import DDPM, VP, FlowMatching
+from ..process.schedules import DDPM, LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, FlowMatching, Schedule
 from ..support.host import as_tensor
 
 
@@ -53,6 +55,97 @@ class OffsetFlow(FlowMatching):
     def time(self, log_snr: Tensor) -> Tensor:
         ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # (t + offset) / (1 - t)
         return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
+
+
+class TargetFlow(FlowMatching):
+    r"""Straight paths with a least noise: :math:`x_t = t x + (1 - (1 - \sigma) t)\, \epsilon`, data at t = 1.
+
+    References:
+        Flow Matching for Generative Modeling (Lipman et al., 2023), equation 20, https://arxiv.org/abs/2210.02747
+    """
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__(data_at=1)
+        self.sigma = float(sigma)
+        self.time_range = (1.0, self.time_range[1])
+
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha_sigma(self.time(log_snr))
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_tensor(t).to(torch.float64)
+        return t, 1 - (1 - self.sigma) * t
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * torch.log(alpha / sigma)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # sigma_t / t
+        return 1 / (ratio + 1 - self.sigma)
+
+
+class Trigonometric(Schedule):
+    r"""Paths on a circle, and noise: :math:`x_t = \sin(\pi t / 2)\, x + \cos(\pi t / 2)\, \epsilon + \sigma z`.
+
+    Data lie at t = 1. The two noises are one of variance :math:`\cos^2(\pi t / 2) + \sigma^2`, and the velocity
+    :math:`\tfrac\pi2 E[\cos(\pi t / 2) x - \sin(\pi t / 2) \epsilon \mid x_t]` is the flow prediction of it, as for
+    `ConditionalFlow`. The range ends at the noise that is left with the data, or at log-SNR 16 without any.
+
+    References:
+        Building Normalizing Flows with Stochastic Interpolants (Albergo and Vanden-Eijnden, 2023),
+        https://arxiv.org/abs/2209.15571
+    """
+
+    def __init__(self, sigma: float = 0.0) -> None:
+        self.sigma = float(sigma)
+        ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
+        clean, noisy = self.time(ends).tolist()
+        self.time_range = (1.0 if sigma > 0 else clean, noisy)
+
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha_sigma(self.time(log_snr))
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = 0.5 * math.pi * as_tensor(t).to(torch.float64)
+        return torch.sin(angle), torch.sqrt(torch.cos(angle) ** 2 + self.sigma**2)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * torch.log(alpha / sigma)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        snr = torch.exp(as_tensor(log_snr).to(torch.float64))  # sin^2 / (cos^2 + sigma^2), solved for the tangent
+        sine, cosine = (snr * (1 + self.sigma**2)).sqrt(), (1 - snr * self.sigma**2).clamp(min=0).sqrt()
+        return 2 / math.pi * torch.atan2(sine, cosine)
+
+
+class Preconditioned(Schedule):
+    r"""EDM's noise x + sigma eps as its inner network sees it, scaled by :math:`1 / \sqrt{\sigma^2 + \sigma_d^2}`.
+
+    With the angle t of which :math:`\tan t = \sigma / \sigma_d` that is
+    :math:`x_t = \cos(t)\, x / \sigma_d + \sin(t)\, \epsilon`, and what the inner network learns,
+    :math:`\pm(\cos(t)\, \epsilon - \sin(t)\, x / \sigma_d)`, is the velocity along t or its negative. Read so, no large
+    number is rounded to the network's dtype, where sigma is small and denoised data differ little from noised ones.
+
+    References:
+        Elucidating the Design Space of Diffusion Models (Karras et al., 2022), table 1, https://arxiv.org/abs/2206.00364
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, sigma_data: float) -> None:
+        self.data_std = self.sigma_data = float(sigma_data)
+        self.time_range = (math.atan(sigma_min / sigma_data), math.atan(sigma_max / sigma_data))
+
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = torch.exp(-0.5 * log_snr)
+        alpha = 1 / torch.sqrt(sigma**2 + self.sigma_data**2)
+        return alpha, alpha * sigma
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(self.sigma_data * torch.tan(as_tensor(t).to(torch.float64)))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64)) / self.sigma_data)
 
 
 def table(alphas_cumprod: Tensor) -> DDPM:

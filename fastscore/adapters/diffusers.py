@@ -3,7 +3,8 @@
 A scheduler with a table `alphas_cumprod` is a `DDPM` of that table: the network is called with the training timesteps
 0 .. T-1, whatever `set_timesteps` chose for sampling. A flow-matching scheduler's path is x_t = (1 - s) x + s eps with
 velocity eps - x; what a network gets as time, and with which sign it answers, is its own pipeline's convention
-(`diffusers_conventions`).
+(`diffusers_conventions`). An EDM scheduler preconditions: the network gets x + sigma eps over its standard deviation,
+and log(sigma) / 4.
 
 References:
     https://github.com/huggingface/diffusers
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import FlowMatching, Schedule
+from .averaged import averaged
 from .checks import adapter, expect, expect_attributes, expect_key, expect_module
-from .clocks import table
+from .clocks import Preconditioned, table
 from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, bare, known_class
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -54,9 +56,25 @@ class DiffusersNet(nn.Module):
         return prediction if self.sign == 1 else -prediction
 
 
+class NoiseLabel(nn.Module):
+    """Call a network at the angle t of `Preconditioned` with log(sigma) / 4, sigma = sigma_data tan t."""
+
+    def __init__(self, model: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        self.model, self.sigma_data = model, sigma_data
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.model(x_t, 0.25 * (self.sigma_data * t.tan()).log(), **cond)
+
+
 @adapter
 def from_diffusers(
-    model: nn.Module, scheduler: object | None = None, time: str | None = None, sign: int | None = None, **options: Any
+    model: nn.Module,
+    scheduler: object | None = None,
+    time: str | None = None,
+    sign: int | None = None,
+    ema: object | None = None,
+    **options: Any,
 ) -> ScoreDensity:
     """Return the density of a diffusers model (UNet2DModel, SD3Transformer2DModel, FluxTransformer2DModel, ...).
 
@@ -68,11 +86,14 @@ def from_diffusers(
     Arguments:
         model: called as `model(x_t, timestep=t, **cond)`, returns an object with `.sample`.
         scheduler: the one of training, with `alphas_cumprod` (DDPM, DDIM, Euler, DPM-Solver, ...; `prediction_type`
-            epsilon, sample or v_prediction), a FlowMatch...Scheduler, or one with `use_flow_sigmas`.
+            epsilon, sample or v_prediction), a FlowMatch...Scheduler, one with `use_flow_sigmas`, or one that
+            preconditions (EDMEuler, EDMDPMSolverMultistep, EulerDiscrete with continuous times and v_prediction).
         time: what the network gets of the scheduler's timestep t: "t", "t / 1000", "t / T" (T is
             `num_train_timesteps`) or "1 - t / T". By default as in the pipeline of the model's class. A network of
             another origin gets a table's timestep as it is; with a flow scheduler it must be said: they differ.
         sign: -1 where a flow network returns data - noise; by default as in the pipeline, 1 for another network.
+        ema: an `EMAModel` of the model's parameters, whose averages are the weights of the density: those that it has
+            now, in a copy of the model. The model and the averages stay as they are.
         options: of `ScoreDensity`.
 
     Returns:
@@ -91,8 +112,12 @@ def from_diffusers(
     if time is not None:
         expect_key(TIMES, time, "time", "it is what the network gets of the scheduler's timestep t")
     expect(sign in (None, 1, -1), "sign", sign, "1 or -1", "-1 is for networks that return data - noise")
+    if ema is not None:
+        model = averaged(model, ema)
     if type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
         return _flow_density(model, scheduler, time, sign, options)
+    if type(scheduler).__name__.startswith("EDM") or scheduler.config.get("timestep_type") == "continuous":
+        return _preconditioned_density(model, scheduler, time, sign, options)
     expect_attributes(
         scheduler,
         ("alphas_cumprod",),
@@ -100,15 +125,9 @@ def from_diffusers(
         "one with alphas_cumprod (DDPM, DDIM, Euler, ...) or a FlowMatch...Scheduler",
         "build DDPMScheduler.from_config(scheduler.config), or a ScoreDensity with your own schedule",
     )
-    config = scheduler.config
-    expect(
-        config.get("timestep_type") != "continuous",
-        "scheduler",
-        f"{type(scheduler).__name__} with continuous times",
-        "one whose network is called with whole timesteps",
-        "build a ScoreDensity with EDM() and a module that converts the time",
+    predicts = expect_key(
+        PREDICTIONS, scheduler.config.get("prediction_type", "epsilon"), "prediction_type", "see the config"
     )
-    predicts = expect_key(PREDICTIONS, config.get("prediction_type", "epsilon"), "prediction_type", "see the config")
     own = _convention(model, scheduler, time, sign, flow=False)
     net = DiffusersNet(model, _affine(own, scheduler, model), own.sign, own.argument, own.output)
     return ScoreDensity(net, table(scheduler.alphas_cumprod), predicts=predicts, **options)
@@ -125,6 +144,40 @@ def _flow_density(
     in_s = (offset + slope * steps, -slope * steps) if inverted else (offset, slope * steps)
     net = DiffusersNet(model, in_s, -own.sign if inverted else own.sign, own.argument, own.output)
     return ScoreDensity(net, _straight(scheduler), predicts="flow", **options)
+
+
+def _preconditioned_density(
+    model: nn.Module, scheduler: object, time: str | None, sign: int | None, options: dict
+) -> ScoreDensity:
+    """Return the density of a network that gets EDM's noise scaled, and log(sigma) / 4 as its time."""
+    config, given = scheduler.config, type(scheduler).__name__
+    edm, kind = given.startswith("EDM"), config.prediction_type
+    expect(
+        time is None and sign is None,
+        "time and sign",
+        f"{time!r} and {sign!r}",
+        f"left out with {given}, which says both",
+        "give the scheduler of training, or build a ScoreDensity with EDM() and a module that converts the time",
+    )
+    expect(
+        kind == "v_prediction" or (edm and kind == "epsilon"),
+        "prediction_type",
+        f"{kind!r} of {given}",
+        "'epsilon' or 'v_prediction' of an EDM scheduler, 'v_prediction' of another one with continuous times",
+        "build a ScoreDensity with EDM() and a module that converts the time",
+    )
+    low, high = config.sigma_min, config.sigma_max
+    expect(
+        low is not None and high is not None,
+        "the noise range",
+        f"{low} to {high} in the config of {given}",
+        "sigma_min and sigma_max of training",
+        "give them to the scheduler",
+    )
+    own = _convention(model, scheduler, time, sign, flow=False)
+    schedule = Preconditioned(float(low), float(high), float(config.sigma_data) if edm else 1.0)
+    net = DiffusersNet(model, sign=-1 if kind == "epsilon" else 1, argument=own.argument, output=own.output)
+    return ScoreDensity(NoiseLabel(net, schedule.sigma_data), schedule, predicts="flow", **options)
 
 
 def _convention(model: nn.Module, scheduler: object, time: str | None, sign: int | None, flow: bool) -> Convention:

@@ -14,8 +14,10 @@ from .statistics import GroupSums
 class Comparison:
     """A paired difference of log-densities, and its standard error: `difference, stderr = density.compare(...)`.
 
+    Of one density under two conditions, or of two densities (`fastscore.compare_densities`), on the same data.
+
     Attributes:
-        difference: log p(x | a) - log p(x | b) of each sample, nats, shape (B,).
+        difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,).
         jump, group: as in `Estimate`.
     """

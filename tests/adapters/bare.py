@@ -1,7 +1,8 @@
-"""Import a module of an installed library without the library's own __init__ and without torchvision.
+"""Import a module of an installed library without the library's own __init__, torchvision, POT and gdown.
 
 k-diffusion and denoising-diffusion-pytorch import logging, image folders and evaluation suites when they are imported;
-their denoisers need none of it. torchvision exists for the CUDA build of torch alone on the package index.
+their denoisers need none of it. torchvision exists for the CUDA build of torch alone on the package index. POT, which
+torchcfm imports as `ot`, takes 170 MB for its optimal transport, and azula downloads pretrained weights with gdown.
 """
 
 import importlib
@@ -12,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-STAND_INS = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.utils")
+STAND_INS = (
+    "gdown",
+    "ot",
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.utils",
+)
 
 
 def load(package, *names):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastscore.adapters.clocks import OffsetFlow, SubVP, noise_table, table
+from fastscore.adapters.clocks import OffsetFlow, SubVP, TargetFlow, Trigonometric, noise_table, table
 
 T = torch.linspace(1e-3, 0.999, 50, dtype=torch.float64)
+ANGLE = torch.pi / 2 * T
 
 
 def sub_vp(beta_min, beta_max):
@@ -20,8 +21,11 @@ def sub_vp(beta_min, beta_max):
         (SubVP(0.01, 10.0), *sub_vp(0.01, 10.0)),
         (OffsetFlow(1e-3), 1 - T, T + 1e-3),
         (OffsetFlow(0.1), 1 - T, T + 0.1),
+        (TargetFlow(0.01), T, 1 - 0.99 * T),
+        (Trigonometric(), torch.sin(ANGLE), torch.cos(ANGLE)),
+        (Trigonometric(0.1), torch.sin(ANGLE), (torch.cos(ANGLE) ** 2 + 0.01).sqrt()),
     ],
-    ids=["subvp", "subvp-sbi", "flow", "flow-large-offset"],
+    ids=["subvp", "subvp-sbi", "flow", "flow-large-offset", "target", "circle", "circle-noise"],
 )
 def test_continuous_clocks(schedule, alpha, sigma):
     found = schedule.alpha_sigma(T)

@@ -263,7 +263,7 @@ def test_zero_terminal_snr_leaves_out_the_last_entry():
         (nn.Identity(), diffusers.DDPMScheduler, TypeError, "got the class DDPMScheduler and no object of it; give"),
         (diffusers.UNet2DModel, None, TypeError, "got the class UNet2DModel and no object of it; give"),
         (diffusers.DDPMPipeline(unet(), ddpm()), None, TypeError, "got DDPMPipeline; .* and pipeline.scheduler"),
-        (nn.Identity(), "EDMEulerScheduler", TypeError, "without alphas_cumprod"),
+        (nn.Identity(), "ScoreSdeVeScheduler", TypeError, "without alphas_cumprod"),
         (nn.Identity(), ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ValueError, "continuous times"),
         (nn.Identity(), ("DDPMScheduler", {"prediction_type": "noise"}), ValueError, "one of epsilon, sample, v_pred"),
     ],

@@ -25,7 +25,11 @@ def objects(call):
         scheduler, flow = t.ddpm(), t.diffusers.FlowMatchEulerDiscreteScheduler()
         bar = scheduler.alphas_cumprod.double()
         table = t.ExactModel("epsilon", lambda i: bar[i].sqrt(), lambda i: (1 - bar[i]).sqrt())
-        networks = {"unet": table, "transformer": t.ExactSD3(), "own_network": t.ExactOwn(lambda s: s)}
+        from adapters import test_diffusers_edm as e
+
+        more = {"edm_unet": e.ExactInner(0.5, 1), "edm_scheduler": t.ddpm("EDMEulerScheduler")}
+        more["average"] = e.EMAModel([])  # of an exact network, which has no parameters
+        networks = more | {"unet": table, "transformer": t.ExactSD3(), "own_network": t.ExactOwn(lambda s: s)}
         return networks | {"scheduler": scheduler, "flow_scheduler": flow}
     if function == "from_edm":
         from adapters import test_edm as t
@@ -66,6 +70,26 @@ def objects(call):
         from adapters import test_lucidrains as t
 
         return {"diffusion": t.diffusion(t.Exact("pred_v"), auto_normalize=False)}
+    if function == "from_azula":
+        from adapters import test_azula as t
+
+        return {"azula_denoiser": t.denoise.KarrasDenoiser(t.Exact("Karras"), t.noise.VPSchedule())}
+    if function == "from_monai":
+        from adapters import test_monai as t
+
+        pairs = t.TABLES["DDPM"](), t.FLOWS["continuous"]()
+        made = {"monai_unet": t.exact_on(pairs[0]), "flow_unet": t.exact_on(pairs[1])}
+        return made | {"monai_scheduler": pairs[0], "rflow_scheduler": pairs[1]}
+    if function == "from_torchcfm":
+        from adapters import test_torchcfm as t
+
+        matcher = t.MATCHERS["circle"]()
+        return {"model": t.Exact(matcher), "matcher": matcher}
+    if function == "from_model":
+        from adapters import test_diffusers as t
+
+        exact = objects("from_diffusers(")
+        return {"pipeline": t.diffusers.DDPMPipeline(exact["unet"], exact["scheduler"])}
     from adapters import test_guided_diffusion as t
 
     return {"model": t.Exact((1 - t.BETAS).cumprod(0), 1, data=False), "process": t.Diffusion(t.BETAS)}
@@ -96,7 +120,7 @@ def test_the_version_of_every_row_is_the_one_that_runs_here():
         for library, _ in ROWS
         if re.match(r"[\w-]+ \d", library)
     }
-    assert len(named) == 6
+    assert len(named) == 9
     for name, tested in named:
         try:
             assert version(name) == tested, name

@@ -26,7 +26,7 @@ def test_docstring_and_annotation_agree(name):
 )
 def test_what_comes_back_is_what_is_stated(library, call):
     density = eval(call, vars(adapters) | objects(call))
-    assert type(density).__name__ == stated(call.partition("(")[0])
+    assert stated(call.partition("(")[0]) in {base.__name__ for base in type(density).__mro__}
     assert isinstance(density, Density)
     shape = (4,) if "sbi" in call else SHAPE
     z, log_det = density.to_network(TARGET.sample(3, seed=5).reshape(-1, *shape))
@@ -34,7 +34,7 @@ def test_what_comes_back_is_what_is_stated(library, call):
     assert type(density.core).__name__ == "ScoreDensity"
 
 
-@pytest.mark.parametrize("name", adapters.__all__)
+@pytest.mark.parametrize("name", sorted({*adapters.__all__} - {"from_model"}))
 def test_what_an_adapter_reads_off_its_objects_is_no_option_and_a_class_no_object(name):
     make = getattr(adapters, name)
     arguments = inspect.signature(make).parameters

@@ -6,6 +6,7 @@ from adapters.exact import TARGET, assert_exact, column, exact, noised, relative
 from analytic import Target
 from torch import nn
 
+from fastscore import as_distribution, per_sample
 from fastscore.adapters import from_sbi
 from fastscore.process.predictions import eps_from
 from fastscore.reference.fitting import fit_mixture
@@ -201,6 +202,20 @@ def test_a_posterior_of_sbi_is_read_as_its_estimator():
     prior = torch.distributions.MultivariateNormal(torch.zeros(D), 100 * torch.eye(D))
     posterior = posteriors.VectorFieldPosterior(estimator, prior)
     assert from_sbi(posterior, torch.zeros(CONDITION)).density.model.estimator is estimator
+
+
+def test_a_batch_of_posteriors_as_one_distribution():
+    """One for each of three observations, at the same parameters, against the exact posteriors."""
+    observations = torch.randn(3, CONDITION, generator=torch.Generator().manual_seed(5))
+    density, theta = from_sbi(build("vp"), program=False), TARGET.sample(8, seed=6)
+    many = as_distribution(density, (D,), nfe=256, condition=per_sample(observations))
+    assert (many.batch_shape, many.event_shape) == ((3,), (D,))
+    found = many.log_prob(theta[:, None])
+    flat = theta.repeat_interleave(3, 0), observations.repeat(8, 1)
+    own = density.estimate(flat[0], nfe=256, condition=flat[1])
+    torch.testing.assert_close(found.flatten(), own.log_prob, rtol=0, atol=1e-9)
+    exactly = TARGET.log_prob(flat[0] - shifted(flat[1].double()))
+    assert bool(((own.log_prob - exactly).abs() < 4 * own.stderr + own.truncation).all())
 
 
 def test_the_default_reference_is_the_gaussian_of_the_standardization():

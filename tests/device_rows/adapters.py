@@ -1,11 +1,12 @@
 """Rows of the adapters, with stand-ins for the libraries' objects."""
 
 import math
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+import fastscore as fs
 from fastscore import adapters
 
 from .common import NFE, D, Net, X, row, summary
@@ -45,10 +46,25 @@ def from_diffusers(on):
     table = SimpleNamespace(config=config, alphas_cumprod=table_of())
     options = dict.fromkeys(("shift", "shift_terminal", "invert_sigmas"), None) | {"num_train_timesteps": 1000}
     flow = named("FlowMatchEulerDiscreteScheduler", config=Config(options), sigma_min=0.01)
+    noise = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
+    edm = named("EDMEulerScheduler", config=Config(noise))
+    model = on(net())
+    average = SimpleNamespace(shadow_params=[p.detach().clone() for p in model.parameters()])
     return [
         adapters.from_diffusers(on(net()), table, **OPTIONS),
+        adapters.from_diffusers(on(net()), edm, **OPTIONS),
+        adapters.from_diffusers(model, table, ema=average, **OPTIONS),
         adapters.from_diffusers(on(net()), flow, time="t", **OPTIONS),
     ]
+
+
+def from_azula(on):
+    class Schedule:
+        def __call__(self, t):
+            return torch.cos(1.5 * t), torch.sqrt(1.0001 - torch.cos(1.5 * t) ** 2)
+
+    made = Wrapped(lambda net, x, t: SimpleNamespace(mean=net(x, t)), schedule=Schedule())
+    return [adapters.from_azula(on(made), **OPTIONS)]
 
 
 def from_edm(on):
@@ -100,6 +116,13 @@ class FlowMatchingEstimator(VPScoreEstimator):
         return self.net(theta + condition, t)
 
 
+def from_monai(on):
+    kept = {"num_train_timesteps": 50, "prediction_type": "epsilon"}
+    plain = named("DDPMScheduler", alphas_cumprod=table_of(), **kept)
+    flow = named("RFlowScheduler", use_discrete_timesteps=True, **kept)
+    return [adapters.from_monai(on(Net()), scheduler, **OPTIONS) for scheduler in (plain, flow)]
+
+
 def from_sbi(on):
     kept = {
         "condition_shape": torch.Size([D]), "input_shape": torch.Size([D]), "mean_0": torch.full((D,), 0.1),
@@ -136,6 +159,24 @@ def from_score_sde(on):
     kinds = [("VPSDE", vp, True), ("VPSDE", vp, False), ("subVPSDE", vp, True)]
     kinds += [("VESDE", ve, True), ("VESDE", ve, False)]
     return [adapters.from_score_sde(on(Net()), named(name, **held), whole, **OPTIONS) for name, held, whole in kinds]
+
+
+def from_torchcfm(on):
+    class TimeFirst(Net):
+        def forward(self, t, x):
+            return super().forward(x, t)
+
+    paths = [("ConditionalFlowMatcher", 0.0), ("ConditionalFlowMatcher", 0.1), ("TargetConditionalFlowMatcher", 0.1)]
+    paths += [("VariancePreservingConditionalFlowMatcher", 0.1)]
+    matchers = [named(name, sigma=sigma, compute_mu_t=None) for name, sigma in paths]
+    return [adapters.from_torchcfm(on(TimeFirst()), each, **OPTIONS) for each in matchers]
+
+
+def from_model(on):
+    net = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5, label_dim=0)
+    net.forward = MethodType(lambda self, x, sigma: self.net(x, sigma), net)
+    sde = named("VPSDE", beta_0=0.1, beta_1=20.0)
+    return [fs.from_model(on(net), **OPTIONS), adapters.from_model(on(Net()), sde, **OPTIONS)]
 
 
 @row(each=adapters.__all__)

@@ -147,6 +147,23 @@ def ode(on, name):
     return tuple(fs.probability_flow_log_prob(made, on(X), **options, mask=mask, label=on(LABELS)))
 
 
+@row("compare_densities")
+def two_densities(on):
+    a, b = of(on, program=True), fs.ScoreDensity(on(Net(width=8)), fs.LogSNR(-9, 9), "v", program=False)
+    whole = fs.Transformed(of(on), transforms.zscore(0.3, 2.0))
+    found = [fs.compare_densities(*pair, on(X), nfe=NFE, label=on(LABELS)) for pair in ((a, b), (b, whole))]
+    return [[*each, each.jump, each.mean()] for each in found]
+
+
+@row("as_distribution")
+def distribution(on):
+    made = fs.as_distribution(of(on), (D,), nfe=NFE, label=fs.per_sample(on(LABELS[:3])))
+    wide, x = made.expand((2, 3)), on(X.clone()).requires_grad_()
+    value = torch.distributions.Independent(wide, 1).log_prob(x.reshape(2, 3, D))
+    value.sum().backward()
+    return value, x.grad, made.log_prob(on(X[0])), repr(made)
+
+
 @row("CapturedDensity", each=["captured program", "captured network", "captured, fitted", "captured in chunks",
                               "captured, masked"])  # fmt: skip
 def captured(on, name):
