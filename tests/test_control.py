@@ -8,6 +8,7 @@ from test_self_fit import Exact, images, photograph_like
 
 import fastscore as fs
 from fastscore.estimator import control
+from fastscore.estimator.nodes import NodeDensity
 
 SCHEDULE = fs.LogSNR(-12, 17)
 TARGET = photograph_like()
@@ -84,15 +85,45 @@ def test_fit_measures_whether_it_pays():
     density = make().fit(data, reference="isotropic", evaluations=20_000, progress=False)
     assert bool(density.nodes.own_pays)
     assert density.estimate(X, nfe=64).control == "self"
-    # Of the right kind, and with enough data, the reference is so near that fitting to a sample's draws adds noise.
-    density.fit(images(TARGET, 2000), reference="images", evaluations=60_000, progress=False)
+    # One Gaussian is found so well that a fit to a sample's draws adds noise to next to nothing.
+    one = fs.Reference(
+        torch.ones(2), TARGET.mean[:1].repeat(2, 1), TARGET.variance[:1].repeat(2, 1), factors=TARGET.factors
+    )
+    density = fs.ScoreDensity(Exact(one, SCHEDULE), SCHEDULE, "eps", program=False)
+    density.fit(images(one, 1000), reference="images", evaluations=30_000, progress=False)
     alone, own = (density.estimate(X, nfe=64, control=c).variance.mean() for c in ("reference", "self"))
-    assert float(alone) < float(own)
+    assert float(alone) < 0.5 * float(own)
     assert not bool(density.nodes.own_pays)
     assert density.estimate(X, nfe=64).control == "reference"
     other = make()
     other.load_state_dict(density.state_dict())
     assert other.estimate(X, nfe=64).control == "reference"
+
+
+def test_fit_says_where_to_begin_and_where_to_evaluate():
+    density = make().fit(images(TARGET, 400), reference="isotropic", evaluations=20_000, progress=False)
+    own = density.nodes.own
+    assert (float(own.edges[0]), float(own.edges[-1])) == density.log_snr_range
+    # Half of the draws go everywhere alike, and neighbouring bins differ by little.
+    assert float((own.share * len(own.share)).min()) >= 0.5
+    assert float((own.share[1:] / own.share[:-1]).log().abs().max()) < 0.03
+    # More of them where the cosines' variances, 0.002 to 6, meet the noise, than where all is noise or all is signal.
+    at = own.density_at(torch.tensor([-11.0, 2.0, 16.0], dtype=torch.float64))
+    assert float(at[1]) > 1.5 * float(at[[0, 2]].max())
+
+
+def test_nodes_whose_density_jumps_would_give_all_samples_one_error():
+    """Where terms are large, as here without a fit, every jump of the nodes' density is one of the terms."""
+    density, truth = make(), TARGET.log_prob(X.flatten(1))
+    smooth = density.nodes.own
+    share = smooth.share.reshape(16, -1).sum(1)
+    rough = NodeDensity(smooth.edges[:: len(smooth.share) // 16], share, torch.zeros(16, dtype=torch.bool))
+    spread = {}
+    for name, nodes in (("smooth", smooth), ("rough", rough), ("smoothed", rough.smooth())):
+        density.nodes.own_edges, density.nodes.own_share = nodes.edges, nodes.share
+        error = [density.estimate(X, nfe=256, seed=seed).log_prob.double() - truth for seed in range(8)]
+        spread[name] = float(torch.stack(error).mean(1).std())
+    assert spread["rough"] > 2 * max(spread["smooth"], spread["smoothed"])
 
 
 def test_measuring_stays_within_the_evaluations():

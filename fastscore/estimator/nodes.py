@@ -18,8 +18,8 @@ from ..support.buffers import FittedBuffers
 # Log-SNRs, for a standard deviation of one, between which a fit to each image's own draws leaves most of its variance:
 # below there is little to know, and above little but the data's own noise (docs/images.png).
 IMAGES = (-1.0, 12.0)
-IMAGE_BINS = 100
-SMOOTHINGS = 2  # passes of (1, 2, 1) / 4 over a pilot's variances
+SMOOTH_BINS = 400
+SMOOTHINGS = 2  # passes of (1, 2, 1) / 4 over a pilot's variances, and of a mean over neighbours
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,26 @@ class NodeDensity:
     def of_images(cls, lo: float, hi: float, std: float) -> NodeDensity:
         """Half of the evaluations everywhere in [lo, hi], half where images of a standard deviation have structure.
 
-        Their density rises and falls over a few units of log-SNR: where it jumps, the sum of a shift of all nodes does.
+        The second half rises and falls over a few units of log-SNR, see `smooth`.
         """
-        even = cls.uniform(lo, hi, IMAGE_BINS)
+        even = cls.uniform(lo, hi, SMOOTH_BINS)
         centre = (even.edges[1:] + even.edges[:-1]) / 2 + 2 * math.log(std)
         inside = torch.sigmoid(centre - IMAGES[0]) * torch.sigmoid(IMAGES[1] - centre) + 1e-12
-        return cls(even.edges, (even.share + inside / inside.sum()) / 2, even.paired)
+        return cls(even.edges, inside / inside.sum(), even.paired).half_uniform()
+
+    def smooth(self) -> NodeDensity:
+        """Return a density of evenly wide bins as one of many more, of which neighbours have nearly the same share.
+
+        The terms of a sum are the integrand over the density of nodes. Where that jumps, and no curve is known that
+        makes the integrand small, the shift of all nodes gives every sample of a group the same error.
+        """
+        fine = NodeDensity.uniform(float(self.edges[0]), float(self.edges[-1]), SMOOTH_BINS)
+        width = 2 * (SMOOTH_BINS // len(self.share) // 2) + 1
+        share = torch.nn.functional.interpolate(self.share[None, None], SMOOTH_BINS, mode="linear")
+        for _ in range(SMOOTHINGS):
+            ends = torch.nn.functional.pad(share, (width // 2, width // 2), mode="replicate")
+            share = torch.nn.functional.avg_pool1d(ends, width, 1)
+        return NodeDensity(fine.edges, share[0, 0] / share.sum(), fine.paired)
 
     @classmethod
     def from_spread(

@@ -19,16 +19,15 @@ from .network_density import NetworkDensity, network_of
 from .nodes import NodeDensity
 from .planner import Wanted
 from .samples import Samples
-from .self_fitted import FEWEST_DRAWS
 from .statistics import bends
 
 Step = Callable[[str, int], None]
 
 BINS, SAMPLES, DRAWS = 32, 16, 128
 COMPARED = 8  # samples, whose stated variances by both controls are compared
-EVALUATIONS = 2 * SAMPLES * DRAWS + 2 * COMPARED * FEWEST_DRAWS
-# Beside the time that fitting adds, which docs/images.md lists, and what a few samples leave open.
-LEAST_GAIN = 1.25
+EVALUATIONS = 2 * (SAMPLES + COMPARED) * DRAWS
+# A reference is nearer to the data that it was fitted to than to others, and a few samples leave that much open.
+MOST_LOSS = 1.25
 
 
 def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left: int, step: Step) -> None:
@@ -57,11 +56,12 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     _, base, deviation = min(found)
     best = NodeDensity.from_spread(even.edges, deviation, torch.full_like(deviation, torch.inf))
     # Half of them go everywhere alike: where draws are few they are also too few to fit to.
-    nodes.own_base, nodes.own_share = torch.tensor(base, device="cpu"), best.half_uniform().share
-    some, fewest = samples.select(_first(COMPARED, samples)), wanted._replace(nfe=FEWEST_DRAWS)
-    reference, own = (_variance(density, control, some, fewest) for control in ("reference", "self"))
-    nodes.own_pays = torch.tensor(own * LEAST_GAIN < reference, device="cpu")
-    step("control", 2 * COMPARED * FEWEST_DRAWS)
+    best = best.half_uniform().smooth()
+    nodes.own_base, nodes.own_edges, nodes.own_share = torch.tensor(base, device="cpu"), best.edges, best.share
+    some = samples.select(_first(COMPARED, samples))
+    reference, own = (_variance(density, control, some, wanted) for control in ("reference", "self"))
+    nodes.own_pays = torch.tensor(own < MOST_LOSS * reference, device="cpu")
+    step("control", 2 * COMPARED * DRAWS)
 
 
 def _first(count: int, samples: Samples) -> Tensor:
