@@ -7,7 +7,7 @@ import torch
 from test_self_fit import Exact, images, photograph_like
 
 import fastscore as fs
-from fastscore.estimator import control
+from fastscore.estimator import control, self_pilot
 from fastscore.estimator.nodes import NodeDensity
 
 SCHEDULE = fs.LogSNR(-12, 17)
@@ -80,24 +80,29 @@ def test_the_memory_is_no_reason_for_another_number():
         density.estimate(X, nfe=64, memory="100KB")
 
 
-def test_fit_measures_whether_it_pays():
-    data = images(TARGET, 400)
-    density = make().fit(data, reference="isotropic", evaluations=20_000, progress=False)
-    assert bool(density.nodes.own_pays)
-    assert density.estimate(X, nfe=64).control == "self"
-    # One Gaussian is found so well that a fit to a sample's draws adds noise to next to nothing.
-    one = fs.Reference(
-        torch.ones(2), TARGET.mean[:1].repeat(2, 1), TARGET.variance[:1].repeat(2, 1), factors=TARGET.factors
-    )
-    density = fs.ScoreDensity(Exact(one, SCHEDULE), SCHEDULE, "eps", program=False)
-    density.fit(images(one, 1000), reference="images", evaluations=30_000, progress=False)
-    alone, own = (density.estimate(X, nfe=64, control=c).variance.mean() for c in ("reference", "self"))
-    assert float(alone) < 0.5 * float(own)
-    assert not bool(density.nodes.own_pays)
-    assert density.estimate(X, nfe=64).control == "reference"
+@pytest.mark.parametrize(("own", "pays"), [(1.2, True), (1.3, False)])
+def test_fit_measures_whether_it_pays(own, pays, monkeypatch):
+    measured = {"reference": 1.0, "self": own}
+    monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: measured[control])
+    density = make().fit(images(TARGET, 400), reference="images", evaluations=20_000, progress=False)
+    assert bool(density.nodes.own_pays) is pays
     other = make()
     other.load_state_dict(density.state_dict())
-    assert other.estimate(X, nfe=64).control == "reference"
+    for each in (density, other):
+        assert each.estimate(X, nfe=64).control == ("self" if pays else "reference")
+
+
+def test_what_fit_measures_is_the_variance_of_both():
+    data, found = images(TARGET, 400), {}
+    density = make().fit(data, reference="isotropic", evaluations=20_000, progress=False)
+    samples = density.check(data[:32], None, {})
+    wanted = density.wanted(128, 0, samples, None)
+    for name in ("reference", "self"):
+        error = [density.estimate(data[:32], nfe=128, seed=s, control=name).log_prob.double() for s in range(8)]
+        found[name] = float(torch.stack(error).var(0).mean())
+        # 7 degrees of freedom at 32 samples: a standard error of 10 %, and as much for what the draws say.
+        assert 0.6 * found[name] < self_pilot._variance(density, name, samples, wanted) < 1.8 * found[name]
+    assert found["self"] < 0.1 * found["reference"]
 
 
 def test_fit_says_where_to_begin_and_where_to_evaluate():
