@@ -67,7 +67,7 @@ bench: .venv/bench
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
 	$(MAKE) report
 
-# Trains some dozens of small networks, which takes half an hour.
+# Trains some dozens of small networks, and evaluates images by a dozen ways, which takes half an hour each.
 bench-long: .venv/bench
 	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m long
 	$(MAKE) report

@@ -20,7 +20,7 @@ from photographs import HELD_OUT, TRAINING, dequantized, patches
 from torch import Tensor
 
 SAMPLES, SEEDS, RANKED = 16, 4, 64
-EVALUATIONS = (64, 256, 1024)
+EVALUATIONS, MOST = (64, 256), 1024
 TRAINING_PATCHES = 4000
 BEST, UNIFORM = "plain, learned schedule", "plain, low-discrepancy times"
 OTHER_NUMBERS = ("ODE", "plain, all timesteps")
@@ -37,7 +37,7 @@ def test_images(kind: str, size: int, benchmark, table) -> None:
     training = dequantized(patches(size, TRAINING, TRAINING_PATCHES, seed=2)[0], torch.Generator().manual_seed(2))
     ways, name = Ways(load(kind, size), training), f"{kind}, {size} x {size} x 3"
     rows = []
-    for method in ways.methods(EVALUATIONS):
+    for method in ways.methods(EVALUATIONS, MOST):
         for nfe in method.evaluations:
             rows.append({"network": name, "method": method.name} | measured(method.run, x[:SAMPLES], nfe))
     check_means(rows)
@@ -84,7 +84,7 @@ def ratios(row: dict, rows: list[dict]) -> dict:
     found = {}
     for column, peer in (("uniform / this", UNIFORM), ("learned / this", BEST)):
         of_peer = {other["evaluations"]: other for other in rows if other["method"] == peer}
-        other = of_peer.get(row["evaluations"], of_peer[EVALUATIONS[-1]])
+        other = of_peer.get(row["evaluations"], of_peer[MOST])
         found[column] = other["variance x evaluations"] / row["variance x evaluations"]
         if peer == BEST:
             slower = row["ms a sample"] / row["evaluations"] / (other["ms a sample"] / other["evaluations"])

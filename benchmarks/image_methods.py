@@ -69,18 +69,20 @@ class Ways:
         self.fitted = fs.ScoreDensity(network, SCHEDULE, PREDICTS)
         self.fitted.fit(training, reference="images", evaluations=FIT_EVALUATIONS, progress=False)
 
-    def methods(self, evaluations: tuple[int, ...]) -> list[Method]:
+    def methods(self, evaluations: tuple[int, ...], most: int | None = None) -> list[Method]:
+        """Return all ways; those of which a limit is of interest have `most` evaluations too."""
+        more = evaluations if most is None else (*evaluations, most)
         plain, alone, own = self.plain, {"control": "reference"}, {"control": "self"}
         return [
             *(Method(f"ODE, {name}", _solved(make(self.network)), (0,)) for name, make in image_ode.LIBRARIES.items()),
             Method("plain, all timesteps", plain.method(all_timesteps), (1000,)),
             Method("plain, importance-sampled times", plain.method(independent), evaluations),
-            Method("plain, low-discrepancy times", plain.method(low_discrepancy), evaluations),
-            Method("plain, learned schedule", plain.method(plain.learned), evaluations),
+            Method("plain, low-discrepancy times", plain.method(low_discrepancy), more),
+            Method("plain, learned schedule", plain.method(plain.learned), more),
             Method("fastscore, unfitted", _estimated(self.unfitted, **alone), evaluations),
             Method("fastscore, fitted", _estimated(self.fitted, **alone), evaluations),
-            Method("fastscore, self, unfitted", _estimated(self.unfitted, **own), evaluations),
-            Method("fastscore, self, fitted", _estimated(self.fitted, **own), evaluations),
+            Method("fastscore, self, unfitted", _estimated(self.unfitted, **own), more),
+            Method("fastscore, self, fitted", _estimated(self.fitted, **own), more),
         ]
 
 

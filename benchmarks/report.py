@@ -101,6 +101,23 @@ def kernels_page(text: str, found: dict[str, dict], compiled: dict) -> str:
     return replaced(text, parts | {"compiled kernels": aot_table(compiled["rows"])})
 
 
+def images_table(rows: list[dict]) -> str:
+    """Return the table of docs/images.md: variance times evaluations of the plain formula and of fits to own draws."""
+    found = {(row["network"], row["method"], row["evaluations"]): row for row in rows}
+    lines = []
+    for network, _, nfe in (key for key in found if key[1] == "plain, learned schedule"):
+        line: dict[str, object] = {"network": network, "evaluations": f"{nfe:,}"}
+        for title, method in (("equidistant", "low-discrepancy times"), ("learned schedule", "learned schedule")):
+            line[f"plain, {title}"] = f"{found[network, f'plain, {method}', nfe]['variance x evaluations']:,.0f}"
+        for title in ("unfitted", "fitted"):
+            row = found[network, f"fastscore, self, {title}", nfe]
+            line[title] = f"{row['variance x evaluations']:,.0f} ± {row['its error']:,.0f}"
+            gains = (f"{row[column]:.3g}" for column in ("uniform / this", "learned / this"))
+            line[f"gain, {title}"] = " and ".join(gains)
+        lines.append(line)
+    return markdown(lines)
+
+
 def main() -> None:
     found = tables()
     page = ROOT / "README.md"
@@ -114,6 +131,8 @@ def main() -> None:
         ceilings = found[f"{machine}-ceilings"]["rows"][0]
         pictures.save(pictures.roofline(found[name]["rows"], ceilings, machine), DOCS / f"{name}.png")
     (DOCS / "results.md").write_text(results(found))
+    page = DOCS / "images.md"
+    page.write_text(replaced(page.read_text(), {"images": images_table(found["images"]["rows"])}))
     page = DOCS / "kernels.md"
     page.write_text(kernels_page(page.read_text(), found, json.loads((RESULTS / "aot.json").read_text())))
 

@@ -52,6 +52,8 @@ def test_its_numbers_and_the_results_page_are_those_of_the_recorded_tables():
     assert README.read_text() == report.readme(README.read_text(), recorded)
     assert (README.parent / "docs" / "results.md").read_text() == report.results(recorded)
     kernels = (README.parent / "docs" / "kernels.md").read_text()
+    images = (README.parent / "docs" / "images.md").read_text()
+    assert images == report.replaced(images, {"images": report.images_table(recorded["images"]["rows"])})
     compiled = json.loads((report.RESULTS / "aot.json").read_text())
     assert kernels == report.kernels_page(kernels, recorded, compiled)
     changed = [{**row, "s": 10 * row["s"]} for row in recorded["race_best"]["rows"]]
