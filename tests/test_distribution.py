@@ -26,7 +26,8 @@ def density(**options):
 
 
 def made(**options):
-    return fs.as_distribution(density(), (D,), **{"nfe": 64} | options)
+    # Said, since torch.compile turns it off for all distributions of a process, as another test may.
+    return fs.as_distribution(density(), (D,), **{"nfe": 64, "validate_args": True} | options)
 
 
 def test_log_prob_is_the_densitys_for_any_leading_shape():
@@ -51,7 +52,7 @@ def test_every_kind_of_density(kind):
 
 
 def test_the_support_of_a_squashed_density_is_its_range():
-    found = fs.as_distribution(through(core(), TRANSFORMS["logit"]), SHAPE, nfe=16)
+    found = fs.as_distribution(through(core(), TRANSFORMS["logit"]), SHAPE, nfe=16, validate_args=True)
     with pytest.raises(ValueError, match="within the support"):
         found.log_prob(torch.full((1, *SHAPE), 256.0).double())
     assert made().support.base_constraint is constraints.real
@@ -67,7 +68,7 @@ def test_centred_positions():
     own = fs.ZeroMeanDensity(Net(), fs.VP(), "eps", program=False)
     x = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
     x = x - x.mean(1, keepdim=True)
-    found = fs.as_distribution(own, (4, 2), nfe=16)
+    found = fs.as_distribution(own, (4, 2), nfe=16, validate_args=True)
     assert torch.equal(found.log_prob(x[:, None]), own.log_prob(x, nfe=16)[:, None])
     with pytest.raises(ValueError, match="within the support"):
         found.log_prob(x + 1)
