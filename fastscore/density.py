@@ -116,7 +116,7 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule)
+        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, self.nodes)
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -211,9 +211,6 @@ class ScoreDensity(NetworkDensity):
                 `fastscore.shared` around it say so instead (see `docs/conditions.md`).
             cond: the same in a dict, for names that are arguments here: `cond={"memory": encoded}`.
 
-        Returns:
-            `Estimate`.
-
         Raises:
             ValueError: if x has NaN or inf, is not floating point or empty; if nfe leaves no error bar; if the network
                 returns the wrong shape, NaN or inf (named by sample and log-SNR; on a GPU when a number is read on the
@@ -224,7 +221,7 @@ class ScoreDensity(NetworkDensity):
         samples = self.check(x, sample_index, cond, mask=mask)
         if target_stderr is not None:
             target_stderr = positive("target_stderr", target_stderr, "nats")
-        wanted, reference = self._controlled(control, self.wanted(nfe, seed, samples, memory, method), samples)
+        wanted = self.wanted(nfe, seed, samples, memory, method)
         if target_stderr is not None:
             wanted = wanted._replace(most=whole("max_nfe", max_nfe))
             if not wanted.nfe <= max_nfe <= MAX_DRAWS:
@@ -232,6 +229,7 @@ class ScoreDensity(NetworkDensity):
                     f"max_nfe must be between the {wanted.nfe} evaluations to start from and {MAX_DRAWS}, got "
                     f"{max_nfe}; give a smaller nfe, or average over seeds"
                 )
+        wanted, reference = self._controlled(control, wanted, samples)
         parts = self._parts()
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
@@ -365,6 +363,7 @@ class ScoreDensity(NetworkDensity):
                 cond.remember(self.model, len(samples))
             self.reference = fitted.reference
             self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
+            self._ends = ScheduleEnds(self.schedule, self.nodes)
             self.planner.forget_reference()
             pilot_of_own(self, samples, self.wanted(None, seed, samples, memory), left, step)
             bar.total = bar.n  # not all that was allowed had to be spent

@@ -92,3 +92,45 @@ def test_ends_that_a_schedule_learns_by_less_than_counts_keep_the_nodes():
     density.estimate(X, nfe=32)
     assert density.nodes is nodes
     assert all(map(torch.equal, density.nodes.state_dict().values(), kept.values()))
+
+
+def test_ends_that_come_back_bring_back_the_nodes():
+    schedule = fs.VP()
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    density.fit(MIXTURE.sample(1000, torch.Generator().manual_seed(2)), evaluations=100_000, progress=False)
+    before = density.estimate(X, nfe=32)
+    for beta_max in (14.0, 9.0, 20.0):
+        schedule.beta_max = beta_max
+        found = density.estimate(X, nfe=32)
+    assert torch.equal(found.log_prob, before.log_prob)
+    assert torch.equal(found.stderr, before.stderr)
+
+
+@pytest.mark.parametrize("std", [1e-3, 100.0])
+def test_ends_are_followed_at_the_scale_of_the_data(std):
+    """The range for data of standard deviation one is cut where these data still change, or long after they do not."""
+    mixture = Mixture(std * MIXTURE.mean, std * MIXTURE.std)
+    schedule = fs.LogSNR(-14, 30) if std < 1 else fs.VE(0.01, 1e5)
+    density, asked = fs.ScoreDensity(ExactEps(mixture, schedule), schedule, "eps", program=False), []
+    density.fit(mixture.sample(400, torch.Generator().manual_seed(2)), evaluations=10_000, progress=False)
+    if std < 1:
+        schedule.hi, schedule.time_range = 18.0, (18.0, -14.0)
+    else:
+        schedule.sigma_max = 2000.0
+    density.model.register_forward_pre_hook(lambda _, args: asked.append(args[1].aminmax()))
+    density.estimate(mixture.sample(16, torch.Generator().manual_seed(3)), nfe=32)
+    assert density.log_snr_range == pytest.approx(schedule.range_for(*density.nodes.scales.tolist()), abs=0.01)
+    ends = sorted(schedule.time_range)
+    assert min(float(least) for least, _ in asked) >= ends[0] - 1e-6
+    assert max(float(most) for _, most in asked) <= ends[1] + 1e-6
+
+
+@pytest.mark.parametrize("ends", [(-10.0, 12.0), (1.0, 1.0), (float("nan"), -10.0)])
+def test_ends_that_are_no_range_are_refused(ends):
+    schedule = fs.LogSNR(-10, 12)
+    density = fs.ScoreDensity(ExactEps(MIXTURE, schedule), schedule, "eps")
+    density.estimate(X, nfe=16)
+    schedule.time_range = ends
+    for _ in range(2):  # again and again
+        with pytest.raises(ValueError, match=r"must go up from the noisy end to the clean one, got .*set its"):
+            density.estimate(X, nfe=16)

@@ -126,6 +126,11 @@ class DensityDistribution(Distribution):
         if self._validate_args and value.numel():  # torch's constraints do not look at nothing
             self._validate_sample(value)
         dims = len(self.event_shape)
+        if value.shape[max(0, value.ndim - dims) :] != self.event_shape:
+            raise ValueError(
+                f"values must have the event_shape {tuple(self.event_shape)} last, got {tuple(value.shape)}; reshape "
+                "them, or make the distribution for another event_shape"
+            )
         lead = torch.broadcast_shapes(value.shape[: value.ndim - dims], self.batch_shape)
         if lead.numel() == 0:
             return value.new_zeros(lead)
@@ -194,7 +199,7 @@ def _told_apart(given: dict[str, object]) -> tuple[Conditions, int | None]:
 def _shape(given: Sequence[int]) -> torch.Size:
     """Return a shape of one dimension at least."""
     entries = tuple(given) if isinstance(given, Sequence) else ()
-    if not entries or not all(isinstance(size, int) and size > 0 for size in entries):
+    if not entries or not all(type(size) is int and size > 0 for size in entries):
         raise ValueError(
             f"event_shape must be the shape of one sample with one dimension at least, got {given!r}; samples of one "
             "number have the shape (1,)"

@@ -77,7 +77,8 @@ class CapturedDensity:
         core = self.core
         self.samples = core.check(z, sample_index, cond, mask=own_mask)
         self.wanted = core.wanted(nfe, seed, self.samples, memory)
-        self.reference, self.nodes, self._ends = core.reference, core.nodes, ScheduleEnds(core.schedule)
+        self.reference, self.nodes = core.reference, core.nodes
+        self._ends = ScheduleEnds(core.schedule, self.nodes)
         self._depends_on, self.replay = None, None
         self._capture(self.samples, self.wanted)
 

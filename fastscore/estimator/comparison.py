@@ -20,6 +20,9 @@ class Comparison:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,).
         jump, group: as in `Estimate`.
+
+    What lies beyond the ranges of log-SNR is the references' and in no error here: `Estimate.truncation_per_sample` of
+    either density says how much that is.
     """
 
     difference: Tensor

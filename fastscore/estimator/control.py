@@ -59,8 +59,8 @@ def why_reference(noise: str, nodes: FittedNodes, samples: Samples, wanted: Want
         return f"samples are no images (C, H, W) of {LEAST_DIMS} numbers or more"
     if noise == "sobol":
         return 'noise="sobol" was asked for, and draws that are fitted to each other have independent noise'
-    if 2 * wanted.nfe * d * samples.x.element_size() > MOST_BYTES:
-        return f"residuals and noise of one sample would take more than {MOST_BYTES >> 20} MiB"
+    if 2 * max(wanted.nfe, wanted.most) * d * samples.x.element_size() > MOST_BYTES:
+        return f"residuals and noise of one sample may take more than {MOST_BYTES >> 20} MiB"
     if not bool(nodes.own_pays):
         return "fit measured that it leaves more variance on these data than the reference alone"
     return None

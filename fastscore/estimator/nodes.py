@@ -18,7 +18,7 @@ from ..support.buffers import FittedBuffers
 # Log-SNRs, for a standard deviation of one, between which a fit to each image's own draws leaves most of its variance:
 # below there is little to know, and above little but the data's own noise (docs/images.png).
 IMAGES = (-1.0, 12.0)
-SMOOTH_BINS = 400
+IMAGE_BINS, SMOOTH_BINS = 100, 12_800
 SMOOTHINGS = 2  # passes of (1, 2, 1) / 4 over a pilot's variances, and of a mean over neighbours
 
 
@@ -57,16 +57,17 @@ class NodeDensity:
 
         The second half rises and falls over a few units of log-SNR, see `smooth`.
         """
-        even = cls.uniform(lo, hi, SMOOTH_BINS)
+        even = cls.uniform(lo, hi, IMAGE_BINS)
         centre = (even.edges[1:] + even.edges[:-1]) / 2 + 2 * math.log(std)
         inside = torch.sigmoid(centre - IMAGES[0]) * torch.sigmoid(IMAGES[1] - centre) + 1e-12
         return cls(even.edges, inside / inside.sum(), even.paired).half_uniform()
 
     def smooth(self) -> NodeDensity:
-        """Return a density of evenly wide bins as one of many more, of which neighbours have nearly the same share.
+        """Return a density of evenly wide bins as one of many more, linear between their centres to a ten-thousandth.
 
         The terms of a sum are the integrand over the density of nodes. Where that jumps, and no curve is known that
-        makes the integrand small, the shift of all nodes gives every sample of a group the same error.
+        makes the integrand small, the shift of all nodes gives every sample of a group the same error, which no
+        difference of neighbouring terms shows. So steps have to be far smaller than a term's noise.
         """
         fine = NodeDensity.uniform(float(self.edges[0]), float(self.edges[-1]), SMOOTH_BINS)
         width = 2 * (SMOOTH_BINS // len(self.share) // 2) + 1
@@ -220,7 +221,7 @@ class FittedNodes(FittedBuffers):
     @property
     def own(self) -> NodeDensity:
         """The density for references that are fitted to a sample's own draws, which take what is odd in the noise."""
-        return NodeDensity(self.own_edges, self.own_share, torch.zeros_like(self.own_share, dtype=torch.bool))
+        return NodeDensity(self.own_edges, self.own_share, torch.zeros_like(self.own_share, dtype=torch.bool)).smooth()
 
     def values(self) -> tuple[bytes, ...]:
         """Return all numbers, to be compared with those of another time."""
@@ -229,7 +230,8 @@ class FittedNodes(FittedBuffers):
     def stretched(self, lo: float, hi: float) -> FittedNodes:
         """Return the same nodes over another range of log-SNR, without a calibration."""
         (a, b), ends = self.log_snr_range, torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
-        found = FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian, own=self.own)
+        found = FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
+        found.own_share = self.own_share
         found.edges, found.own_edges = (
             torch.lerp(*ends, (edges - a) / (b - a))
             for edges in (self.edges, self.own_edges)  # exact at both ends

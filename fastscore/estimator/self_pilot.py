@@ -56,8 +56,7 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     _, base, deviation = min(found)
     best = NodeDensity.from_spread(even.edges, deviation, torch.full_like(deviation, torch.inf))
     # Half of them go everywhere alike: where draws are few they are also too few to fit to.
-    best = best.half_uniform().smooth()
-    nodes.own_base, nodes.own_edges, nodes.own_share = torch.tensor(base, device="cpu"), best.edges, best.share
+    nodes.own_base, nodes.own_share = torch.tensor(base, device="cpu"), best.half_uniform().share
     some = samples.select(_first(COMPARED, samples))
     reference, own = (_variance(density, control, some, wanted) for control in ("reference", "self"))
     nodes.own_pays = torch.tensor(own < MOST_LOSS * reference, device="cpu")
