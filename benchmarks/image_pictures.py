@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from photographs import HELD_OUT, patches
 from pictures import FASTSCORE, ODE, PEER, PLAIN
 
-NETWORK = "unet, 16 x 16 x 3"
+NETWORK = "unet, 32 x 32 x 3"
 STYLES = {
     "plain, importance-sampled times": (PLAIN, ":"),
     "plain, low-discrepancy times": (PLAIN, "--"),
@@ -21,7 +21,7 @@ SHOWN = 12  # patches at either end
 
 
 def images(rows: list[dict], variance: list[dict], ranked: list[dict]) -> Figure:
-    """Four panels for the U-Net on 16 x 16 pixels."""
+    """Four panels for the U-Net on 32 x 32 pixels."""
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
     evaluations, seconds, place = (figure.add_subplot(grid[0, k]) for k in range(3))
