@@ -1,5 +1,6 @@
 """What is no row program says why and runs itself, and a program that differs from its network is an error."""
 
+import operator
 import subprocess
 import sys
 import uuid
@@ -108,6 +109,25 @@ def test_answers_that_are_roundings_have_no_program_and_no_error():
     found = fs.ScoreDensity(Remainder(), fs.Cosine(), "v").estimate(x, nfe=16)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
     assert torch.allclose(found.log_prob, expected, atol=1e-10)  # the reference is exact, and the network too
+
+
+LOOK = operator.attrgetter("first", "last")
+
+
+class Looking(nn.Module):
+    """Finds its layers by an attrgetter, which is made of names alone and never changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        first, last = LOOK(self)
+        return last(torch.tanh(first(x)))
+
+
+def test_an_attrgetter_is_followed():
+    assert not fs.explain(Looking(), (4,)).startswith("no row program")
 
 
 class Cancelling(nn.Module):

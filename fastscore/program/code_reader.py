@@ -20,6 +20,7 @@ import functools
 import gc
 import inspect
 import logging
+import operator
 import os
 import random
 import sys
@@ -69,7 +70,7 @@ _FIXED_CALLS += (
     torch._ops.OpOverloadPacket,
 )
 _FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has
-_HARMLESS = (logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
+_HARMLESS = (logging.LoggerAdapter, operator.attrgetter, type(threading.Lock()), type(threading.RLock()))
 
 
 def watch_code(model: nn.Module) -> Watch:
