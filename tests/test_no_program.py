@@ -130,6 +130,21 @@ def test_an_attrgetter_is_followed():
     assert not fs.explain(Looking(), (4,)).startswith("no row program")
 
 
+def test_an_export_that_fails_leaves_no_hook_behind(monkeypatch):
+    """As torch 2.11's does, so that every later network's code seemed to read what belongs to the tracer."""
+
+    def failing(*_, **__):
+        nn.modules.module.register_module_buffer_registration_hook(lambda *_: open)
+        raise RuntimeError("as planted")
+
+    before = dict(nn.modules.module._global_buffer_registration_hooks)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.export, "export", failing)
+        assert "as planted" in fs.explain(Looking(), (4,))
+    assert nn.modules.module._global_buffer_registration_hooks == before
+    assert not fs.explain(Looking(), (4,)).startswith("no row program")
+
+
 class Cancelling(nn.Module):
     """v of N(0, 0.16), written as (alpha x_t - x) / sigma: a difference of nearly the same, over a small sigma."""
 

@@ -36,6 +36,7 @@ from ..ops.instructions import NoProgram
 from ..process.conditions import Conditions
 from ..process.network import read_output
 from ..support.host import layout_of
+from ..support.untouched import hooks_of_all_modules_kept
 from .module_state import refuse_changes
 from .watch import Watch
 
@@ -184,7 +185,7 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with _quiet():
+        with _quiet(), hooks_of_all_modules_kept():
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:

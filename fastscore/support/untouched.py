@@ -10,6 +10,7 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from .generic import Arguments, Result
 
@@ -130,3 +131,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def hooks_of_all_modules_kept() -> Iterator[None]:
+    """Leave the hooks that PyTorch calls for every module as they are.
+
+    An export that fails leaves one behind in torch 2.11, which every later network's code would then be seen to read.
+    """
+    hooks = {
+        name: kept for name, kept in vars(module).items() if name.startswith("_global_") and isinstance(kept, dict)
+    }
+    before = {name: value.copy() for name, value in hooks.items()}
+    try:
+        yield
+    finally:
+        for name, value in hooks.items():
+            if value != before[name]:
+                value.clear()
+                value.update(before[name])
