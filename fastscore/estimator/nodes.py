@@ -195,7 +195,6 @@ class FittedNodes(FittedBuffers):
         gaussian = nodes if gaussian is None else gaussian
         lo, hi = float(nodes.edges[0]), float(nodes.edges[-1])
         own = NodeDensity.of_images(lo, hi, scales[1]) if own is None else own
-        self.register_buffer("own_edges", own.edges)
         self.register_buffer("own_share", own.share)
         for name, value in (("own_base", own_base), ("own_pays", True)):
             self.register_buffer(name, torch.tensor(value, device="cpu"))
@@ -221,7 +220,8 @@ class FittedNodes(FittedBuffers):
     @property
     def own(self) -> NodeDensity:
         """The density for references that are fitted to a sample's own draws, which take what is odd in the noise."""
-        return NodeDensity(self.own_edges, self.own_share, torch.zeros_like(self.own_share, dtype=torch.bool)).smooth()
+        even = NodeDensity.uniform(*self.log_snr_range, len(self.own_share))
+        return NodeDensity(even.edges, self.own_share, even.paired).smooth()
 
     def values(self) -> tuple[bytes, ...]:
         """Return all numbers, to be compared with those of another time."""
@@ -232,10 +232,7 @@ class FittedNodes(FittedBuffers):
         (a, b), ends = self.log_snr_range, torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
         found = FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
         found.own_share = self.own_share
-        found.edges, found.own_edges = (
-            torch.lerp(*ends, (edges - a) / (b - a))
-            for edges in (self.edges, self.own_edges)  # exact at both ends
-        )
+        found.edges = torch.lerp(*ends, (self.edges - a) / (b - a))  # exact at both ends
         found.scales, found.own_base, found.own_pays = self.scales, self.own_base, self.own_pays
         return found
 

@@ -46,7 +46,7 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
         return
     nodes, (lo, hi) = density.nodes, density.log_snr_range
     even = NodeDensity.uniform(lo, hi, BINS)
-    nodes.own_edges, nodes.own_share = even.edges, even.share
+    nodes.own_share = even.share
     found = []
     for base in (True, False):
         nodes.own_base = torch.tensor(base, device="cpu")
