@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
-from .estimator.comparison import Comparison
+from .estimator.comparison import Comparison, Differences
 from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_far, warn_if_out_of_range
 from .estimator.estimate import Estimate
@@ -39,7 +39,7 @@ from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds
 from .estimator.self_pilot import pilot_of_own
-from .estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
+from .estimator.statistics import draw_sum
 from .ops.select import check_name
 from .process.conditions import merged, takes_conditions
 from .process.network import warn_if_training
@@ -290,14 +290,10 @@ class ScoreDensity(NetworkDensity):
         nodes = FittedNodes(self.nodes.density.half_uniform(), uncalibrated())
         wanted = self.wanted(nfe, seed, samples, memory)._replace(noise="independent")
         plan, programs = self._plan(samples, wanted, nodes)
-        difference, variance, jump = torch.empty(3, len(samples), dtype=torch.float64, device=samples.x.device)
+        found = Differences(samples, self.nodes.slowest_decay)
         for part in plan.run(samples, programs, self.reference):
-            f = part.block(part.f)
-            difference[part.samples] = part.flat(draw_sum(f, part.rule))
-            variance[part.samples] = part.flat(widened(*draw_variance(f, part.rule)))
-            jump[part.samples] = part.flat(draw_jump(f, part.rule))
-        told = torch.stack([difference, (variance + shift_variance(jump)).sqrt()]).to(samples.x.dtype)
-        return Comparison(*told, jump, samples.group)
+            found.put(part, part.f, part.samples)
+        return found.told()
 
     @takes_conditions
     @ordinary

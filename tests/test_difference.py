@@ -122,6 +122,20 @@ def test_other_schedules_ranges_and_predictions(schedule, predicts):
     assert float((own.log_prob - with_a.log_prob).abs().max()) > 0.5  # the range is short enough to tell
 
 
+@pytest.mark.parametrize("ranges", [((-5, 3), (-5, 3)), ((-5, 3), (-9, 14)), ((-9, 3), (-4, 14))])
+def test_what_lies_beyond_short_ranges_is_told(ranges):
+    """Detail finer than the least noise is the reference's: a difference says how much, whatever range it is of."""
+    a, b = (of(target, fs.LogSNR(*ends), "v") for target, ends in zip((TARGET, OTHER), ranges))
+    found = fs.compare_densities(a, b, X, nfe=512, seed=8)
+    error = (found.difference.double() - TRUTH).abs()
+    beyond = found.truncation_per_sample
+    assert float((error < 1.96 * found.stderr).double().mean()) < 0.7  # bars alone miss it
+    assert float((error < 1.96 * found.stderr + beyond).double().mean()) >= 0.88
+    # No more than twice what two separate estimates state together, which is an upper bound of what can be left.
+    apart = sum(each.estimate(X, nfe=512, seed=8).truncation_per_sample for each in (a, b))
+    assert float(beyond.mean()) < 2 * float(apart.mean())
+
+
 def test_two_networks_of_one_mixture_on_two_schedules_do_not_differ():
     a, b = of(TARGET), of(TARGET, fs.LogSNR(*of(TARGET).log_snr_range), "v")
     found = fs.compare_densities(a, b, X, nfe=64)

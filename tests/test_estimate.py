@@ -79,8 +79,9 @@ def test_the_curve_is_the_mean_over_samples_with_its_error():
 def test_comparisons_and_captured_estimates_are_one_readable_line():
     density, x = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP(), "eps"), mixture(2).sample(3)
     found = density.compare(x, {"shift": torch.zeros(3, 2)}, {"shift": torch.ones(3, 2)}, nfe=16)
-    (mean, error), own = found.mean(), f"stderr {float(found.stderr.mean()):.2g} per sample)"
-    assert repr(found) == f"Comparison(3 samples, difference {mean:.4g} +- {error:.2g} nats, {own}"
+    (mean, error), own = found.mean(), f"stderr {float(found.stderr.mean()):.2g} per sample"
+    beyond = f"largest truncation about {found.truncation:.2g})"
+    assert repr(found) == f"Comparison(3 samples, difference {mean:.4g} +- {error:.2g} nats, {own}, {beyond}"
     found = fs.CapturedDensity(density, x, nfe=16)(x)
     own = f"stderr {float(found.stderr.mean()):.2g} per sample)"
     assert repr(found) == f"CapturedEstimate(3 samples, log_prob {float(found.log_prob.mean()):.4g} nats, {own}"

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
-from ..estimator.comparison import Comparison
+from ..estimator.comparison import Comparison, Differences
+from ..estimator.curve import ends
 from ..estimator.network import Network
 from ..estimator.network_density import network_of
 from ..estimator.nodes import FittedNodes, NodeDensity
@@ -28,7 +29,6 @@ from ..estimator.planner import Wanted
 from ..estimator.protocol import Density, check_density
 from ..estimator.rules import GROUPS
 from ..estimator.samples import Samples
-from ..estimator.statistics import draw_jump, draw_sum, draw_variance, shift_variance, widened
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
 from ..process.schedules import Schedule, settings_of
@@ -92,21 +92,21 @@ def compare_densities(
 
 def _compare(sides: list[_Side], nodes: FittedNodes, wanted: Wanted) -> Comparison:
     samples = sides[0].samples
-    count = len(samples)
-    difference, variance, jump = torch.empty(3, count, dtype=torch.float64, device=samples.device)
-    for start in range(0, count, AT_ONCE):
+    noisy, clean = zip(*(side.core.nodes.slowest_decay for side in sides))
+    found = Differences(samples, (min(noisy), min(clean)))
+    at_ends = [samples.x.new_empty(len(samples), 2, 7, dtype=torch.float64) for _ in sides]
+    for start in range(0, len(samples), AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
         some = [side.select(chosen) for side in sides]
         parts = list(some[0].run(nodes, wanted))
+        for part in parts:
+            at_ends[0][start + part.samples] = some[0].at_ends(part)
         first = torch.cat([part.f for part in parts])[torch.cat([part.samples for part in parts]).argsort()]
         for part in some[1].run(nodes, wanted):
-            f, place = part.block(first[part.samples] - part.f), start + part.samples
-            difference[place] = part.flat(draw_sum(f, part.rule))
-            variance[place] = part.flat(widened(*draw_variance(f, part.rule)))
-            jump[place] = part.flat(draw_jump(f, part.rule))
-    difference += sides[0].outside() - sides[1].outside()
-    told = torch.stack([difference, (variance + shift_variance(jump)).sqrt()]).to(samples.x.dtype)
-    return Comparison(*told, jump, samples.group)
+            at_ends[1][start + part.samples] = some[1].at_ends(part)
+            found.put(part, first[part.samples] - part.f, start + part.samples)
+    one_range = sides[0].core.log_snr_range == sides[1].core.log_snr_range
+    return found.told(sides[0].outside() - sides[1].outside(), None if one_range else torch.cat(at_ends, 1))
 
 
 class _Side(NamedTuple):
@@ -145,6 +145,10 @@ class _Side(NamedTuple):
     def outside(self) -> Tensor:
         """Return what log p has beside the integral, (B,)."""
         return self.reference.log_prob(self.samples.x, self.samples.mask) - self.log_det
+
+    def at_ends(self, part: Part) -> Tensor:
+        """Return what the draws of some samples say of both ends of this density's range, (b, 2, 7)."""
+        return part.flat(ends(part.block(part.f), part.ends, self.core.nodes.slowest_decay))
 
     def run(self, nodes: FittedNodes, wanted: Wanted) -> Iterator[Part]:
         """Yield f of all draws; zero where the range of this density does not reach."""
