@@ -156,6 +156,21 @@ class NodeDensity:
         width = self.edges.diff()
         return NodeDensity(self.edges, (self.share + width / width.sum()) / 2, self.paired)
 
+    def moved_to(self, lo: float, hi: float) -> NodeDensity:
+        """Return the same density over another range of log-SNR: cut, or going on as it ends; uniform if none is left."""
+        if lo >= float(self.edges[-1]) or hi <= float(self.edges[0]):
+            return NodeDensity.uniform(lo, hi)
+        ends = self.edges.new_tensor([lo, hi])
+        edges = torch.cat([ends, self.edges[(self.edges > lo) & (self.edges < hi)]]).unique()
+        k = self._bin((edges[1:] + edges[:-1]) / 2)
+        share = (self.share / self.edges.diff())[k] * edges.diff()
+        return NodeDensity(edges, share / share.sum(), self.paired[k], self.curve[k] if self.curve.numel() else self.curve)
+
+    def rebinned(self, bins: int) -> NodeDensity:
+        """Return the same density in evenly wide bins, without pairs and a curve."""
+        even = NodeDensity.uniform(float(self.edges[0]), float(self.edges[-1]), bins)
+        return NodeDensity(even.edges, self.cumulative_at(even.edges).diff(), even.paired)
+
     def _curve_points(self) -> tuple[Tensor, Tensor]:
         edges, curve = self.edges, self.curve
         at = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
@@ -220,20 +235,26 @@ class FittedNodes(FittedBuffers):
     @property
     def own(self) -> NodeDensity:
         """The density for references that are fitted to a sample's own draws, which take what is odd in the noise."""
+        return self._own_bins().smooth()
+
+    def _own_bins(self) -> NodeDensity:
         even = NodeDensity.uniform(*self.log_snr_range, len(self.own_share))
-        return NodeDensity(even.edges, self.own_share, even.paired).smooth()
+        return NodeDensity(even.edges, self.own_share, even.paired)
 
     def values(self) -> tuple[bytes, ...]:
         """Return all numbers, to be compared with those of another time."""
         return tuple(buffer.numpy().tobytes() for buffer in self._buffers.values())
 
-    def stretched(self, lo: float, hi: float) -> FittedNodes:
+    def moved_to(self, lo: float, hi: float) -> FittedNodes:
         """Return the same nodes over another range of log-SNR, without a calibration."""
-        (a, b), ends = self.log_snr_range, torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
-        found = FittedNodes(self.density, self.calibration[:, :0], gaussian=self.gaussian)
-        found.own_share = self.own_share
-        found.edges = torch.lerp(*ends, (self.edges - a) / (b - a))  # exact at both ends
-        found.scales, found.own_base, found.own_pays = self.scales, self.own_base, self.own_pays
+        found = FittedNodes(
+            self.density.moved_to(lo, hi),
+            self.calibration[:, :0],
+            tuple(self.scales.tolist()),
+            gaussian=self.gaussian.moved_to(lo, hi),
+            own=self._own_bins().moved_to(lo, hi).rebinned(len(self.own_share)),
+        )
+        found.own_base, found.own_pays = self.own_base, self.own_pays
         return found
 
     @property

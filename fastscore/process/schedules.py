@@ -122,7 +122,14 @@ class LogSNR(Schedule):
         lo, hi = finite("lo of LogSNR", lo), finite("hi of LogSNR", hi)
         _require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
         self.lo, self.hi = lo, hi
-        self.time_range = (self.hi, self.lo)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return self.hi, self.lo
+
+    @time_range.setter
+    def time_range(self, ends: tuple[float, float]) -> None:
+        self.hi, self.lo = ends
 
     def log_snr(self, t: Tensor) -> Tensor:
         return _float64(t)
@@ -226,8 +233,18 @@ class EDM(_Exploding):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
         self.sigma_min, self.sigma_max = _sigmas("EDM", sigma_min, sigma_max)
         self.sigma_data = positive("sigma_data of EDM", sigma_data, "in units of the data")
-        self.time_range = (self.sigma_min, self.sigma_max)
-        self.data_std = self.sigma_data
+
+    @property
+    def data_std(self) -> float:
+        return self.sigma_data
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    @time_range.setter
+    def time_range(self, ends: tuple[float, float]) -> None:
+        self.sigma_min, self.sigma_max = ends
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * torch.log(_float64(t))
