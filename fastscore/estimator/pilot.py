@@ -53,6 +53,7 @@ PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
 EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
 MIN_SAMPLES = 20
+SMALL = 64  # units of the MLP that no network is counted cheaper than
 
 
 Step = Callable[[str, int], None]  # what was done, and how many evaluations it took
@@ -259,6 +260,11 @@ def _pilot_rule(network: Network, bins: int, draws: int) -> Rule:
 
 
 def _network_flops(network: Network, samples: Samples) -> int:
+    """Return the operations of one row, and no fewer than those of an MLP of two layers of `SMALL` units.
+
+    The counter knows products of matrices and convolutions alone: to it an exact score in closed form costs nothing,
+    while each of its elementwise operations takes as long as a reference's.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which importing fastscore must not
 
     one = samples.select(slice(0, 1))
@@ -267,7 +273,7 @@ def _network_flops(network: Network, samples: Samples) -> int:
     (rows,) = Rows.of(network, [rule], draws.points(range(1), d, one.device), range(1), one.x)
     with uncompiled(), FlopCounterMode(display=False) as counter:
         row_terms(network, one, draws.keys(one.index.to(one.device), d), rows, ())
-    return max(1, counter.get_total_flops() // 2)
+    return max(2 * SMALL * (2 * d + SMALL), counter.get_total_flops() // 2)
 
 
 def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
