@@ -318,8 +318,8 @@ class ScoreDensity(NetworkDensity):
         and data beyond the schedule's noise, of which the network says nothing.
 
         Arguments:
-            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples
-                are looked at; on another device than the network, they alone go there.
+            data: training data, shape (N, *shape), N >= 20; a fifth is held out for the choice. At most 6,250 samples,
+                or 16 million numbers, are looked at; on another device than the network, they alone go there.
             mask: as in `estimate`, of the data.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture", and "images" for mixtures that are
                 diagonal in cosines, for data of shape (N, C, H, W) or (N, C, L); with a mask the first two alone.
@@ -327,7 +327,7 @@ class ScoreDensity(NetworkDensity):
                 fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
                 stays independent.
             seed: key of the pilot's noise and of the choice of held-out samples.
-            memory: as in `estimate`.
+            memory: as in `estimate`, beside some copies of the samples that are looked at, in float64.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).
             cond, named: keyword arguments of the network for the data, as in `estimate`.
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.network_density import prepare
+from fastscore.estimator.pilot import EM_NUMBERS, choose
 from fastscore.support.memory import (
     Chunks,
     Footprint,
@@ -17,6 +18,7 @@ from fastscore.support.memory import (
     parse_bytes,
     peak_bytes,
     plan_chunks,
+    steady_heap,
 )
 
 CPU = torch.device("cpu")
@@ -180,3 +182,22 @@ def test_gradients_stay_within_the_budget_too():
     density.zero_grad(set_to_none=True)
     # The backward pass of a chunk holds its activations and their gradients, and accumulates those of the weights.
     assert peak_bytes(run) < 2 * (2 << 20) + 4 * weights + 300_000
+
+
+@pytest.mark.filterwarnings("ignore:on these data the network")
+def test_so_does_a_fit():
+    """Large images, whose mixtures have tables of every row: the pilot takes as many rows as the budget holds."""
+    x = torch.randn(25, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    density, budget = fs.ScoreDensity(Scaled(), fs.VP(), "eps", program=False), 16 << 20
+    x[:, :, :32] *= 0.1
+    steady_heap()  # once a process
+    peak = peak_bytes(lambda: density.fit(x, reference="images", evaluations=1600, memory=budget, progress=False))
+    assert float(density.nodes.edges.diff().min()) < 1  # the pilot's bins
+    # Beside the budget the samples are there, and the 20 that are not held out several times in float64.
+    assert peak < budget + 6 * x.numel() * 8
+    assert len(choose(10_000, x[0].numel(), 0)) * x[0].numel() <= 1.25 * EM_NUMBERS
+
+
+class Scaled(nn.Module):
+    def forward(self, x_t, t):
+        return 0.5 * x_t

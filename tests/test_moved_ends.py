@@ -78,7 +78,8 @@ def test_fitted_nodes_stay_right_over_another_range():
     assert density.log_snr_range[0] == pytest.approx(-7.05, abs=0.01)
     # What is cut off leaves more for the rest, by the same factor everywhere.
     more = density.nodes.density.density_at(torch.tensor([0.0, 2.0], dtype=torch.float64)) / inside
-    assert more[0] == pytest.approx(float(more[1]), rel=1e-9) and more[0] > 1
+    assert more[0] == pytest.approx(float(more[1]), rel=1e-9)
+    assert more[0] > 1
     assert not density.nodes.calibration.numel()
     error = torch.stack([e.log_prob.double() for e in found]) - MIXTURE.log_prob(X)
     stderr = torch.stack([e.stderr.double() for e in found])
@@ -117,7 +118,8 @@ def test_a_state_dict_of_another_schedules_density_keeps_to_its_own_schedule():
     fresh = fs.ScoreDensity(ExactEps(MIXTURE, narrow), narrow, "eps", noise="independent")
     assert spread(other) < 1.2 * spread(fresh.fit(data, evaluations=60_000, progress=False))
     assert not other.nodes.calibration.numel()
-    assert min(float(least) for least, _ in asked) >= 0 and max(float(most) for _, most in asked) <= 1
+    assert min(float(least) for least, _ in asked) >= 0
+    assert max(float(most) for _, most in asked) <= 1
     assert other.log_snr_range == pytest.approx(narrow.log_snr_range, abs=1e-9)
     # One of the same schedule has all that was fitted, to the bit.
     same = fs.ScoreDensity(ExactEps(MIXTURE, wide), wide, "eps")

@@ -12,6 +12,8 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator import planner
+from fastscore.estimator.calibration import uncalibrated
+from fastscore.estimator.nodes import FittedNodes, NodeDensity
 from fastscore.estimator.rows import Rows
 from fastscore.reference.gaussians import Reference
 
@@ -121,7 +123,8 @@ def write_the_nodes(density):
 
 
 def other_nodes(density):
-    density.load_state_dict(make(fs.LogSNR(-6, 8)).state_dict())
+    nodes = NodeDensity.of_images(*density.log_snr_range, 0.5)
+    density.nodes.load_state_dict(FittedNodes(nodes, uncalibrated()).state_dict())
 
 
 def fit(density):

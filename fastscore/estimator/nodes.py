@@ -157,14 +157,15 @@ class NodeDensity:
         return NodeDensity(self.edges, (self.share + width / width.sum()) / 2, self.paired)
 
     def moved_to(self, lo: float, hi: float) -> NodeDensity:
-        """Return the same density over another range of log-SNR: cut, or going on as it ends; uniform if none is left."""
+        """Return the same density over another range: cut, or going on as it ends; uniform if none of it is left."""
         if lo >= float(self.edges[-1]) or hi <= float(self.edges[0]):
             return NodeDensity.uniform(lo, hi)
         ends = self.edges.new_tensor([lo, hi])
         edges = torch.cat([ends, self.edges[(self.edges > lo) & (self.edges < hi)]]).unique()
         k = self._bin((edges[1:] + edges[:-1]) / 2)
         share = (self.share / self.edges.diff())[k] * edges.diff()
-        return NodeDensity(edges, share / share.sum(), self.paired[k], self.curve[k] if self.curve.numel() else self.curve)
+        curve = self.curve[k] if self.curve.numel() else self.curve
+        return NodeDensity(edges, share / share.sum(), self.paired[k], curve)
 
     def rebinned(self, bins: int) -> NodeDensity:
         """Return the same density in evenly wide bins, without pairs and a curve."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..ops import noise
 from ..reference.gaussians import Reference
-from ..support.memory import Chunks
+from ..support.memory import Chunks, even
 from ..support.untouched import uncompiled
 from ..support.warn import warn
 from . import calibration
@@ -51,7 +51,8 @@ CALIBRATION_SAMPLES = 96
 TYPICAL_SHARE = 0.6  # of these; the others are made odd
 PILOT_DRAWS = max(BINS * DRAWS_PER_BIN, *CALIBRATION_NFE)
 REPLICATES = 4
-EM_SAMPLES = 5000  # that mixtures are fitted to; the held-out ones are a quarter of that at most
+# That mixtures are fitted to, several times there in float64; the held-out ones are a quarter of that at most.
+EM_SAMPLES, EM_NUMBERS = 5000, 3 << 22
 MIN_SAMPLES = 20
 SMALL = 64  # units of the MLP that no network is counted cheaper than
 
@@ -82,8 +83,8 @@ class PilotPlan:
     step: Step
 
 
-def choose(count: int, seed: int) -> Tensor:
-    """Return which of `count` samples a pilot looks at, in random order: a fifth is held out, and stands first.
+def choose(count: int, dims: int, seed: int) -> Tensor:
+    """Return which of `count` samples of d numbers a pilot looks at, in random order: first the held-out fifth.
 
     Raises:
         ValueError: for fewer than 20 samples.
@@ -95,7 +96,8 @@ def choose(count: int, seed: int) -> Tensor:
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     held, train = order[: held_out(count)], order[held_out(count) :]
-    return torch.cat([held[: EM_SAMPLES // 4], train[:EM_SAMPLES]])
+    quarter = max(min(EM_SAMPLES, EM_NUMBERS // dims), MIN_SAMPLES) // 4
+    return torch.cat([held[:quarter], train[: 4 * quarter]])
 
 
 def held_out(count: int) -> int:
@@ -162,27 +164,14 @@ def pilot(network: Network, samples: Samples, weight: Tensor, references: list[R
     Beside every mixture its Gaussian is looked at, for the nodes that go with it, and is not to be chosen.
     """
     single = [q.gaussian() for q in references if q.components > 1]
-    rule = _pilot_rule(network, BINS, DRAWS_PER_BIN)
-    draws, span = Draws(FixedRules(rule), "independent", plan.seed), range(len(rule.time))
-    (rows,) = Rows.of(network, [rule], draws.points(span, samples.x.shape[1], samples.x.device), span, samples.x)
-    rows = rows.with_programs(network, network.find_programs(samples), samples)
-    d = samples.x.shape[1]
-    at_once = max(1, min(plan.chunks(q).rows for q in references) // rule.nfe)
-    terms = []
-    for start in range(0, len(samples), at_once):
-        part = samples.select(slice(start, start + at_once))
-        keys = draws.keys(part.index.to(part.device), d)
-        errors, controls = row_terms(network, part, keys, rows, (*references, *single))
-        terms.append((errors[0] - torch.stack(controls)).double().cpu())  # (Q, b, R)
-        plan.step("pilot", len(part) * rule.nfe)
-    f = torch.cat(terms, 1).unflatten(2, (BINS, DRAWS_PER_BIN, 2))
+    f = _values(network, samples, [*references, *single], plan).unflatten(2, (BINS, DRAWS_PER_BIN, 2))
     if not bool(torch.isfinite(f).all()):
         raise ValueError(
             "the network returned NaN or inf on the data given to fit(); check its weights and the schedule's range"
         )
     lo, hi = network.log_snr_range
     edges = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
-    net_flops = _network_flops(network, samples)
+    d, net_flops = samples.x.shape[1], _network_flops(network, samples)
     spreads = [_Spread.of(each, weight, edges) for each in f]
     costs = [1 + q.flops(d) / net_flops for q in references]
     winner = min(range(len(references)), key=lambda i: spreads[i].variance * costs[i])
@@ -190,6 +179,26 @@ def pilot(network: Network, samples: Samples, weight: Tensor, references: list[R
     own = sum(q.components > 1 for q in references[:winner])  # the mixtures before it
     gaussian = spreads[len(references) + own].nodes if best.components > 1 else None
     return Fitted(best, spreads[winner].nodes, calibration.uncalibrated(), gaussian)
+
+
+def _values(network: Network, samples: Samples, references: list[Reference], plan: PilotPlan) -> Tensor:
+    """Return the residuals of the network less those of each reference, of pairs in every bin, float64, (Q, B, R)."""
+    rule, programs = _pilot_rule(network, BINS, DRAWS_PER_BIN), network.find_programs(samples)
+    draws, d = Draws(FixedRules(rule), "independent", plan.seed), samples.x.shape[1]
+    most, pairs, found = min(plan.chunks(q).rows for q in references), len(rule.time), []
+    step = even(pairs, max(1, most // 2))
+    for first in range(0, pairs, step):
+        span, parts = range(first, min(first + step, pairs)), []
+        (rows,) = Rows.of(network, [rule], draws.points(span, d, samples.device), span, samples.x)
+        rows, at_once = rows.with_programs(network, programs, samples), max(1, most // (2 * len(span)))
+        for start in range(0, len(samples), at_once):
+            part = samples.select(slice(start, start + at_once))
+            keys = draws.keys(part.index.to(part.device), d)
+            errors, controls = row_terms(network, part, keys, rows, references)
+            parts.append((errors[0] - torch.stack(controls)).double().cpu())
+            plan.step("pilot", 2 * len(part) * len(span))
+        found.append(torch.cat(parts, 1))
+    return torch.cat(found, 2)
 
 
 class _Spread(NamedTuple):

@@ -93,8 +93,10 @@ def count_unresolved(network: Network, one: Samples, reference: Reference, rows_
     ]
     a, b, c = (v.to(one.x)[:, None] for v in coefficients(network.predicts, network.schedule, time))
     missed = (c * (a * eps + b * one.x[:, None] - torch.cat(answers, 1)))[0, :, seen].double()
+    # All rows are at one time, of which the reference needs one table.
     rows_mask = None if one.mask is None else one.mask[:, None]
-    by_reference = (eps.double() - reference.eps(x_t.double(), alpha, sigma, rows_mask))[0, :, seen]
+    of_reference = reference.eps(x_t[0, :, None].double(), alpha[:1], sigma[:1], rows_mask)[:, 0]
+    by_reference = (eps[0].double() - of_reference)[:, seen]
     return _count(missed, by_reference), int(seen.sum())
 
 
