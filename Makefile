@@ -26,22 +26,23 @@ demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
 test: lint docs
-	$(BIN)/python -P -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 # Under a minute on two cores; the rest is for `make test`.
 test-fast: .venv/dev
 	$(MAKE) test-fast-here PYTHON=$(BIN)/python
 
-# The same with the Python and the packages that are there.
+# The same with the Python and the packages that are there. -P keeps the sources from taking the place of what is
+# installed; Python 3.10 has no such flag.
 test-fast-here:
-	$(PYTHON) -P -m pytest -q -n auto --dist loadfile $(addprefix tests/,$(FAST_TESTS))
+	$(PYTHON) $$($(PYTHON) -c 'import sys; print("-P" * (sys.version_info >= (3, 11)))') -m pytest -q -n auto --dist loadfile $(addprefix tests/,$(FAST_TESTS))
 
 # The site, in build/docs: pages, and the reference from docstrings. docs-links also asks every address on the web.
 docs: .venv/dev
-	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 docs-links: .venv/dev
-	$(BIN)/python -P -m sphinx -q -W --keep-going -b linkcheck docs build/links
+	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck docs build/links
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -62,16 +63,16 @@ test-wheel: .venv/base
 	rm -rf build/installed && $(PYTHON) -m venv build/installed
 	build/installed/bin/python -m pip --disable-pip-version-check -q install -c $(PINNED) \
 	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
-	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/python -P -m pytest -q -n auto --rootdir $(CURDIR) \
+	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/pytest -q -n auto --rootdir $(CURDIR) \
 	    -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/tests/,$(WHEEL_TESTS))
 
 bench: .venv/bench
-	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
 	$(MAKE) report
 
 # Trains some dozens of small networks, and evaluates images by a dozen ways, which takes half an hour each.
 bench-long: .venv/bench
-	$(BIN)/python -P -m pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m long
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m long
 	$(MAKE) report
 
 # docs/results.md, docs/race.png and the README's table, from benchmarks/results.

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gpu_job
-from steps import Step, program
+from steps import PYTHON, Step, program
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Small launches of every family: the sanitizer makes a kernel a hundred times slower.
@@ -37,7 +37,7 @@ def pytest_step(name: str, seconds: float, *chosen: str, spread: bool = True, un
     processes = min(MOST_PROCESSES, os.cpu_count() or 1) if spread and find_spec("xdist") else 1
     options = ["-q", "-rN", "--tb=no", "-p", "failures", "-p", "no:cacheprovider"]
     options += ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
-    run = program(*under, sys.executable, "-P", "-m", "pytest", *options, *chosen)
+    run = program(*under, *PYTHON, "-m", "pytest", *options, *chosen)
     return Step(name, run, seconds, least=10, sums_up=True)
 
 
@@ -58,7 +58,7 @@ def make_steps() -> list[Step]:
     from measuring import REHEARSING
 
     steps = [
-        Step("info", program(sys.executable, "-P", "-m", "fastscore", "info"), 40),
+        Step("info", program(*PYTHON, "-m", "fastscore", "info"), 40),
         Step("public calls", gpu_calls.public_calls, 60),
         Step("launches", gpu_kernels.first_launches, 90),
         pytest_step("graph", 60, "tests/test_graph.py"),

@@ -27,6 +27,10 @@ INTERRUPTED = "interrupted"
 LAST_LINE = 300  # characters of the last line that an outcome quotes
 MOST_OUTPUT = 16 << 20  # bytes that a step may print, or report: one that floods its output is stopped
 TOLD = 70  # exit code of a part that has reported itself why it failed
+SAFE_PATH = (
+    ["-P"] if sys.version_info >= (3, 11) else []
+)  # keeps the working directory off the path; 3.10 has no such flag
+PYTHON = [sys.executable, *SAFE_PATH]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import ARGUMENTS, N, evaluate, filled
+from steps import PYTHON
 from torch.export import Dim
 
 import fastscore as fs
@@ -62,8 +63,7 @@ def test_warnings_are_one_line_each_and_others_keep_their_place(folder):
     (folder / "warns.py").write_text("import warnings, zoo\nwarnings.warn('of its own')\nNet = zoo.Net\n")
     np.save("constant.npy", np.stack([np.linspace(0, 1, N), np.zeros(N)], 1).astype(np.float32))
     command = [
-        sys.executable,
-        "-P",
+        *PYTHON,
         "-m",
         "fastscore",
         "evaluate",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from steps import PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True, is_debug_mode=True))"
@@ -83,6 +84,6 @@ print("initialized:", torch.cuda.is_initialized())
     optional |= {"torchmetrics", "triton"}
     rooms = {f"fastscore.{room}" for room in ("adapters", "cli", "demo", "lightning", "metrics", "runs")}
     check = f"OPTIONAL, ROOMS = {optional!r}, {rooms!r}\n{check}"
-    done = subprocess.run([sys.executable, "-P", "-c", check], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*PYTHON, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:3] == ["new:", "rooms:", "initialized: False"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import PYTHON
 
 import fastscore
 from fastscore.ops import select
@@ -84,7 +85,7 @@ seconds = time.perf_counter() - start
 
 def load(native, then, **env):
     """Load the module alone in another process, and return what a line of code prints there."""
-    command = [sys.executable, "-P", "-c", LOAD + then, native.__file__]
+    command = [*PYTHON, "-c", LOAD + then, native.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | env).stdout.strip()
 
 

@@ -2,7 +2,6 @@
 
 import operator
 import subprocess
-import sys
 import uuid
 
 import pytest
@@ -10,6 +9,7 @@ import real_networks as nets
 import torch
 import torch.nn.functional as F
 from program_networks import SCHEDULE, Odd, control_flow
+from steps import PYTHON
 from torch import nn
 
 import fastscore as fs
@@ -226,5 +226,5 @@ class Branching(torch.nn.Module):
         return x_t
 fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4), "eps").estimate(torch.randn(2, 3), nfe=16)
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    done = subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

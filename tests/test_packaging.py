@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from steps import SAFE_PATH
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -127,7 +128,7 @@ def test_wheel_is_pure_and_holds_the_package_and_nothing_else(wheel):
 
 
 def test_installed_wheel_estimates_a_known_integral(environment):
-    out = run(environment / "bin" / "python", "-P", SMOKE, cwd=environment)
+    out = run(environment / "bin" / "python", *SAFE_PATH, SMOKE, cwd=environment)
     assert Path(out.strip()).is_relative_to(environment)
 
 
@@ -169,7 +170,7 @@ def test_native_module_links_the_systems_libraries_alone(cuda_environment):
 
 
 def test_installed_wheel_with_kernels_works_with_and_without_a_driver(cuda_environment):
-    out = run(cuda_environment / "bin" / "python", "-P", SMOKE, cwd=cuda_environment)
+    out = run(cuda_environment / "bin" / "python", *SAFE_PATH, SMOKE, cwd=cuda_environment)
     assert Path(out.strip()).is_relative_to(cuda_environment)
     info = run(cuda_environment / "bin" / "fastscore", "info", cwd=cuda_environment)
     assert re.search(r"(?m)^  fastscore\._C +present\n  architectures +80-real 90a-real 90-virtual$", info)

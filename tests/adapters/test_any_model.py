@@ -1,13 +1,13 @@
 """`from_model` gives what the right adapter gives, and says in one sentence why it cannot."""
 
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from adapters.exact import SHAPE, TARGET
 from adapters.test_docs import ROWS, objects
+from steps import PYTHON
 from torch import nn
 
 import fastscore as fs
@@ -113,5 +113,5 @@ def test_no_library_is_imported():
         "try:\n    fs.from_model(torch.nn.Linear(2, 2))\nexcept TypeError:\n    pass\n"
         f"print(sorted(set({names}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*PYTHON, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

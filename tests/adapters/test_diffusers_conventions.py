@@ -6,12 +6,12 @@ import inspect
 import json
 import pkgutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from steps import PYTHON
 from torch import nn
 
 from fastscore.adapters import from_diffusers
@@ -141,7 +141,7 @@ def test_the_row_says_what_the_source_of_the_pipeline_says(name):
 @pytest.fixture(scope="module")
 def pipelines():
     script = Path(__file__).with_name("run_pipelines.py")
-    done = subprocess.run([sys.executable, "-P", str(script)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*PYTHON, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
