@@ -22,8 +22,8 @@ LEVEL = {"PerRow": "r", "PerSample": "b", "PerPair": "br"}
 
 def names(enum):
     """Return the enumerators of an enumeration without their k, in order."""
-    body = re.search(rf"enum {enum} : int32_t {{ (.*?) }};", HEADER)[1]
-    return [re.fullmatch(r"k(\w+)", name)[1] for name in body.split(", ")]
+    body = re.search(rf"enum {enum} : int32_t {{(.*?)}};", HEADER, re.S)[1]
+    return [re.fullmatch(r"k(\w+)", name)[1] for name in re.findall(r"\w+", body)]
 
 
 def in_python(name):

@@ -1,7 +1,9 @@
 """The activations of row programs: name, function, and the same in place. A new one is a line here.
 
 An operation of PyTorch that bears the name and takes no further arguments is matched by it; one with arguments needs a
-method of its own in `fastscore.program.matching`. Kernels decline a program with a name that they do not know.
+method of its own in `fastscore.program.matching`. Operations are those of a traced network, where `F.softsign` has
+become abs, add and div; `fastscore.explain` names the first that is no instruction. Kernels decline
+a program with a name that they do not know.
 """
 
 from __future__ import annotations

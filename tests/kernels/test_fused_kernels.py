@@ -12,6 +12,7 @@ from agreement import close
 pytest.importorskip("triton")
 from fastscore.kernels import density_mlp as fused
 from fastscore.kernels import launch
+from fastscore.kernels.names import ACTIVATIONS
 from kernel_cases import DEVICE, Case, adaln, both, edm, skip, waiting
 from triton.runtime.errors import OutOfResources
 
@@ -19,7 +20,6 @@ from fastscore import Reference
 from fastscore.ops import definitions as ops
 from fastscore.ops import torch as truth
 from fastscore.ops import triton as backend
-from fastscore.ops.activations import ACTIVATIONS
 from fastscore.ops.instructions import Act, Add, Affine, Linear, Norm, Save, decode, encode
 from fastscore.ops.interpreting import interpreting
 from fastscore.ops.task import Task
