@@ -6,6 +6,7 @@ Each reads schedule, prediction and time convention off the library's own object
 
 from .any_model import from_model
 from .azula import from_azula
+from .bayesflow import from_bayesflow
 from .diffusers import from_diffusers
 from .edm import from_edm
 from .flow_matching import from_flow_matching
@@ -20,6 +21,7 @@ from .torchcfm import from_torchcfm
 
 __all__ = [
     "from_azula",
+    "from_bayesflow",
     "from_diffusers",
     "from_edm",
     "from_flow_matching",

@@ -14,6 +14,7 @@ from torch import nn
 from ..estimator.protocol import Density
 from ..support.host import kind_of
 from .azula import from_azula
+from .bayesflow import from_bayesflow
 from .diffusers import from_diffusers
 from .diffusers_conventions import bare
 from .edm import from_edm
@@ -31,6 +32,7 @@ Adapter = Callable[..., Density]
 
 PACKAGES: dict[str, Adapter] = {
     "azula": from_azula,
+    "bayesflow": from_bayesflow,
     "denoising_diffusion_pytorch": from_lucidrains,
     "diffusers": from_diffusers,
     "flow_matching": from_flow_matching,

@@ -25,7 +25,7 @@ def test_it_is_the_adapter_of_every_row(call):
     assert repr(found.schedule) == repr(own.schedule)
     assert found.predicts == own.predicts
     assert type(found.model) is type(own.model)
-    x = TARGET.sample(4, seed=5).reshape(-1, *((4,) if name == "from_sbi" else SHAPE))
+    x = TARGET.sample(4, seed=5).reshape(-1, *((4,) if name in ("from_sbi", "from_bayesflow") else SHAPE))
     for density in (found, own):
         density.core._programs.mode = False
     assert torch.equal(found.estimate(x, nfe=16).log_prob, own.estimate(x, nfe=16).log_prob)

@@ -70,6 +70,10 @@ def objects(call):
         from adapters import test_lucidrains as t
 
         return {"diffusion": t.diffusion(t.Exact("pred_v"), auto_normalize=False)}
+    if function == "from_bayesflow":
+        from adapters import test_bayesflow as t
+
+        return {"approximator": t.plain(), "observed": t.np.zeros((1, t.CONDITION))}
     if function == "from_azula":
         from adapters import test_azula as t
 
@@ -105,7 +109,7 @@ def test_every_adapter_has_a_row():
 def test_the_call_of_every_row_runs(library, call):
     density = eval(call, vars(adapters) | objects(call))
     getattr(density, "density", density)._programs.mode = False
-    shape = (4,) if "sbi" in call else SHAPE
+    shape = (4,) if call.startswith(("from_sbi", "from_bayesflow")) else SHAPE
     z = TARGET.sample(16, seed=5)
     found = density.estimate(z.reshape(-1, *shape), nfe=128)
     error = (found.log_prob - TARGET.log_prob(z)).abs()
@@ -120,7 +124,7 @@ def test_the_version_of_every_row_is_the_one_that_runs_here():
         for library, _ in ROWS
         if re.match(r"[\w-]+ \d", library)
     }
-    assert len(named) == 9
+    assert len(named) == 10
     for name, tested in named:
         try:
             assert version(name) == tested, name

@@ -28,7 +28,7 @@ def test_what_comes_back_is_what_is_stated(library, call):
     density = eval(call, vars(adapters) | objects(call))
     assert stated(call.partition("(")[0]) in {base.__name__ for base in type(density).__mro__}
     assert isinstance(density, Density)
-    shape = (4,) if "sbi" in call else SHAPE
+    shape = (4,) if call.startswith(("from_sbi", "from_bayesflow")) else SHAPE
     z, log_det = density.to_network(TARGET.sample(3, seed=5).reshape(-1, *shape))
     assert (z.shape, log_det.shape) == ((3, *shape), (3,))
     assert type(density.core).__name__ == "ScoreDensity"

@@ -67,6 +67,42 @@ def from_azula(on):
     return [adapters.from_azula(on(made), **OPTIONS)]
 
 
+def from_bayesflow(on):
+    class Built(Wrapped):
+        built = True
+
+        def get_build_config(self):
+            return {"shapes_dict": {"xz_shape": (None, D), "conditions_shape": (None, 2)}}
+
+    class DiffusionModel(Built):
+        def score(self, z_t, log_snr_t, conditions, training):
+            return self.net(z_t.float(), log_snr_t[:, 0].float()) + conditions.float().sum(1, keepdim=True)
+
+        def guidance_function(self):
+            return None
+
+    class FlowMatching(Built):
+        def velocity(self, z_t, time, conditions, training):
+            return self.net(z_t, time) + conditions.sum(1, keepdim=True)
+
+    def noise(alpha):
+        return named(
+            "Noise",
+            log_snr=lambda self, t, training: 10 - 16 * t,
+            get_alpha_sigma=lambda self, at: (alpha(at), alpha(at) * torch.exp(-0.5 * at)),
+        )
+
+    flow = {"use_optimal_transport": False, "base_distribution": named("DiagonalNormal", mean=0.0, std=1.0)}
+    flow |= {"loss_fn": named("MeanSquaredError")}
+    preserving, exploding = (lambda at: torch.sigmoid(at).sqrt()), torch.ones_like
+    one = torch.tensor([[0.1, -0.2]])
+    return [
+        adapters.from_bayesflow(on(DiffusionModel(None, noise_schedule=noise(preserving))), on(one), **OPTIONS),
+        adapters.from_bayesflow(on(DiffusionModel(None, noise_schedule=noise(exploding))), one, **OPTIONS),
+        adapters.from_bayesflow(on(FlowMatching(None, **flow)), one, **OPTIONS),  # an observation on the host
+    ]
+
+
 def from_edm(on):
     plain = Wrapped(lambda net, x, sigma: net(x, sigma), sigma_data=0.5)
     rounded = Wrapped(lambda net, x, sigma: net(x, sigma), u=torch.linspace(80, 0, 30))
