@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, Schedule
+from ..process.alpha_sigma import AlphaSigma
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR
 from ..support.host import as_tensor
 from .checks import adapter, expect, expect_attributes, expect_module
 
@@ -21,7 +22,7 @@ HALVINGS = 60  # of the interval of times, after which it is as short as float64
 GRID = 513  # times at which a schedule is looked at
 
 
-class AzulaClock(Schedule):
+class AzulaClock(AlphaSigma):
     """The process of a schedule that is called with times in [0, 1] and returns alpha and sigma, whatever its formula.
 
     Its inverse is found by bisection. An end without noise, or without data, is cut where log-SNR is 16, or -14.
@@ -43,13 +44,6 @@ class AzulaClock(Schedule):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule(as_tensor(t).to(torch.float64))
         return alpha, sigma
-
-    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alpha_sigma(self.time(log_snr))
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
         log_snr = as_tensor(log_snr).to(torch.float64)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..process.alpha_sigma import AlphaSigma
 from ..process.schedules import DDPM, LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, FlowMatching, Schedule
 from ..support.host import as_tensor
 
@@ -57,7 +58,7 @@ class OffsetFlow(FlowMatching):
         return ((ratio - self.offset) / (1 + ratio)).clamp(min=0.0)
 
 
-class TargetFlow(FlowMatching):
+class TargetFlow(AlphaSigma, FlowMatching):
     r"""Straight paths with a least noise: :math:`x_t = t x + (1 - (1 - \sigma) t)\, \epsilon`, data at t = 1.
 
     References:
@@ -69,23 +70,16 @@ class TargetFlow(FlowMatching):
         self.sigma = float(sigma)
         self.time_range = (1.0, self.time_range[1])
 
-    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alpha_sigma(self.time(log_snr))
-
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = as_tensor(t).to(torch.float64)
         return t, 1 - (1 - self.sigma) * t
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
         ratio = torch.exp(-0.5 * as_tensor(log_snr).to(torch.float64))  # sigma_t / t
         return 1 / (ratio + 1 - self.sigma)
 
 
-class Trigonometric(Schedule):
+class Trigonometric(AlphaSigma):
     r"""Paths on a circle, and noise: :math:`x_t = \sin(\pi t / 2)\, x + \cos(\pi t / 2)\, \epsilon + \sigma z`.
 
     Data lie at t = 1. The two noises are one of variance :math:`\cos^2(\pi t / 2) + \sigma^2`, and the velocity
@@ -103,16 +97,9 @@ class Trigonometric(Schedule):
         clean, noisy = self.time(ends).tolist()
         self.time_range = (1.0 if sigma > 0 else clean, noisy)
 
-    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        return self.alpha_sigma(self.time(log_snr))
-
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = 0.5 * math.pi * as_tensor(t).to(torch.float64)
         return torch.sin(angle), torch.sqrt(torch.cos(angle) ** 2 + self.sigma**2)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
         snr = torch.exp(as_tensor(log_snr).to(torch.float64))  # sin^2 / (cos^2 + sigma^2), solved for the tangent

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..density import ScoreDensity
-from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching, Schedule
+from ..process.alpha_sigma import AlphaSigma
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching
 from ..support.host import as_tensor
 from .checks import adapter, expect, expect_attributes, expect_module
 
 PREDICTIONS = ("flow", "x0", "eps")
 
 
-class SchedulerClock(Schedule):
+class SchedulerClock(AlphaSigma):
     """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time."""
 
     def __init__(self, scheduler) -> None:
@@ -29,16 +30,9 @@ class SchedulerClock(Schedule):
         ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
         self.time_range = tuple(float(end) for end in self.time(ends))
 
-    def scale(self, log_snr: Tensor) -> Tensor:
-        return self.alpha_sigma(self.time(log_snr))
-
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         at = self.scheduler(as_tensor(t).to(torch.float64))
         return at.alpha_t, at.sigma_t
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
         return self.scheduler.snr_inverse(torch.exp(0.5 * as_tensor(log_snr).to(torch.float64)))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..support.host import as_tensor
+from .alpha_sigma import AlphaSigma
 from .schedules import FlowMatching
 
 
-class ConditionalFlow(FlowMatching):
+class ConditionalFlow(AlphaSigma, FlowMatching):
     r"""Straight paths with noise of their own: x_t = s x + (1 - s) eps + sigma z, independent x, eps and z.
 
     s = t if `data_at` is 1, s = 1 - t if it is 0. The two noises are one of standard deviation
@@ -36,15 +37,11 @@ class ConditionalFlow(FlowMatching):
         self.sigma = float(sigma)
         self.time_range = float(self.data_at), self.time_range[1]
 
-    def scale(self, log_snr: Tensor) -> Tensor:
-        return self._parts(self._share(log_snr))
+    def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self._parts(self._share(log_snr))  # not by way of 1 - s, which would round a small s away
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self._parts(self._from_time(t))
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * torch.log(alpha / sigma)
 
     def time(self, log_snr: Tensor) -> Tensor:
         return self._from_time(self._share(log_snr))
