@@ -21,6 +21,7 @@ from .rules import group_of
 from .statistics import GroupSums
 
 PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends")
+IN_NUMPY = ("log_prob", "stderr", "variance", "nfe", "seed", "sample_index")
 WORDS = "method", "noise", "control"  # files of before had no control
 IN_A_FILE = {*PER_SAMPLE, *WORDS[:2], *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "offset"}
 
@@ -182,6 +183,19 @@ class Estimate:
         """The largest of `truncation_per_sample`, nats."""
         self.check()
         return float(self.truncation_per_sample.max())
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Return what is known of each sample in arrays of numpy on the host, each of shape (B,).
+
+        log_prob, stderr and truncation in nats, variance in nats squared, nfe, seed and sample_index int64. The arrays
+        are copies: writing into them changes no estimate.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check()
+        found = {name: getattr(self, name) for name in IN_NUMPY} | {"truncation": self.truncation_per_sample}
+        return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
 
     def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
         r"""Return bits per dimension, shape (B,); lower is better.
