@@ -8,8 +8,8 @@ import pytest
 import torch
 from adapters.exact import TARGET, assert_exact, column, exact, moved, relative
 from analytic import Target
-from torch import nn
 
+from fastscore import probability_flow_log_prob
 from fastscore.adapters import from_bayesflow
 from fastscore.reference.fitting import fit_mixture
 from fastscore.reference.gaussians import Reference
@@ -265,6 +265,23 @@ def test_likelihood_of_the_librarys_own_ode(kind):
     assert bool((difference < 4 * found.stderr + found.truncation + 0.03).all())
 
 
+@pytest.mark.parametrize("kind", ["flow", "edm, wide", "cosine"])
+def test_the_ode_of_a_network_that_is_no_score_is_the_librarys(kind):
+    if kind == "cosine" and hasattr(bf, "ContinuousApproximator") and not hasattr(bf, "BasicEstimator"):
+        pytest.skip("bayesflow before 2.1 halves the cosine's drift at its clean end")
+    made = network("flow") if kind == "flow" else network(**NOISES[kind])
+    whole = approximator(made)
+    mean, std = moments(whole)
+    theta, x = from_log(mean + std * TARGET.sample(6, seed=2)), np.full((6, CONDITION), 0.5)
+    with torch.enable_grad():
+        own = torch.as_tensor(whole.log_prob(named(theta) | {"x": x}, method="rk45", steps=60))
+    density = from_bayesflow(whole, {"x": x[:1]}, program=False)
+    found = probability_flow_log_prob(density, theta.float(), method="midpoint", steps=256)
+    difference = float((found.log_prob - own).abs().max())
+    print(f"{kind}: {difference:.5f} nats")
+    assert difference < 0.05  # the steps: four times as many leave a quarter
+
+
 def test_a_summary_network_is_asked_once():
     made = network("flow", build=False)
     summary = bf.networks.DeepSet(
@@ -304,88 +321,6 @@ def test_gradients_where_the_adapter_has_them():
         ValueError, match="the adapter's transforms have no gradient, and x asks for one; differentiate"
     ):
         logged.log_prob(from_log(theta.detach()).requires_grad_())
-
-
-def guided():
-    made = network()
-    made.guidance_function = lambda x_pred, time, score, **more: 2 * score
-    return made
-
-
-def other_loss():
-    return network("flow", loss_fn="mae")
-
-
-def silent():
-    """An adapter with a transform that says no determinant, or none at all."""
-    transform = bf.Adapter().rename("x", "inference_conditions")
-    transform = transform.concatenate(["a", "b"], into="inference_variables")
-    transform.transforms.insert(0, Doubled())
-    return approximator(made_exact(network("flow")), adapter=transform)
-
-
-class Doubled(bf.adapters.transforms.Transform):
-    def forward(self, data, **more):
-        return {name: 2 * value if name in ("a", "b") else value for name, value in data.items()}
-
-    def inverse(self, data, **more):
-        return {name: value / 2 if name in ("a", "b") else value for name, value in data.items()}
-
-    def log_det_jac(self, data, log_det_jac, **more):
-        return log_det_jac
-
-
-def untrained():
-    whole = Approximator(inference_network=network("flow"), adapter=bf.Adapter())
-    whole.build({"inference_variables": (None, D), "inference_conditions": (None, CONDITION)})
-    return whole
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: nn.Linear(2, 2), TypeError, "approximator must be a built DiffusionModel or FlowM.* got Linear"),
-        (lambda: bf.networks.ConsistencyModel(total_steps=10), TypeError, "got ConsistencyModel; of other networks"),
-        (lambda: bf.networks.CouplingFlow(), TypeError, "got CouplingFlow; of other networks approximator.log_prob"),
-        (lambda: type("DiffusionModel", (), {})(), TypeError, "keras' torch backend, got .*; set KERAS_BACKEND=torch"),
-        (lambda: network(build=False), ValueError, "network must be a built one, got a DiffusionModel without weights"),
-        (lambda: network("flow", use_optimal_transport=True), ValueError, "use_optimal_transport must be False, .*cou"),
-        (lambda: network("flow", base_distribution="student_t"), ValueError, "must be the standard normal one, got D"),
-        (other_loss, ValueError, "loss_fn must be the mean squared error, whose least is a mean, got mean_absolute"),
-        (guided, ValueError, "guidance_function must be the library's, since guided scores have no density, got"),
-        (untrained, ValueError, "approximator must be a trained one, got one whose standardization has seen no data"),
-        (silent, ValueError, "the adapter's log-determinant must be that of its map, got 0 where .* 2.7"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_explained(make, error, message):
-    with pytest.raises(error, match=message):
-        from_bayesflow(make())
-
-
-def test_conditions_are_asked_for():
-    made, theta = network(), torch.zeros(3, D)
-    with pytest.raises(ValueError, match="condition must be an observation, got none; give from_bayesflow the data"):
-        from_bayesflow(made).estimate(theta, nfe=8)
-    with pytest.raises(ValueError, match=r"condition must be no condition, without which .*, got one of shape"):
-        from_bayesflow(network(condition=False)).estimate(theta, nfe=8, condition=torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"condition must be one observation of shape \(2,\), .* got \(5, 2\);"):
-        from_bayesflow(made).estimate(theta, nfe=8, condition=torch.zeros(5, 2))
-    with pytest.raises(ValueError, match="data must be one observation, arrays of first size 1, got 5; give several"):
-        from_bayesflow(made, torch.zeros(5, 2))
-    with pytest.raises(TypeError, match=r"data must be arrays by name, .*, got list; give a dict"):
-        from_bayesflow(made, [0.0])
-    with pytest.raises(ValueError, match="a network alone knows no names; give from_bayesflow the approximator"):
-        from_bayesflow(made, {"x": np.zeros((1, 2))})
-
-
-def test_parameters_left_without_noise_in_training_are_warned_of():
-    made = network("flow")
-    if hasattr(made, "mask_handler"):
-        made.mask_handler.fixed_target_prob = 0.25
-    else:
-        made.drop_target_prob = 0.25
-    with pytest.warns(UserWarning, match="trained with a share of 0.25 of its parameters left without noise"):
-        from_bayesflow(made)
 
 
 def test_an_approximator_that_changes_nothing():
