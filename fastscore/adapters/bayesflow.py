@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..density import ScoreDensity
 from ..estimator.protocol import Density
 from ..process.schedules import EDM, FlowMatching, LogSNR, Schedule
 from ..support.buffers import Constants
-from ..support.host import kind_of
+from ..support.host import as_tensor, kind_of
 from ..support.warn import warn
 from ..transforms import zscore
 from .bayesflow_parameters import PARAMETERS, Parameters
@@ -220,8 +221,7 @@ def _path(network: nn.Module) -> Schedule:
     remedy = "take approximator.log_prob, the library's ODE"
     base, loss = network.base_distribution, network.loss_fn
     standard = "DiagonalNormal" in _names(base) and all(
-        bool((torch.as_tensor(value).detach().cpu() == wanted).all())
-        for value, wanted in ((base.mean, 0.0), (base.std, 1.0))
+        bool((as_tensor(value).detach() == wanted).all()) for value, wanted in ((base.mean, 0.0), (base.std, 1.0))
     )
     expect(standard, "base_distribution", type(base).__name__, "the standard normal one", remedy)
     name = getattr(loss, "__name__", type(loss).__name__)
@@ -254,7 +254,7 @@ def _process(network: nn.Module) -> Schedule:
     highest, lowest = log_snr(times, training=False).detach().cpu().tolist()
     data_std = float(getattr(noise, "sigma_data", 1.0))
     if _explodes(noise):
-        low, high = (float(torch.exp(torch.tensor(-0.5 * end, dtype=torch.float64))) for end in (highest, lowest))
+        low, high = (math.exp(-0.5 * end) for end in (highest, lowest))
         return EDM(low, high, sigma_data=data_std)
     schedule = LogSNR(lowest, highest)
     schedule.data_std = data_std
@@ -273,4 +273,4 @@ def _standardization(estimator: object) -> Transform:
         "a trained one",
         "train it, or load its weights",
     )
-    return zscore(layer.moving_mean[0].value.detach(), layer.moving_std(0).detach())
+    return zscore(layer.moving_mean[0].value.detach().cpu(), layer.moving_std(0).detach().cpu())

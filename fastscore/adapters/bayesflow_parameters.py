@@ -34,10 +34,10 @@ class Parameters(Transform):
     def __init__(self, adapter: Any, width: int, standard: Transform) -> None:
         super().__init__()
         self.adapter = adapter
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         far = (
-            torch.randn(SPREAD, width, generator=generator, dtype=torch.float64)
-            * torch.logspace(-1, 1, SPREAD)[:, None]
+            torch.randn(SPREAD, width, generator=generator, dtype=torch.float64, device="cpu")
+            * torch.logspace(-1, 1, SPREAD, device="cpu")[:, None]
         )
         self.parts = self._parts_of(standard(far))
         self.columns = [name for name, size in self.parts.items() for _ in range(size)]
@@ -92,7 +92,9 @@ class Parameters(Transform):
                 "inference_network, whose density is that of what the adapter makes"
             ) from error
         z = torch.as_tensor(_array(adapted[PARAMETERS]), dtype=x.dtype, device=x.device).reshape(x.shape)
-        log_det = torch.as_tensor(_array(log_det.get(PARAMETERS, np.zeros(len(rows)))), dtype=torch.float64)
+        log_det = torch.as_tensor(
+            _array(log_det.get(PARAMETERS, np.zeros(len(rows)))), dtype=torch.float64, device="cpu"
+        )
         return z, log_det.to(x.device).expand(len(rows)).reshape(x.shape[:-1])
 
     def _changes_nothing(self, z: Tensor) -> bool:
@@ -102,8 +104,9 @@ class Parameters(Transform):
 
     def _compare_log_det(self, width: int, standard: Transform) -> None:
         """Compare the log-determinant at the mean with that of differences, which a forgotten part of it fails."""
-        steps = torch.cat([torch.eye(width), -torch.eye(width)]).double() * STEP
-        centre = standard(torch.zeros(1, width, dtype=torch.float64))
+        unit = torch.eye(width, dtype=torch.float64, device="cpu")
+        steps = torch.cat([unit, -unit]) * STEP
+        centre = standard(torch.zeros(1, width, dtype=torch.float64, device="cpu"))
         x, z = self._call(standard(steps)), standard(steps)
         slopes = (x[:width] - x[width:]) / (z[:width] - z[width:]).diagonal()[:, None]
         measured = float(torch.linalg.slogdet(slopes)[1])
