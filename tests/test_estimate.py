@@ -62,6 +62,22 @@ def test_bad_bins(arguments):
         estimate([0.0]).bits_per_dim(*arguments)
 
 
+def test_the_mean_in_bits_is_that_in_nats_and_has_its_error():
+    density = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP(), "eps")
+    found = density.estimate(mixture(2).sample(40), nfe=16)
+    (bits, error), (nats, of_nats) = found.mean_bits_per_dim(bins=256), found.mean()
+    # Affine in the mean; float64 sums of float64 values.
+    assert bits == pytest.approx(-(nats / 2 + math.log(2 / 256)) / math.log(2), rel=1e-12)
+    assert error == pytest.approx(of_nats / 2 / math.log(2), rel=1e-9)
+    # With a mask every sample counts by its own dimensions.
+    mask = torch.tensor([[True, True]] * 20 + [[True, False]] * 20)
+    masked = density.estimate(mixture(2).sample(40), nfe=16, mask=mask)
+    bits, error = masked.mean_bits_per_dim()
+    per_sample = -masked.log_prob / torch.tensor([2] * 20 + [1] * 20) / math.log(2)
+    assert bits == pytest.approx(float(per_sample.mean()), rel=1e-12)
+    assert error > float(per_sample.std()) / 40**0.5 * (1 - 1e-9)
+
+
 def test_the_curve_is_the_mean_over_samples_with_its_error():
     f = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
     log_snr = torch.linspace(-3, 3, 12, dtype=torch.float64)

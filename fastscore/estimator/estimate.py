@@ -214,6 +214,15 @@ class Estimate:
         """Return the standard error of `bits_per_dim`, shape (B,)."""
         return self.stderr / self.dims / math.log(2)
 
+    def mean_bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> tuple[float, float]:
+        """Return the batch mean of `bits_per_dim` and its standard error as an estimate of the data's, as papers do.
+
+        Arguments and bits are those of `bits_per_dim`, the error is that of `mean`.
+        """
+        self.check()
+        in_bits = 1 / (self.dims * math.log(2))
+        return GroupSums.of(self.bits_per_dim(bins, low, high), self.jump * in_bits, self.group).told()
+
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
         if not 0 < level < 1:

@@ -236,11 +236,12 @@ def joined_and_saved(on, folder):
     "Estimate.bits_per_dim_stderr",
     "Estimate.interval",
     "Estimate.mean",
+    "Estimate.mean_bits_per_dim",
     "Estimate.group",
     "Estimate.dims_in_words",
     "Estimate.numpy",
 )
 def of_an_estimate(on):
     found = of(on).estimate(on(X), nfe=NFE)
-    told = found.mean(), found.group, repr(found), [v.tolist() for v in found.numpy().values()]
+    told = found.mean(), found.mean_bits_per_dim(256), found.group, repr(found), [v.tolist() for v in found.numpy().values()]
     return found.bits_per_dim(256), found.bits_per_dim_stderr(), found.interval(0.9), *told
