@@ -243,5 +243,6 @@ def joined_and_saved(on, folder):
 )
 def of_an_estimate(on):
     found = of(on).estimate(on(X), nfe=NFE)
-    told = found.mean(), found.mean_bits_per_dim(256), found.group, repr(found), [v.tolist() for v in found.numpy().values()]
-    return found.bits_per_dim(256), found.bits_per_dim_stderr(), found.interval(0.9), *told
+    told = found.mean(), found.group, repr(found), [v.tolist() for v in found.numpy().values()]
+    bits = found.bits_per_dim(256), found.bits_per_dim_stderr(), found.mean_bits_per_dim(256)
+    return *bits, found.interval(0.9), *told
