@@ -4,9 +4,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .classify.classifier import Classification, DiffusionClassifier
+from .densities.bound_estimate import BoundEstimate
 from .densities.difference import compare_densities
 from .densities.discrete import Levels, discrete_log_prob
 from .densities.distribution import as_distribution
+from .densities.latent_bound import LatentBound
 from .densities.probability_flow import FlowLogProb, probability_flow_log_prob
 from .densities.transformed import Transformed
 from .densities.zero_mean import ZeroMeanDensity
@@ -37,6 +39,7 @@ __all__ = [
     "VE",
     "VP",
     "AdaptiveNodes",
+    "BoundEstimate",
     "CapturedDensity",
     "Classification",
     "Comparison",
@@ -49,6 +52,7 @@ __all__ = [
     "Estimate",
     "FlowLogProb",
     "FlowMatching",
+    "LatentBound",
     "Levels",
     "LiYan",
     "LogSNR",

@@ -24,6 +24,7 @@ def of_densities(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     assert_type(density.log_snr_range, tuple[float, float])
     assert_type(fs.Transformed(density, transforms.zscore(0.0, 2.0)).estimate(x), fs.Estimate)
     assert_type(fs.ZeroMeanDensity(model, fs.VP(), "eps").estimate(x), fs.Estimate)
+    assert_type(fs.LatentBound(density, model, 0.1).fit(x).estimate(x, nfe=64, y=labels), fs.BoundEstimate)
     assert_type(fs.probability_flow_log_prob(density, x), fs.FlowLogProb)
     assert_type(fs.as_distribution(density, (2,), nfe=64, y=1).log_prob(x), Tensor)
 

@@ -80,8 +80,8 @@ def from_diffusers(
 
     Class labels, `encoder_hidden_states` and other conditions are keyword arguments of `log_prob` and `estimate`. A
     learned variance (twice the channels) is cut off. The density is that of the model's own input: latents for a
-    latent diffusion model, with its scaling factor in. Flows trained on coupled pairs (reflow, optimal transport; most
-    distilled ones) have no density by the formula.
+    latent diffusion model, with its scaling factor in; `fastscore.LatentBound` goes on to images. Flows trained on
+    coupled pairs (reflow, optimal transport; most distilled ones) have no density by the formula.
 
     Arguments:
         model: called as `model(x_t, timestep=t, **cond)`, returns an object with `.sample`.

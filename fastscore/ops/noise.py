@@ -34,6 +34,7 @@ from .select import implementation, runnable
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
 POINT_BYTES = 4  # of an element of a draw's point
 STREAM_SHIFT, STREAM_MULTIPLIER, STREAM_POINT, STREAM_DEQUANTIZE, STREAM_LOSS, STREAM_PROBE, STREAM_NODES = range(7)
+STREAM_ENCODER, STREAM_SEED = 7, 8  # of sixteen
 
 _MASK = 0xFFFFFFFF
 _BLOCK_WORDS = 1 << 14  # made at once on a CPU: Philox holds eight int64 for each int32 that it leaves
@@ -97,6 +98,13 @@ def unit(seed: int, draw: int, stream: int) -> float:
     """Return one number in [0, 1) for a seed, without any tensor."""
     seed = _checked(seed)
     return philox((0, 0, draw, stream), (seed, seed >> 32))[0] * 2.0**-32
+
+
+def derived_seed(seed: int, draw: int) -> int:
+    """Return a seed of 64 bits for one of several estimates of the same samples, whose noise is then independent."""
+    seed = _checked(seed)
+    low, high, *_ = philox((0, 0, draw, STREAM_SEED), (seed, seed >> 32))
+    return low | high << 32
 
 
 def sample_keys(kind: str, seed: int, sample_index: Tensor, d: int, round_: int = 0) -> Tensor:

@@ -1,5 +1,7 @@
 """Rows of discrete data, other spaces, classes, the ODE and graphs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +137,38 @@ ODE = {
     "masked": {"method": "midpoint", "steps": 4},
     "of a table": {"method": "midpoint", "steps": 4},
 }
+
+
+class Halving(nn.Module):
+    """An autoencoder of X: a Gaussian encoder of each entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std, self.back = (nn.Parameter(random(D, seed=seed)) for seed in (1, 2, 3))
+        self.config = {"scaling_factor": 0.5, "latents_mean": [0.1, 0.2, 0.3], "latents_std": [1.0, 2.0, 3.0]}
+
+    def encode(self, x):
+        std = (0.1 * self.log_std).exp().expand_as(x)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=0.5 * x + self.mean, std=std))
+
+    def decode(self, z):
+        return SimpleNamespace(sample=2 * z - self.back)
+
+
+@row("LatentBound", "LatentBound.estimate", "LatentBound.fit", "LatentBound.fit_decoder_std", "BoundEstimate",
+     "BoundEstimate.of", "BoundEstimate.check", "BoundEstimate.mean", "BoundEstimate.bits_per_dim",
+     "BoundEstimate.bits_per_dim_stderr", "BoundEstimate.truncation_per_sample",
+     each=["decoder_std given", "fitted", "fitted to latents of the host's data"])  # fmt: skip
+def latents(on, name):
+    made = fs.LatentBound(of(on), on(Halving()), 0.4 if "given" in name else None)
+    if "fitted" in name:
+        data = mixture_data(40) if "host" in name else on(mixture_data(40))
+        made.fit(data, evaluations=1000, progress=False)
+        made.fit_decoder_std(data[:10])
+    found = made.estimate(on(X), nfe=4 * NFE, memory="1MB", label=on(LABELS))
+    terms = {name: getattr(found, name) for name in summary(found) if name != "latents"}
+    bits = found.bits_per_dim(bins=8), found.bits_per_dim_stderr()
+    return terms, [summary(each) for each in found.latents], found.check().mean(), bits, found.truncation_per_sample
 
 
 @row("probability_flow_log_prob", "FlowLogProb", each=[f"ODE {name}" for name in ODE])
