@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..process.masks import inside
-from .flow_field import COLUMNS, Field, vjp
+from .flow_field import COLUMNS, Field, dot, vjp
 
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
 
@@ -94,7 +94,7 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
     for v in field.cotangents.split(COLUMNS):
         v = v.expand(-1, *y.shape)
         product = inside(vjp(eps, y, v, create_graph=False), mask)
-        mean += torch.linalg.vecdot(product, v).sum(0)
+        mean += dot(product, v).sum(0)
         mean_square += product.square().sum((0, 2))
     product = inside(torch.autograd.grad(eps, y, eps.detach())[0], mask)
     count = field.samples.dims * (1 if field.exact else len(field.cotangents))

@@ -32,13 +32,13 @@ from ..ops import noise
 from ..process.masks import inside
 from ..process.network import predict
 from ..process.predictions import eps_from
+from ..support.autocast import own_dtypes
 from ..support.host import whole
 from ..support.untouched import uncompiled
 
 COLUMNS = 32  # backward passes in one call; it bounds their memory
-
-
 FEW_DIM = 13  # where probes are drawn without repetition; beyond, two of sixteen agree in one of 68 samples at most
+dot = own_dtypes(torch.linalg.vecdot)
 
 
 class Time(NamedTuple):
@@ -121,7 +121,7 @@ class Field:
         mask = self.samples.mask
         eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t, mask)
         gap = velocity - inside(eps_q - at, mask) / (1 - time.t)
-        rest = -torch.linalg.vecdot(gap, eps_q) / time.t
+        rest = -dot(gap, eps_q) / time.t
         # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
         if not self.exact:
             return velocity, gap, rest
@@ -135,7 +135,7 @@ class Field:
             if self.exact:  # of row i of the Jacobian, element i
                 yield slice(0, 1), torch.diagonal(found[..., first:last], dim1=0, dim2=2).sum(1, keepdim=True)
             else:
-                yield slice(first, last), torch.linalg.vecdot(inside(found, self.samples.mask), v).T
+                yield slice(first, last), dot(inside(found, self.samples.mask), v).T
             first = last
 
 

@@ -33,10 +33,12 @@ from ..process.network import read_output
 from ..process.predictions import must_say_what_it_predicts
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
+from ..support.autocast import own_dtypes
 from ..support.modes import differentiable, ordinary
 
 # Of the largest coordinate. What is left of a mean below it is projected away and counts for nothing.
 TOLERANCE = 1e-3
+_product = own_dtypes(torch.matmul)
 
 
 class ZeroMeanDensity(Density):
@@ -215,14 +217,14 @@ class _OfCoordinates(nn.Module):
         """Arguments: where the atoms stand, as in `_Places`, both (rows, M); without them all places have one."""
         basis = helmert(z.shape[1] + 1, z.device).to(z.dtype)
         if _order is None:
-            x = basis @ z
-            return basis.mT @ read_output(self.model(x, t, **cond), x)
+            x = _product(basis, z)
+            return _product(basis.mT, read_output(self.model(x, t, **cond), x))
         places = _Places(_atoms, _order)
-        of_atoms, others = basis @ inside(z, places.counted), torch.cat([z[:, :1], z], 1)
+        of_atoms, others = _product(basis, inside(z, places.counted)), torch.cat([z[:, :1], z], 1)
         ordered = torch.where(places.first(len(basis)), of_atoms, others)
         along = _along(_order, ordered)
         x = torch.zeros_like(ordered).scatter(1, along, ordered)
-        return basis.mT @ read_output(self.model(x, t, **cond), x).gather(1, along)
+        return _product(basis.mT, read_output(self.model(x, t, **cond), x).gather(1, along))
 
 
 def helmert(atoms: int, device: torch.device) -> Tensor:

@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.autocast import own_dtypes
+
 FOLDS = 8
 SPACING = 1.6  # of the knots, in log-SNR, at most
 # In units of a draw, whose residual beside the fit is about as large as c and w themselves.
@@ -63,6 +65,7 @@ class Hats(NamedTuple):
         return cls(value.contiguous(), once.mT.contiguous(), twice.mT.contiguous())
 
 
+@own_dtypes
 def fit(z: Tensor, rest: Tensor, hats: Hats) -> tuple[Tensor, Tensor]:
     r"""Return c and w at every draw, by the draws of the other folds, (N, n) each.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..process.masks import inside, summed
+from ..support.autocast import own_dtypes
 from ..support.buffers import FittedBuffers
 from . import turning
 
@@ -156,6 +157,7 @@ class Reference(FittedBuffers):
         terms = y**2 / self.variance[k] + (2 * math.pi * self.variance[k]).log()
         return y, torch.sub(self.weight[k].log(), inside(terms, mask).sum(1), alpha=0.5)
 
+    @own_dtypes
     def residual(
         self, x: Tensor, x_t: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None
     ) -> Tensor:
@@ -176,6 +178,7 @@ class Reference(FittedBuffers):
         rows = None if mask is None else mask[:, None]
         return torch.linalg.vector_norm(eps - self._eps(x_t, alpha, sigma, rows), dim=-1).square()
 
+    @own_dtypes
     def eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Return the best noise prediction :math:`\epsilon_q(x_t)`, in the shape of x_t, zero outside of the mask.
 
@@ -194,6 +197,7 @@ class Reference(FittedBuffers):
         gain = sigma / (alpha**2 * self.variance + sigma**2)
         return inside(gain.to(x_t.dtype) * (x_t - (alpha * self.mean).to(x_t.dtype)), mask)
 
+    @own_dtypes
     def eps_and_divergence(
         self, x_t: Tensor, alpha: float, sigma: float, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

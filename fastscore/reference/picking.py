@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..support.autocast import own_dtypes
 from . import turning
 from .gaussians import Reference
 
@@ -64,6 +65,7 @@ class Picked(Reference):
         """Return the log-density of each sample's component, nats, float64, (B,)."""
         return self.pick(x)[1]
 
+    @own_dtypes
     def coordinates(self, vectors: Tensor, component: Tensor) -> Tensor:
         """Return vectors of the samples, (B, R, d), in the basis of their components, int64, (B,)."""
         if not self.full:
