@@ -8,6 +8,7 @@ from analytic import ExactNet, Target
 from torch import nn
 
 import fastscore as fs
+from fastscore.ops import noise
 
 LATENT, SHAPE = (2, 4, 3), (1, 6, 6)
 D, M = math.prod(SHAPE), math.prod(LATENT)
@@ -97,3 +98,9 @@ class Case:
         net = self.autoencoder
         z = self.prior_mean + self.prior_variance.sqrt() * normal(count, M, seed=10 + seed)
         return (z @ net.W.T + net.w + DECODER_STD * normal(count, D, seed=20 + seed)).unflatten(1, SHAPE)
+
+
+def draw(found, index, seed, k):
+    """Return draw k of an encoder's Gaussians, as the definition has it."""
+    words = noise.words(seed, index, k, noise.STREAM_ENCODER, found.mean[0].numel())
+    return found.mean + found.std * noise.normal(words, dtype=found.mean.dtype).reshape(found.mean.shape)
