@@ -38,7 +38,7 @@ from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds
-from .estimator.self_pilot import pilot_of_own
+from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
 from .ops.select import check_name
 from .process.conditions import merged, takes_conditions
@@ -115,8 +115,9 @@ class ScoreDensity(NetworkDensity):
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
-        self.nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
-        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, self.nodes)
+        nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
+        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
+        self.nodes = nodes
         self._programs = Programs(program)
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -353,15 +354,20 @@ class ScoreDensity(NetworkDensity):
 
             warn_if_training(self.model)
             programs = network.find_programs(samples)
-            plan = PilotPlan(evaluations, seed, chunks, step)
+            wanted = self.wanted(None, seed, samples, memory)
+            plan = PilotPlan(
+                evaluations - evaluations_of_own(self.noise, samples, wanted, evaluations), seed, chunks, step
+            )
             fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))
             self.reference = fitted.reference
-            self.nodes = FittedNodes(fitted.nodes, fitted.calibration, fitted.reference.scales(), fitted.gaussian)
+            scales = fitted.reference.scales()
+            home = self.schedule.range_for(*scales)
+            self.nodes = FittedNodes(fitted.nodes, fitted.calibration, scales, fitted.gaussian, home=home)
             self._ends = ScheduleEnds(self.schedule, self.nodes)
             self.planner.forget_reference()
-            pilot_of_own(self, samples, self.wanted(None, seed, samples, memory), left, step)
+            pilot_of_own(self, samples, wanted, left, step)
             bar.total = bar.n  # not all that was allowed had to be spent
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)

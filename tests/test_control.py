@@ -1,13 +1,16 @@
 """Which control variate "auto" is: fitted to each image's own draws where that goes and pays, else the reference."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from test_self_fit import Exact, images, photograph_like
 
 import fastscore as fs
+import fastscore.density
 from fastscore.estimator import control, nodes, self_pilot
+from fastscore.estimator.pilot import run_pilot
 from fastscore.estimator.statistics import GroupSums
 
 SCHEDULE = fs.LogSNR(-12, 17)
@@ -82,7 +85,7 @@ def test_the_memory_is_no_reason_for_another_number():
 
 @pytest.mark.parametrize(("own", "pays"), [(1.2, True), (1.3, False)])
 def test_fit_measures_whether_it_pays(own, pays, monkeypatch):
-    measured = {"reference": 1.0, "self": own}
+    measured = {"reference": torch.ones(8), "self": torch.full((8,), own)}
     monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: measured[control])
     density = make().fit(images(TARGET, 400), reference="images", evaluations=20_000, progress=False)
     assert bool(density.nodes.own_pays) is pays
@@ -101,7 +104,8 @@ def test_what_fit_measures_is_the_variance_of_both():
         error = [density.estimate(data[:32], nfe=128, seed=s, control=name).log_prob.double() for s in range(8)]
         found[name] = float(torch.stack(error).var(0).mean())
         # 7 degrees of freedom at 32 samples: a standard error of 10 %, and as much for what the draws say.
-        assert 0.6 * found[name] < self_pilot._variance(density, name, samples, wanted) < 1.8 * found[name]
+        stated = float(self_pilot._variance(density, name, samples, wanted).mean())
+        assert 0.6 * found[name] < stated < 1.8 * found[name]
     assert found["self"] < 0.1 * found["reference"]
 
 
@@ -158,6 +162,30 @@ def test_measuring_stays_within_the_evaluations():
     density.fit(images(TARGET, 400), reference="isotropic", evaluations=6_000, progress=False)
     # Measuring memory asks for a few rows more; what is measured here takes 6,144.
     assert sum(asked) < 6_000 + 500
+
+
+def test_a_large_fit_leaves_evaluations_to_measure_it(monkeypatch):
+    """A calibration takes all that it is given: of 400,000 evaluations it left some hundreds, which measure nothing."""
+    given = []
+
+    def pilot(network, samples, kind, plan):
+        given.append(plan.evaluations)
+        return run_pilot(network, samples, kind, replace(plan, evaluations=2000))
+
+    monkeypatch.setattr(fastscore.density, "run_pilot", pilot)
+    make().fit(X, evaluations=400_000, progress=False)
+    make(noise="sobol").fit(X, evaluations=400_000, progress=False)
+    make().fit(X, evaluations=20_000, progress=False)
+    assert given == [400_000 - self_pilot.EVALUATIONS, 400_000, 20_000]
+
+
+def test_one_sample_far_off_does_not_decide(monkeypatch):
+    """Seven of eight samples have four times the variance, and one a hundredth of it, which is most of the mean."""
+    reference = torch.tensor([1.0] * 7 + [1000.0])
+    told = {"reference": reference, "self": reference * torch.tensor([4.0] * 7 + [0.01])}
+    monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: told[control])
+    density = make().fit(X, evaluations=20_000, progress=False)
+    assert not bool(density.nodes.own_pays)
 
 
 def test_an_estimate_keeps_its_control(tmp_path):

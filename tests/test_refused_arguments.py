@@ -9,7 +9,7 @@ from test_refusals import CALLS, Net, X, density
 from torch import nn
 
 import fastscore as fs
-from fastscore.process.schedules import settings_of
+from fastscore.process.settings import settings_of
 
 
 @pytest.mark.parametrize("value", [1.5, 16.0, "16", None, torch.tensor(1.5), 1j], ids=str)

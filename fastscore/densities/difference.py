@@ -31,7 +31,8 @@ from ..estimator.rules import GROUPS
 from ..estimator.samples import Samples
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
-from ..process.schedules import Schedule, settings_of
+from ..process.schedules import Schedule
+from ..process.settings import settings_of
 from ..reference.gaussians import Reference
 from ..support.modes import ordinary
 from ..support.untouched import undisturbed

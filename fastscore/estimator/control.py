@@ -52,6 +52,13 @@ def control_of(control: str, noise: str, nodes: FittedNodes, samples: Samples, w
 
 def why_reference(noise: str, nodes: FittedNodes, samples: Samples, wanted: Wanted) -> str | None:
     """Return the reason why "auto" is "reference", None where it is "self"; arguments as in `control_of`."""
+    if (reason := why_not_tried(noise, samples, wanted)) is None and not bool(nodes.own_pays):
+        return "fit measured that it leaves more variance on these data than the reference alone"
+    return reason
+
+
+def why_not_tried(noise: str, samples: Samples, wanted: Wanted) -> str | None:
+    """Return the reason why "auto" is "reference" whatever `fit` measures, None where `fit` decides."""
     if reason := why_not_self(wanted.method.name, wanted.nfe, samples.mask is not None):
         return f'"self" {reason}'
     d = samples.x.shape[1]
@@ -61,6 +68,4 @@ def why_reference(noise: str, nodes: FittedNodes, samples: Samples, wanted: Want
         return 'noise="sobol" was asked for, and draws that are fitted to each other have independent noise'
     if 2 * max(wanted.nfe, wanted.most) * d * samples.x.element_size() > MOST_BYTES:
         return f"residuals and noise of one sample may take more than {MOST_BYTES >> 20} MiB"
-    if not bool(nodes.own_pays):
-        return "fit measured that it leaves more variance on these data than the reference alone"
     return None

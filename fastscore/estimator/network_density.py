@@ -6,6 +6,7 @@ and people who make one should not find them there.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,6 @@ class NetworkDensity(Density):
     Attributes:
         model, schedule, predicts, noise, nfe, backend, time_dtype: as `ScoreDensity` takes them.
         reference: where estimates start from.
-        nodes: where in log-SNR to evaluate, and how error bars are calibrated.
         planner: keeps the plans of earlier calls.
         replays: keeps their graphs on a GPU.
     """
@@ -57,7 +57,6 @@ class NetworkDensity(Density):
     backend: str
     time_dtype: torch.dtype | None
     reference: Reference
-    nodes: FittedNodes
     planner: Planner
     replays: Replays
     _programs: Programs
@@ -74,6 +73,25 @@ class NetworkDensity(Density):
         return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     @property
+    def nodes(self) -> FittedNodes:
+        """Where to evaluate, over the range of the schedule as it is now.
+
+        Raises:
+            ValueError: if the schedule's ends have moved and are no range any more.
+        """
+        placed = self._modules["nodes"]
+        assert isinstance(placed, FittedNodes)
+        found = self._ends.follow(self.schedule, placed)
+        if found is not placed:
+            self._modules["nodes"] = found
+            self.planner.forget_reference()  # what was asked of it at other ends
+        return found
+
+    @nodes.setter
+    def nodes(self, nodes: FittedNodes) -> None:
+        self._modules["nodes"] = nodes
+
+    @property
     def log_snr_range(self) -> tuple[float, float]:
         """Range (lowest, highest) of the log-SNR that estimates integrate over; outside, the reference stands in."""
         return self.nodes.log_snr_range
@@ -82,6 +100,12 @@ class NetworkDensity(Density):
         """Return what an estimate is made of: the same objects mean the same network, read in the same way."""
         network = self.model, self.schedule, self.predicts, self.time_dtype, self.backend, self._programs
         return *network, self.reference, self.nodes
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What is loaded is written into the buffers, and another density, or its maker, may hold this reference too.
+        self.reference = copy.deepcopy(self.reference)
+        self.planner.forget_reference()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def wanted(
         self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = DENSITY.name
@@ -142,7 +166,6 @@ class NetworkDensity(Density):
             ValueError: as `estimate` for bad data.
         """
         samples = check_samples(x, sample_index, conds, self.model, mask)
-        self.nodes = self._ends.follow(self.schedule, self.nodes)
         self.reference = self.reference.on(samples.device)
         if isinstance(self.model, Constants):
             self.model.follow(samples.device)

@@ -188,8 +188,9 @@ class NodeDensity:
 class FittedNodes(FittedBuffers):
     """What `fit` leaves behind beside the reference, kept by `state_dict`.
 
-    That is the node density, the calibration of low-discrepancy noise, the reference's scales, and for references that
-    are fitted to each sample's own draws: the nodes, whether they begin with the fitted reference (`own_base`) or with
+    That is the node density, the calibration of low-discrepancy noise, the reference's scales, the range that the
+    schedule had for these (`home`; a pilot's nodes may have that of another candidate), and for references that are
+    fitted to each sample's own draws: the nodes, whether they begin with the fitted reference (`own_base`) or with
     the schedule's N(0, std^2), and whether they pay.
 
     Sums over a table take one Gaussian instead of a mixture, and what it leaves of the integrand lies elsewhere: nodes
@@ -206,6 +207,7 @@ class FittedNodes(FittedBuffers):
         gaussian: NodeDensity | None = None,
         own: NodeDensity | None = None,
         own_base: bool = True,
+        home: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         gaussian = nodes if gaussian is None else gaussian
@@ -220,6 +222,7 @@ class FittedNodes(FittedBuffers):
             self.register_buffer(f"gaussian_{name}", getattr(gaussian, name))
         self.register_buffer("calibration", calibration)
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
+        self.register_buffer("home", torch.tensor(home or (lo, hi), dtype=torch.float64, device="cpu"))
 
     def _apply(self, fn, recurse=True):
         return self

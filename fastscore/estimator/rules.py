@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from ..ops import noise
-from ..process.schedules import Schedule, settings_of
+from ..process.schedules import Schedule
+from ..process.settings import settings_of
 from ..support.host import whole
 from .allocation import Allocation
 from .methods import DENSITY, Method

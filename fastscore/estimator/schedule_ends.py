@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..process.schedules import SAME_END, Schedule, settings_of
+from ..process.schedules import SAME_END, Schedule
+from ..process.settings import settings_of
 from .nodes import FittedNodes
 
 Range = tuple[float, float]
@@ -21,6 +22,10 @@ class ScheduleEnds:
         self._place(nodes)
         self.settings = settings_of(schedule)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Settings hold functions and properties of a class, which no file takes; a copy asks for them anew.
+        return self.__dict__ | {"settings": None}
+
     def follow(self, schedule: Schedule, nodes: FittedNodes) -> FittedNodes:
         """Return the nodes, moved where the schedule's ends have moved since, and as they were where they are back.
 
@@ -35,7 +40,7 @@ class ScheduleEnds:
             self._place(nodes)
         elif now is not None and now == self.settings:
             return nodes
-        self.settings, ends = None, schedule.range_for(*self.placed.scales.tolist())
+        self.settings, ends = None, _range_of(schedule, self.placed)
         if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
             raise ValueError(
                 f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r}, "
@@ -49,7 +54,18 @@ class ScheduleEnds:
 
     def _place(self, nodes: FittedNodes) -> None:
         self.placed, self.edges = nodes, nodes.edges
-        self.range = self.home = nodes.log_snr_range
+        self.range = self.home = tuple(nodes.home.tolist())
+
+
+def _range_of(schedule: Schedule, nodes: FittedNodes) -> Range:
+    try:
+        return schedule.range_for(*nodes.scales.tolist())
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        ends = getattr(schedule, "time_range", None)
+        raise ValueError(
+            f"the ends of {type(schedule).__name__} must be numbers that its log-SNR is known at, got time_range "
+            f"{ends!r}, of which it says: {error}; set its time_range to (least noisy, noisiest)"
+        ) from error
 
 
 def _same(one: Range, other: Range) -> bool:

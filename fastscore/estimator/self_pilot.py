@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .control import why_reference
+from .control import why_not_tried
 from .estimator import Estimator
 from .methods import DENSITY
 from .network_density import NetworkDensity, network_of
@@ -26,8 +26,16 @@ Step = Callable[[str, int], None]
 BINS, SAMPLES, DRAWS = 32, 16, 128
 COMPARED = 8  # samples, whose stated variances by both controls are compared
 EVALUATIONS = 2 * (SAMPLES + COMPARED) * DRAWS
+LARGE = 8  # times these evaluations has a fit that leaves them
 # A reference is nearer to the data that it was fitted to than to others, and a few samples leave that much open.
 MOST_LOSS = 1.25
+
+
+def evaluations_of_own(noise: str, samples: Samples, wanted: Wanted, evaluations: int) -> int:
+    """Return how many of a fit's evaluations to leave to `pilot_of_own`, all of which a calibration may take else."""
+    if evaluations < LARGE * EVALUATIONS or why_not_tried(noise, samples, wanted._replace(nfe=DRAWS)):
+        return 0
+    return EVALUATIONS
 
 
 def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left: int, step: Step) -> None:
@@ -42,7 +50,7 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
         step: is told of those that were.
     """
     wanted = wanted._replace(nfe=DRAWS)
-    if left < EVALUATIONS or why_reference(density.noise, density.nodes, samples, wanted):
+    if left < EVALUATIONS or why_not_tried(density.noise, samples, wanted):
         return
     nodes, (lo, hi) = density.nodes, density.log_snr_range
     even = NodeDensity.uniform(lo, hi, BINS)
@@ -59,7 +67,9 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     nodes.own_base, nodes.own_share = torch.tensor(base, device="cpu"), best.half_uniform().share
     some = samples.select(_first(COMPARED, samples))
     reference, own = (_variance(density, control, some, wanted) for control in ("reference", "self"))
-    nodes.own_pays = torch.tensor(own < MOST_LOSS * reference, device="cpu")
+    # By the mean of logarithms: of a few samples one that is far off would decide for all.
+    loss = float((own / reference).log().mean().exp())
+    nodes.own_pays = torch.tensor(loss < MOST_LOSS, device="cpu")
     step("control", 2 * COMPARED * DRAWS)
 
 
@@ -81,9 +91,9 @@ def _deviation(density: NetworkDensity, samples: Samples, wanted: Wanted, edges:
     return (total / count.clamp(min=1)).sqrt()
 
 
-def _variance(density: NetworkDensity, control: str, samples: Samples, wanted: Wanted) -> float:
-    """Return the mean variance of log p by its draws, nats squared."""
+def _variance(density: NetworkDensity, control: str, samples: Samples, wanted: Wanted) -> Tensor:
+    """Return the variance of log p by its draws of each sample, nats squared."""
     wanted, reference = density._controlled(control, wanted, samples)
     plan, programs = density._plan(samples, wanted, reference=reference)
     estimator = Estimator(network_of(density), reference, density.nodes, programs, DENSITY)
-    return float(estimator.evaluate(samples, plan, lambda count: None).variance[1].mean())
+    return estimator.evaluate(samples, plan, lambda count: None).variance[1]

@@ -96,25 +96,6 @@ class Schedule:
         return f"{type(self).__name__}({fields})"
 
 
-def settings_of(schedule: Schedule) -> tuple | None:
-    """Return all that the answers of one of our own schedules come from, to be compared with those of another time.
-
-    None for a class of a user's, which may read anything, and where an attribute is neither a number nor a table.
-    """
-    kind = type(schedule)
-    if kind.__module__.partition(".")[0] != __package__.partition(".")[0]:
-        return None
-    found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
-    for name, value in vars(schedule).items():
-        if isinstance(value, Tensor) and not value.requires_grad and value.device.type == "cpu":
-            raw = value.contiguous().reshape(-1).view(torch.uint8)  # numpy does not know all dtypes
-            value = value.dtype, value.shape, raw.numpy().tobytes()
-        elif not all(type(each) in (int, float) for each in (value if type(value) is tuple else (value,))):
-            return None
-        found += [name, value]
-    return tuple(found)
-
-
 class LogSNR(Schedule):
     """The log-SNR itself as time, variance-preserving, trained on [lo, hi]."""
 
@@ -238,6 +219,10 @@ class EDM(_Exploding):
     def data_std(self) -> float:
         return self.sigma_data
 
+    @data_std.setter
+    def data_std(self, std: float) -> None:
+        self.sigma_data = std
+
     @property
     def time_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
@@ -319,7 +304,17 @@ class DDPM(Schedule):
                 f"{float(table[i + 1]):.6g} at timesteps {i}, {i + 1}; if the table starts at the noise, flip it"
             )
         self.table = torch.logit(table)  # log-SNR of each timestep, decreasing
-        self.time_range = (0, len(table) - 1)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return 0, len(self.table) - 1
+
+    @time_range.setter
+    def time_range(self, ends: tuple[float, float]) -> None:
+        raise ValueError(
+            f"the range of a table is all of its timesteps, 0 to {len(self.table) - 1}, got time_range {ends!r}; give "
+            "ContinuousDDPM(table) other ends if the network takes real times"
+        )
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> DDPM:

@@ -43,7 +43,7 @@ class ContinuousDDPM(Schedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         t = as_tensor(t).to(torch.float64)
-        last = self.time_range[1]
+        last = len(self.table) - 1
         if t.numel() and not bool(((t >= 0) & (t <= last)).all()):
             raise ValueError(f"{self!r} knows timesteps from 0 to {last}, got {float(t.min())} to {float(t.max())}")
         cell = t.detach().floor().clamp(max=last - 1).long()
@@ -62,7 +62,9 @@ class ContinuousDDPM(Schedule):
         return (cell + u).reshape(log_snr.shape).to(log_snr.device)
 
     def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
-        return float(self.table[-1]), float(self.table[0])  # as the table's own: the network knows no other
+        # As the table's own, or as its ends were set: the network knows no other.
+        noisy, clean = (float(self.log_snr(as_tensor(t))) for t in reversed(self.time_range))
+        return noisy, clean
 
     def _in_cell(self, cell: Tensor, u: Tensor) -> Tensor:
         """Return the cubic between entries cell and cell + 1 at a share u of the way."""
