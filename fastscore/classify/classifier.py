@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
 from ..estimator.network_density import network_of, prepare
 from ..estimator.nodes import FittedNodes, NodeDensity
@@ -42,11 +41,12 @@ from ..support.progress import progress_bar
 from ..support.structure import flatten
 from ..support.untouched import evaluation
 from .elimination import Classification, Rounds, round_sizes
+from .nodes import PILOT_BINS, PILOT_DRAWS, nodes_over, pilot_rules, range_of
 
 WEIGHTINGS = ("density", "uniform")
 BATCH = 256  # samples that go through all rounds together, if memory allows
 COPIES = 12  # float32 numbers that live at once for every term: the rounds, and float64 contrasts of the last
-PILOT_BINS, PILOT_DRAWS, PILOT_NFE = 24, 8, 32
+PILOT_NFE = 32
 # Share of the mean that every bin gets: other classes than the pilot's two differ elsewhere. 0.03 has a third more
 # error on the mixtures of the tests.
 FLOOR = 0.3
@@ -58,7 +58,7 @@ class DiffusionClassifier(nn.Module):
 
     Arguments:
         density: the network's density, of any kind; its reference is used, its nodes are not: those here are for
-            differences.
+            differences. Their range of log-SNR is that of the density at every call, by its schedule and its reference.
         classes: keyword arguments of the network that name the class, one row a class: `{"y": torch.arange(10)}`, or
             `{"text": embeddings}` of shape (C, tokens, width), also nested as conditions may be; what is the same for
             all classes goes into `fastscore.shared`.
@@ -66,7 +66,7 @@ class DiffusionClassifier(nn.Module):
 
     Raises:
         TypeError: if the density is none.
-        ValueError: for classes or a prior that do not fit.
+        ValueError: for classes or a prior that do not fit, or a range of log-SNR that does not go up.
 
     Example:
         >>> classifier = DiffusionClassifier(density, {"y": torch.arange(10)}).fit(train_data)
@@ -80,8 +80,7 @@ class DiffusionClassifier(nn.Module):
         self.classes = _check_classes(classes)
         count = len(next(iter(self.classes.per_sample.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
-        nodes = NodeDensity.pairs(*density.log_snr_range)
-        self.nodes = FittedNodes(nodes, uncalibrated())
+        self.nodes = FittedNodes(NodeDensity.pairs(*range_of(density.core)), uncalibrated())
 
     @takes_conditions
     @ordinary
@@ -122,13 +121,13 @@ class DiffusionClassifier(nn.Module):
         _, top = self.classify(x, nfe=PILOT_NFE, error=None, **options).topk(2)
         samples, _, chunks = self._prepare(x, PILOT_NFE, seed, None, memory, own, mask)
         pairs = torch.stack([torch.arange(2 * len(x), device=top.device) // 2, top.flatten()], 1)
-        spread = []
+        spread, log_snr_range = [], range_of(self.density.core)
         for paired in (False, True):
-            draws = Draws(_pilot_rules(self.density.core, paired, seed), "independent", seed)
+            draws = Draws(pilot_rules(self.density.core, log_snr_range, paired, seed), "independent", seed)
             f, _ = self._integrand(samples, pairs, draws, self.density.core.reference, chunks)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
-        edges = torch.linspace(*self.density.log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
+        edges = torch.linspace(*log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
         nodes = NodeDensity.from_spread(edges, *spread, FLOOR)
         self.nodes = FittedNodes(nodes, self.nodes.calibration)
         return self
@@ -175,7 +174,7 @@ class DiffusionClassifier(nn.Module):
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
         samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond, mask)
         sizes = [nfe] if error is None else round_sizes(nfe)
-        rules = [self._rules(size, weighting, seed, r) for r, size in enumerate(sizes)]
+        rules = self._rules(sizes, weighting, seed)
         plan = _Plan(
             rounds=[Draws(each, "independent", seed, r) for r, each in enumerate(rules)],
             level=None if error is None else error / (len(rules) * (len(self.log_prior) - 1)),
@@ -246,10 +245,13 @@ class DiffusionClassifier(nn.Module):
         samples, plan, _ = prepare(self.density.core, z, nfe, seed, index, memory, given, mask)
         return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
-    def _rules(self, nfe: int, weighting: str, seed: int, round_: int) -> Rules | FixedRules:
+    def _rules(self, sizes: list[int], weighting: str, seed: int) -> list[Rules | FixedRules]:
+        """Return the rules of all rounds, over the density's present range."""
+        schedule = self.density.schedule
         if weighting == "uniform":
-            return uniform_in_time(nfe, self.density.schedule)
-        return make_rules(self.nodes.density.without_curve(), nfe, self.density.schedule, seed=seed, round_=round_)
+            return [uniform_in_time(size, schedule) for size in sizes]
+        nodes = nodes_over(self.nodes.density.without_curve(), range_of(self.density.core))
+        return [make_rules(nodes, size, schedule, seed=seed, round_=r) for r, size in enumerate(sizes)]
 
     def _common(self, samples: Samples, log_det: Tensor, reference: Reference, weighting: str) -> Tensor:
         """Return what stands outside the sum and is the same for all classes, nats, float64, shape (B,)."""
@@ -268,12 +270,6 @@ class _Plan:
     level: float | None
     weighting: str
     chunks: Chunks
-
-
-def _pilot_rules(core: ScoreDensity, paired: bool, seed: int) -> Rules:
-    uniform = NodeDensity.pairs if paired else NodeDensity.uniform
-    draws = PILOT_BINS * PILOT_DRAWS
-    return make_rules(uniform(*core.log_snr_range), draws * (1 + paired), core.schedule, seed=seed)
 
 
 def _check_classes(classes: dict[str, object]) -> Conditions:
