@@ -134,14 +134,6 @@ def test_options_that_are_misspelt_do_not_go_to_the_network(name, message):
     fs.ScoreDensity(Spells(), fs.VP(), "eps").estimate(X, **{"nfe": 16, name: 1})
 
 
-def test_nodes_of_another_schedule_are_refused():
-    nodes = fs.AdaptiveNodes(fs.LogSNR(0.0, 1.0))
-    with pytest.raises(
-        ValueError, match=r"nodes cover log-SNR 0 to 1, the density's schedule -10 to 13.8; .*AdaptiveNodes"
-    ):
-        fs.density_loss(density(), X, seed=0, nodes=nodes)
-
-
 def test_an_error_that_was_not_reached_is_said():
     for most, spent in ((64, 64), (100, 64), (128, 128)):
         message = (

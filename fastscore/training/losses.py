@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..density import ScoreDensity
 from ..estimator.network_density import NetworkDensity
 from ..estimator.nodes import NodeDensity
 from ..estimator.protocol import Density, check_density
@@ -36,7 +35,6 @@ from ..support.modes import for_autograd, refuse_vmap
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
-MISSED = 0.1  # units of log-SNR at either end, which nodes may leave out
 
 
 @takes_conditions
@@ -55,7 +53,8 @@ def density_loss(
 ) -> Tensor:
     """Return an unbiased estimate of -log p(x) in nats: the mean over the batch, or one a sample.
 
-    Log-SNRs are stratified over batch and draws. Outside the schedule's range the integrand counts as the reference's.
+    Log-SNRs are stratified over batch and draws. Outside the density's range of log-SNR, which is the schedule's as far
+    as the data change there, the integrand counts as the reference's.
 
     Arguments:
         density: network, schedule, nodes and reference to train with; `Transformed` where x is not what it sees.
@@ -65,7 +64,8 @@ def density_loss(
         draws: noise levels per sample.
         antithetic: evaluate eps and -eps at every draw: two evaluations, of which the mean has less than half the
             variance, most of all where the data are clean.
-        nodes: where in log-SNR to draw instead of `density.nodes`; they learn from this call.
+        nodes: where in log-SNR to draw instead of `density.nodes`; they go over to the density's range if they have
+            another, and learn from this call.
         reduction: "mean", a scalar; or "none", shape (B,), each unbiased by itself.
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
@@ -84,10 +84,11 @@ def density_loss(
     z, log_det = check_density(density).to_network(x, mask)
     mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
-    spread = core.nodes.density if nodes is None else nodes.density  # read once, since a device has to be waited for
-    if nodes is not None:
-        _check_range(spread, core)
     samples = core.check(z, None, cond, mask=mask)
+    # After the check, which lets the density's nodes follow its schedule's ends.
+    if nodes is not None:
+        nodes.cover(*core.log_snr_range)
+    spread = core.nodes.density if nodes is None else nodes.density  # read once, since a device has to be waited for
     log_snr, difference, pull, log_q = _evaluate(core, samples, spread, seed, draws, 1 + antithetic)
     loss = torch.add((log_det - log_q).to(difference), difference.mean(0), alpha=0.5)
     if nodes is not None or not deferred(samples.device):
@@ -95,17 +96,6 @@ def density_loss(
     if nodes is not None:  # which learn nothing from what is refused
         nodes.observe(log_snr, pull.flatten())
     return loss.mean() if reduction == "mean" else loss
-
-
-def _check_range(nodes: NodeDensity, density: ScoreDensity) -> None:
-    """Raise ValueError where nodes leave out a part of the schedule: there the loss would have no gradient."""
-    lo, hi = density.schedule.log_snr_range
-    first, last = float(nodes.edges[0]), float(nodes.edges[-1])
-    if first > lo + MISSED or last < hi - MISSED:
-        raise ValueError(
-            f"nodes cover log-SNR {first:.3g} to {last:.3g}, the density's schedule {lo:.3g} to {hi:.3g}; make them "
-            "with fastscore.AdaptiveNodes(density.schedule)"
-        )
 
 
 def _check_finite(loss: Tensor, samples: Samples) -> None:

@@ -9,11 +9,13 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..estimator.nodes import NodeDensity
-from ..process.schedules import Schedule
+from ..process.schedules import SAME_END, Schedule
 from ..support.buffers import FittedBuffers
 
 BINS = 24
@@ -25,10 +27,11 @@ class AdaptiveNodes(FittedBuffers):
     """A density of training draws over log-SNR that follows the size of the gradient; part of `state_dict()`.
 
     It starts uniform over the schedule's range, and each `density_loss` given it draws from it and then updates it.
-    The loss stays unbiased: a call draws from what earlier calls have seen.
+    The loss stays unbiased: a call draws from what earlier calls have seen, over the range of log-SNR that its density
+    has by then. That is another one after `fit`, where the schedule is endless, and where the schedule's ends move.
 
     Arguments:
-        schedule: whose range to cover.
+        schedule: whose range to start from.
 
     Example:
         >>> nodes = AdaptiveNodes(density.schedule)
@@ -51,7 +54,37 @@ class AdaptiveNodes(FittedBuffers):
         moment = torch.where(known, moment, moment[known].mean() if bool(known.any()) else 1.0)
         root = moment.sqrt() + 1e-12
         share = (1 - FLOOR) * root / root.sum() + FLOOR / BINS
-        return NodeDensity(self.host("edges"), share, torch.zeros_like(known))
+        # A copy of the edges, which `cover` writes.
+        return NodeDensity(self.host("edges").clone(), share, torch.zeros_like(known))
+
+    @torch.no_grad()
+    def cover(self, lo: float, hi: float) -> None:
+        """Go over to another range of log-SNR with what is known of it; of what is new nothing is known.
+
+        A bin takes the mean square over what the old bins cover of it, and their draws by the part of them in it.
+
+        Arguments:
+            lo, hi: the lowest and the highest log-SNR.
+
+        Raises:
+            ValueError: if they are not finite, or lo is not below hi.
+        """
+        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+            raise ValueError(
+                f"the range of log-SNR must go up from the noisy end to the clean one, got {(lo, hi)}; set the "
+                "schedule's time_range to (least noisy, noisiest)"
+            )
+        old = self.host("edges")
+        if max(abs(lo - float(old[0])), abs(hi - float(old[-1]))) <= SAME_END:
+            return
+        new = torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu")
+        moment, seen = torch.stack([self.moment, self.seen]).cpu()
+        common = torch.minimum(new[1:, None], old[1:]) - torch.maximum(new[:-1, None], old[:-1])
+        common = common.clamp(min=0)  # width that a new bin, a row, shares with an old one, a column
+        known = common * (seen > 0)
+        self.moment.copy_(torch.where(known.any(1), known @ moment / known.sum(1), 1.0))
+        self.seen.copy_(common / old.diff() @ seen)
+        self.edges.copy_(new)
 
     @torch.no_grad()
     def observe(self, log_snr: Tensor, squares: Tensor) -> None:

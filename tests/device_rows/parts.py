@@ -51,7 +51,7 @@ def reference(on, name):
 
 
 @row("density_loss", "AdaptiveNodes", "AdaptiveNodes.density", "AdaptiveNodes.observe", "AdaptiveNodes.on",
-     "AdaptiveNodes.host", each=[f"reduction {r}" for r in losses.REDUCTIONS])  # fmt: skip
+     "AdaptiveNodes.host", "AdaptiveNodes.cover", each=[f"reduction {r}" for r in losses.REDUCTIONS])  # fmt: skip
 def training(on, name):
     made, adaptive = of(on), on(fs.AdaptiveNodes(fs.VP()))
     optimizer, found = torch.optim.AdamW(made.model.parameters(), 1e-2), []
@@ -64,6 +64,7 @@ def training(on, name):
         loss.sum().backward()
         optimizer.step()
         found.append(loss)
+    adaptive.cover(-5.0, 6.0)
     return found, adaptive.state_dict(), dict(made.model.named_parameters()), adaptive.host("edges").numpy().sum()
 
 
