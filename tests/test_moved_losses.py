@@ -124,12 +124,12 @@ def test_nodes_of_another_schedule_go_over_to_that_of_the_density():
 
 
 def test_what_was_seen_goes_over_by_the_common_width():
-    nodes = AdaptiveNodes(fs.LogSNR(-8.0, 16.0))
+    nodes = AdaptiveNodes(fs.LogSNR(-8.0, 4.0))
     nodes.moment.copy_(torch.arange(24.0))
     nodes.seen.copy_(torch.arange(24) % 3 != 0)  # one draw in a bin or none
-    nodes.cover(-2.0, 46.0)
-    assert torch.equal(nodes.edges, torch.linspace(-2.0, 46.0, 25, dtype=torch.float64))
-    # Bins [-2, 0), [0, 2), [2, 4) hold the old 6 and 7, 8 and 9, 10 and 11, of which 6 and 9 have seen nothing.
+    nodes.cover(-5.0, 19.0)
+    assert torch.equal(nodes.edges, torch.linspace(-5.0, 19.0, 25, dtype=torch.float64))
+    # Bins [-5, -4), [-4, -3), [-3, -2) hold the old 6 and 7, 8 and 9, 10 and 11, of which 6 and 9 have seen nothing.
     assert nodes.moment[:3].tolist() == [7.0, 8.0, 10.5]
     assert nodes.seen[:3].tolist() == [1.0, 1.0, 2.0]
     assert not nodes.seen[9:].any()
