@@ -66,7 +66,7 @@ class DiffusionClassifier(nn.Module):
 
     Raises:
         TypeError: if the density is none.
-        ValueError: for classes or a prior that do not fit, or a range of log-SNR that does not go up.
+        ValueError: for classes or a prior that do not fit.
 
     Example:
         >>> classifier = DiffusionClassifier(density, {"y": torch.arange(10)}).fit(train_data)
@@ -80,7 +80,7 @@ class DiffusionClassifier(nn.Module):
         self.classes = _check_classes(classes)
         count = len(next(iter(self.classes.per_sample.values())))
         self.register_buffer("log_prior", _check_prior(prior, count))
-        self.nodes = FittedNodes(NodeDensity.pairs(*range_of(density.core)), uncalibrated())
+        self.nodes = FittedNodes(NodeDensity.pairs(*density.log_snr_range), uncalibrated())
 
     @takes_conditions
     @ordinary
