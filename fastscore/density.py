@@ -291,9 +291,12 @@ class ScoreDensity(NetworkDensity):
         nodes = FittedNodes(self.nodes.density.half_uniform(), uncalibrated())
         wanted = self.wanted(nfe, seed, samples, memory)._replace(noise="independent")
         plan, programs = self._plan(samples, wanted, nodes)
-        found = Differences(samples, self.nodes.slowest_decay)
+        found = Differences(samples, (self.nodes.slowest_decay,) * 2)
         for part in plan.run(samples, programs, self.reference):
-            found.put(part, part.f, part.samples)
+            difference, *sides = part.f.unbind(1)
+            found.put(part, difference, part.samples)
+            for side, f in enumerate(sides):
+                found.put_ends(side, part, f, part.samples)
         return found.told()
 
     @takes_conditions

@@ -10,6 +10,7 @@ stands in for the other network, as it does in that density's own estimate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
 from ..estimator.comparison import Comparison, Differences
-from ..estimator.curve import ends
+from ..estimator.curve import FEWEST
 from ..estimator.network import Network
 from ..estimator.network_density import network_of
 from ..estimator.nodes import FittedNodes, NodeDensity
@@ -36,6 +37,7 @@ from ..process.settings import settings_of
 from ..reference.gaussians import Reference
 from ..support.modes import ordinary
 from ..support.untouched import undisturbed
+from ..support.warn import warn
 
 AT_ONCE = 1024  # samples, whose draws are kept until the second network has answered: 2 MB at 256 evaluations
 
@@ -68,7 +70,8 @@ def compare_densities(
         seed, sample_index, mask, memory, cond, named: as in `ScoreDensity.estimate`; conditions go to both networks.
 
     Returns:
-        `Comparison`, whose differences and errors are in nats.
+        `Comparison`, whose differences and errors are in nats. With fewer than four draws in the range of one density
+        its `truncation` is infinite, and a warning names the nfe that it takes.
 
     Raises:
         TypeError: if a or b is no density.
@@ -93,21 +96,21 @@ def compare_densities(
 
 def _compare(sides: list[_Side], nodes: FittedNodes, wanted: Wanted) -> Comparison:
     samples = sides[0].samples
-    noisy, clean = zip(*(side.core.nodes.slowest_decay for side in sides))
-    found = Differences(samples, (min(noisy), min(clean)))
-    at_ends = [samples.x.new_empty(len(samples), 2, 7, dtype=torch.float64) for _ in sides]
+    found = Differences(samples, tuple(side.core.nodes.slowest_decay for side in sides))
     for start in range(0, len(samples), AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
         some = [side.select(chosen) for side in sides]
         parts = list(some[0].run(nodes, wanted))
         for part in parts:
-            at_ends[0][start + part.samples] = some[0].at_ends(part)
+            found.put_ends(0, part, part.f, start + part.samples)
         first = torch.cat([part.f for part in parts])[torch.cat([part.samples for part in parts]).argsort()]
         for part in some[1].run(nodes, wanted):
-            at_ends[1][start + part.samples] = some[1].at_ends(part)
+            found.put_ends(1, part, part.f, start + part.samples)
             found.put(part, first[part.samples] - part.f, start + part.samples)
-    one_range = sides[0].core.log_snr_range == sides[1].core.log_snr_range
-    return found.told(sides[0].outside() - sides[1].outside(), None if one_range else torch.cat(at_ends, 1))
+    told = found.told(sides[0].outside() - sides[1].outside())
+    if bool(told.truncation_per_sample.isinf().any()):
+        _warn_of_few_draws(sides, nodes.density, wanted.nfe)
+    return told
 
 
 class _Side(NamedTuple):
@@ -146,10 +149,6 @@ class _Side(NamedTuple):
     def outside(self) -> Tensor:
         """Return what log p has beside the integral, (B,)."""
         return self.reference.log_prob(self.samples.x, self.samples.mask) - self.log_det
-
-    def at_ends(self, part: Part) -> Tensor:
-        """Return what the draws of some samples say of both ends of this density's range, (b, 2, 7)."""
-        return part.flat(ends(part.block(part.f), part.ends, self.core.nodes.slowest_decay))
 
     def run(self, nodes: FittedNodes, wanted: Wanted) -> Iterator[Part]:
         """Yield f of all draws; zero where the range of this density does not reach."""
@@ -210,6 +209,17 @@ def _share(nodes: NodeDensity, edges: Tensor) -> Tensor:
     k = (torch.searchsorted(nodes.edges, edges, right=True) - 1).clamp(0, len(nodes.share) - 1)
     part = ((edges - nodes.edges[k]) / nodes.edges.diff()[k]).clamp(0, 1)
     return (cumulative[k] + part * nodes.share[k]).diff()
+
+
+def _warn_of_few_draws(sides: list[_Side], nodes: NodeDensity, nfe: int) -> None:
+    ranges = [side.core.log_snr_range for side in sides]
+    shares = [float(_share(nodes, nodes.edges.new_tensor(each))) for each in ranges]
+    share, (lo, hi), name = min(zip(shares, ranges, "ab"))
+    warn(
+        f"with nfe={nfe} fewer than {FEWEST} draws of some samples lie in the range of log-SNR of {name}, {lo:.4g} to "
+        f"{hi:.4g}, and do not show what lies beyond it: their truncation is infinite; use nfe >= "
+        f"{2 * math.ceil(FEWEST / share)}"
+    )
 
 
 def _refuse_unlike(a: _Side, b: _Side) -> None:

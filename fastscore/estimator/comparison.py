@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +26,7 @@ class Comparison:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,).
         jump, group: as in `Estimate`.
-        ends: the difference of both integrands at the ends of their range, as in `Estimate`, shape (B, 2, 7); each
-            integrand at the ends of its own where they have two ranges, shape (B, 4, 7).
+        ends: each of the two integrands at the ends of its range, as in `Estimate`, shape (B, 4, 7).
 
     What lies beyond the ranges of log-SNR is the references' and in no error here; `truncation_per_sample` estimates
     it.
@@ -47,8 +47,19 @@ class Comparison:
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:
-        """An estimate, for each sample, of what lies outside of the ranges of log-SNR, nats, shape (B,)."""
-        return truncation(self.ends)
+        """An estimate, for each sample, of what lies outside of the ranges of log-SNR, nats, shape (B,).
+
+        It is the sum of what both integrands say, as in two estimates. What they have in common beyond the ranges
+        cancels in the difference, so that the sum errs on the large side; their difference inside shows no rate at
+        which it goes on. Infinite where a range holds fewer than four draws, of which `compare_densities` warns.
+        """
+        found = self.ends.new_zeros(len(self.ends))
+        for side in self.ends.split(2, 1):
+            known = side[..., 0].isfinite().all(1)
+            found[~known] = math.inf
+            if bool(known.any()):
+                found[known] += truncation(side[known])
+        return found
 
     @cached_property
     def truncation(self) -> float:
@@ -57,9 +68,11 @@ class Comparison:
 
     def __repr__(self) -> str:
         mean, error = self.mean()
+        known = math.isfinite(self.truncation)
+        beyond = f"largest truncation about {self.truncation:.2g}" if known else "truncation unknown with so few draws"
         return (
             f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} per sample, largest truncation about {self.truncation:.2g})"
+            f"stderr {float(self.stderr.mean()):.2g} per sample, {beyond})"
         )
 
 
@@ -68,23 +81,28 @@ class Differences:
 
     Arguments:
         samples: that are compared.
-        slowest: decay that is reckoned with at the noisy and at the clean end, see `FittedNodes.slowest_decay`.
+        slowest: decay that is reckoned with at the noisy and at the clean end of either, see
+            `FittedNodes.slowest_decay`.
     """
 
-    def __init__(self, samples: Samples, slowest: tuple[float, float]) -> None:
+    def __init__(self, samples: Samples, slowest: tuple[tuple[float, float], ...]) -> None:
         self.samples, self.slowest = samples, slowest
         self._sums = torch.empty(3, len(samples), dtype=torch.float64, device=samples.device)
-        self._ends = torch.empty(len(samples), 2, 7, dtype=torch.float64, device=samples.device)
+        self._ends = torch.empty(len(samples), 4, 7, dtype=torch.float64, device=samples.device)
 
     def put(self, part: Part, f: Tensor, chosen: Tensor) -> None:
         """Put in f of the one minus that of the other, (b, N), for the samples at some places."""
         block = part.block(f)
         numbers = draw_sum(block, part.rule), widened(*draw_variance(block, part.rule)), draw_jump(block, part.rule)
         self._sums[:, chosen] = torch.stack([part.flat(each) for each in numbers])
-        self._ends[chosen] = part.flat(ends(block, part.ends, self.slowest))
 
-    def told(self, outside: Tensor | float = 0.0, ends: Tensor | None = None) -> Comparison:
+    def put_ends(self, side: int, part: Part, f: Tensor, chosen: Tensor) -> None:
+        """Put in f of the first (0) or of the second (1) itself, (b, N), which says what lies beyond its range."""
+        found = ends(part.block(f), part.ends, self.slowest[side])
+        self._ends[chosen, 2 * side : 2 * side + 2] = part.flat(found)
+
+    def told(self, outside: Tensor | float = 0.0) -> Comparison:
         """Return the comparison, with what two log-densities differ by beside their integrals."""
         difference, variance, jump = self._sums
         told = torch.stack([difference + outside, (variance + shift_variance(jump)).sqrt()]).to(self.samples.x.dtype)
-        return Comparison(*told, jump, self.samples.group, self._ends if ends is None else ends)
+        return Comparison(*told, jump, self.samples.group, self._ends)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
+FEWEST = 4  # draws, in two stretches of two, that show a course
 NEAR = 1e-6  # units of log-SNR, by which rounding may put a draw beyond the range
 TABLE_BINS = 48
 SUMS = ("log_snr", "total", "squares")  # of a `CurveSum`
@@ -104,7 +105,10 @@ class EndTable(NamedTuple):
 
     @classmethod
     def of(cls, log_snr: Tensor, log_snr_range: tuple[float, float]) -> EndTable:
-        """Return the table of draws at these log-SNRs, ascending; those beyond the range say nothing of its ends."""
+        """Return the table of draws at these log-SNRs, ascending; those beyond the range say nothing of its ends.
+
+        It has NaN where fewer than four are in the range.
+        """
         lo, hi = log_snr_range
         total, within = len(log_snr), (log_snr > lo - NEAR) & (log_snr < hi + NEAR)
         skip, log_snr = int((log_snr <= lo - NEAR).sum()), log_snr[within]
@@ -112,7 +116,7 @@ class EndTable(NamedTuple):
         zeros = torch.zeros(2 * total - 1, 4, dtype=torch.float64, device="cpu")
         mean, spread = zeros.split([total, total - 1])
         at = torch.empty(2, 2, dtype=torch.float64, device="cpu")
-        if n < 2:
+        if n < FEWEST:
             return cls(mean.fill_(math.nan), spread, at.fill_(math.nan))
         for end, (first, away) in enumerate(((lo, log_snr), (-hi, -log_snr.flip(0)))):
             count = int((away < away[0] + END).sum().clamp(2, max(2, n // 4)))
@@ -120,8 +124,6 @@ class EndTable(NamedTuple):
             at[end] = torch.stack([inner - outer, outer - first])
             for k, start in ((2 * end, 0), (2 * end + 1, count)):
                 start = start if end == 0 else n - start - count
-                if start < 0:
-                    continue  # too few draws for two stretches
                 here = slice(skip + start, skip + start + count)
                 mean[here, k] = 1 / count
                 spread[here.start : here.stop - 1, k] = 1 / (2 * (count - 1) * count)

@@ -4,6 +4,9 @@ r"""The integrand of the density formula, minus its reference, at the draws of a
 
 with the same noised rows for both terms; a paired draw averages f over eps and -eps. With a mask, both norms are over
 the entries that count, and x_t = x elsewhere.
+
+Two conditions are told by three numbers a draw: the difference of the network's residuals under both, which is as
+accurate as the two are alike, and f under either, whose course says what lies beyond the range.
 """
 
 from __future__ import annotations
@@ -123,15 +126,16 @@ def cost_of_row(
         found = memory.footprint(lambda: (evaluate or draw_values)(network, one, keys, timed, reference))
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
     draw = tables + noise.POINT_BYTES * one.x.shape[1]
-    return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw)
+    sums = memory.SUM_BYTES * len(samples.conds)  # the difference of two conditions, and then one after the other
+    return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw, sums=sums)
 
 
 def all_values(
     network: Network, samples: Samples, keys: Tensor, each: Iterable[Rows], reference: Reference, draws: int
 ) -> Tensor:
-    """Return f of all draws, (b, N), of which `each` has some."""
+    """Return f of all draws, (b, N), or (b, 3, N) as `draw_values` does; `each` has some of them."""
     values = [chunk_values(network, samples, keys, rows, reference) for rows in each]
-    return values[0] if len(values) == 1 else torch.cat(values, 1)
+    return values[0] if len(values) == 1 else torch.cat(values, -1)
 
 
 def chunk_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
@@ -142,18 +146,23 @@ def chunk_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, r
 
 
 def draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
-    """Return f of shape (b, number of draws): the mean over each draw's rows."""
-    controls = (reference,) if len(samples.conds) == 1 else ()
+    """Return f of shape (b, number of draws): the mean over each draw's rows.
+
+    Under two conditions it is of shape (b, 3, number of draws): f of the first minus that of the second, in which the
+    reference cancels, and both.
+    """
     choice = choice_of(samples, rows, reference)
     rows = replace(rows, backends=(choice.backend,))
     if choice.fused:
         f = _fused(samples, keys, rows, reference)
     else:
-        errors, control = row_terms(network, samples, keys, rows, controls)
-        f = errors[0] - (control[0] if controls else errors[1])
+        errors, (control,) = row_terms(network, samples, keys, rows, (reference,))
+        own = [error - control for error in errors]
+        # The residuals themselves are subtracted: their difference is not rounded like numbers of the control's size.
+        f = own[0] if len(own) == 1 else torch.stack([errors[0] - errors[1], *own], 1)
     if len(rows.share) == rows.draws:
         return f
-    return f.new_zeros(len(f), rows.draws).index_add(1, rows.draw, f * rows.share)
+    return f.new_zeros(*f.shape[:-1], rows.draws).index_add(-1, rows.draw, f * rows.share)
 
 
 def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
@@ -187,6 +196,8 @@ def check_finite(f: Tensor, samples: Samples, rule: Rule) -> None:
     finite = torch.isfinite(f)
     if bool(finite.all()):
         return
+    if finite.dim() == 3:
+        finite = finite.all(1)
     b, s = (int(i) for i in (~finite).nonzero()[0])
     raise ValueError(
         f"the network returned NaN or inf for sample {int(samples.index[b])} at log-SNR {float(rule.log_snr[s]):.4g} "

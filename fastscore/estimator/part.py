@@ -46,7 +46,7 @@ class Part:
 
     Arguments:
         samples: which, int64, (b,).
-        f: of every draw, (b, N).
+        f: of every draw, (b, N), or (b, 3, N) of two conditions (`fastscore.estimator.integrand.draw_values`).
         rule: of the group that all of them belong to, or of several stacked.
         ends: what their draws say of both ends of the range, likewise.
         stack: where they are in a block of several groups; None for one.

@@ -82,8 +82,7 @@ class Plan:
 
         Arguments:
             programs: the network's row program under each condition of the samples, None where it has none.
-            reference: whose residual is subtracted. With two conditions f is the difference of the network's residuals
-                under both and the reference cancels.
+            reference: whose residual is subtracted.
             check: whether to wait for every chunk and look for NaN.
 
         Raises:

@@ -105,6 +105,7 @@ class RowCost(NamedTuple):
         draw: what is there of one draw for all samples.
         kept: of one draw of one sample, until the sample's last draw.
         work: what a sample's end takes beside that.
+        sums: of one draw of one sample, while it is summed.
     """
 
     row: int
@@ -112,6 +113,7 @@ class RowCost(NamedTuple):
     draw: int
     kept: int = 0
     work: int = 0
+    sums: int = SUM_BYTES
 
 
 def parse_bytes(memory: int | str) -> int:
@@ -178,11 +180,11 @@ def plan_chunks(
         ValueError: as `chunk_rows`; if the budget does not hold what is kept of one sample.
     """
     fixed = draws * (RULE_BYTES + bytes_of_noise + cost.kept) + cost.work
-    budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, SUM_BYTES * draws
+    budget, tables, sums = budget_bytes(memory, device) - fixed, draws * cost.draw, cost.sums * draws
     keep = 4 * tables <= budget
     groups = max(1, min(MOST_GROUPS, budget // max(1, 16 * tables))) if keep else 0
     samples = 1 if keep else max(1, min(SHARING_SAMPLES, budget // (3 * sums)))  # whose values wait to be summed
-    row = cost.row + cost.kept + SUM_BYTES + (0 if keep else cost.draw // samples)
+    row = cost.row + cost.kept + cost.sums + (0 if keep else cost.draw // samples)
     if cost.kept and budget < row:
         given = "the default budget" if memory is None else f"memory={memory!r}"
         raise ValueError(
