@@ -293,10 +293,7 @@ class ScoreDensity(NetworkDensity):
         plan, programs = self._plan(samples, wanted, nodes)
         found = Differences(samples, (self.nodes.slowest_decay,) * 2)
         for part in plan.run(samples, programs, self.reference):
-            difference, *sides = part.f.unbind(1)
-            found.put(part, difference, part.samples)
-            for side, f in enumerate(sides):
-                found.put_ends(side, part, f, part.samples)
+            found.put_conditions(part)
         return found.told()
 
     @takes_conditions
@@ -358,9 +355,8 @@ class ScoreDensity(NetworkDensity):
             warn_if_training(self.model)
             programs = network.find_programs(samples)
             wanted = self.wanted(None, seed, samples, memory)
-            plan = PilotPlan(
-                evaluations - evaluations_of_own(self.noise, samples, wanted, evaluations), seed, chunks, step
-            )
+            kept = evaluations_of_own(self.noise, samples, wanted, evaluations)
+            plan = PilotPlan(evaluations - kept, seed, chunks, step)
             fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))

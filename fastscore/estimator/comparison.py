@@ -101,6 +101,13 @@ class Differences:
         found = ends(part.block(f), part.ends, self.slowest[side])
         self._ends[chosen, 2 * side : 2 * side + 2] = part.flat(found)
 
+    def put_conditions(self, part: Part) -> None:
+        """Put in what two conditions gave: the difference of f and both, (b, 3, N)."""
+        difference, *sides = part.f.unbind(1)
+        self.put(part, difference, part.samples)
+        for side, f in enumerate(sides):
+            self.put_ends(side, part, f, part.samples)
+
     def told(self, outside: Tensor | float = 0.0) -> Comparison:
         """Return the comparison, with what two log-densities differ by beside their integrals."""
         difference, variance, jump = self._sums

@@ -63,8 +63,12 @@ class ContinuousDDPM(Schedule):
 
     def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
         # As the table's own, or as its ends were set: the network knows no other.
-        noisy, clean = (float(self.log_snr(as_tensor(t))) for t in reversed(self.time_range))
+        clean, noisy = (self._entry(t) for t in self.time_range)
         return noisy, clean
+
+    def _entry(self, t: float) -> float:
+        """Return the log-SNR at a time, to the bit that of the table's entry where it is one."""
+        return float(self.table[int(t)]) if t == int(t) else float(self.log_snr(as_tensor(t)))
 
     def _in_cell(self, cell: Tensor, u: Tensor) -> Tensor:
         """Return the cubic between entries cell and cell + 1 at a share u of the way."""
