@@ -64,7 +64,8 @@ def compare_densities(
 
     Arguments:
         a, b: `ScoreDensity`, `Transformed` or `ZeroMeanDensity` each, of the same data. Their schedules, predictions,
-            ranges, references and transforms may differ; for two tables of timesteps the tables must not.
+            ranges, references and transforms may differ; for two tables of timesteps the tables must not. It is enough
+            if one of them is fitted.
         x: data, floating point, shape (B, \*shape).
         nfe: network evaluations per sample of each density; that of `a` by default.
         seed, sample_index, mask, memory, cond, named: as in `ScoreDensity.estimate`; conditions go to both networks.
@@ -86,8 +87,9 @@ def compare_densities(
     with torch.no_grad(), undisturbed(a.model), undisturbed(b.model):
         sides = [_Side.of(density, x, sample_index, mask, cond) for density in (a, b)]
         _refuse_unlike(*sides)
-        if torch.equal(sides[0].samples.x, sides[1].samples.x):
-            sides[1] = sides[1]._replace(reference=sides[0].reference)  # which cancels then
+        if torch.equal(sides[0].samples.x, sides[1].samples.x):  # one reference for both cancels
+            known = next((side.reference for side in sides if side.reference.mean.shape[1] > 1), sides[0].reference)
+            sides = [side._replace(reference=known) for side in sides]
         nodes = common_nodes(*(side.core.nodes.density for side in sides))
         core = sides[0].core
         wanted = core.wanted(nfe, seed, sides[0].samples, memory)._replace(noise="independent")
