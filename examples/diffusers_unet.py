@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     x = LEVELS.dequantize(held_out, seed=args.seed)
     # For images, control="self" saves most of the evaluations, and needs no `fit` (docs/images.md).
     result = density.estimate(x, nfe=64, seed=args.seed, control="self")
-    bits = result.bits_per_dim(LEVELS.bins, LEVELS.low, LEVELS.high)
+    bits = result.bits_per_dim(LEVELS)
     per_nat = 1 / (result.dims * math.log(2))
     found = {
         "bits_per_dim": float(bits.mean()),

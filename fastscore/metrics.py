@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimator.bins import count_outside, log_width, warn_if_outside
+from .estimator.bins import HIGH, LOW, Bins, count_outside, in_numbers, log_width, warn_if_outside
 from .estimator.estimate import Estimate
 from .estimator.protocol import Density, check_density
 from .estimator.rules import GROUPS
@@ -173,8 +173,8 @@ class BitsPerDim(NegativeLogLikelihood):
 
     Arguments:
         density, nfe, seed, options: as in `NegativeLogLikelihood`.
-        bins, low, high: levels of discrete data and the ends of the dequantized data, in the user's space, as in
-            `Estimate.bits_per_dim`; data outside [low, high) are warned of.
+        bins, low, high: levels of discrete data and the ends of the dequantized data, in the user's space, or a
+            `fastscore.Levels` alone, as in `Estimate.bits_per_dim`; data outside [low, high) are warned of.
 
     Raises:
         ValueError: for fewer than 2 bins, or high <= low.
@@ -185,16 +185,16 @@ class BitsPerDim(NegativeLogLikelihood):
     def __init__(
         self,
         density: Density,
-        bins: int | None = None,
-        low: float = -1.0,
-        high: float = 1.0,
+        bins: Bins = None,
+        low: float = LOW,
+        high: float = HIGH,
         nfe: int | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(density, nfe, seed, **options)
         log_width(bins, low, high)  # raises
-        self.levels, self._told = (bins, low, high), bins is None
+        self.levels, self._told = in_numbers(bins, low, high), bins is None
 
     def _see(self, x: Tensor, mask: Tensor | None) -> None:
         """Warn, once, of data outside [low, high)."""

@@ -1,6 +1,7 @@
 """What an estimate says of its numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,3 +103,25 @@ def test_comparisons_and_captured_estimates_are_one_readable_line():
     own = f"stderr {float(found.stderr.mean()):.2g} per sample)"
     assert repr(found) == f"CapturedEstimate(3 samples, log_prob {float(found.log_prob.mean()):.4g} nats, {own}"
     assert "largest truncation about" in repr(density.estimate(x, nfe=16))
+
+
+def test_levels_bring_their_bins_and_ends():
+    # k/127.5 - 1 has levels 2/255 apart; uniform over [-1 - 1/255, 1 + 1/255) each has 8 bits exactly.
+    levels = fs.Levels(256)
+    found = estimate([-10 * math.log(2 + 2 / 255)] * 2)
+    assert found.bits_per_dim(levels).tolist() == pytest.approx([8, 8], rel=1e-6)  # log_prob is float32
+    assert found.bits_per_dim(levels).tolist() == found.bits_per_dim(256, levels.low, levels.high).tolist()
+    assert found.mean_bits_per_dim(levels)[0] == pytest.approx(8, rel=1e-6)
+    assert found.mean_bits_per_dim(levels, levels.low, levels.high) == found.mean_bits_per_dim(levels)
+    with pytest.raises(ValueError, match=r"\[-1\.00392, 1\.00392\), and besides low=0\.0, high=1\.0; .* leave low"):
+        found.bits_per_dim(levels, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("bins", [256, fs.Levels(256)])
+def test_bins_of_a_log_probability_are_refused(bins):
+    # 5.24 bits a dimension of discrete_log_prob were 12.24 with bins=256: the width of a level counted twice.
+    found = replace(estimate([-10 * 5.24 * math.log(2)] * 2), method="discrete_log_prob")
+    assert found.mean_bits_per_dim()[0] == pytest.approx(5.24, rel=1e-6)
+    for call in (found.bits_per_dim, found.mean_bits_per_dim):
+        with pytest.raises(ValueError, match=r"without bins, since .* got bins=.*256.*; call bits_per_dim\(\)"):
+            call(bins)

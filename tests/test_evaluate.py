@@ -93,8 +93,9 @@ def test_equals_one_estimate_of_all(tmp_path, case, dtype):
 
 
 def test_csv_equals_npz(tmp_path):
-    for suffix in ("npz", "csv"):
-        evaluate_dataset(density(), samples(), tmp_path / f"r.{suffix}", bins=256, low=-2.0, high=2.0, **OPTIONS)
+    levels = fs.Levels(256, -2 + 2 / 256, 2 - 2 / 256)  # dequantized in [-2, 2)
+    for suffix, of_bins in (("npz", {"bins": 256, "low": -2.0, "high": 2.0}), ("csv", {"bins": levels})):
+        evaluate_dataset(density(), samples(), tmp_path / f"r.{suffix}", **of_bins, **OPTIONS)
     header, *lines = (tmp_path / "r.csv").read_text().splitlines()
     table = dict(zip(header.split(","), np.array([line.split(",") for line in lines]).T))
     with np.load(tmp_path / "r.npz") as stored:

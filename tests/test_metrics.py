@@ -70,6 +70,9 @@ def test_bits_per_dim_is_that_of_the_estimate():
     assert float(found["bits_per_dim"]) == pytest.approx(float(bits.mean()), rel=1e-9)
     # What samples with the same nodes have in common adds to both errors; in two dimensions next to nothing.
     assert float(found["bits_per_dim_stderr"]) == pytest.approx(float(bits.std()) / 10, rel=1e-4)
+    by_levels = BitsPerDim(density(), fs.Levels(256, -2 + 2 / 256, 2 - 2 / 256), nfe=32)  # dequantized in [-2, 2)
+    by_levels.update(X)
+    assert by_levels.compute() == found
     own = float(whole.variance.sum().sqrt()) / 100 / whole.dims / math.log(2)
     assert float(found["bits_per_dim_estimate_stderr"]) == pytest.approx(own, rel=1e-3)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..estimator.bins import log_width
+from ..estimator.bins import HIGH, LOW, Bins, log_width
 from ..estimator.calibration import NORMAL_95
 from ..estimator.estimate import Estimate
 from ..estimator.rules import group_of
@@ -103,10 +103,11 @@ class BoundEstimate:
             each.check()
         return self
 
-    def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+    def bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> Tensor:
         """Return an upper bound of the bits per dimension of x, shape (B,); lower is better.
 
-        As `Estimate.bits_per_dim`: with `bins` that of discrete data, which were dequantized in [low, high).
+        As `Estimate.bits_per_dim`: with `bins` that of discrete data, which were dequantized in [low, high); a
+        `fastscore.Levels` in the place of `bins` brings its own ends.
         """
         return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
 

@@ -73,7 +73,7 @@ class LatentBound(nn.Module):
     Example:
         >>> density = from_diffusers(pipeline.unet, pipeline.scheduler)
         >>> bound = LatentBound(density, pipeline.vae).fit(train_images)
-        >>> bound.estimate(images, nfe=1024).bits_per_dim(bins=256)
+        >>> bound.estimate(images, nfe=1024).bits_per_dim(levels)
     """
 
     def __init__(self, density: Density, autoencoder: nn.Module, decoder_std: float | None = None) -> None:

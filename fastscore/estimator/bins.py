@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +15,60 @@ from ..support.warn import warn
 ROUNDED = 2.0**-23  # of the highest level's entries, at most, that are rounded up to its end in float32
 
 
-def log_width(bins: int | None, low: float, high: float) -> float:
+LOW, HIGH = -1.0, 1.0  # where nobody says otherwise
+
+
+class HasLevels(Protocol):
+    """What says by itself how many levels there are and where dequantized data end, as `fastscore.Levels` does."""
+
+    @property
+    def bins(self) -> int: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+
+Bins = int | HasLevels | None
+
+
+def in_numbers(bins: Bins, low: float, high: float) -> tuple[int | None, float, float]:
+    """Return the number of levels and the ends of the dequantized data, where `bins` may be what has all three.
+
+    Raises:
+        ValueError: for levels and ends that are not theirs.
+    """
+    if bins is None or not all(hasattr(bins, name) for name in ("bins", "low", "high")):
+        return bins, low, high
+    own = bins.low, bins.high
+    if (low, high) not in (own, (LOW, HIGH)):
+        raise ValueError(
+            f"bits_per_dim got the levels {bins}, whose dequantized data lie in [{own[0]:g}, {own[1]:g}), and besides "
+            f"low={low}, high={high}; expected the levels alone, so leave low and high out"
+        )
+    return bins.bins, *own
+
+
+def log_width(bins: Bins, low: float, high: float) -> float:
     """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
+    bins, low, high = in_numbers(bins, low, high)
     if bins is None:
         return 0.0
     if whole("bins", bins) < 2 or not high > low:
         raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
     return math.log((high - low) / bins)
+
+
+def refuse_of_a_probability(method: str, bins: Bins) -> None:
+    """Raise ValueError for the width of levels where they are counted in already."""
+    if method == "discrete_log_prob" and bins is not None:
+        raise ValueError(
+            "bits_per_dim of a result of discrete_log_prob must be called without bins, since log_prob is already the "
+            f"log-probability of the levels and not a density, got bins={bins}; call bits_per_dim() or "
+            "mean_bits_per_dim()"
+        )
 
 
 def count_outside(x: Tensor, mask: Tensor | None, low: float, high: float) -> Tensor:

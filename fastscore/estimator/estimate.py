@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..support.files import read_arrays, write_arrays
-from .bins import log_width
+from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
 from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
 from .rules import group_of
@@ -40,7 +40,7 @@ class Estimate:
         nfe: network evaluations spent on each sample, int64, shape (B,).
         curve_sum: what `log_snr_curve` is made of.
         dims: dimensions d of a sample; with a mask the number of entries that count in each, int64, shape (B,).
-        method: "density", "discrete" or "elbo".
+        method: "density", "discrete" or "elbo"; "discrete_log_prob" where log_prob is the log-probability of levels.
         noise: "sobol" or "independent".
         control: "reference", or "self" where every sample has one that is fitted to its own draws.
         seed, sample_index: of the noise of each sample, int64, shape (B,), on the CPU; seeds modulo 2^64. Samples of
@@ -197,27 +197,37 @@ class Estimate:
         found = {name: getattr(self, name) for name in IN_NUMPY} | {"truncation": self.truncation_per_sample}
         return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
 
-    def bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+    def bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> Tensor:
         r"""Return bits per dimension, shape (B,); lower is better.
 
         .. math:: -\big(\log p(x)/d + \log\Delta\big) / \log 2, \qquad \Delta = (high - low) / bins
+
+        `bins` is a number, or a `fastscore.Levels`, which brings its own low and high:
+
+            >>> result.bits_per_dim(levels)
 
         Discrete data with `bins` levels, dequantized by x = low + Delta (level + u), u uniform in [0, 1), has the
         log-probability log p(x) + d log Delta (in expectation over u, a lower bound): for 8-bit data in [-1, 1)
         Delta = 2/256. Without `bins` the data are continuous, Delta = 1, and the number is a differential entropy
         rate, which may be negative and depends on the units of x. With a mask d is each sample's own. Whether the
-        data lie in [low, high) is not known here: `evaluate_dataset` and `BitsPerDim` warn where they do not.
+        data lie in [low, high) is not known here: `evaluate_dataset` and `BitsPerDim` warn where they do not. A result
+        of `discrete_log_prob` is the log-probability already, and takes no bins.
+
+        Raises:
+            ValueError: for fewer than 2 bins, high <= low, ends that are not those of the levels, and for bins of a
+                result of `discrete_log_prob`.
         """
+        refuse_of_a_probability(self.method, bins)
         return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)
 
     def bits_per_dim_stderr(self) -> Tensor:
         """Return the standard error of `bits_per_dim`, shape (B,)."""
         return self.stderr / self.dims / math.log(2)
 
-    def mean_bits_per_dim(self, bins: int | None = None, low: float = -1.0, high: float = 1.0) -> tuple[float, float]:
+    def mean_bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> tuple[float, float]:
         """Return the batch mean of `bits_per_dim` and its standard error as an estimate of the data's, as papers do.
 
-        Arguments and bits are those of `bits_per_dim`, the error is that of `mean`.
+        Arguments, bits and errors raised are those of `bits_per_dim`; the standard error is that of `mean`.
         """
         self.check()
         in_bits = 1 / (self.dims * math.log(2))

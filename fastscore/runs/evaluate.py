@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..density import ScoreDensity
-from ..estimator.bins import log_width, warn_if_outside
+from ..estimator.bins import HIGH, LOW, Bins, in_numbers, log_width, warn_if_outside
 from ..estimator.estimate import Estimate, from_arrays
 from ..estimator.protocol import Density, check_density
 from ..process.network import model_device, model_dtype
@@ -58,9 +58,9 @@ def evaluate_dataset(
     fit: Array | None = None,
     fit_cond: dict[str, object] | None = None,
     fit_mask: Array | None = None,
-    bins: int | None = None,
-    low: float = -1.0,
-    high: float = 1.0,
+    bins: Bins = None,
+    low: float = LOW,
+    high: float = HIGH,
     indices: Sequence[int] | None = None,
     identity: dict[str, str] | None = None,
     restart: bool = False,
@@ -126,6 +126,7 @@ def evaluate_dataset(
     refuse_not_dense("fit data", fit)
     fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
     fitted_mask = _mask_of_fit(mask, data, fit_mask, fit)
+    bins, low, high = in_numbers(bins, low, high)
     log_width(bins, low, high)  # what is wrong with them is better said before the work than after it
     with run.locked() if ranks.first else nullcontext():
         options["memory"] = ranks.on_first(lambda: _budget(memory, device, run))
