@@ -42,7 +42,8 @@ def test_the_example_runs(capsys):
     assert found == pytest.approx(stated, abs=2e-4)  # printed with four digits
     assert re.sub(NUMBER, "", printed) == re.sub(NUMBER, "", PRINTED)
     assert ", ".join(f"{value:.3f}" for value in exact) in README.read_text()
-    assert float(names["loss"]) == pytest.approx(-float(target.log_prob(names["x"]).mean()), abs=1.0)
+    # One draw a sample: over seeds 0 to 4 the loss was up to 1.1 nats off; N(0, 1) in the place of p is 4.2 off.
+    assert float(names["loss"].detach()) == pytest.approx(-float(target.log_prob(names["x"].detach()).mean()), abs=2.0)
     assert bool(torch.isfinite(names["x"].grad).all())
     assert float(names["model"].gain.grad.abs()) > 0
 
