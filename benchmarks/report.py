@@ -74,7 +74,8 @@ def readme_kernels(kernels: list[dict], calls: list[dict]) -> str:
     return (
         "On an NVIDIA H200 (2026-11-28) one [kernel](docs/kernels.md) evaluates an MLP, with its noise and reference, "
         f"{worst:.3g} to {best:.3g} times\nas fast as torch.compile in one CUDA graph. A whole `estimate` of an "
-        f"earlier version took {call['compiled, ms']:.3g} ms, {call['of which the kernel, ms']:.2g} ms of them in the kernel."
+        f"earlier version took {call['compiled, ms']:.3g} ms, {call['of which the kernel, ms']:.2g} ms of them in the "
+        "kernel."
     )
 
 

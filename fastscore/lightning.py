@@ -1,6 +1,6 @@
 """A callback of Lightning that logs the density of validation data.
 
-Needs lightning (or pytorch-lightning): `pip install fastscore[lightning]`.
+Needs lightning (or pytorch-lightning): `pip install lightning torchmetrics`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer
     except ImportError as error:
         raise ImportError(
-            "fastscore.lightning needs the package lightning; install it with: pip install 'fastscore[lightning]'"
+            "fastscore.lightning needs the package lightning; install it with: pip install lightning"
         ) from error
 
 

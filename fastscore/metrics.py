@@ -12,7 +12,7 @@ The spread of the L_i contains both how samples differ and the noise of their es
 of the mean as one of the data's distribution, and never to be added to the second. The second alone is the error on
 these very samples: what another seed changes, and what more evaluations lower.
 
-Needs torchmetrics: `pip install fastscore[metrics]`.
+Needs torchmetrics: `pip install torchmetrics`.
 
 References:
     TorchMetrics (Detlefsen et al., 2022), https://doi.org/10.21105/joss.04101
@@ -41,7 +41,7 @@ try:
     from torchmetrics import Metric
 except ImportError as error:
     raise ImportError(
-        "fastscore.metrics needs the package torchmetrics; install it with: pip install 'fastscore[metrics]'"
+        "fastscore.metrics needs the package torchmetrics; install it with: pip install torchmetrics"
     ) from error
 
 

@@ -59,3 +59,10 @@ def test_every_page_is_in_the_table_of_contents():
     listed = [line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split("\n")]
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")} - {"index"}
     assert {line for line in listed if line and not line.startswith(":")} == pages
+
+
+def test_nobody_is_sent_to_a_package_that_is_not_this_one():
+    # PyPI has another project of this name, whose extras are other ones.
+    sources = [*(ROOT / "fastscore").rglob("*.py"), *(ROOT / "examples").glob("*.py"), *PAGES]
+    found = [path for path in sources if re.search(r"pip install .?fastscore", path.read_text())]
+    assert not found

@@ -30,7 +30,7 @@ from ..runs.ranks import OtherRankFailed, Ranks
 from .keywords import check_conditions
 from .loading import SCHEDULES, load_array, load_conditions, load_density, raised_as
 
-EXTRAS = (("torchdiffeq", "ode"), ("scikit-learn", "demo"), ("matplotlib", "plot"), ("safetensors", "safetensors"))
+EXTRAS = ("torchdiffeq", "scikit-learn", "matplotlib", "safetensors", "torchmetrics", "lightning")
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
 _NOTHING_COMPUTED = "interrupted before anything was computed"
 SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp:0.1,20; or a file of alphas_cumprod."
@@ -162,7 +162,7 @@ def demo(out: str, seed: int) -> None:
     """Train two small networks, evaluate their densities in three ways and draw them; takes about a minute."""
     missing = [package for package, module in DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
-        raise click.ClickException(f'the demo needs {", ".join(missing)}; pip install "fastscore[demo]"')
+        raise click.ClickException(f"the demo needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     from ..demo import run_demo
 
     run_demo(out, seed=seed)
@@ -254,8 +254,8 @@ def _measured() -> Lines:
 
 
 def _extras() -> Lines:
-    for package, extra in EXTRAS:
-        yield package, _version(package) or f'not installed; pip install "fastscore[{extra}]"'
+    for package in EXTRAS:
+        yield package, _version(package) or f"not installed; pip install {package}"
 
 
 _SECTIONS: dict[str, Callable[[], Lines]] = {

@@ -335,9 +335,7 @@ def _read_safetensors(path: str, key: str | None) -> Tensor:
     try:
         from safetensors import safe_open
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f'reading {path} needs the package safetensors; pip install "fastscore[safetensors]"'
-        ) from None
+        raise ModuleNotFoundError(f"reading {path} needs the package safetensors; pip install safetensors") from None
     with safe_open(path, framework="pt") as tensors:
         return tensors.get_tensor(_pick(path, list(tensors.keys()), key))
 

@@ -139,7 +139,7 @@ def probability_flow_log_prob(
 
     Raises:
         TypeError: if the density is none.
-        ImportError: for a solver of torchdiffeq without it; install fastscore[ode].
+        ImportError: for a solver of torchdiffeq without it; `pip install torchdiffeq`.
         ValueError: for an unknown trace or method, options that these do not read or lack, a table whose network does
             not answer between timesteps, a network whose answer has no graph or only a part of it, and where no sample
             has a number: all are NaN or inf, or do not settle.
@@ -283,6 +283,6 @@ def _torchdiffeq():
         from torchdiffeq import odeint
     except ImportError as problem:
         raise ImportError(
-            "a solver other than 'auto' and 'midpoint' needs torchdiffeq: pip install 'fastscore[ode]'"
+            "a solver other than 'auto' and 'midpoint' needs torchdiffeq: pip install torchdiffeq"
         ) from problem
     return odeint
