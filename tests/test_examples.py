@@ -181,6 +181,14 @@ def test_anomalies_are_ranked_as_the_page_says(tmp_path, capsys):
     assert error == pytest.approx(0.0195, rel=0.25)
 
 
+def test_anomalies_repeat_by_their_seed_alone(tmp_path, capsys):
+    example = load("anomalies", "sklearn", "PIL")
+    torch.manual_seed(1)
+    first = run(example, tmp_path, capsys)
+    torch.manual_seed(2)
+    assert run(example, tmp_path, capsys) == first
+
+
 def test_ppo_begins_at_ratio_one_and_earns_more(tmp_path, capsys):
     example = load("ppo_step")
     history, printed = run(example, tmp_path, capsys)
