@@ -80,8 +80,8 @@ def test_fit_counts_the_columns_that_a_mask_leaves_in_all_samples():
 @pytest.mark.parametrize(
     ("schedule", "std", "said"),
     [
-        (fs.VP(), 1e-5, "below the least noise of the schedule, 0.001: there log_prob is the fitted reference's"),
-        (fs.EDM(), 1e3, "above the most noise of the schedule, 80"),
+        (fs.VP(), 1e-5, "below the least noise of the schedule, 0.001, in 3 of 3 dimensions: there log_prob is the"),
+        (fs.EDM(), 1e3, "above the most noise of the schedule, 80, in 3 of 3 dimensions"),
         (fs.VE(0.01, 1.0), 0.5, None),
         (fs.Cosine(), 1e-5, None),  # which has no ends of its own
         (fs.EDM(), 0.01, None),
@@ -105,11 +105,13 @@ def test_fit_says_where_a_direction_across_the_dimensions_is_narrow():
         warnings.simplefilter("always")
         density.fit((BASE * torch.tensor([5e-5, 1.0, 1.0])) @ basis, evaluations=0, progress=False)
     assert [f"{w.message}"[:51] for w in found] == ["the data have a standard deviation of 5e-05, below "]
+    assert "0.001, in a direction across the 3 dimensions: there" in str(found[0].message)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         density.fit(BASE * torch.tensor([5e-5, 1.0, 1e4]), evaluations=0, progress=False)
     assert ["above the most" in str(w.message) for w in found] == [True, False]
-    assert "below the least" in str(found[1].message)
+    assert ", in 1 of 3 dimensions: there log_prob" in str(found[1].message)
+    assert ["discrete_log_prob of the levels" in str(w.message) for w in found] == [False, True]
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-5, 1e5])

@@ -37,16 +37,24 @@ def warn_if_out_of_range(x: Tensor, scales: tuple[float, float], log_snr_range: 
         scales: standard deviations of the data in their narrowest and their widest dimension.
     """
     (smallest, largest), (most, least) = scales, (math.exp(-end / 2) for end in log_snr_range)
-    across = narrowest_direction(x)
-    beyond = [(largest, f"above the most noise of the schedule, {most:.2g}")] * (largest > most)
+    across, d = narrowest_direction(x), x.shape[1]
+    spread, remedy = x.detach().double().std(0), "scale the data as they were in training"
+    if largest > most:
+        wide = max(int((spread > most).sum()), 1)  # the reference's widest is one of them
+        _warn_of_range(largest, "above the most noise", most, f"in {wide} of {d} dimensions", remedy)
     if smallest < least or across < least / FAR:
-        beyond.append((min(smallest, across), f"below the least noise of the schedule, {least:.2g}"))
-    for size, where in beyond:
-        warn(
-            f"the data have a standard deviation of {size:.2g}, {where}: there log_prob is the fitted reference's and "
-            "not the network's, with an error that neither stderr nor truncation shows; scale the data as they were in "
-            "training"
-        )
+        narrow = int((spread < least).sum())
+        where = f"in {narrow} of {d} dimensions" if narrow else f"in a direction across the {d} dimensions"
+        of_levels = ", or, where they are dequantized 8-bit levels, take fastscore.discrete_log_prob of the levels"
+        _warn_of_range(min(smallest, across), "below the least noise", least, where, remedy + of_levels)
+
+
+def _warn_of_range(size: float, how: str, noise: float, where: str, remedy: str) -> None:
+    warn(
+        f"the data have a standard deviation of {size:.2g}, {how} of the schedule, {noise:.2g}, {where}: there "
+        "log_prob is the fitted reference's and not the network's, with an error that neither stderr nor truncation "
+        f"shows; {remedy}"
+    )
 
 
 def warn_if_far(samples: Samples, reference: Reference) -> None:
