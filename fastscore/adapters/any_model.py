@@ -15,6 +15,7 @@ from ..estimator.protocol import Density
 from ..support.host import kind_of
 from .azula import from_azula
 from .bayesflow import from_bayesflow
+from .checks import refuse_what_is_read
 from .diffusers import from_diffusers
 from .diffusers_conventions import bare
 from .edm import from_edm
@@ -72,6 +73,7 @@ def from_model(x: object, *more: Any, **options: Any) -> Density:
     found = _by_package((x, *more)) or _by_interface(x, *more)
     if len(found) != 1:
         raise TypeError(_refusal((x, *more), found))
+    refuse_what_is_read(found[0], "from_model", options)
     return found[0](*_opened(x), *more, **options)
 
 

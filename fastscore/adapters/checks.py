@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 
 from torch import nn
@@ -14,18 +14,23 @@ from ..support.host import kind_of
 
 def adapter(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let an adapter refuse what `ScoreDensity` takes and the adapter itself says: network, schedule and prediction."""
-    said = {"model", "schedule", "predicts"} - inspect.signature(make).parameters.keys()
 
     @wraps(make)
     def made(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        for name in said & options.keys():
-            raise TypeError(
-                f"{name} is no option of {make.__name__}, which reads it off what else it is given; leave it out, or "
-                "build a fastscore.ScoreDensity with a schedule and predicts= of your own"
-            )
+        refuse_what_is_read(make, make.__name__, options)
         return make(*args, **options)
 
     return made
+
+
+def refuse_what_is_read(make: Callable[..., object], called: str, options: Mapping[str, object]) -> None:
+    """Raise TypeError for an option that an adapter reads off its objects, by the name of what the user called."""
+    said = {"model", "schedule", "predicts"} - inspect.signature(make).parameters.keys()
+    for name in sorted(said & options.keys()):
+        raise TypeError(
+            f"{name} is no option of {called}, which reads it off what else it is given; leave it out, or "
+            "build a fastscore.ScoreDensity with a schedule and predicts= of your own"
+        )
 
 
 def expect(holds: bool, what: str, got: object, expected: str, remedy: str) -> None:

@@ -27,8 +27,8 @@ from .clocks import OffsetFlow, SubVP
 
 # The estimator is that of one observation, and the product is normalized by the evidence, which nobody knows.
 SEVERAL = (
-    "log p(theta | x_1 .. x_N) is, up to a constant, the sum of from_sbi(estimator, x_i).log_prob(theta) over i "
-    "minus (N - 1) prior.log_prob(theta)"
+    "log p(theta | x_1 .. x_N) is, up to a constant, the sum over i of log_prob(theta) of the density for each x_i "
+    "alone, minus (N - 1) prior.log_prob(theta)"
 )
 
 
@@ -44,7 +44,10 @@ class SbiNet(Constants):
     def forward(self, theta_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         condition = self.x if condition is None else condition
         if condition is None:
-            raise ValueError("the estimator needs an observation; pass x= to from_sbi, or condition= to the call")
+            raise ValueError(
+                "the estimator needs an observation, got none; give it beside the estimator or posterior, as in "
+                "from_sbi(estimator, x) and from_model(posterior, x), or as condition= to the call"
+            )
         shape = tuple(self.estimator.condition_shape)
         if tuple(condition.shape) not in (shape, (1, *shape), (len(theta_t), *shape)):
             raise ValueError(
@@ -63,7 +66,8 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> T
     Arguments:
         estimator: VPScoreEstimator, SubVPScoreEstimator, VEScoreEstimator or FlowMatchingEstimator, what
             `NPSE(...).train()` and `FMPE(...).train()` return; or a posterior built from one.
-        x: the observation, shape of one simulation or (1, *shape). Without it every call needs `condition=`, of shape
+        x: the observation, shape of one simulation or (1, *shape); by default the posterior's `default_x`, where
+            `set_default_x` set one, as in sbi itself. Without either every call needs `condition=`, of shape
             (B, *shape): one observation a sample. Several observations of the same theta are no condition of the
             estimator; their posterior is known up to a constant, sum_i log p(theta | x_i) - (N - 1) log p(theta).
         options: of `ScoreDensity`. The reference is by default the Gaussian that sbi standardized with.
@@ -75,6 +79,9 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> T
         TypeError: if it is none of these estimators.
         ValueError: if x, or a call's condition, does not have the shape of one simulation (a sample).
     """
+    name = "x"
+    if x is None and (x := getattr(estimator, "default_x", None)) is not None:
+        name = "default_x of the posterior"
     estimator = getattr(estimator, "vector_field_estimator", estimator)
     expect_attributes(
         estimator,
@@ -89,7 +96,7 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> T
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         expect(
             got in (shape, (1, *shape)),
-            "x",
+            name,
             got,
             f"one observation of shape {shape}",
             SEVERAL,

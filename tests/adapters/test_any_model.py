@@ -61,7 +61,7 @@ def test_options_are_those_of_the_adapter_and_of_the_density():
 
     density = fs.from_model(e.Precond(e.Raw()), sigma_max=10.0, nfe=33)
     assert (density.schedule.sigma_max, density.nfe) == (10.0, 33)
-    with pytest.raises(TypeError, match="predicts is no option of from_edm, which reads it off"):
+    with pytest.raises(TypeError, match="predicts is no option of from_model, which reads it off"):
         fs.from_model(e.Precond(e.Raw()), predicts="eps")
 
 

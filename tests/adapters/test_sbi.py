@@ -6,7 +6,7 @@ from adapters.exact import TARGET, assert_exact, column, exact, noised, relative
 from analytic import Target
 from torch import nn
 
-from fastscore import as_distribution, per_sample
+from fastscore import as_distribution, from_model, per_sample
 from fastscore.adapters import from_sbi
 from fastscore.process.predictions import eps_from
 from fastscore.reference.fitting import fit_mixture
@@ -166,11 +166,11 @@ def test_observation_can_come_with_the_call():
     fixed = from_sbi(estimator, x[0], program=False).estimate(theta, nfe=32)
     given = from_sbi(estimator, program=False).estimate(theta, nfe=32, condition=x)
     assert torch.allclose(fixed.log_prob, given.log_prob, atol=1e-9)
-    with pytest.raises(ValueError, match=r"^the estimator needs an observation; pass x= to from_sbi, or condition="):
+    with pytest.raises(ValueError, match=r"observation, got none; .*from_model\(posterior, x\), or as condition="):
         from_sbi(estimator).estimate(theta)
 
 
-SEVERAL = r"is, up to a constant, the sum of from_sbi\(estimator, x_i\).log_prob\(theta\) over i minus \(N - 1\) prior"
+SEVERAL = r"is, up to a constant, the sum over i of log_prob\(theta\) of .* x_i alone, minus \(N - 1\) prior"
 
 
 def test_several_observations_are_refused_with_a_remedy_that_works():
@@ -202,6 +202,23 @@ def test_a_posterior_of_sbi_is_read_as_its_estimator():
     prior = torch.distributions.MultivariateNormal(torch.zeros(D), 100 * torch.eye(D))
     posterior = posteriors.VectorFieldPosterior(estimator, prior)
     assert from_sbi(posterior, torch.zeros(CONDITION)).density.model.estimator is estimator
+
+
+def test_a_posterior_brings_its_default_observation():
+    prior = torch.distributions.MultivariateNormal(torch.zeros(D), 100 * torch.eye(D))
+    posterior = posteriors.VectorFieldPosterior(build("vp").float(), prior)
+    theta, x = TARGET.sample(3, seed=1), torch.tensor([0.5, 0.1])
+    expected = from_sbi(posterior, x, program=False).estimate(theta, nfe=16).log_prob
+    with pytest.raises(ValueError, match="needs an observation, got none"):
+        from_model(posterior).estimate(theta, nfe=16)
+    posterior.set_default_x(x)
+    for make in (from_sbi, from_model):  # the same network, noise and nodes: equal to the bit
+        assert torch.equal(make(posterior, program=False).estimate(theta, nfe=16).log_prob, expected)
+    other = make(posterior, -x, program=False).estimate(theta, nfe=16).log_prob
+    assert float((other - expected).abs().min()) > 0.1
+    posterior.set_default_x(torch.zeros(5, CONDITION))
+    with pytest.raises(ValueError, match=r"^default_x of the posterior must be one observation .*, got \(5, 2\)"):
+        from_model(posterior)
 
 
 def test_a_batch_of_posteriors_as_one_distribution():
