@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from command_line import ARGUMENTS, N, evaluate, filled
 from steps import PYTHON
 from torch.export import Dim
 
 import fastscore as fs
+from fastscore.cli.commands import main
 
 
 @pytest.fixture
@@ -155,7 +157,9 @@ def test_fit(folder):
         (("zoo:Net", "wide.npy", *ARGUMENTS[2:]), r"the network does not take data of shape \(3,\) a sample"),
         (("zoo:Net", "data.npy"), "zoo:Net is a network; say with --schedule and --predicts how it was trained"),
         (("zoo:ready", *ARGUMENTS[1:]), "zoo:ready returns a ready ScoreDensity, which brings its own; drop"),
-        ((*ARGUMENTS, "--schedule", "quadratic"), "schedule must be one of ddpm-linear.*got 'quadratic'"),
+        ((*ARGUMENTS, "--schedule", "quadratic"), "schedule must be one of ddpm-linear.*got 'quadratic'$"),
+        ((*ARGUMENTS, "--schedule", "ddpm_linear:100"), "got 'ddpm_linear:100'; did you mean 'ddpm-linear'[?]"),
+        ((*ARGUMENTS, "--schedule", "squaredcos_cap_v2"), "; did you mean 'ddpm-cosine'[?]"),
         ((*ARGUMENTS, "--fit", "wide.npy"), r"fit data has samples of shape \(3,\), expected \(2,\) as in data"),
         ((*ARGUMENTS, "--nfe", 2), "nfe=2 leaves fewer than 4 draws"),
         ((*ARGUMENTS, "--target-stderr", -1), "target_stderr must be positive"),
@@ -244,3 +248,12 @@ def test_models_and_conditions_that_do_not_fit_get_one_sentence(folder, model, o
 class Plain(torch.nn.Module):
     def forward(self, x, t):
         return 0.5 * x
+
+
+def test_help_says_what_the_methods_are():
+    told = " ".join(CliRunner().invoke(main, ["evaluate", "--help"]).stdout.split())
+    for sentence in (
+        "density: the integral over",
+        "sum over the timesteps of a table, which has nothing to do with disc",
+    ):
+        assert sentence in told

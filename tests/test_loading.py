@@ -267,7 +267,11 @@ def test_density_from_a_factory(zoo):
         ("circus:Net", ValueError, "there is no module 'circus' for the model circus:Net; it must lie in .* or be"),
         ("zoo.cage:Net", ValueError, r"there is no module 'zoo\.cage'"),
         ("zoo:Lion", ValueError, "module 'zoo' has no 'Lion'; expected a function without arguments"),
-        ("zoo:number", ValueError, r"zoo:number must return a torch\.nn\.Module or a ScoreDensity, got int"),
+        (
+            "zoo:number",
+            ValueError,
+            r"zoo:number must return a torch\.nn\.Module, .* or what fastscore\.from_model .* got int",
+        ),
         ("zoo:fails", ValueError, r"raised KeyError: 'weights\.bin' \(.*zoo\.py, line \d+\)"),
         ("zoo:demands", ValueError, "zoo:demands needs the argument path, expected a function without any; write one"),
         ("zoo:value", ValueError, "zoo:value is a int, expected a function without arguments that returns the network"),

@@ -4,10 +4,12 @@ import inspect
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import fastscore as fs
-from fastscore.process.predictions import PREDICTIONS, what_it_must_say
+from fastscore.cli.commands import main
+from fastscore.process.predictions import PREDICTIONS, check_prediction, what_it_must_say
 
 TABLE = fs.DDPM.linear(10)
 CALLS = {
@@ -26,8 +28,29 @@ def test_a_call_without_it_is_told_what_it_means(function):
     assert str(told.value) == what_it_must_say()
     assert all(repr(name) in str(told.value) for name in PREDICTIONS)
     CALLS[function](predicts="v")
-    with pytest.raises(ValueError, match=r"predicts must be one of .*; got None"):
+    with pytest.raises(ValueError, match=r"predicts must be one of .*; got None$"):
         CALLS[function](predicts=None)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("epsilon", "'eps'"),
+        ("v_prediction", "'v'"),
+        ("sample", "'x0'"),
+        ("velocity", "'flow' (the velocity dx_t/dt) or 'v' (alpha eps - sigma x)"),
+        ("Score", "'score'"),
+        ("denoisr", "'denoiser'"),
+        ("energy", None),
+    ],
+)
+def test_other_words_for_a_prediction_are_known(word, meant):
+    known = f"predicts must be one of {', '.join(sorted(PREDICTIONS))}; got {word!r}"
+    with pytest.raises(ValueError, match=r"^predicts must be one of") as told:
+        check_prediction(word)
+    assert str(told.value) == known + (f"; did you mean {meant}?" if meant else "")
+    done = CliRunner().invoke(main, ["evaluate", "nets:build", "x.npy", "--out", "x.npz", "--predicts", word])
+    assert f"Error: Invalid value for '--predicts': {told.value}\n" in done.stderr
 
 
 def test_no_public_function_has_a_default():

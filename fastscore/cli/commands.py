@@ -24,7 +24,7 @@ from ..estimator.estimate import Estimate
 from ..estimator.methods import METHODS
 from ..ops import measured
 from ..ops.select import BACKENDS, native
-from ..process.predictions import PREDICTIONS
+from ..process.predictions import PREDICTIONS, check_prediction
 from ..runs.evaluate import Interrupted, evaluate_dataset
 from ..runs.ranks import OtherRankFailed, Ranks
 from .keywords import check_conditions
@@ -34,6 +34,22 @@ EXTRAS = ("torchdiffeq", "scikit-learn", "matplotlib", "safetensors", "torchmetr
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
 _NOTHING_COMPUTED = "interrupted before anything was computed"
 SCHEDULE_HELP = f"Forward process: {', '.join(SCHEDULES)}, with numbers as in vp:0.1,20; or a file of alphas_cumprod."
+
+
+METHOD_HELP = (
+    "density: the integral over noise levels; discrete: Li and Yan's sum over the timesteps of a table, which has "
+    "nothing to do with discrete data; elbo: the bound that DDPM sums over the same timesteps."
+)
+
+
+class _Prediction(click.Choice):
+    """A choice that knows other libraries' words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return check_prediction(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -68,7 +84,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.option("--out", required=True, metavar="FILE", help="Result, .npz or .csv.")
 @click.option("--schedule", metavar="NAME", help=SCHEDULE_HELP)
 @click.option(
-    "--predicts", type=click.Choice(list(PREDICTIONS)), help="What the network returns; needed where MODEL is one."
+    "--predicts", type=_Prediction(list(PREDICTIONS)), help="What the network returns; needed where MODEL is one."
 )
 @click.option("--nfe", type=click.IntRange(min=1), help="Network evaluations per sample.  [default: 256]")
 @click.option("--target-stderr", type=float, metavar="NATS", help="Go on until every standard error is below.")
@@ -80,7 +96,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.option("--fit-cond", multiple=True, metavar="NAME=FILE", help="Condition of the training data.")
 @click.option("--fit-mask", metavar="FILE", help="Mask of the training data.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Key of the noise.")
-@click.option("--method", type=click.Choice(list(METHODS)), default="density", show_default=True)
+@click.option("--method", type=click.Choice(list(METHODS)), default="density", show_default=True, help=METHOD_HELP)
 @click.option("--control", type=click.Choice(CONTROLS), default="auto", show_default=True, help="What is subtracted.")
 @click.option("--memory", metavar="BYTES", help="Budget for tensors, such as 512MB.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Samples in a saved block.")
@@ -106,10 +122,10 @@ def evaluate(
     """Write the log-density of every sample of DATA under MODEL to a file.
 
     MODEL is a .pt2 file of torch.export, or package.module:factory, a function without arguments that returns a
-    network, a ScoreDensity or a Transformed one. DATA is a .npy, .npz, .pt or .safetensors file of shape (N, *shape);
-    FILE:key chooses one of several arrays. Conditions are files of these kinds too, such as --cond y=labels.npy or
-    --cond y=data.npz:labels, with one entry a sample of the data; a.b is the entry b of the network's argument a. An
-    interrupted run goes on where it stopped when the same command runs again.
+    network, a density, or what fastscore.from_model opens, such as a pipeline of diffusers. DATA is a .npy, .npz, .pt
+    or .safetensors file of shape (N, *shape); FILE:key chooses one of several arrays. Conditions are files of these
+    kinds too, such as --cond y=labels.npy or --cond y=data.npz:labels, with one entry a sample of the data; a.b is the
+    entry b of the network's argument a. An interrupted run goes on where it stopped when the same command runs again.
 
     Several processes share the work under torchrun: torchrun --nproc-per-node 4 -m fastscore evaluate ...
     """

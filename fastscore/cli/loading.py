@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from ..adapters import from_model
 from ..density import ScoreDensity
 from ..estimator.protocol import Density
 from ..process.conditions import shared
 from ..process.predictions import what_it_must_say
 from ..process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from ..support.host import as_tensor
+from ..support.spelling import did_you_mean
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "ddpm-linear": DDPM.linear,
@@ -38,6 +40,19 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "flow": FlowMatching,
     "li-yan": LiYan,
     "log-snr": LogSNR,
+}
+
+# How other libraries call them.
+ELSEWHERE = {
+    "ddpm": "'ddpm-linear' or 'ddpm-cosine'",
+    "linear": "'ddpm-linear'",
+    "scaled-linear": "'ddpm-scaled-linear', that of Stable Diffusion",
+    "squaredcos-cap-v2": "'ddpm-cosine'",
+    "vpsde": "'vp'",
+    "vesde": "'ve'",
+    "flow-matching": "'flow'",
+    "rectified-flow": "'flow'",
+    "logsnr": "'log-snr'",
 }
 
 _ARRAY = re.compile(r"(?P<path>.+\.(?P<kind>npy|npz|pt|safetensors))(?::(?P<key>.+))?")
@@ -64,6 +79,7 @@ def parse_schedule(text: str) -> Schedule:
     if name not in SCHEDULES:
         raise ValueError(
             f"schedule must be one of {schedule_usage()}, or a .npy or .pt file with alphas_cumprod; got {text!r}"
+            + did_you_mean(name, SCHEDULES, ELSEWHERE)
         )
     wrong = f"schedule {name!r} takes {_usage(name)}, numbers separated by commas; got {text!r}"
     try:
@@ -170,7 +186,8 @@ def load_density(
     if schedule is None or predicts is None:
         raise ValueError(
             f"{spec} is a network; say with --schedule and --predicts how it was trained: "
-            f"{what_it_must_say('--predicts')}. Schedules: {schedule_usage()}"
+            f"{what_it_must_say('--predicts')}. Schedules: {schedule_usage()}. Where another library's "
+            "objects say both, the factory may return fastscore.from_model(...) of them instead"
         )
     process = parse_schedule(schedule)
     if time is not None and not time.is_floating_point and not process.discrete:
@@ -260,9 +277,20 @@ def _call_factory(spec: str) -> nn.Module:
         model = factory()
     except Exception as error:
         raise ValueError(f"{spec} was called without arguments and raised {raised_as(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} must return a torch.nn.Module or a ScoreDensity, got {type(model).__name__}")
-    return model
+    return model if isinstance(model, nn.Module) else _opened(spec, model)
+
+
+def _opened(spec: str, held: object) -> nn.Module:
+    """Return the density of what a factory returned that is no network, such as a pipeline of diffusers."""
+    try:
+        return from_model(held)
+    except TypeError:
+        raise ValueError(
+            f"{spec} must return a torch.nn.Module, a ScoreDensity or what fastscore.from_model opens, such as a "
+            f"pipeline of diffusers, got {type(held).__name__}"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{spec} returns what fastscore.from_model refuses: {error}") from error
 
 
 def _check_factory(spec: str, factory: object) -> None:

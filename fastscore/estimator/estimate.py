@@ -23,6 +23,7 @@ from .statistics import GroupSums
 PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends")
 IN_NUMPY = ("log_prob", "stderr", "variance", "nfe", "seed", "sample_index")
 WORDS = "method", "noise", "control"  # files of before had no control
+OF_A_DATA_SET = "sample_index", "log_prob", "stderr", "nfe"  # what `evaluate_dataset` writes
 IN_A_FILE = {*PER_SAMPLE, *WORDS[:2], *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "offset"}
 
 
@@ -128,7 +129,8 @@ class Estimate:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: for a file that `save` did not write, or that is damaged.
+            ValueError: for a file that `save` did not write, such as a result of `fastscore evaluate`, or that is
+                damaged.
         """
         try:
             arrays = read_arrays(Path(path))
@@ -136,6 +138,11 @@ class Estimate:
             raise
         except Exception as error:
             raise ValueError(f"{path} is no .npz file of Estimate.save, or damaged: {error}") from error
+        if set(OF_A_DATA_SET) <= set(arrays) and "variance" not in arrays:
+            raise ValueError(
+                f"{path} is a result of fastscore evaluate or evaluate_dataset, which holds one number a sample and "
+                "not all of an Estimate; read it with numpy.load"
+            )
         if missing := sorted(IN_A_FILE - set(arrays)):
             raise ValueError(f"{path} is no file of Estimate.save: it has no {', '.join(missing)}")
         return from_arrays(arrays)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..support.generic import Arguments, Result
+from ..support.spelling import did_you_mean
 from .schedules import Schedule
 
 
@@ -73,6 +74,21 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
+# How other libraries call them.
+ELSEWHERE = {
+    "epsilon": "'eps'",
+    "noise": "'eps'",
+    "pred-noise": "'eps'",
+    "v-prediction": "'v'",
+    "pred-v": "'v'",
+    "sample": "'x0'",
+    "x-start": "'x0'",
+    "pred-x0": "'x0'",
+    "velocity": "'flow' (the velocity dx_t/dt) or 'v' (alpha eps - sigma x)",
+    "flow-prediction": "'flow'",
+}
+
+
 def what_it_must_say(argument: str = "predicts") -> str:
     """Return the sentence for a call that does not say what its network returns."""
     known = ", ".join(f"{name!r} ({prediction.meaning})" for name, prediction in PREDICTIONS.items())
@@ -98,7 +114,8 @@ def must_say_what_it_predicts(function: Callable[Arguments, Result]) -> Callable
 def check_prediction(predicts: str) -> str:
     """Return the name if it is known; raise ValueError listing the valid names if not."""
     if predicts not in PREDICTIONS:
-        raise ValueError(f"predicts must be one of {', '.join(sorted(PREDICTIONS))}; got {predicts!r}")
+        meant = did_you_mean(predicts, PREDICTIONS, ELSEWHERE)
+        raise ValueError(f"predicts must be one of {', '.join(sorted(PREDICTIONS))}; got {predicts!r}{meant}")
     return predicts
 
 

@@ -1,6 +1,8 @@
 """`from_model` gives what the right adapter gives, and says in one sentence why it cannot."""
 
 import subprocess
+import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import fastscore as fs
 from fastscore import adapters
 from fastscore.adapters.any_model import INTERFACES, PACKAGES
+from fastscore.cli.loading import load_density
 
 CALLS = [call for _, call in ROWS if not call.startswith(("from_model", "from_flow_matching(velocity)"))]
 
@@ -46,6 +49,21 @@ def test_what_holds_a_network_is_opened():
     assert fs.from_model(f.solver.ODESolver(velocity)).model is fs.adapters.from_flow_matching(velocity).model
     wrapper = f.ModelWrapper(velocity)
     assert fs.from_model(wrapper).predicts == "flow"
+
+
+def test_a_factory_of_the_command_line_may_return_it(monkeypatch):
+    from adapters import test_diffusers as d
+
+    module, pipeline = types.ModuleType("held"), d.diffusers.DDPMPipeline(d.unet(), d.ddpm())
+    module.build = lambda: pipeline
+    monkeypatch.setitem(sys.modules, "held", module)
+    density, identity = load_density("held:build", None, None, torch.device("cpu"))
+    assert (density.model.model is pipeline.unet, density.predicts, identity) == (True, "eps", {"model": "held:build"})
+    pipeline.unet_too = d.unet()
+    with pytest.raises(
+        ValueError, match=r"held:build returns what fastscore\.from_model refuses: .* must hold one net"
+    ):
+        load_density("held:build", None, None, torch.device("cpu"))
 
 
 def test_wrappers_of_torch_are_looked_through():
