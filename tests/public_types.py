@@ -34,6 +34,7 @@ def of_estimates(found: fs.Estimate, path: Path) -> None:
     assert_type(found.mean(), tuple[float, float])
     assert_type(found.interval(0.9), tuple[Tensor, Tensor])
     assert_type(found.bits_per_dim(256), Tensor)
+    assert_type(found.mean_bits_per_dim(fs.Levels(256)), tuple[float, float])
     assert_type(found.log_snr_curve, fs.Curve)
     assert_type(found.truncation, float)
     found.save(path)

@@ -85,7 +85,7 @@ def warn_if_outside(counts: Tensor, bins: int, low: float, high: float) -> bool:
         warn(
             f"{outside} of {entries} entries of the data lie outside [low, high) = [{low:g}, {high:g}), where the "
             f"{bins} levels are, and bits per dimension are by these; give low= and high= (--low, --high) of the "
-            "dequantized data, which are levels.low and levels.high where levels.dequantize of a fastscore.Levels made "
-            "them"
+            "dequantized data, or, where levels.dequantize of a fastscore.Levels made them, bins=levels in place of "
+            "all three (levels.low and levels.high on the command line)"
         )
     return found
