@@ -19,8 +19,8 @@ class ScheduleEnds:
     """
 
     def __init__(self, schedule: Schedule, nodes: FittedNodes) -> None:
-        self._place(nodes)
         self.settings = settings_of(schedule)
+        self._place(nodes, _range_of(schedule, nodes))
 
     def __getstate__(self) -> dict[str, object]:
         # Settings hold functions and properties of a class, which no file takes; a copy asks for them anew.
@@ -36,8 +36,10 @@ class ScheduleEnds:
             ValueError: if the ends are not finite, or the noisy one is not below the clean one.
         """
         now = settings_of(schedule)
-        if nodes.edges is not self.edges:  # others were fitted, loaded or put in their place
-            self._place(nodes)
+        if nodes is not self.placed and nodes is not self.made:  # others were put in their place, for this schedule
+            self._place(nodes, _range_of(schedule, nodes))
+        elif nodes.edges is not self.edges:  # others were loaded into it, of whatever schedule
+            self._place(nodes, tuple(nodes.home.tolist()))
         elif now is not None and now == self.settings:
             return nodes
         self.settings, ends = None, _range_of(schedule, self.placed)
@@ -47,14 +49,14 @@ class ScheduleEnds:
                 "whose ends have moved since the density was made; set its time_range to (least noisy, noisiest)"
             )
         if not _same(ends, self.range):
-            nodes = self.placed if _same(ends, self.home) else self.placed.moved_to(*ends)
+            nodes = self.made = self.placed if _same(ends, self.home) else self.placed.moved_to(*ends)
             self.range, self.edges = ends, nodes.edges
         self.settings = now
         return nodes
 
-    def _place(self, nodes: FittedNodes) -> None:
-        self.placed, self.edges = nodes, nodes.edges
-        self.range = self.home = tuple(nodes.home.tolist())
+    def _place(self, nodes: FittedNodes, home: Range) -> None:
+        self.placed, self.made, self.edges = nodes, nodes, nodes.edges
+        self.range = self.home = home
 
 
 def _range_of(schedule: Schedule, nodes: FittedNodes) -> Range:
