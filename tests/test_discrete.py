@@ -203,3 +203,9 @@ def test_same_seed_same_bound_in_any_batch():
     assert float(one.log_prob) == pytest.approx(float(whole.log_prob[2]), rel=1e-5)
     with pytest.raises(ValueError, match=r"must be 0 .. 2, got 3 .. 3"):
         discrete_log_prob(density, torch.tensor([[3]]), levels)
+
+
+def test_a_method_is_refused():
+    density = fs.ScoreDensity(nn.Identity(), fs.VP(), "eps")
+    with pytest.raises(ValueError, match="discrete_log_prob is a method of its own, got method='elbo'; leave it out"):
+        fs.discrete_log_prob(density, torch.zeros(2, 3, dtype=torch.int64), fs.Levels(8), method="elbo")

@@ -165,6 +165,15 @@ def test_a_measured_decoder_std_is_the_best_constant():
     assert means[1] == max(means)
 
 
+def test_another_fit_measures_it_again_and_one_that_was_given_stays():
+    case, data = Case(), Case().sample(200)
+    made = case.made(decoder_std=None).fit(data, evaluations=200, progress=False)
+    first = made.decoder_std
+    made.fit(5 * data, evaluations=200, progress=False)
+    assert made.decoder_std == case.made(decoder_std=None).fit_decoder_std(5 * data).decoder_std > 1.5 * first
+    assert case.made(decoder_std=0.7).fit(data, evaluations=200, progress=False).decoder_std == 0.7
+
+
 def test_fit_fits_the_density_to_scaled_latents():
     config, shift, factor = CONFIGS["a shift"]
     case = Case(posterior=True, config=config, shift=shift, factor=factor)
@@ -224,6 +233,9 @@ def test_bits_and_words():
     mean, error = found.mean()
     assert mean == pytest.approx(float(found.log_prob.mean()))
     assert error == pytest.approx(float(found.log_prob.std()) / 20**0.5, rel=0.2)  # and a little by common nodes
+    in_bits = found.mean_bits_per_dim(fs.Levels(256))
+    assert in_bits[0] == pytest.approx(float(found.bits_per_dim(fs.Levels(256)).mean()), rel=1e-6)
+    assert in_bits[1] == pytest.approx(error / D / math.log(2), rel=1e-4)  # float32 values
 
 
 class Learning(nn.Module):
@@ -330,6 +342,8 @@ def test_wrong_arguments_are_refused():
         fs.LatentBound(cloud, case.autoencoder)
     with pytest.raises(ValueError, match="draws must be 2 at least, got 1"):
         case.made().estimate(X, nfe=64, draws=1)
+    with pytest.raises(ValueError, match="nfe must be at least 16, 4 evaluations for each of 4 draws, got 8"):
+        case.made().estimate(X, nfe=8)
     with pytest.raises(ValueError, match="x has NaN or inf in 3 of 3 samples"):
         case.made().estimate(X / 0, nfe=64)
     with pytest.raises(ValueError, match="x has NaN or inf in 3 of 3 samples"):

@@ -121,8 +121,16 @@ class BoundEstimate:
         As `Estimate.mean`. What samples with the same nodes have in common differs from draw to draw.
         """
         self.check()
-        jump = torch.stack([each.jump for each in self.latents]).mean(0) / math.sqrt(len(self.latents))
-        return GroupSums.of(self.log_prob, jump, group_of(self.sample_index)).told()
+        return GroupSums.of(self.log_prob, self._jump(), group_of(self.sample_index)).told()
+
+    def mean_bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> tuple[float, float]:
+        """Return the batch mean of `bits_per_dim` and its standard error, as `Estimate.mean_bits_per_dim`."""
+        self.check()
+        jump = self._jump() / (self.dims * math.log(2))
+        return GroupSums.of(self.bits_per_dim(bins, low, high), jump, group_of(self.sample_index)).told()
+
+    def _jump(self) -> Tensor:
+        return torch.stack([each.jump for each in self.latents]).mean(0) / math.sqrt(len(self.latents))
 
     def __repr__(self) -> str:
         mean, error = self.mean()

@@ -91,6 +91,9 @@ class Levels:
     ) -> Tensor:
         """Return v_k + Delta (u - 1/2), shape of k, with u keyed by (seed, sample index, element).
 
+        Give another seed in every step of a training, and one more for test data: by default the first sample of every
+        call has the same u, which a network may learn, and then takes what it knows of u for knowledge of the data.
+
         Arguments:
             k: levels, integer, shape (B, *shape).
             sample_index: int64, shape (B,); 0 .. B-1 by default.
@@ -136,6 +139,11 @@ def discrete_log_prob(
         ValueError: if k does not fit the levels, if the network's levels are not equidistant, and as
             `ScoreDensity.estimate` does.
     """
+    if "method" in options:
+        raise ValueError(
+            f"discrete_log_prob is a method of its own, got method={options['method']!r}; leave it out, or take "
+            "density.estimate(levels.dequantize(k), method=...)"
+        )
     if not isinstance(levels, Levels):
         raise ValueError(f"levels must be fastscore.Levels such as Levels(256), got {type(levels).__name__}")
     if check_density(density).subspace:

@@ -46,6 +46,7 @@ from ..support.untouched import undisturbed
 from .autoencoder import Rows, Scaling, check_autoencoder, decode, encode
 from .bound_estimate import BoundEstimate
 
+FEWEST = 4  # evaluations that show an error
 DRAWS = 4  # leave 64 of the 256 evaluations to each, with which images have a reference of their own (docs/images.md)
 
 
@@ -86,6 +87,7 @@ class LatentBound(nn.Module):
         self.density, self.autoencoder = density, check_autoencoder(autoencoder)
         self.scaling, self._rows = Scaling.of(autoencoder), Rows()
         self.decoder_std = decoder_std if decoder_std is None else positive("decoder_std", decoder_std, "units of x")
+        self._given = decoder_std is not None
 
     @takes_conditions
     @ordinary
@@ -125,7 +127,13 @@ class LatentBound(nn.Module):
         draws, std = whole("draws", draws), self._decoder_std()
         if draws < 2:
             raise ValueError(f"draws must be 2 at least, got {draws}; the spread of one draw shows no error")
-        nfe = whole("nfe", self.density.nfe if nfe is None else nfe) // draws
+        nfe = whole("nfe", self.density.nfe if nfe is None else nfe)
+        if nfe < FEWEST * draws:
+            raise ValueError(
+                f"nfe must be at least {FEWEST * draws}, {FEWEST} evaluations for each of {draws} draws, got {nfe}; "
+                "give more, or fewer draws"
+            )
+        nfe //= draws
         samples = check_samples(x, sample_index, (), self.autoencoder)
         refuse_not_finite(samples.x)
         warn_if_training(self.autoencoder)
@@ -170,7 +178,7 @@ class LatentBound(nn.Module):
         cond: dict[str, Any] | None = None,
         **named: Any,
     ) -> LatentBound:
-        """Fit the density to latents of data, and measure decoder_std on them if it is not given; return self.
+        """Fit the density to latents of data, measure decoder_std unless the bound was made with one, and return self.
 
         Arguments:
             data: training data, shape (N, *shape), N >= 20. All of them are encoded: some thousands do.
@@ -179,7 +187,7 @@ class LatentBound(nn.Module):
         Raises:
             ValueError: as `ScoreDensity.fit`, and as `estimate`.
         """
-        u, std = self._latents_of(data, seed, memory, measured=self.decoder_std is None)
+        u, std = self._latents_of(data, seed, memory, measured=not self._given)
         self.density.fit(
             u, reference=reference, evaluations=evaluations, seed=seed, memory=memory, progress=progress, cond=cond
         )

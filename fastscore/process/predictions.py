@@ -78,14 +78,12 @@ PREDICTIONS: dict[str, Prediction] = {
 ELSEWHERE = {
     "epsilon": "'eps'",
     "noise": "'eps'",
-    "pred-noise": "'eps'",
-    "v-prediction": "'v'",
-    "pred-v": "'v'",
     "sample": "'x0'",
+    "data": "'x0'",
+    "x": "'x0'",
     "x-start": "'x0'",
-    "pred-x0": "'x0'",
+    "xstart": "'x0'",
     "velocity": "'flow' (the velocity dx_t/dt) or 'v' (alpha eps - sigma x)",
-    "flow-prediction": "'flow'",
 }
 
 
@@ -113,7 +111,7 @@ def must_say_what_it_predicts(function: Callable[Arguments, Result]) -> Callable
 
 def check_prediction(predicts: str) -> str:
     """Return the name if it is known; raise ValueError listing the valid names if not."""
-    if predicts not in PREDICTIONS:
+    if not isinstance(predicts, str) or predicts not in PREDICTIONS:
         meant = did_you_mean(predicts, PREDICTIONS, ELSEWHERE)
         raise ValueError(f"predicts must be one of {', '.join(sorted(PREDICTIONS))}; got {predicts!r}{meant}")
     return predicts

@@ -157,7 +157,7 @@ class Halving(nn.Module):
 
 @row("LatentBound", "LatentBound.estimate", "LatentBound.fit", "LatentBound.fit_decoder_std", "BoundEstimate",
      "BoundEstimate.of", "BoundEstimate.check", "BoundEstimate.mean", "BoundEstimate.bits_per_dim",
-     "BoundEstimate.bits_per_dim_stderr", "BoundEstimate.truncation_per_sample",
+     "BoundEstimate.bits_per_dim_stderr", "BoundEstimate.truncation_per_sample", "BoundEstimate.mean_bits_per_dim",
      each=["decoder_std given", "fitted", "fitted to latents of the host's data"])  # fmt: skip
 def latents(on, name):
     made = fs.LatentBound(of(on), on(Halving()), 0.4 if "given" in name else None)
@@ -167,7 +167,7 @@ def latents(on, name):
         made.fit_decoder_std(data[:10])
     found = made.estimate(on(X), nfe=4 * NFE, memory="1MB", label=on(LABELS))
     terms = {name: getattr(found, name) for name in summary(found) if name != "latents"}
-    bits = found.bits_per_dim(bins=8), found.bits_per_dim_stderr()
+    bits = found.bits_per_dim(bins=8), found.bits_per_dim_stderr(), found.mean_bits_per_dim(8)
     return terms, [summary(each) for each in found.latents], found.check().mean(), bits, found.truncation_per_sample
 
 
