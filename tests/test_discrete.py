@@ -209,3 +209,9 @@ def test_a_method_is_refused():
     density = fs.ScoreDensity(nn.Identity(), fs.VP(), "eps")
     with pytest.raises(ValueError, match="discrete_log_prob is a method of its own, got method='elbo'; leave it out"):
         fs.discrete_log_prob(density, torch.zeros(2, 3, dtype=torch.int64), fs.Levels(8), method="elbo")
+
+
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (math.nan, 1.0), ("a", "b")])
+def test_levels_are_finite(ends):
+    with pytest.raises(ValueError, match=r"(first|last) of Levels must be a finite number, got"):
+        fs.Levels(256, *ends)

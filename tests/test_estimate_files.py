@@ -187,7 +187,7 @@ def test_other_files_are_refused_and_nothing_in_them_is_executed(tmp_path, capsy
         with pytest.raises(ValueError, match=r"is no \.npz file of Estimate\.save, or damaged"):
             fs.Estimate.load(path)
     np.savez(path, **arrays | {"log_prob": np.array([Bomb()] * 3)})
-    with pytest.raises(ValueError, match=r"is no \.npz file of Estimate\.save, or damaged: Object arrays cannot"):
+    with pytest.raises(ValueError, match=r"is no \.npz file of Estimate\.save, or damaged .ValueError.; a .csv"):
         fs.Estimate.load(path)
     np.savez(path, log_prob=np.zeros(3), stderr=np.zeros(3))
     with pytest.raises(ValueError, match=r"is no file of Estimate\.save: it has no curve_count, .*, variance"):

@@ -70,11 +70,16 @@ def from_model(x: object, *more: Any, **options: Any) -> Density:
         >>> from_model(pipeline).estimate(latents, encoder_hidden_states=text)
         >>> from_model(unet, scheduler), from_model(posterior, observation), from_model(edm_network)
     """
-    found = _by_package((x, *more)) or _by_interface(x, *more)
+    found = adapters_of(x, *more)
     if len(found) != 1:
         raise TypeError(_refusal((x, *more), found))
     refuse_what_is_read(found[0], "from_model", options)
     return found[0](*_opened(x), *more, **options)
+
+
+def adapters_of(x: object, *more: object) -> list[Adapter]:
+    """Return the adapters that know these objects, whatever they say of their details."""
+    return _by_package((x, *more)) or _by_interface(x, *more)
 
 
 def _opened(x: object) -> tuple[object, ...]:

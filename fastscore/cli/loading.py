@@ -21,6 +21,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..adapters import from_model
+from ..adapters.any_model import adapters_of
 from ..density import ScoreDensity
 from ..estimator.protocol import Density
 from ..process.conditions import shared
@@ -281,14 +282,15 @@ def _call_factory(spec: str) -> nn.Module:
 
 
 def _opened(spec: str, held: object) -> nn.Module:
-    """Return the density of what a factory returned that is no network, such as a pipeline of diffusers."""
-    try:
-        return from_model(held)
-    except TypeError:
+    """Return the density of what a factory returned that is no network: a pipeline, or (network, scheduler)."""
+    parts = held if isinstance(held, tuple) and held else (held,)
+    if not adapters_of(*parts):
         raise ValueError(
             f"{spec} must return a torch.nn.Module, a ScoreDensity or what fastscore.from_model opens, such as a "
             f"pipeline of diffusers, got {type(held).__name__}"
-        ) from None
+        )
+    try:
+        return from_model(*parts)
     except Exception as error:
         raise ValueError(f"{spec} returns what fastscore.from_model refuses: {error}") from error
 

@@ -40,7 +40,7 @@ from ..estimator.protocol import Density, check_density
 from ..estimator.resolution import clean_end_counted
 from ..ops import noise
 from ..process.masks import inside, mask_rows
-from ..support.host import whole
+from ..support.host import finite, whole
 
 PROBES = 4  # samples of levels that tell whether they are equidistant for the network
 
@@ -59,6 +59,7 @@ class Levels:
 
     def __post_init__(self) -> None:
         whole("bins", self.bins)
+        finite("first of Levels", self.first), finite("last of Levels", self.last)
         if self.bins < 2 or not self.last > self.first:
             raise ValueError(f"Levels needs bins >= 2 and last > first, got {self}")
 

@@ -137,7 +137,10 @@ class Estimate:
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is no .npz file of Estimate.save, or damaged: {error}") from error
+            raise ValueError(
+                f"{path} is no .npz file of Estimate.save, or damaged ({type(error).__name__}); a .csv or .npz result "
+                "of fastscore evaluate is read with numpy"
+            ) from error
         if set(OF_A_DATA_SET) <= set(arrays) and "variance" not in arrays:
             raise ValueError(
                 f"{path} is a result of fastscore evaluate or evaluate_dataset, which holds one number a sample and "

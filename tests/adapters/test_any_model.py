@@ -59,7 +59,12 @@ def test_a_factory_of_the_command_line_may_return_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "held", module)
     density, identity = load_density("held:build", None, None, torch.device("cpu"))
     assert (density.model.model is pipeline.unet, density.predicts, identity) == (True, "eps", {"model": "held:build"})
-    pipeline.unet_too = d.unet()
+    module.build = lambda: (pipeline.unet, pipeline.scheduler)
+    assert load_density("held:build", None, None, torch.device("cpu"))[0].model.model is pipeline.unet
+    module.build = lambda: (pipeline.unet, d.diffusers.IPNDMScheduler())
+    with pytest.raises(ValueError, match=r"held:build returns what fastscore\.from_model refuses: scheduler must be"):
+        load_density("held:build", None, None, torch.device("cpu"))
+    pipeline.unet_too, module.build = d.unet(), lambda: pipeline
     with pytest.raises(
         ValueError, match=r"held:build returns what fastscore\.from_model refuses: .* must hold one net"
     ):
