@@ -363,8 +363,8 @@ class ScoreDensity(NetworkDensity):
             self.reference = fitted.reference
             scales = fitted.reference.scales()
             home = self.schedule.range_for(*scales)
-            self.nodes = FittedNodes(fitted.nodes, fitted.calibration, scales, fitted.gaussian, home=home)
-            self._ends = ScheduleEnds(self.schedule, self.nodes)
+            nodes = FittedNodes(fitted.nodes, fitted.calibration, scales, fitted.gaussian, home=home)
+            self.nodes, self._ends = nodes, ScheduleEnds(self.schedule, nodes)
             self.planner.forget_reference()
             pilot_of_own(self, samples, wanted, left, step)
             bar.total = bar.n  # not all that was allowed had to be spent

@@ -43,12 +43,12 @@ class ScheduleEnds:
         elif now is not None and now == self.settings:
             return nodes
         self.settings, ends = None, _range_of(schedule, self.placed)
-        if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
-            raise ValueError(
-                f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r}, "
-                "whose ends have moved since the density was made; set its time_range to (least noisy, noisiest)"
-            )
         if not _same(ends, self.range):
+            if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
+                raise ValueError(
+                    f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r}, "
+                    "whose ends have moved since the density was made; set its time_range to (least noisy, noisiest)"
+                )
             nodes = self.made = self.placed if _same(ends, self.home) else self.placed.moved_to(*ends)
             self.range, self.edges = ends, nodes.edges
         self.settings = now
@@ -71,4 +71,4 @@ def _range_of(schedule: Schedule, nodes: FittedNodes) -> Range:
 
 
 def _same(one: Range, other: Range) -> bool:
-    return max(abs(a - b) for a, b in zip(one, other)) <= SAME_END
+    return all(abs(a - b) <= SAME_END for a, b in zip(one, other))  # False for NaN

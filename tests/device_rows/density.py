@@ -199,7 +199,7 @@ def fit_to_the_hosts_data_under_what_all_share(on, name):
 
 
 @row("ScoreDensity.with_reference", "ScoreDensity.check",
-     "ScoreDensity.log_snr_range", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
+     "ScoreDensity.log_snr_range", "ScoreDensity.nodes", "ScoreDensity.with_rounding", "ScoreDensity.calibration",
      "ScoreDensity.core", "ScoreDensity.to_network", "ScoreDensity.wanted")  # fmt: skip
 def with_reference_and_parts(on):
     made = of(on).with_reference(REFERENCES["mixture"]())

@@ -10,7 +10,8 @@ from .common import LABELS, NFE, REFERENCES, SCHEDULES, D, Net, X, of, random, r
 
 
 @row("Schedule", "Schedule.log_snr", "Schedule.time", "Schedule.scale", "Schedule.alpha_sigma", "Schedule.derivatives",
-     "Schedule.log_snr_range", "Schedule.range_for", "DDPM.entries", "EDM.time_range", "LogSNR.time_range",
+     "Schedule.log_snr_range", "Schedule.range_for", "DDPM.entries", "DDPM.time_range", "EDM.time_range",
+     "LogSNR.time_range",
      each=[f"schedule {name}" for name in SCHEDULES])  # fmt: skip
 def schedule(on, name):
     process = SCHEDULES[name.removeprefix("schedule ")]()
