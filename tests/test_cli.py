@@ -160,8 +160,8 @@ def test_fit(folder):
         ((*ARGUMENTS, "--schedule", "quadratic"), "schedule must be one of ddpm-linear.*got 'quadratic'$"),
         ((*ARGUMENTS, "--schedule", "ddpm_linear:100"), "got 'ddpm_linear:100'; did you mean 'ddpm-linear'[?]"),
         ((*ARGUMENTS, "--schedule", "squaredcos_cap_v2"), "; did you mean 'ddpm-cosine'[?]"),
-        ((*ARGUMENTS, "--schedule", "subvpsde"), "got 'subvpsde'\n"),  # another process than any
-        ((*ARGUMENTS, "--schedule", "flow-linear"), "got 'flow-linear'\n"),
+        ((*ARGUMENTS, "--schedule", "subvpsde"), "got 'subvpsde'$"),  # another process than any
+        ((*ARGUMENTS, "--schedule", "flow-linear"), "got 'flow-linear'$"),
         ((*ARGUMENTS, "--fit", "wide.npy"), r"fit data has samples of shape \(3,\), expected \(2,\) as in data"),
         ((*ARGUMENTS, "--nfe", 2), "nfe=2 leaves fewer than 4 draws"),
         ((*ARGUMENTS, "--target-stderr", -1), "target_stderr must be positive"),
