@@ -1,8 +1,8 @@
 """What scrambled Sobol points are worth after a fit, and that their error bars say so, in few dimensions above all.
 
-A single scramble can be as bad as no sequence at all. With the seed 20240816 the errors of 64 points in three dimensions
-were up to those of independent noise, where the sizes beside it had half of the variance, and the error bars, which
-follow a smooth course between their measurements, covered 88 %.
+A single scramble can be as bad as no sequence at all. With the seed 20240816 the errors of 64 points in three
+dimensions were up to those of independent noise, where the sizes beside it had half of the variance, and the error
+bars, which follow a smooth course between their measurements, covered 88 %.
 """
 
 from functools import lru_cache
