@@ -137,7 +137,7 @@ __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& 
     asm volatile("" : "+r"(column));  // or a loop of one turn would keep the samples' keys in registers all along
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, p.dimensions, sign);
+      const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, sign);
       ptx::store_shared(engine.scratch + 4096 * q + 2048 * i, eps);
     }
   }
