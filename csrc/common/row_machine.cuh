@@ -25,33 +25,35 @@ namespace fastscore {
 
 // Normalize the first `width` columns of every row: (h - mean) / sqrt(var + epsilon), biased variance, in two passes
 // because squares cancel. The padding beyond `width` becomes zero.
+//
+// Sums of a row are added four side by side: the compiler keeps the order of float additions, and one chain of them
+// would wait four cycles for each. (Four sums kept apart all along would spill at width 512 in the first pass.)
 template <bool Padded, class Engine>
 __device__ __forceinline__ void layer_norm(Engine& engine, float (&h)[Engine::kHidden / 2], int width, float epsilon) {
   constexpr int kGroups = Engine::kHidden / 16;
   const float scale = 1.0f / static_cast<float>(width);
   auto inside = [&](int q, int i) { return !Padded || engine.column + 16 * q + i < width; };
+  auto of = [&](int q, int row, int i) { return inside(q, i) ? h[element(q, row, i)] : 0.0f; };
   float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
-    for (int i = 0; i < 4; ++i) {
-      if (!inside(q, i)) continue;
-      sum.x += h[element(q, 0, i)];
-      sum.y += h[element(q, 1, i)];
-    }
+    sum.x += (of(q, 0, 0) + of(q, 0, 1)) + (of(q, 0, 2) + of(q, 0, 3));
+    sum.y += (of(q, 1, 0) + of(q, 1, 1)) + (of(q, 1, 2) + of(q, 1, 3));
   }
   const float2 mean = engine.row_sum(sum);
-  float2 square = make_float2(0.0f, 0.0f);
+  float square[2][4] = {};
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
     for (int i = 0; i < 4; ++i) {
       float &z0 = h[element(q, 0, i)], &z1 = h[element(q, 1, i)];
       z0 = inside(q, i) ? fmaf(-scale, mean.x, z0) : 0.0f;
       z1 = inside(q, i) ? fmaf(-scale, mean.y, z1) : 0.0f;
-      square.x = fmaf(z0, z0, square.x);
-      square.y = fmaf(z1, z1, square.y);
+      square[0][i] = fmaf(z0, z0, square[0][i]);
+      square[1][i] = fmaf(z1, z1, square[1][i]);
     }
   }
-  const float2 total = engine.row_sum(square);
+  const float2 total = engine.row_sum(make_float2((square[0][0] + square[0][1]) + (square[0][2] + square[0][3]),
+                                                  (square[1][0] + square[1][1]) + (square[1][2] + square[1][3])));
   const float r0 = ptx::rsqrt_approx(fmaf(total.x, scale, epsilon));
   const float r1 = ptx::rsqrt_approx(fmaf(total.y, scale, epsilon));
 #pragma unroll
