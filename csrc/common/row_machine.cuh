@@ -162,31 +162,37 @@ struct Data {
   }
 };
 
-// The operand of the first product: x_t, scaled and shifted.
+// The operand of the first product: x_t, scaled and shifted. What is absent is decided once a row.
 template <int D, class Engine>
 __device__ __forceinline__ void make_x_t(uint32_t (&a)[Engine::kData / 4], const Engine& engine,
                                          const Vectors& vectors) {
   const DensityMlp& p = vectors.p;
   const Row row(p.rows, vectors.row);
+  auto fill = [&](auto&& prepare) {
 #pragma unroll
-  for (int q = 0; q < Engine::kData / 16; ++q) {
+    for (int q = 0; q < Engine::kData / 16; ++q) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float4 x_t = Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma);
-      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
-      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
-      a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
-      a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
+      for (int i = 0; i < 2; ++i) {
+        const float4 x_t = prepare(q, Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma));
+        a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
+        a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
+      }
     }
-  }
+  };
+  if (p.pre_scale < 0 && p.pre_shift < 0) return fill([](int, const float4& x_t) { return x_t; });
+  fill([&](int q, float4 x_t) {
+    if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
+    if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
+    return x_t;
+  });
 }
 
-// The thread's share of c^2 ||a eps + b x - prediction||^2 - ||keep eps - pull x + offset||^2 in both its rows.
-template <int D, class Engine>
+// The thread's share of c^2 ||a eps + b x - prediction||^2 - ||keep eps - pull x + offset||^2 in both its rows, where
+// `finish(q, found, data)` scales and shifts four columns of the network's output.
+template <int D, class Engine, class F>
 __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kData / 2], const Engine& engine,
-                                          const Vectors& vectors) {
+                                          const Vectors& vectors, const Row& row, bool controlled, F&& finish) {
   const DensityMlp& p = vectors.p;
-  const Row row(p.rows, vectors.row);
   float error[2] = {0.0f, 0.0f}, control[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int q = 0; q < Engine::kData / 16; ++q) {
@@ -194,14 +200,8 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Data data = Data::load<D>(engine, vectors, q, i);
-      float4 found = get(prediction, q, i);
-      if (p.post_scale >= 0) found = product(found, vectors.load(p.post_scale, column));
-      if (p.post_shift >= 0) found = sum(found, vectors.load(p.post_shift, column));
-      if (p.post_skip >= 0) {
-        found = sum(found, product(data.combine(row.alpha, row.sigma), vectors.load(p.post_skip, column)));
-      }
-      error[i] += squared_distance(data.combine(row.b, row.a), found);
-      if (p.keep >= 0) {
+      error[i] += squared_distance(data.combine(row.b, row.a), finish(q, get(prediction, q, i), data));
+      if (controlled) {
         const float4 pulled = product(vectors.load(p.pull, column), data.x);
         const float4 kept = product(vectors.load(p.keep, column), data.eps);
         control[i] += squared_distance(sum(kept, vectors.load(p.offset, column)), pulled);
@@ -210,6 +210,27 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
   }
   const float weight = row.c * row.c;
   return make_float2(fmaf(weight, error[0], -control[0]), fmaf(weight, error[1], -control[1]));
+}
+
+// The same with the operands that a network has: most have a shift and a reference, which are decided once a row, but
+// at width 512, where the second copy of the code would spill.
+template <int D, class Engine>
+__device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kData / 2], const Engine& engine,
+                                          const Vectors& vectors) {
+  const DensityMlp& p = vectors.p;
+  const Row row(p.rows, vectors.row);
+  auto operand = [&](Operand o, int q) { return vectors.load(o, engine.data_column + 16 * q); };
+  const bool usual = p.post_scale < 0 && p.post_shift >= 0 && p.post_skip < 0 && p.keep >= 0;
+  if (Engine::kWidth < 512 && usual) {
+    return compare<D>(prediction, engine, vectors, row, true,
+                      [&](int q, const float4& found, const Data&) { return sum(found, operand(p.post_shift, q)); });
+  }
+  return compare<D>(prediction, engine, vectors, row, p.keep >= 0, [&](int q, float4 found, const Data& data) {
+    if (p.post_scale >= 0) found = product(found, operand(p.post_scale, q));
+    if (p.post_shift >= 0) found = sum(found, operand(p.post_shift, q));
+    if (p.post_skip >= 0) found = sum(found, product(data.combine(row.alpha, row.sigma), operand(p.post_skip, q)));
+    return found;
+  });
 }
 
 // f of the thread's two rows of the tile: its share, before `row_sum`.
