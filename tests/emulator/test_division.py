@@ -1,4 +1,4 @@
-"""How a launch divides samples and rows over a GPU: by the clusters that it runs at once, not by its multiprocessors."""
+"""How a launch divides samples and rows over a GPU: by the clusters that run at once, not by multiprocessors."""
 
 import ctypes
 import itertools
