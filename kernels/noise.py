@@ -37,11 +37,19 @@ def _sqrt(x):
 
 
 @triton.jit
+def _one_minus_square(v):
+    if _HARDWARE:
+        return tl.fma(-v, v, 1.0)
+    else:
+        return (1.0 - v) * (1.0 + v)  # the interpreter's fma rounds twice before Triton 3.9
+
+
+@triton.jit
 def normal(w):
     """Map int32 words to standard normals, float32; |eps| <= 5.42."""
     u = tl.fma(w.to(tl.float32), 4.656612873077393e-10, 2.3283064365386963e-10)
     v = tl.minimum(tl.abs(u), _LARGEST)
-    s = _sqrt(-_log2(tl.fma(-v, v, 1.0)) + _OFFSET) - _CENTRE
+    s = _sqrt(-_log2(_one_minus_square(v)) + _OFFSET) - _CENTRE
     p = tl.fma(s, _COEFFICIENTS[_DEGREE], _COEFFICIENTS[_DEGREE - 1])
     for k in tl.static_range(2, _DEGREE + 1):
         p = tl.fma(p, s, _COEFFICIENTS[_DEGREE - k])
