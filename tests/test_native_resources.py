@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,31 @@ def test_instructions_are_counted(monkeypatch):
     monkeypatch.setattr(sass, "dump", lambda flag, path: usage if "usage" in flag else code)
     counts = {"hgmma": 1, "hmma": 0, "ldl": 1, "stl": 0, "instructions": 6, "loop": 3}
     assert sass.kernels(Path("x")) == {("sm_90a", "k"): {"registers": 24, "stack": 16, "shared": 8} | counts}
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="there is no sh")
+@pytest.mark.parametrize(
+    ("says", "status", "expected"),
+    [
+        ("", 0, 0),
+        ("ptxas info    : Used 168 registers, used 1 barriers", 0, 0),
+        (
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to",
+            0,
+            1,
+        ),
+        (
+            "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to",
+            0,
+            1,
+        ),
+        ("error: no such file", 2, 2),
+    ],
+)
+def test_serialized_products_fail_the_build(says, status, expected):
+    launcher = Path(__file__).parents[1] / "csrc" / "strict_nvcc.sh"
+    command = ["sh", launcher, "sh", "-c", f"echo '{says}' >&2; exit {status}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == expected
+    assert says in done.stderr
+    assert ("error: matrix products are serialized" in done.stderr) == (expected == 1)
