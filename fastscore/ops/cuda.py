@@ -158,7 +158,10 @@ def pack(
     tables: list[Tensor],
     reference: list[Tensor],
 ) -> Packed:
-    """Lay out all that a compiled kernel reads; plain torch, on any device."""
+    """Lay out all that a compiled kernel reads; plain torch, on any device.
+
+    Every call packs anew, since parameters can change unseen (docs/architecture.md); so few operations matter.
+    """
     (batch, d), count = x.shape, len(rows)
     shape = shape_of(code, [tuple(w.shape) for w in weights], weights[0].dtype, d)
     if isinstance(shape, str):
@@ -171,13 +174,13 @@ def pack(
     hidden, data = shape.hidden, shape.data
     shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
     beyond, stage = data - d, 128 * min(128, max(hidden, data))  # of dimensions; bytes of a tile of weights
-    none = x.new_zeros(count, 4)  # copies are 16 bytes at least
+    none = x.new_empty(count, 4)  # nobody reads it, but a row's copy is 16 bytes at least
     return Packed(
         shape=shape,
-        x=_aligned(pad(x, (0, beyond))),
-        keys=_aligned(pad(keys, (0, beyond))),
-        points=_aligned(pad(points, (0, beyond))),
-        rows=pad(rows, (0, 2)).contiguous(),
+        x=_aligned(x, beyond),
+        keys=_aligned(keys, beyond),
+        points=_aligned(points, beyond),
+        rows=_aligned(rows, 2),
         weights=image([weights[k] for k in order], shapes, stage),
         tables=tuple(into.matrix(level, x) if into.columns[level] else none for level in packing.LEVELS),
         operands=tuple(_operand(o) for o in (*pre, *post, *missing)),
@@ -210,9 +213,12 @@ def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: i
     )
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """Return a contiguous tensor whose elements start at a multiple of 16 bytes, as its loads do."""
-    t = t.contiguous()
+def _aligned(t: Tensor, beyond: int) -> Tensor:
+    """Return t, contiguous and at a multiple of 16 bytes, as its loads are, with `beyond` zeros behind every line.
+
+    The same tensor where it is so already.
+    """
+    t = pad(t, (0, beyond)) if beyond > 0 else t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 

@@ -29,21 +29,20 @@ def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int
         shapes: what each is padded to: outputs a multiple of 16, inputs of 16.
     """
     sizes = tuple(tuple(w.shape) for w in weights)
-    index = _gather(sizes, shapes, stage // 2, weights[0].device)
-    flat = torch.cat([w.reshape(-1) for w in weights] + [weights[0].new_zeros(1)])
-    return flat.to(torch.bfloat16)[index]
+    index, zero = _gather(sizes, shapes, stage // 2, weights[0].device)
+    return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
 @lru_cache(maxsize=16)
-def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> Tensor:
-    """Return, for every element of the image, where in the flat weights it lies; the last one is the zero."""
+def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them."""
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
         parts.append(_tiles(where, stage, zero))
         start += out * in_
-    return torch.cat(parts).to(device)
+    return torch.cat(parts).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
 
 
 def _columns(count: int) -> Tensor:

@@ -195,6 +195,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return right ? cudaSuccess : last_error = cudaErrorLaunchFailure;
 }
 
+// One block a multiprocessor, and of a machine that is not a multiple of a cluster the rest stays idle.
+template <class T>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, T*, const cudaLaunchConfig_t* config) {
+  *clusters = fastscore::emulator::machine.multiprocessors / static_cast<int>(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
 // What tests call: the order of threads and copies, the device, and what was wrong with the last launch.
 #define FASTSCORE_EXPORT extern "C" inline __attribute__((used, visibility("default")))
 FASTSCORE_EXPORT void emulator_seed(uint64_t seed, int schedule) {
