@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 import fastscore as fs
 from fastscore.estimator.protocol import check_density
 from fastscore.metrics import NegativeLogLikelihood
+from fastscore.ops import noise
 from fastscore.transforms import zscore
 
 
@@ -222,7 +223,7 @@ OWN = {
     "a sentence": (lambda x, t: fs.Levels(4).values(x, x.dtype), "^levels must be"),
     "another kind of error": (lambda x, t: check_density(x), "^density must be"),
     "what it runs into": (
-        lambda x, t: fs.Levels(4).values(None, x.dtype),
+        lambda x, t: noise.normal(None),
         "^the network does not take.*AttributeError",
     ),
 }
