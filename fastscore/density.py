@@ -37,7 +37,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.schedule_ends import ScheduleEnds
+from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse
 from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
 from .process.conditions import merged, takes_conditions
@@ -76,7 +76,8 @@ class ScoreDensity(NetworkDensity):
             why. The model itself stays as it is; options go with torch.compile(model, ...) in its place.
 
     Raises:
-        ValueError: for an unknown prediction, noise, backend or program.
+        ValueError: for an unknown prediction, noise, backend or program; for a schedule whose ends are the other way
+            round, or whose time() is not the inverse of its log_snr(), and a time_dtype that does not hold its times.
         TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
@@ -106,7 +107,8 @@ class ScoreDensity(NetworkDensity):
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
-        nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
+        refuse_no_inverse(schedule, ends := range_of(schedule, scales))
+        nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
         self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
         self.nodes = nodes
         self._programs, self._compiles, self._compiled = Programs(program), compile, None

@@ -117,6 +117,17 @@ def test_levels_bring_their_bins_and_ends():
         found.bits_per_dim(levels, 0.0, 1.0)
 
 
+def test_a_mean_over_samples_with_the_same_noise_is_warned_of():
+    # Of 128 samples with the same index the mean over seeds was off by 0.93, where it stated 0.29.
+    found = fs.ScoreDensity(ExactNet(mixture(3), fs.VP()), fs.VP(), "eps").estimate(
+        torch.randn(6, 3), nfe=16, sample_index=torch.tensor([0, 1, 1, 5, 1, 7])
+    )
+    repr(found)  # says nothing of it
+    for mean in (found.mean, lambda: found.mean_bits_per_dim(256)):
+        with pytest.warns(UserWarning, match=r"2 of 6 samples have the sample_index of another one.*too small"):
+            mean()
+
+
 def test_ends_without_bins_are_refused():
     # They were not read: data in [0, 1) and in [0, 255) had the same bits.
     for ends in ({"low": 0.0, "high": 1.0}, {"high": 255.0}):

@@ -120,7 +120,7 @@ CALLS = {
     "regularization": lambda d: fs.score_regularization(d, X, seed=0),
 }
 # In train mode these are steps of a training, in which layers are meant to learn.
-TRAINING = ("log_prob", "captured", "regularization")
+TRAINING = ("log_prob",)
 
 
 def snapshot(net):

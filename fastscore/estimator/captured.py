@@ -19,6 +19,7 @@ from torch import Tensor
 from ..process.conditions import takes_conditions
 from ..support.host import whole
 from ..support.modes import ordinary
+from ..support.untouched import undisturbed
 from .estimator import Estimator
 from .network_density import network_of
 from .plan import Plan
@@ -80,7 +81,8 @@ class CapturedDensity:
         self.reference, self.nodes = core.reference, core.nodes
         self._ends = ScheduleEnds(core.schedule, self.nodes)
         self._depends_on, self.replay = None, None
-        self._capture(self.samples, self.wanted)
+        with undisturbed(core.model):
+            self._capture(self.samples, self.wanted)
 
     @ordinary
     @torch.no_grad()
@@ -98,8 +100,9 @@ class CapturedDensity:
         wanted = self.wanted  # another thread may go on to another seed meanwhile
         if seed is not None:
             self.wanted = wanted = wanted._replace(seed=whole("seed", seed))
-        replay, plan = self._capture(samples, wanted)
-        _, numbers = replay(samples, plan)
+        with undisturbed(self.core.model):
+            replay, plan = self._capture(samples, wanted)
+            _, numbers = replay(samples, plan)
         log_prob, stderr = numbers.told
         if not deferred(samples.device) and not bool(torch.isfinite(log_prob).all()):
             raise ValueError("the network returned NaN or inf; `estimate` on the same data names sample and log-SNR")

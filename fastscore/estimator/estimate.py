@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..support.files import read_arrays, write_arrays
+from ..support.warn import warn
 from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
 from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
@@ -240,6 +241,7 @@ class Estimate:
         Arguments, bits and errors raised are those of `bits_per_dim`; the standard error is that of `mean`.
         """
         self.check()
+        _warn_of_common_noise(self)
         in_bits = 1 / (self.dims * math.log(2))
         return GroupSums.of(self.bits_per_dim(bins, low, high), self.jump * in_bits, self.group).told()
 
@@ -254,9 +256,11 @@ class Estimate:
         """Return the batch mean of log_prob and its standard error as an estimate of the data's, nats.
 
         The spread between samples contains both their own variation and the estimates' noise; what the samples of a
-        group have in common is added to it. The error of a single sample's mean is NaN.
+        group have in common is added to it. The error of a single sample's mean is NaN. Samples that were given the
+        same `sample_index` have the same noise, of which it knows nothing; it warns of them.
         """
         self.check()
+        _warn_of_common_noise(self)
         return GroupSums.of(self.log_prob, self.jump, self.group).told()
 
     @property
@@ -266,7 +270,7 @@ class Estimate:
         return f"{most}" if least == most else f"{least} to {most}"
 
     def __repr__(self) -> str:
-        mean, error = self.mean()
+        mean, error = GroupSums.of(self.check().log_prob, self.jump, self.group).told()
         spread = f" +- {error:.2g}" if len(self.log_prob) > 1 else ""
         nfe = float(self.nfe.double().mean())
         return (
@@ -323,15 +327,29 @@ def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
             )
 
 
-def _refuse_common_noise(estimates: Sequence[Estimate]) -> None:
-    """Raise ValueError where samples of two estimates have the same seed and index, and so the same noise."""
+def _with_common_noise(estimates: Sequence[Estimate]) -> tuple[int, int]:
+    """Return how many samples have the same seed and index as another one, and so the same noise, and of how many."""
     keys = torch.stack([torch.cat([getattr(each, name) for each in estimates]) for name in ("seed", "sample_index")])
-    again = keys.shape[1] - keys.unique(dim=1).shape[1]
+    return keys.shape[1] - keys.unique(dim=1).shape[1], keys.shape[1]
+
+
+def _refuse_common_noise(estimates: Sequence[Estimate]) -> None:
+    """Raise ValueError where samples of two estimates have the same noise."""
+    again, count = _with_common_noise(estimates)
     if again:
         raise ValueError(
-            f"{again} of {keys.shape[1]} samples have the seed and the sample_index of another one, and so the same "
+            f"{again} of {count} samples have the seed and the sample_index of another one, and so the same "
             "noise, of which the error of their mean would know nothing; give every batch its place among all samples, "
             "sample_index=torch.arange(start, start + len(x))"
+        )
+
+
+def _warn_of_common_noise(estimate: Estimate) -> None:
+    again, count = _with_common_noise([estimate])
+    if again:
+        warn(
+            f"{again} of {count} samples have the sample_index of another one, and so the same noise, of which the "
+            "error of the mean knows nothing: it may be several times too small; give every sample its own sample_index"
         )
 
 

@@ -17,7 +17,7 @@ from ..ops.noise import SOBOL_MAX_DIM
 from ..ops.select import check_name, select
 from ..process.conditions import Conditions
 from ..process.masks import broadcast_mask, mask_rows
-from ..process.network import model_device, warn_if_training
+from ..process.network import model_device, refuse_cut_times, warn_if_training
 from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
@@ -232,6 +232,7 @@ def check_parts(
         raise TypeError(f"reference must be a fastscore Reference, got {kind_of(reference)}")
     if time_dtype is not None and not isinstance(time_dtype, torch.dtype):
         raise TypeError(f"time_dtype must be a torch.dtype such as torch.float32, got {time_dtype!r}")
+    refuse_cut_times(schedule, time_dtype)
     if not isinstance(compiles, bool):
         raise TypeError(
             f"compile must be True or False, got {compiles!r}; options of torch.compile go with a network "

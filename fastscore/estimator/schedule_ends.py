@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
 
 from ..process.schedules import SAME_END, Schedule
 from ..process.settings import settings_of
 from .nodes import FittedNodes
+
+INNER, NO_INVERSE = 9, 0.1  # places where a schedule is asked; of log-SNR, beyond what rounding or a table makes
 
 Range = tuple[float, float]
 
@@ -20,7 +25,7 @@ class ScheduleEnds:
 
     def __init__(self, schedule: Schedule, nodes: FittedNodes) -> None:
         self.settings = settings_of(schedule)
-        self._place(nodes, _range_of(schedule, nodes))
+        self._place(nodes, range_of(schedule, nodes.scales.tolist()))
 
     def __getstate__(self) -> dict[str, object]:
         # Settings hold functions and properties of a class, which no file takes; a copy asks for them anew.
@@ -37,18 +42,13 @@ class ScheduleEnds:
         """
         now = settings_of(schedule)
         if nodes is not self.placed and nodes is not self.made:  # others were put in their place, for this schedule
-            self._place(nodes, _range_of(schedule, nodes))
+            self._place(nodes, range_of(schedule, nodes.scales.tolist()))
         elif nodes.edges is not self.edges:  # others were loaded into it, of whatever schedule
             self._place(nodes, tuple(nodes.home.tolist()))
         elif now is not None and now == self.settings:
             return nodes
-        self.settings, ends = None, _range_of(schedule, self.placed)
+        self.settings, ends = None, range_of(schedule, self.placed.scales.tolist())
         if not _same(ends, self.range):
-            if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
-                raise ValueError(
-                    f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r}, "
-                    "whose ends have moved since the density was made; set its time_range to (least noisy, noisiest)"
-                )
             nodes = self.made = self.placed if _same(ends, self.home) else self.placed.moved_to(*ends)
             self.range, self.edges = ends, nodes.edges
         self.settings = now
@@ -59,15 +59,50 @@ class ScheduleEnds:
         self.range = self.home = home
 
 
-def _range_of(schedule: Schedule, nodes: FittedNodes) -> Range:
+def range_of(schedule: Schedule, scales: Sequence[float]) -> Range:
+    """Return the range of log-SNR of a schedule for data of these scales, from the noisy end to the clean one.
+
+    Raises:
+        ValueError: if the ends are no numbers, not finite, or the other way round.
+    """
     try:
-        return schedule.range_for(*nodes.scales.tolist())
+        ends = schedule.range_for(*scales)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        ends = getattr(schedule, "time_range", None)
+        given = getattr(schedule, "time_range", None)
         raise ValueError(
             f"the ends of {type(schedule).__name__} must be numbers that its log-SNR is known at, got time_range "
-            f"{ends!r}, of which it says: {error}; set its time_range to (least noisy, noisiest)"
+            f"{given!r}, of which it says: {error}; set its time_range to (least noisy, noisiest)"
         ) from error
+    if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
+        raise ValueError(
+            f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r} for data "
+            f"of scales {min(scales):.3g} to {max(scales):.3g}; set its time_range to (least noisy, noisiest), or give "
+            "data that are not far below its least noise"
+        )
+    return ends
+
+
+def refuse_no_inverse(schedule: Schedule, ends: Range) -> None:
+    """Raise ValueError for a schedule whose time() is not the inverse of its log_snr(), by more than `NO_INVERSE`.
+
+    Nodes are placed on log-SNR: one that lies elsewhere than it is counted gives wrong numbers without a word. A table
+    answers at its nearest entry, which is no inverse.
+    """
+    if schedule.discrete:
+        return
+    wanted = torch.linspace(*ends, INNER + 2, dtype=torch.float64, device="cpu")[1:-1]
+    with torch.no_grad():
+        time = schedule.time(wanted)
+        found = schedule.log_snr(time).double()
+    off = (found - wanted).abs()
+    if bool((off <= NO_INVERSE).all()):
+        return
+    worst = int(off.nan_to_num(nan=math.inf).argmax())
+    asked, at, answer = (float(each[worst]) for each in (wanted, time, found))
+    raise ValueError(
+        f"time() of {type(schedule).__name__} must be the inverse of its log_snr(), got log_snr(time({asked:.4g})) = "
+        f"log_snr({at:.6g}) = {answer:.4g}; mend one of the two, or leave its time_range inside of where they agree"
+    )
 
 
 def _same(one: Range, other: Range) -> bool:

@@ -140,6 +140,29 @@ def cast_time(time: Tensor, dtype: torch.dtype, time_dtype: torch.dtype | None) 
     return time.to(time_dtype or (dtype if time.is_floating_point() else time.dtype))
 
 
+def refuse_cut_times(schedule: Schedule, time_dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype that would cut real times to whole numbers, or a table's to other entries."""
+    if time_dtype is None:
+        return
+    if not schedule.discrete:
+        if not time_dtype.is_floating_point:
+            raise ValueError(
+                f"time_dtype must be floating point for {type(schedule).__name__}, whose times are real numbers, got "
+                f"{time_dtype}; a network of whole timesteps goes with their table, such as DDPM.linear(1000)"
+            )
+        return
+    last = int(schedule.time_range[1])
+    if time_dtype.is_complex or time_dtype == torch.bool:
+        most = 0
+    else:
+        most = int(2 / torch.finfo(time_dtype).eps) if time_dtype.is_floating_point else torch.iinfo(time_dtype).max
+    if last > most:
+        raise ValueError(
+            f"time_dtype must hold every timestep of the table, 0 to {last}, got {time_dtype}, which counts to {most}; "
+            "give torch.int64, torch.float32, or leave it out"
+        )
+
+
 def time_dtype_of(schedule: Schedule | None, dtype: torch.dtype, time_dtype: torch.dtype | None) -> torch.dtype:
     """Return what `cast_time` makes of a schedule's times, without any."""
     return time_dtype or (torch.int64 if schedule is not None and schedule.discrete else dtype)

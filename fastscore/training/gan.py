@@ -26,7 +26,7 @@ from torch import Tensor
 from ..estimator.protocol import Density, check_density
 from ..process.conditions import takes_conditions
 from ..support.modes import refuse_vmap
-from ..support.untouched import frozen
+from ..support.untouched import frozen, undisturbed
 from .losses import density_loss
 
 
@@ -58,5 +58,6 @@ def score_regularization(
     """
     refuse_vmap("score_regularization")
     options = {"mask": mask, "draws": draws, "antithetic": antithetic, "reduction": reduction}
-    with frozen(check_density(density).model):
+    model = check_density(density).model
+    with frozen(model), undisturbed(model):
         return density_loss(density, x, seed=seed, cond=cond, **options)
