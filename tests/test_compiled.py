@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
+from fastscore.estimator.network_density import compiled_of
 
 D, NFE = 6, 16
 
@@ -113,7 +114,7 @@ def test_what_the_network_itself_raises_is_told_as_without_a_compiler():
     density = fs.ScoreDensity(model, fs.VP(), "eps", program=False, compile=True)
     with pytest.raises(ValueError, match="the network does not take data of shape"):
         density.estimate(torch.randn(3, D + 1), nfe=NFE)
-    assert density.compiled.reason is None
+    assert compiled_of(density).reason is None
 
 
 def test_another_network_in_its_place_is_compiled_in_its_turn():
@@ -135,7 +136,7 @@ def test_copies_and_files_compile_their_own_network():
     torch.save(density, stored)
     stored.seek(0)
     for other in (copy.deepcopy(density), pickle.loads(pickle.dumps(density)), torch.load(stored, weights_only=False)):
-        assert other.compiled.function is other.model is not model
+        assert compiled_of(other).function is other.model is not model
         assert torch.equal(other.estimate(x, nfe=NFE).log_prob, expected)
 
 
@@ -145,7 +146,7 @@ def test_a_network_that_is_compiled_already_is_taken_as_it_is():
     density = fs.ScoreDensity(fast, fs.VP(), "eps", program=False, compile=True)
     expected = fs.ScoreDensity(model, fs.VP(), "eps", program=False).estimate(x, nfe=NFE)
     assert torch.equal(density.estimate(x, nfe=NFE).log_prob, expected.log_prob)
-    assert density.compiled._fast is fast
+    assert compiled_of(density)._fast is fast
 
 
 def test_options_of_torch_compile_are_refused_in_its_place():

@@ -276,9 +276,7 @@ def _check_classes(classes: dict[str, object]) -> Conditions:
     """Return the classes as conditions with one entry a class."""
     rows = {}
     if isinstance(classes, dict):
-        rows = {
-            k: torch.as_tensor(v, device="cpu") if isinstance(v, list | np.ndarray) else v for k, v in classes.items()
-        }
+        rows = {k: _in_rows(v) if isinstance(v, list | np.ndarray) else v for k, v in classes.items()}
     leaves, _ = flatten(rows)
     tensors = {k: v.value for k, v in leaves.items() if isinstance(v.value, Tensor) and v.per_sample is not False}
     counts = {len(value) if value.ndim else 0 for value in tensors.values()}
@@ -289,6 +287,14 @@ def _check_classes(classes: dict[str, object]) -> Conditions:
             f"{{'y': torch.arange(10)}}; got {got}"
         )
     return Conditions.of(rows, counts.pop())
+
+
+def _in_rows(value: list | np.ndarray) -> object:
+    """Return a list or an array as a tensor; as it is, such as a list of texts, where it is not one of numbers."""
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError):
+        return value
 
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:

@@ -108,7 +108,7 @@ def encode(autoencoder: nn.Module, x: Tensor, index: Tensor) -> tuple[Tensor, Te
     Raises:
         ValueError: if the encoder is no Gaussian with a density, or returns NaN or inf.
     """
-    output = autoencoder.encode(x.to(model_dtype(autoencoder, x.dtype)))
+    output = _called(autoencoder.encode, x.to(model_dtype(autoencoder, x.dtype)))
     found = getattr(output, "latent_dist", None)
     mean, std = (getattr(found, name, None) for name in ("mean", "std"))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor) or mean.ndim < 2 or mean.shape != std.shape:
@@ -122,13 +122,28 @@ def encode(autoencoder: nn.Module, x: Tensor, index: Tensor) -> tuple[Tensor, Te
     return mean, std
 
 
+def _called(call: Callable[[Tensor], object], given: Tensor) -> object:
+    """Return what an autoencoder makes of a batch; raise ValueError, with its reason, where it does not take it."""
+    try:
+        return call(given)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise ValueError(
+            f"the autoencoder's {getattr(call, '__name__', 'call')} does not take samples of shape "
+            f"{tuple(given.shape[1:])} in {given.dtype}: {type(error).__name__}: {reason}; give data (B, C, H, W) with "
+            "the channels and sides that it was made for, x[None] for a single one"
+        ) from error
+
+
 def decode(autoencoder: nn.Module, z: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """Return the squared distance of x from what z is decoded to, float64, shape (B,).
 
     Raises:
         ValueError: if the decoder returns another shape than that of x, or NaN or inf.
     """
-    output = autoencoder.decode(z.to(model_dtype(autoencoder, z.dtype)))
+    output = _called(autoencoder.decode, z.to(model_dtype(autoencoder, z.dtype)))
     found = output if isinstance(output, Tensor) else getattr(output, "sample", None)
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__

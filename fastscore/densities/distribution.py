@@ -160,6 +160,30 @@ class DensityDistribution(Distribution):
 
     sample = rsample
 
+    @property
+    def mean(self) -> Tensor:
+        """Raise NotImplementedError, as all moments do: they are integrals over x, and only log_prob is known."""
+        raise self._unknown("mean")
+
+    @property
+    def variance(self) -> Tensor:
+        raise self._unknown("variance")
+
+    def entropy(self) -> Tensor:
+        raise self._unknown("entropy")
+
+    def cdf(self, value: Tensor) -> Tensor:
+        raise self._unknown("cdf")
+
+    def icdf(self, value: Tensor) -> Tensor:
+        raise self._unknown("icdf")
+
+    def _unknown(self, name: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"a {type(self.density).__name__} as a distribution has log_prob and no {name}; estimate it over samples "
+            "of the library that trained the network, the entropy as the mean of -log_prob"
+        )
+
     def __repr__(self) -> str:
         shapes = f"event_shape: {self.event_shape}, batch_shape: {self.batch_shape}"
         return f"{type(self).__name__}({type(self.density).__name__}, {shapes}, seed: {self.seed})"

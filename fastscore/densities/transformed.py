@@ -159,9 +159,12 @@ class Transformed(Density):
         inside |= ~torch.isfinite(wide.detach()).reshape(len(x), -1).all(1)  # of which the density itself complains
         if not bool(inside.all()):
             first = int((~inside).nonzero()[0])
+            remedy = "check the scaling, or dequantize"
+            if mask is not None:
+                remedy += ", or give the entries that the mask leaves out a number inside of the range"
             raise ValueError(
                 f"x must lie inside the range of {self.transform}, got {int((~inside).sum())} of {len(x)} samples "
-                f"outside or on its edge, first sample {first}; check the scaling, or dequantize"
+                f"outside or on its edge, first sample {first}; {remedy}"
             )
         log_det = self.transform.log_abs_det_jacobian(z, wide).to(torch.float64).reshape(len(x), -1)
         if mask is not None:

@@ -88,10 +88,15 @@ class Estimate:
             estimates: one at least, on one device, by one method and kind of noise, with as many draws.
 
         Raises:
+            TypeError: for what is no list of estimates.
             ValueError: for none, for estimates that differ in these, and where samples of two batches have the same
                 noise, since each began to count at 0: no error of their mean would know of it.
         """
-        parts = list(estimates)
+        parts = [] if isinstance(estimates, Estimate) else list(estimates)
+        others = [type(each).__name__ for each in parts if not isinstance(each, Estimate)]
+        if isinstance(estimates, Estimate) or others:
+            got = f"a list with {others[0]}" if others else "a single Estimate"
+            raise TypeError(f"Estimate.cat takes a list of estimates, got {got}; give [first, second, ...]")
         _refuse_unlike(parts)
         _refuse_common_noise(parts)
         counts = [len(part.log_prob) for part in parts]

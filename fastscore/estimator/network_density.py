@@ -78,13 +78,6 @@ class NetworkDensity(Density):
         return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     @property
-    def compiled(self) -> Compiled | None:
-        """The network as it is now, compiled, if the density was made with `compile=True`."""
-        if self._compiles and (self._compiled is None or self._compiled.function is not self.model):
-            self._compiled = Compiled(self.model)
-        return self._compiled
-
-    @property
     def nodes(self) -> FittedNodes:
         """Where to evaluate, over the range of the schedule as it is now.
 
@@ -243,8 +236,15 @@ def check_parts(
 
 def network_of(density: NetworkDensity) -> Network:
     """Return the network of a density with all that is needed to read it."""
-    options = density.time_dtype, density._programs, density.backend, density.compiled
+    options = density.time_dtype, density._programs, density.backend, compiled_of(density)
     return Network(density.model, density.schedule, density.predicts, density.log_snr_range, *options)
+
+
+def compiled_of(density: NetworkDensity) -> Compiled | None:
+    """Return the network as it is now, compiled, if the density was made with `compile=True`."""
+    if density._compiles and (density._compiled is None or density._compiled.function is not density.model):
+        density._compiled = Compiled(density.model)
+    return density._compiled
 
 
 def prepare(

@@ -45,6 +45,13 @@ class Density(nn.Module, ABC):
     nfe: int
     log_snr_range: tuple[float, float]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Raise TypeError: a density is no function of the data; its methods are."""
+        raise TypeError(
+            f"a {type(self).__name__} is not called, since a log-density comes with and without an error bar; use "
+            "estimate(x), or log_prob(x), which has gradients"
+        )
+
     @property
     @abstractmethod
     def core(self) -> Density:

@@ -22,7 +22,7 @@ from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules
 from ..process.network import model_dtype
-from ..support.host import positive
+from ..support.host import positive, whole
 from .answers import answers
 from .condition_data import DataConditions
 from .data_mask import DataMask
@@ -61,10 +61,9 @@ class Work:
     ) -> Work:
         """Raise ValueError where data, indices, network and options do not fit together, before work begins."""
         check_data("data", data)
-        if batch < 1:
+        if whole("batch", batch) < 1:
             raise ValueError(f"batch must be at least 1 sample, got {batch}")
-        whole = torch.arange(len(data), device="cpu")
-        index = whole if indices is None else torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        index = torch.arange(len(data), device="cpu") if indices is None else _numbers(indices)
         if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= len(data):
             raise ValueError(f"indices must be a list of numbers from 0 to {len(data) - 1}, got {indices!r}")
         if len(index.unique()) < len(index):
@@ -167,6 +166,22 @@ class Work:
         if block is None or not set(block) >= {"run", *IN_A_FILE} or block["run"] != key:
             return None
         return block if np.array_equal(block["sample_index"], index) else None
+
+
+def _numbers(indices: Sequence[int]) -> Tensor:
+    """Return indices as int64; raise ValueError for what are none, such as a mask."""
+    try:
+        given = torch.as_tensor(indices, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.full((1,), torch.nan)
+    if given.dtype == torch.bool:
+        raise ValueError(
+            f"indices must be the numbers of the samples, got {len(given)} of torch.bool; of a mask give "
+            "mask.nonzero().flatten()"
+        )
+    if given.numel() and (given.is_floating_point() or given.is_complex()):
+        raise ValueError(f"indices must be the whole numbers of the samples, got {indices!r}; give torch.int64")
+    return given.to(torch.int64)
 
 
 def _of_mask(mask: DataMask | None, index: Tensor) -> str:

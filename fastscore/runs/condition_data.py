@@ -38,6 +38,12 @@ class DataConditions:
             raise ValueError(f"{what} must be a dict of the network's keyword arguments, got {type(given).__name__}")
         leaves, structure = flatten(given or {})
         own = {}
+        for path, length in structure.lists.items():
+            if length == count > 1:
+                raise ValueError(
+                    f"{what} {path!r} is a list or tuple of {length} entries and there are {count} samples; give one "
+                    "array, or mark what all samples share with fastscore.shared(...)"
+                )
         for path, leaf in leaves.items():
             if leaf.per_sample is False or is_plain(leaf.value):
                 continue

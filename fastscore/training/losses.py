@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..estimator.network_density import NetworkDensity
+from ..estimator.network_density import NetworkDensity, compiled_of
 from ..estimator.nodes import NodeDensity
 from ..estimator.protocol import Density, check_density
 from ..estimator.samples import Samples, deferred
@@ -151,5 +151,7 @@ def _evaluate(
     # As one sample with a row for each, since every row has its own time here; conditions go along with the rows.
     (cond,) = samples.conds
     rows, cond = x_t.reshape(1, -1, x.shape[1]), cond.tiled(signs * draws)
-    prediction = predict(core.model, rows, time, cond, samples.shape, core.time_dtype, core.compiled).reshape(x_t.shape)
+    prediction = predict(core.model, rows, time, cond, samples.shape, core.time_dtype, compiled_of(core)).reshape(
+        x_t.shape
+    )
     return _Evaluated(log_snr, *after(prediction, x, words, eps, control, numbers), log_q)
