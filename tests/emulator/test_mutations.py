@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import pytest
 from emulator import build as builder
-from emulator.comparison import AMPERE, HOPPER, Case, compare, load
+from emulator.comparison import AMPERE, HOPPER, Case, compare, compare_steps, load
 
 pytestmark = pytest.mark.slow
 NARROW, PADDED, STREAMED = Case(64, 13, 2, 63, 5), Case(50, 13, 2, 63, 5), Case(256, 64, 3, 63, 5)
 WIDE = Case(512, 13, 2, 63, 5)
+# Programs of steps: one tile and several, of which a cluster takes parts.
+STEPS, PADDED_STEPS, TILES = (Case(*c, maps=2) for c in ((64, 13, 2, 63, 24), (50, 13, 2, 63, 5), (64, 13, 1, 300, 5)))
 
 
 class Mistake(NamedTuple):
@@ -40,6 +42,32 @@ MISTAKES = {
 }
 
 
+def steps(file: str, right: str, wrong: str, case: Case = STEPS) -> Mistake:
+    """Return a mistake in what only the kernels of steps run."""
+    return Mistake(f"common/steps/{file}", right, wrong, case, "sm90_steps_64")
+
+
+FULL, EMPTY = (
+    "barriers.table_full(at.stage), at.phase)",
+    "ptx::mbarrier_wait(barriers.table_empty(at.stage), at.phase ^ 1);",
+)
+MISTAKES |= {
+    "steps: product read in flight": steps("products.cuh", "ptx::wgmma_wait<0>();", ""),
+    "steps: no fence before a product": steps("products.cuh", "ptx::wgmma_fence();", ""),
+    "steps: product not committed": steps("products.cuh", "ptx::wgmma_commit();", ""),
+    "steps: next product's weights": steps("products.cuh", "at = begin", "at = begin + kStage"),
+    "steps: record not waited for": steps("block.cuh", f"ptx::mbarrier_wait({FULL};", ""),
+    "steps: record overwritten": steps("block.cuh", EMPTY, ""),
+    "steps: wrong parity": steps("block.cuh", FULL, FULL.replace("phase", "phase ^ 1")),
+    "steps: record released by every lane": steps("block.cuh", "if (threadIdx.x % 32 == 0) ptx", "ptx"),
+    "steps: samples of the tile before": steps("block.cuh", "if (turned)", "if (at.stage + at.phase == 0)", TILES),
+    "steps: a unit left out": steps("units.cuh", "(end - first)", "(end - first) - 1", TILES),
+    "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
+    "steps: mean of the padded width": steps("operands.cuh", "static_cast<float>(width)", "64.0f", PADDED_STEPS),
+    "steps: places of two samples": steps("samples.cuh", "(2 * (D / 16 * piece + q) + i)", "(D / 16 * piece + q + i)"),
+}
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch):
     mistake = MISTAKES[name]
@@ -55,7 +83,10 @@ def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch):
     library = load(folder, mistake.family)
     try:
         device = AMPERE if "sm80" in mistake.family else HOPPER
-        complaint = compare(library, device, mistake.case, builder.RANDOM).complaint()
+        run = compare_steps if "steps" in mistake.family else compare
+        schedules = builder.RANDOM, builder.IN_ORDER, builder.ADVERSARIAL
+        found = (run(library, device, mistake.case, schedule).complaint() for schedule in schedules)
+        complaint = next(filter(None, found), None)
     except AssertionError as error:  # the emulator saw a rule of the hardware broken
         complaint = str(error)
     assert complaint

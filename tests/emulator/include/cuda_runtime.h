@@ -195,6 +195,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return right ? cudaSuccess : last_error = cudaErrorLaunchFailure;
 }
 
+// As many clusters as the device has room for, a block a multiprocessor.
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
+  unsigned blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) blocks = config->attrs[i].val.clusterDim.x;
+  *clusters = fastscore::emulator::machine.multiprocessors / static_cast<int>(blocks);
+  return cudaSuccess;
+}
+
 // What tests call: the order of threads and copies, the device, and what was wrong with the last launch.
 #define FASTSCORE_EXPORT extern "C" inline __attribute__((used, visibility("default")))
 FASTSCORE_EXPORT void emulator_seed(uint64_t seed, int schedule) {

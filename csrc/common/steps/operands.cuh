@@ -1,0 +1,105 @@
+// The operands of a step's products: normalized or activated tiles, rounded to bfloat16.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <steps.h>
+
+#include <common/activations.cuh>
+#include <common/fragment.cuh>
+#include <common/steps/record.cuh>
+
+namespace fastscore {
+
+// A sum over the columns of the thread's two rows, in four parts each: a single one would be a chain of H / 4 additions
+// that wait for each other, since float sums are not reassociated.
+struct RowSums {
+  float part[2][4] = {};
+
+  __device__ __forceinline__ float2 total() const {
+    return quad_sum(make_float2((part[0][0] + part[0][1]) + (part[0][2] + part[0][3]),
+                                (part[1][0] + part[1][1]) + (part[1][2] + part[1][3])));
+  }
+};
+
+// Padding is zero in every tile: its weights are, and so are its shifts and gates.
+template <int H>
+__device__ __forceinline__ float2 row_means(const float (&h)[H / 2], int width) {
+  RowSums sums;
+#pragma unroll
+  for (int q = 0; q < H / 16; ++q) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums.part[0][i] += h[element(q, 0, i)];
+      sums.part[1][i] += h[element(q, 1, i)];
+    }
+  }
+  const float2 sum = sums.total();
+  const float scale = 1.0f / static_cast<float>(width);
+  return make_float2(scale * sum.x, scale * sum.y);
+}
+
+// a = (h - mean) scale; return 1 / sqrt(var + epsilon) of both rows, by which the product of `a` has yet to be
+// multiplied. Variances in a second pass, because squares cancel.
+template <int H, bool Padded>
+__device__ __forceinline__ float2 normalized(uint32_t (&a)[H / 4], const float (&h)[H / 2], const Step& step,
+                                             const Record& record, int column) {
+  const float2 mean = row_means<H>(h, step.width);
+  RowSums squares;
+#pragma unroll
+  for (int q = 0; q < H / 16; ++q) {
+    const float4 scale = record.vector(step.at, q);
+    float centred[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool inside = !Padded || column + 16 * q + i < step.width;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float z = inside ? h[element(q, row, i)] - (row == 0 ? mean.x : mean.y) : 0.0f;
+        squares.part[row][i] = fmaf(z, z, squares.part[row][i]);
+        centred[row][i] = z * component(scale, i);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      a[4 * q + row] = ptx::pack_bf16(centred[row][0], centred[row][1]);
+      a[4 * q + 2 + row] = ptx::pack_bf16(centred[row][2], centred[row][3]);
+    }
+  }
+  const float2 total = squares.total();
+  const float scale = 1.0f / static_cast<float>(step.width);
+  return make_float2(ptx::rsqrt_approx(fmaf(total.x, scale, step.epsilon)),
+                     ptx::rsqrt_approx(fmaf(total.y, scale, step.epsilon)));
+}
+
+// a = h scale.
+template <int H>
+__device__ __forceinline__ void scaled(uint32_t (&a)[H / 4], const float (&h)[H / 2], const Step& step,
+                                       const Record& record) {
+#pragma unroll
+  for (int q = 0; q < H / 16; ++q) {
+    const float4 w = record.vector(step.at, q);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float4 z = product(get(h, q, row), w);
+      a[4 * q + row] = ptx::pack_bf16(z.x, z.y);
+      a[4 * q + 2 + row] = ptx::pack_bf16(z.z, z.w);
+    }
+  }
+}
+
+// a = act(z), of half the input where that is SiLU.
+template <int M>
+__device__ __forceinline__ void activated(uint32_t (&a)[M / 2], float (&z)[M], int32_t activation) {
+  if (activation == kSilu) {
+#pragma unroll
+    for (int j = 0; j < M / 2; ++j) {
+      const float u = z[2 * j], v = z[2 * j + 1];
+      a[j] = ptx::pack_bf16(fmaf(u, ptx::tanh_approx(u), u), fmaf(v, ptx::tanh_approx(v), v));
+    }
+    return;
+  }
+  activate(z, activation);
+  to_operand(a, z);
+}
+
+}  // namespace fastscore

@@ -1,0 +1,204 @@
+"""Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
+
+The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
+hidden widths up to 64 and d up to 64, whose weights fit shared memory. Everything else is run by
+the kernels that interpret instructions.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..kernels import packing
+from ..kernels.names import ACTIVATIONS
+from .step_tables import Folded, fold
+from .steps import Residual, Steps, cut
+from .weight_image import image
+
+WIDTHS, DATA = (64,), (16, 64)
+MAX_STEPS = 96  # between the first and the last
+HEAD = 16  # floats of a record before P
+KINDS = {"residual": 0, "first": 1, "dense": 1, "last": 1}  # numbers of csrc/steps.h; 2: dense with a scale
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for, and what decides how it divides shared memory."""
+
+    hidden: int  # padded width
+    data: int  # padded dimensions
+    padded: bool  # whether a norm is narrower
+    linears: int
+    record: int  # floats of a row's record
+
+
+def shape_of(steps: Steps, shapes: Sequence[tuple[int, int]], d: int) -> Shape | str:
+    """Return the padded shape of a program of steps with weights (out, in), or why no kernel has it."""
+    if d > DATA[-1]:
+        return f"steps run at d up to {DATA[-1]}, got {d}"
+    if len(steps.middle) > MAX_STEPS:
+        return f"steps are up to {MAX_STEPS} between the first and the last layer, got {len(steps.middle)}"
+    order = steps.weights
+    widest = max(shapes[k][0] for k in order[:-1])
+    if widest > WIDTHS[-1]:
+        return f"steps run at widths up to {WIDTHS[-1]}, the network has {widest}"
+    hidden, data = next(w for w in WIDTHS if w >= widest), next(n for n in DATA if n >= d)
+    normed = [shapes[s.first][1] for s in steps.middle if isinstance(s, Residual) and s.eps is not None]
+    normed += [shapes[steps.last.weight][1]] * (steps.last.eps is not None)
+    scaled = [any(by >= 0 for by, _ in a) for a in (steps.after, *(s.after for s in steps.middle))]
+    vectors = 1 + scaled[0] + (steps.last.eps is not None)
+    vectors += sum(4 if isinstance(s, Residual) else 1 + by for s, by in zip(steps.middle, scaled[1:]))
+    ends = 5 + _scales(steps.pre) + 2 * _scales(steps.post)  # P, four of the comparison; a scale and a skip at most
+    return Shape(hidden, data, any(w < hidden for w in normed), len(order), HEAD + vectors * hidden + ends * data)
+
+
+def _scales(code: tuple) -> bool:
+    """Return whether instructions around the linear maps do more than shift."""
+    return any(op[0] == "add" or (op[0] == "affine" and op[1] >= 0) for op in code)
+
+
+def fitting(
+    code: tuple[tuple, ...],
+    shapes: Sequence[tuple[int, int]],
+    levels: Sequence[str],
+    d: int,
+    module: ModuleType,
+    limits: tuple[int, int],
+) -> Steps | str:
+    """Return the steps of a program that a kernel runs on a device, or why none does.
+
+    Arguments:
+        code, shapes, levels, d: see `fastscore.ops.task.Task`; a program that `cuda.shape_of` has found a shape for.
+        module: `fastscore._C` or what stands in for it.
+        limits: the device's compute capability, 90 for 9.0, and the bytes of shared memory that a block may have.
+    """
+    steps = cut(code, tuple(levels))
+    if isinstance(steps, str):
+        return steps
+    shape = shape_of(steps, shapes, d)
+    if isinstance(shape, str):
+        return shape
+    found = module.steps_plan(*shape, *limits)
+    return found if isinstance(found, str) else steps
+
+
+@dataclass(frozen=True)
+class PackedSteps:
+    """A launch's arguments on the device, and the steps as the bytes of csrc/steps.h's structures."""
+
+    shape: Shape
+    x: Tensor  # (B, D)
+    keys: Tensor  # (B, 2, D)
+    weights: Tensor  # bytes of the tiles
+    records: Tensor  # (R, record)
+    columns: tuple[int, ...]  # in a record: scales of x_t and of the prediction, multiple of x_t, comparison
+    steps: bytes
+
+
+def pack(
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    steps: Steps,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+) -> PackedSteps:
+    """Lay out all that a kernel reads; plain torch, on any device."""
+    d = x.shape[1]
+    shape = shape_of(steps, [tuple(w.shape) for w in weights], d)
+    if isinstance(shape, str):
+        raise ValueError(f"no compiled kernel runs these steps: {shape}")
+    folded, ends = fold(steps, weights, tables)
+    hidden, data = shape.hidden, shape.data
+    records = _Records.of(rows, points, shape)
+    described = [_described(step, weights, records, hidden) for step in folded]
+    scales = (ends.pre_scale, ends.post_scale, ends.skip)
+    columns = [-1 if v is None else records.add(v, data) for v in scales]
+    columns.append(records.add(-ends.post_shift, data))
+    for vector in _control(x, rows[:, :1], alpha, sigma, reference):
+        records.add(vector, data)
+    shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
+    return PackedSteps(
+        shape=shape,
+        x=aligned(pad(x, (0, data - d)) if d < data else x),
+        keys=aligned(pad(keys, (0, data - d)) if d < data else keys),
+        weights=image([weights[k] for k in steps.weights], shapes, 128 * hidden),
+        records=records.values,
+        columns=tuple(columns),
+        steps=b"".join([described[0], described[-1], *described[1:-1]]),
+    )
+
+
+def _control(x: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]) -> list[Tensor]:
+    """Return keep, -pull and offset of the reference along the axes, zeros where there is none."""
+    if not reference:
+        return [x.new_zeros(1, 1)] * 3
+    into = packing.Tables(len(x), len(alpha))
+    packing.pack_control((reference[0], reference[1], reference[2], reference[3]), x, alpha, sigma, into)
+    keep, pull, offset = into.columns["r"]
+    return [sign * keep, -pull, offset]
+
+
+@dataclass
+class _Records:
+    """Records while they grow."""
+
+    values: Tensor  # (R, record)
+    end: int  # of the columns that are taken
+
+    @classmethod
+    def of(cls, rows: Tensor, points: Tensor, shape: Shape) -> _Records:
+        """Return records with their coefficients and points, from rows of sign, alpha, sigma, a, b and c."""
+        values = rows.new_zeros(len(rows), shape.record, dtype=torch.float32)
+        sign, alpha, sigma, a, b, c = rows.unbind(1)
+        values[:, :5] = torch.stack([alpha, sign * sigma, sign * a, b, c * c], 1)
+        values.view(torch.int32)[:, HEAD : HEAD + points.shape[1]] = points
+        return cls(values, HEAD + shape.data)
+
+    def add(self, vector: Tensor, width: int) -> int:
+        """Write a vector (1 or R, up to width) into the next `width` columns; return the first of them."""
+        start, self.end = self.end, self.end + width
+        self.values[:, start : start + vector.shape[1]] = vector
+        return start
+
+
+def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: int) -> bytes:
+    """Write a step's vectors, and return its bytes: kind, activation, first column, width of its norm, three floats."""
+    at = records.end
+    for vector in step.vectors:
+        records.add(vector, hidden)
+    activation = -1 if step.activation is None else ACTIVATIONS.index(step.activation)
+    width = 0 if step.eps is None else weights[step.weights[0]].shape[1]
+    kind = KINDS[step.kind] + step.scaled
+    return struct.pack("<iiiifffi", kind, activation, at, width, step.before, step.factor, step.eps or 0.0, 0)
+
+
+def launch(module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, clusters: int = 0) -> None:
+    """Launch the kernel of packed steps; `clusters` share the work, as many as run at a time where it is 0."""
+    module.steps(
+        *packed.shape,
+        [t.data_ptr() for t in (packed.x, packed.keys, packed.weights, packed.records, f)],
+        [len(packed.x), len(packed.records)],
+        list(packed.columns),
+        packed.steps,
+        device,
+        stream,
+        clusters,
+    )
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Return a contiguous tensor whose elements start at a multiple of 16 bytes, as its loads do."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
