@@ -68,7 +68,7 @@ PYBIND11_MODULE(_C, m) {
         if (!reason.empty()) throw std::runtime_error("no compiled kernel runs this network: " + reason);
         fastscore::density_mlp(
             fastscore::arguments(pointers.data(), sizes.data(), operands.data(), program.data(), program.size()), plan,
-            {cluster, splits}, limits.multiprocessors, pointer<CUstream_st>(stream));
+            {cluster, splits}, pointer<CUstream_st>(stream));
       },
       py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("pointers"), py::arg("sizes"),
       py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"), py::arg("cluster") = 0,

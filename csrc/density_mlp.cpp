@@ -1,8 +1,14 @@
 // Which kernel runs a network, how it divides shared memory, and over how many blocks the rows are split.
 #include "density_mlp.h"
 
+#include <common/error.h>
+#include <cuda_runtime.h>
+
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 namespace fastscore {
@@ -95,33 +101,63 @@ DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32
   return p;
 }
 
-// As many parts of the rows as make the longest multiprocessor's work shortest; a part costs about a row to start.
-static int best_splits(int tiles, int rows, int multiprocessors) {
+Division division(const Plan& plan, int batch, int rows, const Config& config, const std::function<int(int)>& active) {
+  const int tiles = (batch + plan.samples - 1) / plan.samples;
+  int largest = config.cluster > 0 && plan.stages < plan.tiles ? config.cluster : plan.cluster;
+  while (largest > tiles) largest /= 2;
+  // A block alone would load every weight for itself: from two tiles on, two blocks share them at least.
+  const int smallest = config.cluster > 0 ? largest : std::min(largest, 2);
+  Division best = {};
   int64_t least = INT64_MAX;
-  int best = 1;
-  for (int splits = 1; splits <= std::min(rows, 2 * multiprocessors); ++splits) {
-    const int64_t waves = (static_cast<int64_t>(tiles) * splits + multiprocessors - 1) / multiprocessors;
-    const int64_t work = waves * ((rows + splits - 1) / splits + 1);
-    if (work < least) least = work, best = splits;
+  for (int cluster = largest; cluster >= (best.cluster > 0 ? smallest : 1); cluster /= 2) {
+    const int at_once = cluster > 1 ? active(cluster) : std::max(1, active(1));
+    if (at_once == 0) continue;  // this device runs no cluster of that size
+    const int padded = static_cast<int>(round_up(tiles, cluster));
+    // The longest block's rows, in as many waves as the clusters need; a block costs about a row to start.
+    const int few = config.splits > 0 ? std::min(rows, config.splits) : 1;
+    const int many = config.splits > 0 ? few : std::min(rows, 2 * cluster * at_once);
+    for (int asked = few; asked <= many; ++asked) {
+      const int each = (rows + asked - 1) / asked, splits = (rows + each - 1) / each;
+      const int64_t clusters = static_cast<int64_t>(padded / cluster) * splits;
+      const int64_t work = (clusters + at_once - 1) / at_once * (each + 1);
+      if (work < least) least = work, best = {cluster, padded, splits, each};
+    }
   }
   return best;
 }
 
-void density_mlp(DensityMlp p, const Plan& chosen, const Config& config, int multiprocessors, cudaStream_t stream) {
+// How many clusters of a kernel's blocks the current device runs at once; asking costs more than a launch, so it is
+// asked once.
+static int active_clusters(Plan plan, int cluster) {
+  static std::mutex mutex;
+  static std::map<std::array<uint64_t, 5>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  plan.cluster = cluster;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const uint64_t kernel = 2 * static_cast<uint64_t>(plan.hidden) + plan.wgmma;
+  int& found = known[{static_cast<uint64_t>(device), kernel, static_cast<uint64_t>(plan.data), plan.shared_bytes,
+                      static_cast<uint64_t>(cluster)}];
+  if (found == 0) {
+    found = !plan.wgmma         ? sm80_density_mlp_clusters(plan)
+            : plan.hidden > 256 ? sm90_density_mlp_wide_clusters(plan)
+                                : sm90_density_mlp_clusters(plan);
+  }
+  return found;
+}
+
+void density_mlp(DensityMlp p, const Plan& chosen, const Config& config, cudaStream_t stream) {
   if (p.batch == 0 || p.rows_total == 0) return;
   Plan plan = chosen;
-  int tiles = (p.batch + plan.samples - 1) / plan.samples;
-  if (config.cluster > 0 && plan.stages < plan.tiles) plan.cluster = config.cluster;
-  while (plan.cluster > tiles) plan.cluster /= 2;
-  tiles = static_cast<int>(round_up(tiles, plan.cluster));
-  int splits = config.splits > 0 ? config.splits : best_splits(tiles, p.rows_total, multiprocessors);
-  p.rows_per_block = (p.rows_total + splits - 1) / splits;
-  splits = (p.rows_total + p.rows_per_block - 1) / p.rows_per_block;
+  const Division divided =
+      division(plan, p.batch, p.rows_total, config, [&](int cluster) { return active_clusters(plan, cluster); });
+  plan.cluster = divided.cluster;
+  p.rows_per_block = divided.rows_per_block;
   p.stages = plan.stages, p.tiles = plan.tiles, p.table_stages = plan.table_stages;
   p.stage_bytes = plan.stage_bytes, p.tables_at = plan.tables_at;
   p.scratch_at = plan.scratch_at, p.barriers_at = plan.barriers_at;
   const auto launch = !plan.wgmma ? sm80_density_mlp : plan.hidden > 256 ? sm90_density_mlp_wide : sm90_density_mlp;
-  launch(p, plan, tiles, splits, stream);
+  launch(p, plan, divided.tiles, divided.splits, stream);
 }
 
 }  // namespace fastscore

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 typedef struct CUstream_st* cudaStream_t;
@@ -67,7 +68,7 @@ struct Plan {
   int tiles;         // of weights, stage_bytes each
   int stages;        // of them in shared memory at once; all: resident
   int table_stages;  // rows whose vectors are in shared memory at once
-  int cluster;       // blocks that share what they stream
+  int cluster;       // the most blocks that share what they stream
   uint32_t stage_bytes, tables_at, scratch_at, barriers_at, shared_bytes;
 };
 
@@ -90,13 +91,24 @@ struct Config {
   int splits;   // parts of the rows, each a block's
 };
 
-// Launch on the current device of so many multiprocessors; throws std::runtime_error with the values if CUDA refuses.
-void density_mlp(DensityMlp parameters, const Plan& plan, const Config& config, int multiprocessors,
-                 cudaStream_t stream);
+// The same when it is decided: a grid of `tiles` x `splits` blocks, each with so many rows.
+struct Division {
+  int cluster, tiles, splits, rows_per_block;
+};
 
-// One launch function a kernel family; `blocks` are tiles of samples times parts of the rows.
+// Divide `batch` samples and `rows` over what a device runs at once: `active(cluster)` clusters of that many blocks. Not
+// every multiprocessor is in reach of a cluster: an H200 of 132 runs 66 clusters of two, but 30 of four.
+Division division(const Plan& plan, int batch, int rows, const Config& config, const std::function<int(int)>& active);
+
+// Launch on the current device; throws std::runtime_error with the values if CUDA refuses.
+void density_mlp(DensityMlp parameters, const Plan& plan, const Config& config, cudaStream_t stream);
+
+// Of a kernel family its launch, and how many clusters of `plan.cluster` blocks the current device runs at once.
 void sm90_density_mlp(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
 void sm90_density_mlp_wide(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
 void sm80_density_mlp(const DensityMlp& parameters, const Plan& plan, int tiles, int splits, cudaStream_t stream);
+int sm90_density_mlp_clusters(const Plan& plan);
+int sm90_density_mlp_wide_clusters(const Plan& plan);
+int sm80_density_mlp_clusters(const Plan& plan);
 
 }  // namespace fastscore

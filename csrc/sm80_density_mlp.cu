@@ -113,16 +113,20 @@ __global__ void __launch_bounds__(kMmaThreads, 1) sm80_density_mlp_fwd_kernel(co
 #endif
 }
 
-template <int H, int D>
-void launch_mma(const DensityMlp& p, const Plan& plan, int tiles, int splits, cudaStream_t stream) {
-  launch("sm80_density_mlp", sm80_density_mlp_fwd_kernel<H, D>, p, plan, tiles, splits, stream);
+using Kernel = void(DensityMlp);
+
+static Kernel* kernel_of(const Plan& plan) {
+  constexpr Kernel* kKernels[2][3] = {
+      {sm80_density_mlp_fwd_kernel<64, 16>, sm80_density_mlp_fwd_kernel<64, 64>, sm80_density_mlp_fwd_kernel<64, 128>},
+      {sm80_density_mlp_fwd_kernel<128, 16>, sm80_density_mlp_fwd_kernel<128, 64>,
+       sm80_density_mlp_fwd_kernel<128, 128>}};
+  return kKernels[plan.hidden / 128][plan.data / 64];
 }
 
 void sm80_density_mlp(const DensityMlp& p, const Plan& plan, int tiles, int splits, cudaStream_t stream) {
-  using Launch = void (*)(const DensityMlp&, const Plan&, int, int, cudaStream_t);
-  constexpr Launch kLaunch[2][3] = {{launch_mma<64, 16>, launch_mma<64, 64>, launch_mma<64, 128>},
-                                    {launch_mma<128, 16>, launch_mma<128, 64>, launch_mma<128, 128>}};
-  kLaunch[plan.hidden / 128][plan.data / 64](p, plan, tiles, splits, stream);
+  launch("sm80_density_mlp", kernel_of(plan), p, plan, tiles, splits, stream);
 }
+
+int sm80_density_mlp_clusters(const Plan& plan) { return active_clusters("sm80_density_mlp", kernel_of(plan), plan); }
 
 }  // namespace fastscore

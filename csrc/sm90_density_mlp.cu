@@ -125,17 +125,22 @@ __global__ void __launch_bounds__(Chain<H>::kThreads, 1)
 #endif
 }
 
-template <int H, int D>
-void launch_chain(const DensityMlp& p, const Plan& plan, int tiles, int splits, cudaStream_t stream) {
-  launch("sm90_density_mlp", sm90_density_mlp_fwd_kernel<H, D>, p, plan, tiles, splits, stream);
+using Kernel = void(DensityMlp);
+
+static Kernel* kernel_of(const Plan& plan) {
+  constexpr Kernel* kKernels[3][3] = {
+      {sm90_density_mlp_fwd_kernel<64, 16>, sm90_density_mlp_fwd_kernel<64, 64>, sm90_density_mlp_fwd_kernel<64, 128>},
+      {sm90_density_mlp_fwd_kernel<128, 16>, sm90_density_mlp_fwd_kernel<128, 64>,
+       sm90_density_mlp_fwd_kernel<128, 128>},
+      {sm90_density_mlp_fwd_kernel<256, 16>, sm90_density_mlp_fwd_kernel<256, 64>,
+       sm90_density_mlp_fwd_kernel<256, 128>}};
+  return kKernels[plan.hidden / 128][plan.data / 64];
 }
 
 void sm90_density_mlp(const DensityMlp& p, const Plan& plan, int tiles, int splits, cudaStream_t stream) {
-  using Launch = void (*)(const DensityMlp&, const Plan&, int, int, cudaStream_t);
-  constexpr Launch kLaunch[3][3] = {{launch_chain<64, 16>, launch_chain<64, 64>, launch_chain<64, 128>},
-                                    {launch_chain<128, 16>, launch_chain<128, 64>, launch_chain<128, 128>},
-                                    {launch_chain<256, 16>, launch_chain<256, 64>, launch_chain<256, 128>}};
-  kLaunch[plan.hidden / 128][plan.data / 64](p, plan, tiles, splits, stream);
+  launch("sm90_density_mlp", kernel_of(plan), p, plan, tiles, splits, stream);
 }
+
+int sm90_density_mlp_clusters(const Plan& plan) { return active_clusters("sm90_density_mlp", kernel_of(plan), plan); }
 
 }  // namespace fastscore

@@ -5,7 +5,7 @@
 //
 // A product needs all columns of h, of which a warpgroup has half: so its operand A goes through shared memory, written
 // by both and read by both, with a barrier before (the last product has read A) and one behind (all of it is written).
-// Sums over a row's columns are exchanged the same way. Weights always stream, to clusters of four blocks; every stage
+// Sums over a row's columns are exchanged the same way. Weights always stream, to clusters of two or four blocks; every stage
 // holds 128 outputs of 64 inputs, four stages make the 512 outputs, and a warpgroup multiplies by its two.
 //
 // Where A lies, eps lies too: from the last product to x_t of the next row nobody needs A.
@@ -194,6 +194,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 void sm90_density_mlp_wide(const DensityMlp& p, const Plan& plan, int tiles, int splits, cudaStream_t stream) {
   launch("sm90_density_mlp_wide", sm90_density_mlp_wide_fwd_kernel, p, plan, tiles, splits, stream);
+}
+
+int sm90_density_mlp_wide_clusters(const Plan& plan) {
+  return active_clusters("sm90_density_mlp_wide", sm90_density_mlp_wide_fwd_kernel, plan);
 }
 
 }  // namespace fastscore

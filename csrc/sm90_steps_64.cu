@@ -33,7 +33,7 @@ __device__ __forceinline__ void consume_64(const Steps& p, const Barriers& barri
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, column = 4 * (lane % 4);
   const uint32_t place = shared + p.samples_at + group * kSampleBytes<D> + 16 * thread;
   Chain<64, D, Padded, ResidentProduct<kStage64>, Samples<D, Kept>> chain{
-      p, ResidentProduct<kStage64>(shared), {p, place, column, {}}, column};
+      p, ResidentProduct<kStage64>(shared), {p, place, column, 0}, column};
   ptx::mbarrier_wait(barriers.full(0), 0);  // the weights
   consume(chain, p, barriers, shared, unit, 64 * group + 16 * (thread / 32) + lane / 4, kTile64);
 }

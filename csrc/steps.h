@@ -18,11 +18,11 @@ struct Step {
   StepKind kind;
   int32_t activation;  // an Activation, or none
   int32_t at;
-  int32_t width;  // what its norm divides by; 0: no norm
+  int32_t width;  // of its norm; 0: no norm
+  float inverse;  // 1 / width: a division in the kernel would be a call
+  float epsilon;  // of the norm
   float before;   // multiplies h before the activation
   float factor;   // multiplies the product
-  float epsilon;  // of the norm
-  int32_t unused;
 };
 static_assert(sizeof(Step) == 32);
 

@@ -4,35 +4,55 @@ r"""The noise of `fastscore.ops.noise` inside a kernel: two integer operations a
     \epsilon = \sqrt2\,\mathrm{erf}^{-1}(u)
 
 The words are those of the torch definition, bit for bit, and so is u: its product is exact and its sum rounds once.
-The inverse error function is u times a polynomial in t = -log2(1 - u^2), as Giles does it, with coefficients fitted
-here for :math:`\sqrt2\,\mathrm{erf}^{-1}(u) / u`: relative errors 9e-8 up to t = 7.2 (99.7 % of all elements), 3.3e-7
-beyond.
-
-References:
-    Approximating the erfinv Function (Giles, 2012), https://doi.org/10.1016/B978-0-12-385963-1.00010-1
+The inverse error function is the polynomial of `inverse_normal.py`.
 """
 
 import triton
 import triton.language as tl
 
+from . import inverse_normal
+
+_COEFFICIENTS = tl.constexpr(inverse_normal.COEFFICIENTS)
+_DEGREE = tl.constexpr(len(inverse_normal.COEFFICIENTS) - 1)
+_OFFSET, _CENTRE = tl.constexpr(inverse_normal.OFFSET), tl.constexpr(inverse_normal.CENTRE)
+_LARGEST = tl.constexpr(inverse_normal.LARGEST)
+_HARDWARE = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no assembly
+
+
+@triton.jit
+def _log2(x):
+    """Return log2(x) off by 2^-22, one instruction; tl.log2, exact to a unit in the last place, takes twenty."""
+    if _HARDWARE:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _sqrt(x):
+    if _HARDWARE:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def _one_minus_square(v):
+    if _HARDWARE:
+        return tl.fma(-v, v, 1.0)
+    else:
+        return (1.0 - v) * (1.0 + v)  # the interpreter's fma rounds twice before Triton 3.9
+
 
 @triton.jit
 def normal(w):
     """Map int32 words to standard normals, float32; |eps| <= 5.42."""
-    u = w.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
-    u = tl.minimum(tl.maximum(u, -0.9999999403953552), 0.9999999403953552)
-    t = -tl.log2((1.0 - u) * (1.0 + u))
-    centre = t < 7.2135
-    s = tl.where(centre, t - 3.60675, tl.sqrt(t) - 3.766737914409238)
-    p = tl.where(centre, 2.1502259972550064e-09, 0.0)
-    p = p * s + tl.where(centre, 3.7368700134265964e-08, 0.0)
-    p = p * s + tl.where(centre, -5.53476070308534e-07, 0.0004819671739824116)
-    p = p * s + tl.where(centre, -9.949335435521789e-07, -0.0015382996061816812)
-    p = p * s + tl.where(centre, 7.136264321161434e-05, 0.002566224429756403)
-    p = p * s + tl.where(centre, -0.0005904525751248002, -0.0041214944794774055)
-    p = p * s + tl.where(centre, -0.002838620450347662, 0.006720526143908501)
-    p = p * s + tl.where(centre, 0.24177150428295135, 1.1819604635238647)
-    p = p * s + tl.where(centre, 2.123316526412964, 4.199333667755127)
+    u = tl.fma(w.to(tl.float32), 4.656612873077393e-10, 2.3283064365386963e-10)
+    v = tl.minimum(tl.abs(u), _LARGEST)
+    s = _sqrt(-_log2(_one_minus_square(v)) + _OFFSET) - _CENTRE
+    p = tl.fma(s, _COEFFICIENTS[_DEGREE], _COEFFICIENTS[_DEGREE - 1])
+    for k in tl.static_range(2, _DEGREE + 1):
+        p = tl.fma(p, s, _COEFFICIENTS[_DEGREE - k])
     return p * u
 
 

@@ -1,7 +1,12 @@
 """Noise: bit-exact integers, exact distribution, and the independence that the error bars rely on."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from agreement import exact_normal
+from fastscore.kernels import inverse_normal
 
 from fastscore.ops import noise
 
@@ -67,6 +72,56 @@ def test_normals_match_the_inverse_distribution_function():
     ends = noise.normal(w[[0, -1]])
     assert torch.isfinite(ends).all()
     assert 5.2 < float(ends[1]) < 5.6
+
+
+def both_ends_and_an_even_sample():
+    """Every word of the two ends and of the middle, 2^16 each, and one of 2^12 of all others, at their centres."""
+    ends = [torch.arange(2**16) - 2**31, torch.arange(2**16) - 2**15, 2**31 - 1 - torch.arange(2**16)]
+    return torch.cat([torch.arange(-(2**31) + 2**11, 2**31, 2**12), *ends]).to(torch.int32)
+
+
+def polynomial_normal(w, coefficients=inverse_normal.COEFFICIENTS):
+    """Evaluate the kernels' polynomial as float32 does, with fused products and sums."""
+
+    def fma(a, b, c):
+        return (a.double() * b + c).float()  # float32's product is exact in float64
+
+    u = fma(w.float(), 2.0**-31, 2.0**-32)
+    v = u.abs().clamp(max=inverse_normal.LARGEST)
+    log = fma(-v, v.double(), 1.0).double().log2().float()
+    s = (inverse_normal.OFFSET - log).sqrt() - inverse_normal.CENTRE
+    p = torch.full_like(s, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        p = fma(p, s.double(), torch.tensor(c).double())
+    return p * u
+
+
+def test_the_polynomial_of_kernels_is_the_inverse_distribution_function():
+    w = both_ends_and_an_even_sample()
+    found, exact = polynomial_normal(w).double(), exact_normal(w)
+    # The polynomial's own 2.4e-7, and the roundings of its last three steps at 6e-8 each.
+    assert float((found / exact - 1).abs().max()) < 5e-7
+    even = 2**20
+    assert abs(float(found[:even].square().mean() / exact[:even].square().mean() - 1)) < 1e-7
+    # 2^20 words of equal probability miss 1.3e-6 of the variance, in the tails.
+    assert float(exact[:even].square().mean()) == pytest.approx(1, abs=5e-6)
+    torchs = noise.normal(w)
+    assert float((torchs.double() / exact - 1).abs().max()) < 2e-7
+    assert float((torchs.double() - found).abs().max()) < 3e-6  # all backends agree to float32's roundings
+
+
+def test_a_wrong_digit_of_the_polynomial_is_seen():
+    planted = [*inverse_normal.COEFFICIENTS[:6], -0.0002267207739012316, *inverse_normal.COEFFICIENTS[7:]]
+    w = both_ends_and_an_even_sample()
+    assert float((polynomial_normal(w, planted).double() / exact_normal(w) - 1).abs().max()) > 5e-7
+
+
+def test_the_cuda_kernels_have_the_same_polynomial():
+    text = (Path(__file__).parents[1] / "csrc" / "common" / "noise.cuh").read_text()
+    body = text[text.index("float normal(") : text.index("return p * u")]
+    numbers = [float(v) for v in re.findall(r"-?\d+\.\d+(?:e-\d+)?(?=f\b)", body)]
+    assert numbers[:6] == [2.0**-31, 2.0**-32, inverse_normal.LARGEST, inverse_normal.OFFSET, 1, inverse_normal.CENTRE]
+    assert tuple(reversed(numbers[6:])) == inverse_normal.COEFFICIENTS
 
 
 def draw_eps(kind, seed, samples, draws, d):

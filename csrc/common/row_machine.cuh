@@ -25,33 +25,35 @@ namespace fastscore {
 
 // Normalize the first `width` columns of every row: (h - mean) / sqrt(var + epsilon), biased variance, in two passes
 // because squares cancel. The padding beyond `width` becomes zero.
+//
+// Sums of a row are added four side by side: the compiler keeps the order of float additions, and one chain of them
+// would wait four cycles for each. (Four sums kept apart all along would spill at width 512 in the first pass.)
 template <bool Padded, class Engine>
 __device__ __forceinline__ void layer_norm(Engine& engine, float (&h)[Engine::kHidden / 2], int width, float epsilon) {
   constexpr int kGroups = Engine::kHidden / 16;
   const float scale = 1.0f / static_cast<float>(width);
   auto inside = [&](int q, int i) { return !Padded || engine.column + 16 * q + i < width; };
+  auto of = [&](int q, int row, int i) { return inside(q, i) ? h[element(q, row, i)] : 0.0f; };
   float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
-    for (int i = 0; i < 4; ++i) {
-      if (!inside(q, i)) continue;
-      sum.x += h[element(q, 0, i)];
-      sum.y += h[element(q, 1, i)];
-    }
+    sum.x += (of(q, 0, 0) + of(q, 0, 1)) + (of(q, 0, 2) + of(q, 0, 3));
+    sum.y += (of(q, 1, 0) + of(q, 1, 1)) + (of(q, 1, 2) + of(q, 1, 3));
   }
   const float2 mean = engine.row_sum(sum);
-  float2 square = make_float2(0.0f, 0.0f);
+  float square[2][4] = {};
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
     for (int i = 0; i < 4; ++i) {
       float &z0 = h[element(q, 0, i)], &z1 = h[element(q, 1, i)];
       z0 = inside(q, i) ? fmaf(-scale, mean.x, z0) : 0.0f;
       z1 = inside(q, i) ? fmaf(-scale, mean.y, z1) : 0.0f;
-      square.x = fmaf(z0, z0, square.x);
-      square.y = fmaf(z1, z1, square.y);
+      square[0][i] = fmaf(z0, z0, square[0][i]);
+      square[1][i] = fmaf(z1, z1, square[1][i]);
     }
   }
-  const float2 total = engine.row_sum(square);
+  const float2 total = engine.row_sum(make_float2((square[0][0] + square[0][1]) + (square[0][2] + square[0][3]),
+                                                  (square[1][0] + square[1][1]) + (square[1][2] + square[1][3])));
   const float r0 = ptx::rsqrt_approx(fmaf(total.x, scale, epsilon));
   const float r1 = ptx::rsqrt_approx(fmaf(total.y, scale, epsilon));
 #pragma unroll
@@ -137,7 +139,7 @@ __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& 
     asm volatile("" : "+r"(column));  // or a loop of one turn would keep the samples' keys in registers all along
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, p.dimensions, sign);
+      const float4 eps = make_eps<D>(p.keys, p.points, vectors.sample[i], vectors.row, column, sign);
       ptx::store_shared(engine.scratch + 4096 * q + 2048 * i, eps);
     }
   }
@@ -160,31 +162,37 @@ struct Data {
   }
 };
 
-// The operand of the first product: x_t, scaled and shifted.
+// The operand of the first product: x_t, scaled and shifted. What is absent is decided once a row.
 template <int D, class Engine>
 __device__ __forceinline__ void make_x_t(uint32_t (&a)[Engine::kData / 4], const Engine& engine,
                                          const Vectors& vectors) {
   const DensityMlp& p = vectors.p;
   const Row row(p.rows, vectors.row);
+  auto fill = [&](auto&& prepare) {
 #pragma unroll
-  for (int q = 0; q < Engine::kData / 16; ++q) {
+    for (int q = 0; q < Engine::kData / 16; ++q) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float4 x_t = Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma);
-      if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
-      if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
-      a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
-      a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
+      for (int i = 0; i < 2; ++i) {
+        const float4 x_t = prepare(q, Data::load<D>(engine, vectors, q, i).combine(row.alpha, row.sigma));
+        a[4 * q + i] = ptx::pack_bf16(x_t.x, x_t.y);
+        a[4 * q + 2 + i] = ptx::pack_bf16(x_t.z, x_t.w);
+      }
     }
-  }
+  };
+  if (p.pre_scale < 0 && p.pre_shift < 0) return fill([](int, const float4& x_t) { return x_t; });
+  fill([&](int q, float4 x_t) {
+    if (p.pre_scale >= 0) x_t = product(x_t, vectors.load(p.pre_scale, engine.data_column + 16 * q));
+    if (p.pre_shift >= 0) x_t = sum(x_t, vectors.load(p.pre_shift, engine.data_column + 16 * q));
+    return x_t;
+  });
 }
 
-// The thread's share of c^2 ||a eps + b x - prediction||^2 - ||keep eps - pull x + offset||^2 in both its rows.
-template <int D, class Engine>
+// The thread's share of c^2 ||a eps + b x - prediction||^2 - ||keep eps - pull x + offset||^2 in both its rows, where
+// `finish(q, found, data)` scales and shifts four columns of the network's output.
+template <int D, class Engine, class F>
 __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kData / 2], const Engine& engine,
-                                          const Vectors& vectors) {
+                                          const Vectors& vectors, const Row& row, bool controlled, F&& finish) {
   const DensityMlp& p = vectors.p;
-  const Row row(p.rows, vectors.row);
   float error[2] = {0.0f, 0.0f}, control[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int q = 0; q < Engine::kData / 16; ++q) {
@@ -192,14 +200,8 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Data data = Data::load<D>(engine, vectors, q, i);
-      float4 found = get(prediction, q, i);
-      if (p.post_scale >= 0) found = product(found, vectors.load(p.post_scale, column));
-      if (p.post_shift >= 0) found = sum(found, vectors.load(p.post_shift, column));
-      if (p.post_skip >= 0) {
-        found = sum(found, product(data.combine(row.alpha, row.sigma), vectors.load(p.post_skip, column)));
-      }
-      error[i] += squared_distance(data.combine(row.b, row.a), found);
-      if (p.keep >= 0) {
+      error[i] += squared_distance(data.combine(row.b, row.a), finish(q, get(prediction, q, i), data));
+      if (controlled) {
         const float4 pulled = product(vectors.load(p.pull, column), data.x);
         const float4 kept = product(vectors.load(p.keep, column), data.eps);
         control[i] += squared_distance(sum(kept, vectors.load(p.offset, column)), pulled);
@@ -208,6 +210,27 @@ __device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kDat
   }
   const float weight = row.c * row.c;
   return make_float2(fmaf(weight, error[0], -control[0]), fmaf(weight, error[1], -control[1]));
+}
+
+// The same with the operands that a network has: most have a shift and a reference, which are decided once a row, but
+// at width 512, where the second copy of the code would spill.
+template <int D, class Engine>
+__device__ __forceinline__ float2 compare(const float (&prediction)[Engine::kData / 2], const Engine& engine,
+                                          const Vectors& vectors) {
+  const DensityMlp& p = vectors.p;
+  const Row row(p.rows, vectors.row);
+  auto operand = [&](Operand o, int q) { return vectors.load(o, engine.data_column + 16 * q); };
+  const bool usual = p.post_scale < 0 && p.post_shift >= 0 && p.post_skip < 0 && p.keep >= 0;
+  if (Engine::kWidth < 512 && usual) {
+    return compare<D>(prediction, engine, vectors, row, true,
+                      [&](int q, const float4& found, const Data&) { return sum(found, operand(p.post_shift, q)); });
+  }
+  return compare<D>(prediction, engine, vectors, row, p.keep >= 0, [&](int q, float4 found, const Data& data) {
+    if (p.post_scale >= 0) found = product(found, operand(p.post_scale, q));
+    if (p.post_shift >= 0) found = sum(found, operand(p.post_shift, q));
+    if (p.post_skip >= 0) found = sum(found, product(data.combine(row.alpha, row.sigma), operand(p.post_skip, q)));
+    return found;
+  });
 }
 
 // f of the thread's two rows of the tile: its share, before `row_sum`.

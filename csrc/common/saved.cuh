@@ -20,7 +20,7 @@ struct SavedInRegisters {
     for (int s = 0; s < Slots; ++s) {
       if (Slots > 1 && s != slot) continue;
 #pragma unroll
-      for (int i = 0; i < N / 2; ++i) tile[s][i] = h[i];
+      for (int i = 0; i < N / 2; ++i) tile[s][i] = ptx::copied(h[i]);
     }
   }
 

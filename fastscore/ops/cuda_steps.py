@@ -174,14 +174,15 @@ class _Records:
 
 
 def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: int) -> bytes:
-    """Write a step's vectors, and return its bytes: kind, activation, first column, width of its norm, three floats."""
+    """Write a step's vectors, and return its bytes, those of csrc/steps.h's structure."""
     at = records.end
     for vector in step.vectors:
         records.add(vector, hidden)
     activation = -1 if step.activation is None else ACTIVATIONS.index(step.activation)
     width = 0 if step.eps is None else weights[step.weights[0]].shape[1]
     kind = KINDS[step.kind] + step.scaled
-    return struct.pack("<iiiifffi", kind, activation, at, width, step.before, step.factor, step.eps or 0.0, 0)
+    norm = width, 1 / width if width else 0.0, step.eps or 0.0
+    return struct.pack("<iiiiffff", kind, activation, at, *norm, step.before, step.factor)
 
 
 def launch(module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, clusters: int = 0) -> None:

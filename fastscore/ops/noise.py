@@ -169,6 +169,10 @@ def normal(w: Tensor, sign: Tensor | None = None, dtype: torch.dtype = torch.flo
 
     The product with a power of two is exact, so that the uniform rounds once, in every implementation alike; it is kept
     below 1, in float32 |eps| <= 5.42. Antithetic twins have the same words and the sign -1.
+
+    torch's erfinv is the definition, in float64 exactly and in float32 to 1.2e-7 of itself; a kernel's polynomial
+    (kernels/inverse_normal.py) stays within 4.9e-7. As torch operations that polynomial would be no more exact and take
+    2.6 to 5.5 times as long on a CPU, since each of its sixteen steps passes over memory.
     """
     top = 1 - torch.finfo(dtype).eps / 2
     half = w.new_full((), 2.0**-32, dtype=dtype)  # a fill, where torch.tensor would copy from the host

@@ -79,7 +79,7 @@ class Module:
     def density_mlp(self, hidden, data, linears, pointers, sizes, operands, program, device, stream, cluster, splits):
         message = self.library.launch(
             hidden, data, linears, (ctypes.c_uint64 * 9)(*pointers), (ctypes.c_int32 * 6)(*sizes),
-            (ctypes.c_int32 * 8)(*operands), program, len(program), *self.device, 3,
+            (ctypes.c_int32 * 8)(*operands), program, len(program), *self.device,
             cluster, splits,
         )  # fmt: skip
         assert not message, (message.decode(), self.library.emulator_error())

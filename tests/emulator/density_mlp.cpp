@@ -24,19 +24,23 @@ namespace fastscore {
 [[gnu::weak]] void sm90_steps_64(const Steps&, const StepsPlan&, int, cudaStream_t) {
   throw std::logic_error("The steps of width 64 are not linked");
 }
+[[gnu::weak]] int sm90_density_mlp_clusters(const Plan&) { throw std::logic_error("Hopper's kernels are not linked"); }
+[[gnu::weak]] int sm90_density_mlp_wide_clusters(const Plan&) {
+  throw std::logic_error("Hopper's wide kernel is not linked");
+}
+[[gnu::weak]] int sm80_density_mlp_clusters(const Plan&) { throw std::logic_error("Ampere's kernel is not linked"); }
 }  // namespace fastscore
 
 // What fastscore._C.density_mlp does, on the emulated GPU; returns an error's text, or an empty one.
 extern "C" const char* launch(int hidden, int data, int linears, const uint64_t* pointers, const int32_t* sizes,
                               const int32_t* operands, const char* program, int bytes, int capability, int limit,
-                              int multiprocessors, int cluster, int splits) {
+                              int cluster, int splits) {
   static thread_local std::string message;
   try {
     Plan chosen;
     message = plan(hidden, data, linears, sizes[3], capability, limit, &chosen);
     if (message.empty()) {
-      density_mlp(arguments(pointers, sizes, operands, program, bytes), chosen, {cluster, splits}, multiprocessors,
-                  nullptr);
+      density_mlp(arguments(pointers, sizes, operands, program, bytes), chosen, {cluster, splits}, nullptr);
     }
   } catch (const std::exception& error) {
     message = error.what();
@@ -76,4 +80,15 @@ extern "C" const char* launch_of_steps(const int32_t* shape, const uint64_t* poi
     message = error.what();
   }
   return message.c_str();
+}
+
+// How a plan's launch is divided on Hopper: cluster, tiles, splits and rows a block, or zeros where there is no plan.
+// `active` is how many clusters of 1, 2 and 4 blocks the device runs at once.
+extern "C" void division_of(int hidden, int data, int linears, int stride, int batch, int rows, int cluster, int splits,
+                            const int32_t* active, int32_t* found) {
+  Plan chosen;
+  if (!plan(hidden, data, linears, stride, 90, 232448, &chosen).empty()) return;
+  const Division divided =
+      division(chosen, batch, rows, {cluster, splits}, [&](int blocks) { return active[blocks / 2]; });
+  found[0] = divided.cluster, found[1] = divided.tiles, found[2] = divided.splits, found[3] = divided.rows_per_block;
 }

@@ -63,7 +63,7 @@ MISTAKES |= {
     "steps: samples of the tile before": steps("block.cuh", "if (turned)", "if (at.stage + at.phase == 0)", TILES),
     "steps: a unit left out": steps("units.cuh", "(end - first)", "(end - first) - 1", TILES),
     "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
-    "steps: mean of the padded width": steps("operands.cuh", "static_cast<float>(width)", "64.0f", PADDED_STEPS),
+    "steps: mean of the padded width": steps("operands.cuh", "inverse * sum.x", "sum.x / 64.0f", PADDED_STEPS),
     "steps: places of two samples": steps("samples.cuh", "(2 * (D / 16 * piece + q) + i)", "(D / 16 * piece + q + i)"),
 }
 

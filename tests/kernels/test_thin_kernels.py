@@ -37,9 +37,9 @@ def test_noise_words_are_bit_exact_and_normals_are_float32s():
     words_kernel[(1,)](points[0], keys[0, 0].contiguous(), keys[0, 1].contiguous(), w, found, n)
     assert torch.equal(w, noise.combine(keys, points)[0, 0])
     exact = exact_normal(w)
-    # The polynomial's 3.3e-7 and the roundings of nine steps.
-    assert torch.allclose(found.double(), exact, rtol=1e-6, atol=0)
-    assert torch.allclose(noise.normal(w).double(), exact, rtol=1e-6, atol=0)
+    # 4.9e-7 in float32 (tests/test_noise.py); a GPU's approximate logarithm and root add 1e-7 each.
+    assert torch.allclose(found.double(), exact, rtol=8e-7, atol=0)
+    assert torch.allclose(noise.normal(w).double(), exact, rtol=8e-7, atol=0)
 
 
 THIN = [(1, 1, 1), (7, 8, 2), (3, 33, 13), (5, 3, 100), (2, 4, 784), (1, 2, 3000), (63, 1, 50), (1000, 1, 2)]

@@ -15,8 +15,8 @@ namespace fastscore {
 template <class Source>
 __device__ __forceinline__ float4 noise(const Source& samples, const Record& record, int q, int i) {
   const uint4 p = record.points(q), k = samples.key(0, q, i), m = samples.key(1, q, i);
-  return make_float4(normal((p.x ^ k.x) * m.x), normal((p.y ^ k.y) * m.y), normal((p.z ^ k.z) * m.z),
-                     normal((p.w ^ k.w) * m.w));
+  return make_float4(normal((p.x ^ k.x) * m.x, 1.0f), normal((p.y ^ k.y) * m.y, 1.0f), normal((p.z ^ k.z) * m.z, 1.0f),
+                     normal((p.w ^ k.w) * m.w, 1.0f));
 }
 
 template <int M>
@@ -52,6 +52,8 @@ __device__ __forceinline__ void make_x_t(uint32_t (&a)[D / 4], float (&eps)[D / 
       set(eps, q, i, made);
       set(x_t, q, i, combine(row.alpha, samples.x(q, i), row.sigma, made));
     }
+    // From device memory all loads at once would need more registers than there are.
+    if (!Source::kKept && q % 2 == 1) asm volatile("" ::: "memory");
   }
   if (p.pre_scale >= 0) scale_columns<D>(x_t, record, p.pre_scale);
   to_operand(a, x_t);

@@ -23,7 +23,7 @@ struct RowSums {
 
 // Padding is zero in every tile: its weights are, and so are its shifts and gates.
 template <int H>
-__device__ __forceinline__ float2 row_means(const float (&h)[H / 2], int width) {
+__device__ __forceinline__ float2 row_means(const float (&h)[H / 2], float inverse) {
   RowSums sums;
 #pragma unroll
   for (int q = 0; q < H / 16; ++q) {
@@ -34,8 +34,7 @@ __device__ __forceinline__ float2 row_means(const float (&h)[H / 2], int width) 
     }
   }
   const float2 sum = sums.total();
-  const float scale = 1.0f / static_cast<float>(width);
-  return make_float2(scale * sum.x, scale * sum.y);
+  return make_float2(inverse * sum.x, inverse * sum.y);
 }
 
 // a = (h - mean) scale; return 1 / sqrt(var + epsilon) of both rows, by which the product of `a` has yet to be
@@ -43,7 +42,7 @@ __device__ __forceinline__ float2 row_means(const float (&h)[H / 2], int width) 
 template <int H, bool Padded>
 __device__ __forceinline__ float2 normalized(uint32_t (&a)[H / 4], const float (&h)[H / 2], const Step& step,
                                              const Record& record, int column) {
-  const float2 mean = row_means<H>(h, step.width);
+  const float2 mean = row_means<H>(h, step.inverse);
   RowSums squares;
 #pragma unroll
   for (int q = 0; q < H / 16; ++q) {
@@ -66,9 +65,8 @@ __device__ __forceinline__ float2 normalized(uint32_t (&a)[H / 4], const float (
     }
   }
   const float2 total = squares.total();
-  const float scale = 1.0f / static_cast<float>(step.width);
-  return make_float2(ptx::rsqrt_approx(fmaf(total.x, scale, step.epsilon)),
-                     ptx::rsqrt_approx(fmaf(total.y, scale, step.epsilon)));
+  return make_float2(ptx::rsqrt_approx(fmaf(total.x, step.inverse, step.epsilon)),
+                     ptx::rsqrt_approx(fmaf(total.y, step.inverse, step.epsilon)));
 }
 
 // a = h scale.

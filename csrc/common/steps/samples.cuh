@@ -20,14 +20,15 @@ struct Samples {
   const Steps& p;
   uint32_t place;  // the thread's first, of its warpgroup's part
   int column;
-  int sample[2];  // of the thread's two rows of the tile, or the last there is
+  int first;  // sample of the thread's first row of the tile; the second is eight further
 
+  static constexpr bool kKept = Kept;
   static constexpr uint32_t kPlaces = 2048;  // bytes from one piece to the next: 16 for each thread of the warpgroup
   enum Piece { kX, kQ, kM };
 
-  // Turn to the samples from `first` on.
-  __device__ __forceinline__ void take(int first) {
-    sample[0] = min(first, p.batch - 1), sample[1] = min(first + 8, p.batch - 1);
+  // Turn to the tile in which the thread's first row is of that sample.
+  __device__ __forceinline__ void take(int sample) {
+    first = sample;
     if constexpr (Kept) {
 #pragma unroll
       for (int q = 0; q < D / 16; ++q) {
@@ -56,12 +57,13 @@ struct Samples {
     return place + kPlaces * (2 * (D / 16 * piece + q) + i);
   }
   __device__ __forceinline__ float4 fetch_x(int q, int i) const {
-    return __ldg(reinterpret_cast<const float4*>(p.x + static_cast<size_t>(sample[i]) * D + here(q)));
+    return __ldg(reinterpret_cast<const float4*>(p.x + sample(i) * D + here(q)));
   }
   __device__ __forceinline__ uint4 fetch_key(int which, int q, int i) const {
-    const size_t line = static_cast<size_t>(sample[i]) * 2 + which;
+    const size_t line = 2 * sample(i) + which;
     return __ldg(reinterpret_cast<const uint4*>(p.keys + line * D + here(q)));
   }
+  __device__ __forceinline__ size_t sample(int i) const { return min(first + 8 * i, p.batch - 1); }  // or the last
   __device__ __forceinline__ int here(int q) const {
     int found = column + 16 * q;
     asm volatile("" : "+r"(found));  // or what no row changes would wait in registers from row to row

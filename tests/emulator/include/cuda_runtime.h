@@ -195,13 +195,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return right ? cudaSuccess : last_error = cudaErrorLaunchFailure;
 }
 
-// As many clusters as the device has room for, a block a multiprocessor.
-template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
-  unsigned blocks = 1;
-  for (unsigned i = 0; i < config->numAttrs; i++)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) blocks = config->attrs[i].val.clusterDim.x;
-  *clusters = fastscore::emulator::machine.multiprocessors / static_cast<int>(blocks);
+// One block a multiprocessor, and of a machine that is not a multiple of a cluster the rest stays idle.
+template <class T>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, T*, const cudaLaunchConfig_t* config) {
+  *clusters = fastscore::emulator::machine.multiprocessors / static_cast<int>(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 

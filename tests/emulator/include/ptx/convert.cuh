@@ -13,6 +13,7 @@ inline float2 unpack_f16(uint32_t packed) {
   return {emulator::from_f16(packed & 0xffff), emulator::from_f16(packed >> 16)};
 }
 
+inline float copied(float x) { return x; }
 inline float tanh_approx(float x) { return std::tanh(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
