@@ -94,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
       "steps",
       [](int hidden, int data, bool padded, int linears, int record, const std::vector<uint64_t>& pointers,
          const std::vector<int32_t>& sizes, const std::vector<int32_t>& columns, const std::string& steps, int device,
-         uintptr_t stream, int clusters) {
+         uintptr_t stream, int cluster, int clusters) {
         fastscore::DeviceGuard guard(device);
         if (pointers.size() != 5 || sizes.size() != 2 || columns.size() != 4) {
           throw std::runtime_error("steps takes 5 addresses, 2 sizes and 4 columns, got " +
@@ -108,11 +108,11 @@ PYBIND11_MODULE(_C, m) {
         if (!reason.empty()) throw std::runtime_error("no compiled kernel runs these steps: " + reason);
         const int32_t all[3] = {sizes[0], sizes[1], record};
         fastscore::launch_steps(
-            fastscore::step_arguments(pointers.data(), all, columns.data(), steps.data(), steps.size()), plan, clusters,
-            pointer<CUstream_st>(stream));
+            fastscore::step_arguments(pointers.data(), all, columns.data(), steps.data(), steps.size()), plan,
+            {cluster, clusters}, pointer<CUstream_st>(stream));
       },
       py::arg("hidden"), py::arg("data"), py::arg("padded"), py::arg("linears"), py::arg("record"), py::arg("pointers"),
       py::arg("sizes"), py::arg("columns"), py::arg("steps").none(false), py::arg("device"), py::arg("stream"),
-      py::arg("clusters") = 0,
+      py::arg("cluster") = 0, py::arg("clusters") = 0,
       "Launch the kernel of a program of steps; fastscore/ops/cuda_steps.py makes the arguments.");
 }

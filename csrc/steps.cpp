@@ -13,25 +13,36 @@ uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * 
 
 // Divide shared memory into weights, samples, records and barriers; false if it does not hold them.
 bool divide(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
-  // x, Q and M of a sample take 12 bytes a dimension.
-  const uint32_t samples = plan->kept ? 12u * plan->samples * plan->data : 0;
-  const bool resident = plan->stages >= plan->tiles;
+  const uint32_t samples = plan->kept ? 12u * plan->samples * plan->data : 0;  // x, Q and M: 12 bytes a dimension
   plan->samples_at = plan->stages * plan->stage_bytes;
   plan->records_at = plan->samples_at + samples;
   plan->barriers_at = plan->records_at + plan->record_stages * record_bytes;
-  plan->shared_bytes = plan->barriers_at + kBarrierBytes * ((resident ? 1 : plan->stages) + plan->record_stages);
+  plan->shared_bytes = plan->barriers_at + kBarrierBytes * (plan->barriers + plan->record_stages);
   return plan->shared_bytes <= limit;
 }
 
-// Weights stay. Beside them a tile's keys and x, which every row reads, before a third record; without them a row
-// fetches its keys and x through the L1 cache. (Of 16 dimensions they are small, and always kept.)
-bool fit_resident(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
-  plan->stages = plan->tiles;
-  plan->cluster = 1;
-  for (const bool kept : {true, false}) {
-    if (!kept && plan->data == 16) break;
-    plan->kept = kept;
-    for (plan->record_stages = 3; plan->record_stages >= 2; --plan->record_stages) {
+// A division of shared memory to be tried.
+struct Candidate {
+  bool kept;      // keys and x of a tile, which every row reads, rather than fetched through the L1 cache
+  bool resident;  // all weights, rather than a ring of `fewest` stages or more
+  int record_stages;
+};
+
+// Weights that stay are worth more than a third record, and in a ring that keeps two warpgroups apart, four stages, keys
+// and x are worth more than a longer one.
+constexpr Candidate kCandidates[] = {{true, true, 3},  {true, true, 2},  {true, false, 2},
+                                     {false, true, 3}, {false, true, 2}, {false, false, 2}};
+constexpr int kFewestStages = 4;
+
+bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit, bool may_stream) {
+  for (const Candidate& candidate : kCandidates) {
+    if (!candidate.kept && plan->data == 16) continue;  // of so few dimensions they are small
+    if (!candidate.resident && !may_stream) continue;
+    plan->kept = candidate.kept, plan->record_stages = candidate.record_stages;
+    plan->cluster = candidate.resident ? 1 : 2;
+    const int fewest = candidate.resident ? plan->tiles : kFewestStages;
+    for (plan->stages = candidate.resident ? plan->tiles : plan->tiles - 1; plan->stages >= fewest; --plan->stages) {
+      plan->barriers = may_stream ? plan->stages : 1;
       if (divide(plan, record_bytes, limit)) return true;
     }
   }
@@ -45,18 +56,20 @@ std::string kilobytes(uint32_t bytes) { return std::to_string((bytes + 1023) >> 
 std::string plan_steps(int hidden, int data, bool padded, int linears, int record, int capability, int shared_limit,
                        StepsPlan* plan) {
   if (capability != 90) return "steps run on compute capability 9.0";
-  if (hidden != 64) return "steps run at widths up to 64, the network has " + std::to_string(hidden);
   *plan = {};
   plan->hidden = hidden, plan->data = data, plan->padded = padded;
-  const int blocks = hidden / 64;
-  plan->tiles = 1 + (linears - 2) * blocks + blocks;
+  // The last product has at most half as many outputs as a stage has lines, so its tiles fill one.
+  const int blocks = hidden / 64, consumers = hidden == 64 ? 3 : 2;
+  plan->tiles = 1 + (linears - 2) * blocks + 1;
   plan->stage_bytes = 128 * hidden;
-  plan->samples = 192;
-  plan->threads = 512;
+  plan->samples = 64 * consumers;
+  plan->threads = 128 * (consumers + 1);
   const uint32_t record_bytes = round_up(4 * record, 128);
-  if (fit_resident(plan, record_bytes, shared_limit)) return "";
-  return "weights (" + kilobytes(plan->tiles * plan->stage_bytes) + ") and two rows' vectors (" +
-         kilobytes(2 * record_bytes) + ") of steps do not fit " + kilobytes(shared_limit) + " of shared memory";
+  if (fit(plan, record_bytes, shared_limit, hidden > 64)) return "";
+  const std::string weights = hidden > 64 ? "a ring of " + std::to_string(kFewestStages) + " stages" : "weights";
+  return weights + " (" + kilobytes((hidden > 64 ? kFewestStages : plan->tiles) * plan->stage_bytes) +
+         ") and two rows' vectors (" + kilobytes(2 * record_bytes) + ") of steps do not fit " +
+         kilobytes(shared_limit) + " of shared memory";
 }
 
 Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* columns, const char* steps,
@@ -80,11 +93,15 @@ Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32
   return p;
 }
 
-void launch_steps(Steps p, const StepsPlan& plan, int clusters, cudaStream_t stream) {
+void launch_steps(Steps p, const StepsPlan& plan, StepsConfig config, cudaStream_t stream) {
   if (p.batch == 0 || p.rows == 0) return;
+  // Weights that stay need no partner, and one tile of samples would leave it idle.
+  if (config.cluster <= 0) config.cluster = p.batch > plan.samples ? plan.cluster : 1;
+  if (plan.stages >= plan.tiles) config.cluster = 1;
+  p.barriers = plan.barriers;
   p.stages = plan.stages, p.tiles = plan.tiles, p.record_stages = plan.record_stages;
   p.samples_at = plan.samples_at, p.records_at = plan.records_at, p.barriers_at = plan.barriers_at;
-  sm90_steps_64(p, plan, clusters, stream);
+  (plan.hidden == 64 ? sm90_steps_64 : sm90_steps_128)(p, plan, config, stream);
 }
 
 }  // namespace fastscore

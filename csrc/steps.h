@@ -46,6 +46,7 @@ struct Steps {
   Step step[kMaxSteps];
   // Filled in by the launch.
   int32_t stages, tiles, record_stages, clusters;
+  int32_t barriers;  // pairs of them for weights: one a stage of a ring, a single one where weights stay
   uint32_t samples_at, records_at, barriers_at;
 };
 
@@ -56,8 +57,9 @@ struct StepsPlan {
   bool kept;          // keys and x of a tile are in shared memory
   int samples;        // a block's
   int threads;        // a block's
-  int tiles;          // of weights, stage_bytes each
+  int tiles;          // stages that all weights fill
   int stages;         // of them in shared memory at once; all: resident
+  int barriers;       // pairs of them for weights
   int record_stages;  // rows whose records are in shared memory at once
   int cluster;        // blocks that share what they stream
   uint32_t stage_bytes, samples_at, records_at, barriers_at, shared_bytes;
@@ -73,11 +75,17 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
 Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* columns, const char* steps,
                      size_t bytes);
 
-// Launch on the current device; `clusters` of blocks, or as many as run at a time where it is 0: no result depends on
-// it. Throws std::runtime_error with the values if CUDA refuses.
-void launch_steps(Steps parameters, const StepsPlan& plan, int clusters, cudaStream_t stream);
+// How blocks share the work, which changes no result; 0 where the launch chooses.
+struct StepsConfig {
+  int cluster;   // blocks that share what they stream
+  int clusters;  // that share all units (common/steps/units.cuh); chosen: as many as run at a time
+};
+
+// Launch on the current device; throws std::runtime_error with the values if CUDA refuses.
+void launch_steps(Steps parameters, const StepsPlan& plan, StepsConfig config, cudaStream_t stream);
 
 // One launch function a width.
-void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, int clusters, cudaStream_t stream);
+void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
+void sm90_steps_128(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 
 }  // namespace fastscore

@@ -234,7 +234,7 @@ def launch(
 ) -> None:
     """Launch the kernel that a packed network asks for; `module` is `fastscore._C` or what stands in for it."""
     if isinstance(packed, PackedSteps):
-        return cuda_steps.launch(module, packed, f, device, stream, config.clusters)
+        return cuda_steps.launch(module, packed, f, device, stream, (config.cluster, config.clusters))
     module.density_mlp(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.points, packed.rows, packed.weights, *packed.tables, f)],

@@ -1,8 +1,8 @@
 """Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
 
 The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
-hidden widths up to 64 and d up to 64, whose weights fit shared memory. Everything else is run by
-the kernels that interpret instructions.
+hidden widths up to 128 and d up to 64; at width 64 all weights have to fit shared memory. Everything else is run by the
+kernels that interpret instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .step_tables import Folded, fold
 from .steps import Residual, Steps, cut
 from .weight_image import image
 
-WIDTHS, DATA = (64,), (16, 64)
+WIDTHS, DATA = (64, 128), (16, 64)
 MAX_STEPS = 96  # between the first and the last
 HEAD = 16  # floats of a record before P
 KINDS = {"residual": 0, "first": 1, "dense": 1, "last": 1}  # numbers of csrc/steps.h; 2: dense with a scale
@@ -133,7 +133,7 @@ def pack(
         shape=shape,
         x=aligned(pad(x, (0, data - d)) if d < data else x),
         keys=aligned(pad(keys, (0, data - d)) if d < data else keys),
-        weights=image([weights[k] for k in steps.weights], shapes, 128 * hidden),
+        weights=image([weights[k] for k in steps.weights], shapes, 128 * hidden, packed=True),
         records=records.values,
         columns=tuple(columns),
         steps=b"".join([described[0], described[-1], *described[1:-1]]),
@@ -185,8 +185,10 @@ def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: i
     return struct.pack("<iiiiffff", kind, activation, at, *norm, step.before, step.factor)
 
 
-def launch(module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, clusters: int = 0) -> None:
-    """Launch the kernel of packed steps; `clusters` share the work, as many as run at a time where it is 0."""
+def launch(
+    module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, config: tuple[int, int] = (0, 0)
+) -> None:
+    """Launch the kernel of packed steps; `config`: blocks of a cluster, and clusters, as `cuda.Config` has them."""
     module.steps(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.weights, packed.records, f)],
@@ -195,7 +197,7 @@ def launch(module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stre
         packed.steps,
         device,
         stream,
-        clusters,
+        *config,
     )
 
 

@@ -21,27 +21,28 @@ COLUMN = tuple(4 * (p % 8 // 2) + p % 2 + 2 * (p // 8) for p in range(16))
 TILE_OUT, TILE_IN, CHUNK = 128, 64, 8
 
 
-def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
-    """Return the tiles of all weights, each `stage` bytes, bfloat16, flat.
+def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int, packed: bool = False) -> Tensor:
+    """Return the tiles of all weights in stages of that many bytes, bfloat16, flat.
 
     Arguments:
         weights: (out, in) each, in the order of their use.
         shapes: what each is padded to: outputs a multiple of 16, inputs of 16.
+        packed: whether a stage holds as many tiles of a weight as it can, rather than one.
     """
     sizes = tuple(tuple(w.shape) for w in weights)
-    index = _gather(sizes, shapes, stage // 2, weights[0].device)
+    index = _gather(sizes, shapes, stage // 2, packed, weights[0].device)
     flat = torch.cat([w.reshape(-1) for w in weights] + [weights[0].new_zeros(1)])
     return flat.to(torch.bfloat16)[index]
 
 
 @lru_cache(maxsize=16)
-def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> Tensor:
+def _gather(sizes: tuple, shapes: tuple, stage: int, packed: bool, device: torch.device) -> Tensor:
     """Return, for every element of the image, where in the flat weights it lies; the last one is the zero."""
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
-        parts.append(_tiles(where, stage, zero))
+        parts.append(_tiles(where, stage, packed, zero))
         start += out * in_
     return torch.cat(parts).to(device)
 
@@ -51,12 +52,13 @@ def _columns(count: int) -> Tensor:
     return (torch.arange(0, count, 16, device="cpu")[:, None] + torch.tensor(COLUMN, device="cpu")).reshape(-1)
 
 
-def _tiles(where: Tensor, stage: int, zero: int) -> Tensor:
-    """Cut a matrix of indices into swizzled tiles, inputs outermost, and fill each up to `stage` elements."""
+def _tiles(where: Tensor, stage: int, packed: bool, zero: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles, inputs outermost, and fill stages of that many elements."""
     out, in_ = where.shape
     where = torch.nn.functional.pad(where, (0, -in_ % TILE_IN), value=zero)
     lines = min(out, TILE_OUT)
     tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK).permute(2, 0, 1, 3, 4)
     chunk = torch.arange(TILE_IN // CHUNK, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] % 8)
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
-    return torch.nn.functional.pad(tiles, (0, stage - lines * TILE_IN), value=zero).reshape(-1)
+    tiles = tiles.reshape(1, -1) if packed else tiles
+    return torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % stage), value=zero).reshape(-1)

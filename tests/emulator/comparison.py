@@ -89,10 +89,10 @@ class Module:
         reason = self.library.plan_of_steps((ctypes.c_int32 * 5)(*shape), capability, shared, found)
         return reason.decode() or dict(zip(("shared_bytes", "threads", "kept"), found))
 
-    def steps(self, hidden, data, padded, linears, record, pointers, sizes, columns, steps, device, stream, clusters):
+    def steps(self, hidden, data, padded, linears, record, pointers, sizes, columns, steps, device, stream, *config):
         message = self.library.launch_of_steps(
             (ctypes.c_int32 * 5)(hidden, data, padded, linears, record), (ctypes.c_uint64 * 5)(*pointers),
-            (ctypes.c_int32 * 2)(*sizes), (ctypes.c_int32 * 4)(*columns), steps, len(steps), *self.device, clusters,
+            (ctypes.c_int32 * 2)(*sizes), (ctypes.c_int32 * 4)(*columns), steps, len(steps), *self.device, *config,
         )  # fmt: skip
         assert not message, (message.decode(), self.library.emulator_error())
 

@@ -21,8 +21,11 @@ namespace fastscore {
 [[gnu::weak]] void sm80_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
   throw std::logic_error("Ampere's kernel is not linked");
 }
-[[gnu::weak]] void sm90_steps_64(const Steps&, const StepsPlan&, int, cudaStream_t) {
+[[gnu::weak]] void sm90_steps_64(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
   throw std::logic_error("The steps of width 64 are not linked");
+}
+[[gnu::weak]] void sm90_steps_128(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 128 are not linked");
 }
 [[gnu::weak]] int sm90_density_mlp_clusters(const Plan&) { throw std::logic_error("Hopper's kernels are not linked"); }
 [[gnu::weak]] int sm90_density_mlp_wide_clusters(const Plan&) {
@@ -69,13 +72,14 @@ extern "C" const char* plan_of_steps(const int32_t* shape, int capability, int l
 // What fastscore._C.steps does, on the emulated GPU; returns an error's text, or an empty one.
 extern "C" const char* launch_of_steps(const int32_t* shape, const uint64_t* pointers, const int32_t* sizes,
                                        const int32_t* columns, const char* steps, int bytes, int capability, int limit,
-                                       int clusters) {
+                                       int cluster, int clusters) {
   static thread_local std::string message;
   try {
     StepsPlan chosen;
     message = plan_steps(shape[0], shape[1], shape[2], shape[3], shape[4], capability, limit, &chosen);
     const int32_t all[3] = {sizes[0], sizes[1], shape[4]};
-    if (message.empty()) launch_steps(step_arguments(pointers, all, columns, steps, bytes), chosen, clusters, nullptr);
+    if (message.empty())
+      launch_steps(step_arguments(pointers, all, columns, steps, bytes), chosen, {cluster, clusters}, nullptr);
   } catch (const std::exception& error) {
     message = error.what();
   }

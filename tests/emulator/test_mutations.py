@@ -42,9 +42,12 @@ MISTAKES = {
 }
 
 
+RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
+
+
 def steps(file: str, right: str, wrong: str, case: Case = STEPS) -> Mistake:
     """Return a mistake in what only the kernels of steps run."""
-    return Mistake(f"common/steps/{file}", right, wrong, case, "sm90_steps_64")
+    return Mistake(f"common/steps/{file}", right, wrong, case, f"sm90_steps_{max(64, case.hidden)}")
 
 
 FULL, EMPTY = (
@@ -55,7 +58,7 @@ MISTAKES |= {
     "steps: product read in flight": steps("products.cuh", "ptx::wgmma_wait<0>();", ""),
     "steps: no fence before a product": steps("products.cuh", "ptx::wgmma_fence();", ""),
     "steps: product not committed": steps("products.cuh", "ptx::wgmma_commit();", ""),
-    "steps: next product's weights": steps("products.cuh", "at = begin", "at = begin + kStage"),
+    "steps: next product's weights": steps("products.cuh", "at = begin", "at = begin + (StageBytes >> 4)"),
     "steps: record not waited for": steps("block.cuh", f"ptx::mbarrier_wait({FULL};", ""),
     "steps: record overwritten": steps("block.cuh", EMPTY, ""),
     "steps: wrong parity": steps("block.cuh", FULL, FULL.replace("phase", "phase ^ 1")),
@@ -65,6 +68,19 @@ MISTAKES |= {
     "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
     "steps: mean of the padded width": steps("operands.cuh", "inverse * sum.x", "sum.x / 64.0f", PADDED_STEPS),
     "steps: places of two samples": steps("samples.cuh", "(2 * (D / 16 * piece + q) + i)", "(D / 16 * piece + q + i)"),
+    "ring: stage not waited for": steps(
+        "products.cuh", "ptx::mbarrier_wait(barriers.full(at.stage), at.phase);", "", RING
+    ),
+    "ring: stage overwritten": steps("block.cuh", "if (!resident) ptx", "if (false) ptx", RING),
+    "ring: stage released early": steps("products.cuh", "        ptx::wgmma_wait<1>();\n", "", RING),
+    "ring: last stage never released": steps("products.cuh", "<0>();\n    release(before);", "<0>();", RING),
+    "ring: parity that does not turn": steps("products.cuh", "p.stages < p.tiles);", "false);", RING),
+    "ring: last product's tiles apart": steps(
+        "products.cuh", "(Here::kBytes >> 4), k);\n      }", "0, k);\n      }", RING
+    ),
+    "cluster: release to itself alone": steps("products.cuh", "rank < blocks; ++rank", "rank < 1; ++rank", RING),
+    "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
+    "cluster: samples of the other block": steps("block.cuh", "kSamples * rank + 64", "64", RING),
 }
 
 

@@ -34,12 +34,12 @@ def cases(hidden: int, narrower: int) -> list[Case]:
     return drawn
 
 
-CASES = {64: cases(64, 50)}
+CASES = {64: cases(64, 50), 128: cases(128, 100)}
 
 
 @pytest.fixture(scope="module")
 def library():
-    return load(builder.CSRC, "sm90_steps_64")
+    return load(builder.CSRC, *(f"sm90_steps_{hidden}" for hidden in CASES))
 
 
 def test_the_cases_meet_every_value_beside_every_kind_of_step():
@@ -78,9 +78,9 @@ def test_programs_of_every_step_and_activation_agree_with_the_definition(library
 @pytest.mark.parametrize("hidden", CASES)
 def test_how_clusters_share_the_work_changes_no_bit(library, hidden):
     problem, found = problem_of_steps(library, HOPPER, Case(hidden, 13, 2, 450, 5, maps=2)), []
-    for clusters in (0, 1, 2, 5, 100):
+    for cluster, clusters in ((0, 0), (1, 1), (2, 2), (1, 5), (2, 100)):
         problem.f.fill_(float("nan"))
-        emulate(library, HOPPER, problem, builder.RANDOM, Config(clusters=clusters))
+        emulate(library, HOPPER, problem, builder.RANDOM, Config(cluster, clusters=clusters))
         found.append(problem.f.clone())
     assert problem.errors().complaint() is None
     assert all(f.equal(found[0]) for f in found)

@@ -10,50 +10,67 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 namespace fastscore {
 
-// How many clusters the current device runs at once. Asking costs more than a launch, so every kernel, of which a size of
-// a cluster is a part, asks once for each device and size of shared memory.
+// How many clusters of so many blocks the current device runs at once. Asking costs more than a launch, so it is asked
+// once for each device, kernel and size.
 template <class Kernel>
-int clusters_at_once(const char* name, Kernel* kernel, const cudaLaunchConfig_t& config) {
+int clusters_at_once(const char* name, Kernel* kernel, int blocks, const cudaLaunchConfig_t& config) {
   static std::mutex mutex;
-  static std::map<std::tuple<Kernel*, int, size_t>, int> known;
+  static std::map<std::tuple<Kernel*, int, int, size_t>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  int& found = known[{kernel, device, config.dynamicSmemBytes}];
+  int& found = known[{kernel, device, blocks, config.dynamicSmemBytes}];
   if (found == 0) {
-    check(cudaOccupancyMaxActiveClusters(&found, kernel, &config), "%s: how many clusters run at a time", name);
+    check(cudaOccupancyMaxActiveClusters(&found, kernel, &config), "%s: how many clusters of %d run at a time", name,
+          blocks);
   }
   return found;
 }
 
+// Call launch(data, padded, kept) with what a plan says as constants. Of 16 dimensions keys and x are always kept.
+template <class Launch>
+void for_variant(const StepsPlan& plan, Launch&& launch) {
+  const auto with = [&](auto data, auto kept) {
+    if (plan.padded) {
+      launch(data, std::true_type{}, kept);
+    } else {
+      launch(data, std::false_type{}, kept);
+    }
+  };
+  if (plan.data == 16) return with(std::integral_constant<int, 16>{}, std::true_type{});
+  if (plan.kept) return with(std::integral_constant<int, 64>{}, std::true_type{});
+  with(std::integral_constant<int, 64>{}, std::false_type{});
+}
+
 template <class Kernel>
-void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan, int clusters,
-                       cudaStream_t stream) {
-  const int shared_bytes = static_cast<int>(plan.shared_bytes);
+void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan,
+                       const StepsConfig& config, cudaStream_t stream) {
+  const int shared_bytes = static_cast<int>(plan.shared_bytes), blocks = config.cluster;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "%s: %d bytes of shared memory a block", name, shared_bytes);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan.cluster;
+  cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.cluster);
-  config.blockDim = dim3(plan.threads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  const int64_t samples = static_cast<int64_t>(plan.samples) * plan.cluster;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(blocks);
+  launch.blockDim = dim3(plan.threads);
+  launch.dynamicSmemBytes = plan.shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &cluster;
+  launch.numAttrs = 1;
+  const int64_t samples = static_cast<int64_t>(plan.samples) * blocks;
   const int64_t units = (parameters.batch + samples - 1) / samples * parameters.rows;
-  if (clusters <= 0) clusters = std::max(1, clusters_at_once(name, kernel, config));
+  const int clusters =
+      config.clusters > 0 ? config.clusters : std::max(1, clusters_at_once(name, kernel, blocks, launch));
   parameters.clusters = static_cast<int32_t>(std::min<int64_t>(units, clusters));
-  const int blocks = parameters.clusters * plan.cluster;
-  config.gridDim = dim3(blocks);
-  check(cudaLaunchKernelEx(&config, kernel, parameters), "%s: grid %d, cluster %d, %d threads, %d bytes shared", name,
-        blocks, plan.cluster, plan.threads, shared_bytes);
+  launch.gridDim = dim3(parameters.clusters * blocks);
+  check(cudaLaunchKernelEx(&launch, kernel, parameters), "%s: %d clusters of %d, %d threads, %d bytes shared", name,
+        parameters.clusters, blocks, plan.threads, shared_bytes);
 }
 
 }  // namespace fastscore

@@ -1,16 +1,18 @@
-// How a warpgroup of a chain multiplies: weights are tiles of 64 inputs and as many outputs as h has columns, in the
-// order in which a row's evaluation reads them (fastscore/ops/weight_image.py).
+// How a warpgroup of a chain multiplies: weights are tiles of 64 inputs and all outputs, in stages, in the order in which
+// a row's evaluation reads them (fastscore/ops/weight_image.py).
 #pragma once
 
 #include <cuda_runtime.h>
 #include <steps.h>
 
+#include <common/ring.cuh>
+#include <ptx/cluster.cuh>
 #include <ptx/wgmma.cuh>
 
 namespace fastscore {
 
 // 64 inputs, or fewer where the data have fewer: 16 an instruction, and each 16 inputs are two units of a descriptor's
-// 16 bytes further. `first` products overwrite `out`.
+// 16 bytes further.
 template <int Outputs, int Offset, int K, int M>
 __device__ __forceinline__ void multiply_tile(float (&out)[M], const uint32_t (&a)[K / 4], uint64_t tile, int k) {
   constexpr int kSteps = K < 64 ? K / 16 : 4;
@@ -21,30 +23,91 @@ __device__ __forceinline__ void multiply_tile(float (&out)[M], const uint32_t (&
   }
 }
 
+// How the tiles of N outputs x 64 inputs of a product with K inputs lie in stages: as many in one as it holds.
+template <uint32_t StageBytes, int N, int K>
+struct Tiles {
+  static constexpr uint32_t kBytes = 128 * N;
+  static constexpr int kCount = (K + 63) / 64, kEach = StageBytes / kBytes, kStages = (kCount + kEach - 1) / kEach;
+  static_assert(StageBytes % 1024 == 0 && kEach > 0, "tiles start where the swizzle does");
+};
+
 // All weights lie in shared memory: a product waits for nothing but itself, and the next tile's address is a sum.
 template <uint32_t StageBytes>
 struct ResidentProduct {
   uint64_t begin;  // the first tile's descriptor
   uint64_t at;
 
-  static constexpr uint64_t kStage = StageBytes >> 4;
-  static_assert(StageBytes % 1024 == 0, "tiles start where the swizzle does");
-
-  __device__ __forceinline__ explicit ResidentProduct(uint32_t weights)
-      : begin(ptx::wgmma_descriptor(weights)), at(begin) {}
+  __device__ __forceinline__ ResidentProduct(const Steps&, const Barriers& barriers, uint32_t weights)
+      : begin(ptx::wgmma_descriptor(weights)), at(begin) {
+    ptx::mbarrier_wait(barriers.full(0), 0);
+  }
 
   __device__ __forceinline__ void restart() { at = begin; }
 
   template <int N, int K>
   __device__ __forceinline__ void multiply(float (&out)[N / 2], const uint32_t (&a)[K / 4]) {
-    constexpr int kBlocks = (K + 63) / 64;
+    using Here = Tiles<StageBytes, N, K>;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlocks; ++k) multiply_tile<N, 0, K>(out, a, at + k * kStage, k);
+    for (int k = 0; k < Here::kCount; ++k) multiply_tile<N, 0, K>(out, a, at + k * (Here::kBytes >> 4), k);
     ptx::wgmma_commit();
-    at += kBlocks * kStage;
+    at += Here::kStages * (StageBytes >> 4);
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(out);
+  }
+};
+
+// Weights pass through a ring of stages, or stay in as many as there are: then no stage is released, and none waited for
+// twice. A warpgroup that multiplies by a stage holds the one before until that product is done.
+template <uint32_t StageBytes>
+struct RingProduct {
+  const Steps& p;
+  Barriers barriers;
+  uint64_t begin;  // the first stage's descriptor
+  Position at;
+
+  __device__ __forceinline__ RingProduct(const Steps& p, const Barriers& barriers, uint32_t weights)
+      : p(p), barriers(barriers), begin(ptx::wgmma_descriptor(weights)) {}
+
+  __device__ __forceinline__ void restart() {}  // a row ends where the next begins
+
+  template <int N, int K>
+  __device__ __forceinline__ void multiply(float (&out)[N / 2], const uint32_t (&a)[K / 4]) {
+    using Here = Tiles<StageBytes, N, K>;
+    int before = 0;
+#pragma unroll
+    for (int stage = 0; stage < Here::kStages; ++stage) {
+      ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
+      const uint64_t tiles = begin + at.stage * (StageBytes >> 4);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = stage * Here::kEach; k < Here::kCount && k < (stage + 1) * Here::kEach; ++k) {
+        multiply_tile<N, 0, K>(out, a, tiles + (k - stage * Here::kEach) * (Here::kBytes >> 4), k);
+      }
+      ptx::wgmma_commit();
+      if (stage > 0) {
+        ptx::wgmma_wait<1>();
+        release(before);
+      }
+      before = at.stage;
+      at.advance(p.stages, p.stages < p.tiles);
+    }
+    ptx::wgmma_wait<0>();
+    release(before);
+    ptx::wgmma_hold(out);
+  }
+
+ private:
+  // Say that this warp reads the stage no more, to every block that copies into it.
+  __device__ __forceinline__ void release(int stage) const {
+    if (p.stages >= p.tiles || threadIdx.x % 32 != 0) return;
+    const uint32_t blocks = ptx::cluster_size();
+    if (blocks == 1) {
+      ptx::mbarrier_arrive(barriers.empty(stage));
+    } else {
+#pragma unroll 1
+      for (uint32_t rank = 0; rank < blocks; ++rank) ptx::mbarrier_arrive_remote(barriers.empty(stage), rank);
+    }
   }
 };
 
