@@ -30,6 +30,7 @@ from .control import control_residual
 from .launch import OPERANDS, Config, Device, Work, refuse
 from .names import ACTIVATIONS, INSTRUCTIONS
 from .noise import load_normals
+from .occupancy import remember
 from .packing import Layout, Reference, Tables, block_d, number_references, pack_control, pack_network
 from .tile_ops import advance, affine, layer_norm, matmul, matrix, operand, tile
 
@@ -247,11 +248,12 @@ def density_mlp(
     f = torch.empty(batch, count, dtype=torch.float32, device=x.device)
 
     def launch(config: Config) -> Tensor:
-        density_mlp_fwd_kernel[(triton.cdiv(batch, config.block_b), config.splits)](
+        compiled = density_mlp_fwd_kernel[(triton.cdiv(batch, config.block_b), config.splits)](
             x, keys, points, rows, *packed, q, y, f,
             batch, count, triton.cdiv(count, config.splits), *(table.shape[-1] for table in packed[1:]),
             **constants(layout, control, d, precision, config), num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
+        remember((work, config.kept, Device.of(x.device).capability), compiled)
         return f
 
     work = Work(layout, d, control[0], 1 if reference is None else len(reference[0]), precision)
@@ -278,9 +280,8 @@ def launch_what_fits(
     found = Device.of(device)
     while True:
         config = Config.from_heuristic(work, found)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
         try:
-            return launch(config.split(batch, rows, processors) if processors else config)
+            return launch(config.split(work, found, batch, rows))
         except OutOfResources as error:
             refuse(work, found, config, error)
             if Config.from_heuristic(work, found) == config:  # somebody else's choice

@@ -20,6 +20,7 @@ from .activations import activate, derivative
 from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants, pack
 from .launch import REDUCTION_BYTES, Config, Device, NoRoom, Work
 from .noise import load_normals
+from .occupancy import Multiprocessors, best_splits
 from .packing import MAX_BLOCK_D, Reference, block_d
 from .tile_ops import affine, layer_norm, layer_norm_backward, matmul, matrix, vector
 
@@ -195,9 +196,12 @@ def density_mlp_dx(
     (batch, d), count = x.shape, len(rows)
     layout, control, packed, _, _ = pack(x, alpha, sigma, code, weights, tables, reference, precision)
     config = Config(BLOCK_B, NUM_WARPS, resident=True, stages=1)  # resident: one straight block of code
-    if splits is None and x.is_cuda:
-        config = config.split(batch, count, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    splits = config.splits if splits is None else splits
+    if splits is None:
+        splits = 1
+        if (processors := Multiprocessors.of(x.device)) is not None:
+            work = Work(layout, d, control[0], 1 if reference is None else len(reference[0]), precision)
+            at_once = processors.at_once(32 * NUM_WARPS, shared_bytes(work))
+            splits = best_splits(triton.cdiv(batch, BLOCK_B), count, at_once)
     parts, error = torch.empty(splits, batch, d, device=x.device), torch.empty(batch, count, device=x.device)
     density_mlp_dx_kernel[(triton.cdiv(batch, BLOCK_B), splits)](
         grad, x, keys, points, rows, *packed, parts, error,

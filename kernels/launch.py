@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from .occupancy import Multiprocessors, best_splits, registers_of
 from .packing import MAX_BLOCK_D, Layout, block_d, padded
 
 OPERANDS = {"tf32x3": torch.float32, "tf32": torch.float32, "ieee": torch.float32}
@@ -33,10 +34,15 @@ class NoRoom(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """What of a device decides a launch: compute capability, 90 for 9.0, and bytes of shared memory a program."""
+    """What of a device decides a launch.
+
+    Compute capability, 90 for 9.0; bytes of shared memory a program; its multiprocessors, None where rows need no
+    splitting.
+    """
 
     capability: int
     shared: int
+    multiprocessors: Multiprocessors | None = None
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -44,7 +50,8 @@ class Device:
         if device.type != "cuda":
             return cls(90, 1 << 40)
         properties = torch.cuda.get_device_properties(device)
-        return cls(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+        capability = 10 * properties.major + properties.minor
+        return cls(capability, properties.shared_memory_per_block_optin, Multiprocessors.of(device))
 
 
 @dataclass(frozen=True)
@@ -173,10 +180,20 @@ class Config:
                 loops.append(buffers * item * sum(k * n for k, n in used) + sum(layer) + moved)
         return max(max(other, work.product_bytes(rows)) + REDUCTION_BYTES, *loops)
 
-    def split(self, batch: int, rows: int, multiprocessors: int) -> Config:
-        """Split the rows until every multiprocessor has two programs to hide each other's latency."""
-        tiles = -(-batch // self.block_b)
-        return replace(self, splits=max(1, min(rows, -(-2 * multiprocessors // tiles))))
+    def split(self, work: Work, device: Device, batch: int, rows: int) -> Config:
+        """Split the rows so that all programs run in as few waves, and as short ones, as the device can."""
+        processors, splits = device.multiprocessors, 1
+        if processors is not None:
+            registers = registers_of((work, self.kept, device.capability))
+            shared = self.shared_bytes(work, device.capability)
+            at_once = processors.at_once(32 * self.num_warps, shared, registers)
+            splits = best_splits(-(-batch // self.block_b), rows, at_once)
+        return replace(self, splits=splits)
+
+    @property
+    def kept(self) -> Config:
+        """The same without splits, which the compiled kernel does not depend on."""
+        return replace(self, splits=1)
 
 
 # What a device has refused though the bound says that it fits.
@@ -195,7 +212,7 @@ def _first_that_fits(work: Work, device: Device) -> Config:
 
 def refuse(work: Work, device: Device, config: Config, error: Exception) -> None:
     """Choose this launch no more, since the device refused it, and warn: the bound was wrong."""
-    _REFUSED.add((work, device, replace(config, splits=1)))
+    _REFUSED.add((work, device, config.kept))
     _first_that_fits.cache_clear()
     warnings.warn(
         f"a Triton kernel with tiles of {config.block_b} samples did not start ({error}); a smaller one takes its "

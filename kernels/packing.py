@@ -11,10 +11,10 @@ and every table becomes columns of one of three matrices: per row (R, .), per sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .blocks import LEVELS, blocks
 from .names import ACTIVATIONS, INSTRUCTIONS
@@ -82,6 +82,7 @@ class Tables:
     hidden: int = 0
     data: int = 0
     columns: dict[str, list[Tensor]] = field(default_factory=lambda: {"r": [], "b": [], "br": []})
+    zeros: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def add(self, table: Tensor | None, width: int, at_least: int = 0) -> tuple:
         """Append a table that broadcasts to (B, R, width), in `at_least` columns; return its reference."""
@@ -91,13 +92,34 @@ class Tables:
         shape = {"r": (1, self.rows, width), "b": (self.batch, 1, width), "br": (self.batch, self.rows, width)}[level]
         flat = {"r": (self.rows, width), "b": (self.batch, width), "br": (self.batch, self.rows, width)}[level]
         offset = sum(t.shape[-1] for t in self.columns[level])
-        columns = table.to(torch.float32).expand(shape).reshape(flat)
-        self.columns[level].append(pad(columns, (0, at_least - width)) if at_least > width else columns)
+        self.columns[level].append(table.expand(shape).reshape(flat))
+        if at_least > width:
+            self.columns[level].append(self._zeros(table.dtype, table.device).expand(*flat[:-1], at_least - width))
         return level, offset, width
 
     def matrix(self, level: str, like: Tensor) -> Tensor:
+        """Return all columns of a level in float32; where there are none, a tensor that nobody reads.
+
+        Every operation is a launch, and every call packs anew: neighbours of one dtype are joined before they are
+        rounded, not rounded one by one.
+        """
         parts = self.columns[level]
-        return torch.cat(parts, -1) if parts else like.new_zeros(1, 1, dtype=torch.float32)
+        if not parts:
+            return like.new_empty(1, 1, dtype=torch.float32)
+        runs = [list(run) for _, run in groupby(parts, lambda part: part.dtype)]
+        joined = [run[0] if len(run) == 1 else torch.cat(run, -1) for run in runs]
+        if len(joined) == 1:
+            return joined[0].to(torch.float32).contiguous()
+        ends = list(accumulate(part.shape[-1] for part in joined))
+        found = like.new_empty(*joined[0].shape[:-1], ends[-1], dtype=torch.float32)
+        for end, part in zip(ends, joined, strict=True):
+            found[..., end - part.shape[-1] : end].copy_(part)
+        return found
+
+    def _zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype not in self.zeros:
+            self.zeros[dtype] = torch.zeros(1, dtype=dtype, device=device)
+        return self.zeros[dtype]
 
 
 @dataclass(frozen=True)
@@ -195,19 +217,21 @@ def pack_control(
         reference: float64; (K,), (K, d or 1), the same, and (K, d, d) or empty; None for no control variate.
         alpha, sigma: of each row, float64, shape (R,).
     """
-    empty = x.new_zeros(1, 1, dtype=torch.float32)
+    empty = x.new_empty(1, 1, dtype=torch.float32)  # nobody reads it
     if reference is None:
         return ("none",), empty, empty
     weight, mean, variance, basis = reference
     d, k, full = x.shape[1], len(weight), basis.numel() > 0
     mean, variance = (v.to(torch.float64).expand(k, d) for v in (mean, variance))
     alpha, sigma = (v.to(torch.float64)[:, None, None] for v in (alpha, sigma))
-    total = alpha**2 * variance + sigma**2  # (R, K, d)
-    q = torch.zeros(k, padded(d), padded(d), device=x.device)
+    signal = alpha.square() * variance
+    total = signal + sigma.square()  # (R, K, d)
+    q = empty
     if full:
+        q = torch.zeros(k, padded(d), padded(d), device=x.device)
         q[:, :d, :d] = basis
     if k == 1:
-        keep, pull = (v.transpose(0, 1) for v in (alpha**2 * variance / total, alpha * sigma / total))  # (1, R, d)
+        keep, pull = (v.transpose(0, 1) for v in (signal / total, alpha * sigma / total))  # (1, R, d)
         if not full:
             operands = (into.add(t, d, into.data) for t in (keep, pull, pull * mean))
             return ("diagonal", *operands), empty, empty

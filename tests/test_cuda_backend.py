@@ -1,10 +1,19 @@
 """Which networks the compiled kernels take, and the image of their weights; tests/emulator runs the kernels."""
 
-import pytest
-import torch
+from collections import Counter
 
-from fastscore.ops import cuda
+import pytest
+import real_networks
+import torch
+from fastscore.kernels import packing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastscore as fs
+from fastscore.ops import cuda, noise
+from fastscore.ops.instructions import decode, encode
+from fastscore.ops.task import plain
 from fastscore.ops.weight_image import image
+from fastscore.program.row_program import RowProgram
 
 
 def network(width=64, d=8, dtype=torch.bfloat16, slots=1):
@@ -49,3 +58,67 @@ def test_the_image_holds_every_weight_where_the_swizzle_puts_it():
     assert found[3, 3].equal(weight[5, columns])
     assert found[3, 2].equal(weight[5, [c + 2 for c in columns]])
     assert int((found != 0).sum()) == 256
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be launched on a GPU: operations that make or fill a tensor, but for views and empty ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in str(function):
+            self.counts[str(function).removeprefix("aten.")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def packed_again(d, width, depth=3):
+    """Return a second packing of a head of MAR, and its operations: the first one makes what is kept."""
+    time = torch.linspace(0.1, 0.9, 16)
+    head = real_networks.MARHead(d, width, depth).eval().to(torch.bfloat16)
+    program = RowProgram.trace(head, (d,), time[:4], dtype=torch.bfloat16)
+    weights, tables = program.bind(time)
+    keys = noise.sample_keys("independent", 0, torch.arange(32), d)
+    points = noise.points("independent", 0, range(16), 16, d, torch.device("cpu"))
+    alpha, reference = torch.rand(16, dtype=torch.float64), fs.Reference.isotropic().tensors()
+    arguments = torch.randn(32, d), keys, points, torch.ones(16, 6), alpha, alpha
+    arguments = *arguments, plain(decode(encode(program.code))), weights, tables, reference
+    cuda.pack(*arguments)
+    with Operations() as operations:
+        found = cuda.pack(*arguments)
+    return found, operations.counts, arguments
+
+
+def test_packing_takes_few_operations():
+    """Each is a launch of some microseconds in every call, beside kernels that take three hundred."""
+    # The reference 8, the rows' columns, weights joined and gathered, of two dtypes of tables a join and a rounding.
+    found, counts, arguments = packed_again(64, 64)
+    assert sum(counts.values()) == 15, counts
+    assert found.x is arguments[0], "nothing is padded, nothing is copied"
+    # Padded: x, keys and points, and zeros for the tables of each dtype.
+    _, counts, _ = packed_again(50, 100)
+    assert sum(counts.values()) == 20, counts
+
+
+def test_packing_reads_the_weights_of_the_moment():
+    """A parameter's data can change without moving its version."""
+    found, _, arguments = packed_again(64, 64)
+    code, weights = arguments[6], arguments[7]
+    weights[0].data.add_(1)
+    again = cuda.pack(*arguments)
+    assert not again.weights.equal(found.weights)
+    assert again.weights.equal(cuda.pack(*arguments[:6], code, [w.clone() for w in weights], *arguments[8:]).weights)
+
+
+def test_tables_of_two_dtypes_are_one_matrix_with_zeros_between():
+    into = packing.Tables(batch=1, rows=3, hidden=4, data=0)
+    tables = [torch.rand(1, 1, 2).bfloat16(), torch.rand(1, 3, 4).bfloat16(), torch.rand(1, 3, 3, dtype=torch.float64)]
+    places = [into.add(table, table.shape[-1], 4) for table in tables]
+    found = into.matrix("r", torch.zeros(1))
+    assert found.dtype == torch.float32
+    assert places == [("r", 0, 2), ("r", 4, 4), ("r", 8, 3)]
+    assert found.shape == (3, 12)
+    for table, (_, start, width) in zip(tables, places, strict=True):
+        assert found[:, start : start + width].equal(table[0].float().expand(3, -1))
+        assert int(found[:, start + width : start + 4].count_nonzero()) == 0

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..kernels import packing
 from ..kernels.names import ACTIVATIONS, INSTRUCTIONS
@@ -179,6 +178,8 @@ def pack(
 ) -> Packed | PackedSteps:
     """Lay out all that a compiled kernel reads; plain torch, on any device.
 
+    Every call packs anew, since parameters can change unseen (docs/architecture.md); so few operations matter.
+
     Arguments:
         steps: of the program, as `steps_of` or `cuda_steps.fitting` returns them; a text, whatever it says, is for the
             kernels that interpret instructions.
@@ -197,13 +198,13 @@ def pack(
     hidden, data = shape.hidden, shape.data
     shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
     beyond, stage = data - d, 128 * min(128, max(hidden, data))  # of dimensions; bytes of a tile of weights
-    none = x.new_zeros(count, 4)  # copies are 16 bytes at least
+    none = x.new_empty(count, 4)  # nobody reads it, but a row's copy is 16 bytes at least
     return Packed(
         shape=shape,
-        x=aligned(pad(x, (0, beyond))),
-        keys=aligned(pad(keys, (0, beyond))),
-        points=aligned(pad(points, (0, beyond))),
-        rows=pad(rows, (0, 2)).contiguous(),
+        x=aligned(x, beyond),
+        keys=aligned(keys, beyond),
+        points=aligned(points, beyond),
+        rows=aligned(rows, 2),
         weights=image([weights[k] for k in order], shapes, stage),
         tables=tuple(into.matrix(level, x) if into.columns[level] else none for level in packing.LEVELS),
         operands=tuple(_operand(o) for o in (*pre, *post, *missing)),
@@ -219,9 +220,7 @@ class Config:
     cluster: int = 0  # blocks that share the weights they stream; chosen: as many as read 256 samples, so that a
     # weight is loaded once for 256 rows of a product
     splits: int = 0  # parts of the rows; chosen: those that leave multiprocessors idle least
-    clusters: int = (
-        0  # of blocks that share the pairs of a tile and a row, where steps run; chosen: what runs at a time
-    )
+    clusters: int = 0  # where steps run, that share the pairs of a tile and a row; chosen: as many as run at once
 
 
 def launch(

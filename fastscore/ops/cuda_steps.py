@@ -131,9 +131,9 @@ def pack(
     shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
     return PackedSteps(
         shape=shape,
-        x=aligned(pad(x, (0, data - d)) if d < data else x),
-        keys=aligned(pad(keys, (0, data - d)) if d < data else keys),
-        weights=image([weights[k] for k in steps.weights], shapes, 128 * hidden, packed=True),
+        x=aligned(x, data - d),
+        keys=aligned(keys, data - d),
+        weights=image([weights[k] for k in steps.weights], shapes, 128 * min(128, hidden), by_outputs=True),
         records=records.values,
         columns=tuple(columns),
         steps=b"".join([described[0], described[-1], *described[1:-1]]),
@@ -201,7 +201,10 @@ def launch(
     )
 
 
-def aligned(t: Tensor) -> Tensor:
-    """Return a contiguous tensor whose elements start at a multiple of 16 bytes, as its loads do."""
-    t = t.contiguous()
+def aligned(t: Tensor, beyond: int) -> Tensor:
+    """Return t, contiguous and at a multiple of 16 bytes, as its loads are, with `beyond` zeros behind every line.
+
+    The same tensor where it is so already.
+    """
+    t = pad(t, (0, beyond)) if beyond > 0 else t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()

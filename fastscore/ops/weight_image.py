@@ -21,30 +21,30 @@ COLUMN = tuple(4 * (p % 8 // 2) + p % 2 + 2 * (p // 8) for p in range(16))
 TILE_OUT, TILE_IN, CHUNK = 128, 64, 8
 
 
-def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int, packed: bool = False) -> Tensor:
+def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int, by_outputs: bool = False) -> Tensor:
     """Return the tiles of all weights in stages of that many bytes, bfloat16, flat.
 
     Arguments:
         weights: (out, in) each, in the order of their use.
         shapes: what each is padded to: outputs a multiple of 16, inputs of 16.
-        packed: whether a stage holds as many tiles of a weight as it can, rather than one.
+        by_outputs: the tiles of the same 128 outputs follow each other, as many in a stage as it holds; otherwise those
+            of the same 64 inputs do, one in a stage.
     """
     sizes = tuple(tuple(w.shape) for w in weights)
-    index = _gather(sizes, shapes, stage // 2, packed, weights[0].device)
-    flat = torch.cat([w.reshape(-1) for w in weights] + [weights[0].new_zeros(1)])
-    return flat.to(torch.bfloat16)[index]
+    index, zero = _gather(sizes, shapes, stage // 2, by_outputs, weights[0].device)
+    return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
 @lru_cache(maxsize=16)
-def _gather(sizes: tuple, shapes: tuple, stage: int, packed: bool, device: torch.device) -> Tensor:
-    """Return, for every element of the image, where in the flat weights it lies; the last one is the zero."""
+def _gather(sizes: tuple, shapes: tuple, stage: int, by_outputs: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them."""
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
-        parts.append(_tiles(where, stage, packed, zero))
+        parts.append(_tiles(where, stage, by_outputs, zero))
         start += out * in_
-    return torch.cat(parts).to(device)
+    return torch.cat(parts).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
 
 
 def _columns(count: int) -> Tensor:
@@ -52,13 +52,14 @@ def _columns(count: int) -> Tensor:
     return (torch.arange(0, count, 16, device="cpu")[:, None] + torch.tensor(COLUMN, device="cpu")).reshape(-1)
 
 
-def _tiles(where: Tensor, stage: int, packed: bool, zero: int) -> Tensor:
-    """Cut a matrix of indices into swizzled tiles, inputs outermost, and fill stages of that many elements."""
+def _tiles(where: Tensor, stage: int, by_outputs: bool, zero: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles, and fill stages of that many elements."""
     out, in_ = where.shape
     where = torch.nn.functional.pad(where, (0, -in_ % TILE_IN), value=zero)
     lines = min(out, TILE_OUT)
-    tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK).permute(2, 0, 1, 3, 4)
+    tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK)
+    tiles = tiles.permute((0, 2, 1, 3, 4) if by_outputs else (2, 0, 1, 3, 4))
     chunk = torch.arange(TILE_IN // CHUNK, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] % 8)
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
-    tiles = tiles.reshape(1, -1) if packed else tiles
+    tiles = tiles.reshape(1, -1) if by_outputs else tiles
     return torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % stage), value=zero).reshape(-1)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 import fits
 import random_networks
-from fastscore.kernels import control, launch
+from fastscore.kernels import control, launch, occupancy
 
 from fastscore.ops import triton as backend
 from fastscore.ops.task import Task
@@ -111,3 +111,53 @@ def test_a_reference_alone_has_to_fit_too():
     assert control.why_not(5, True, 128, 101_376) is None  # 100,352 as compiled
     assert control.why_not(128, False, 128, 65_536) is None
     assert "takes 131,072 bytes" in control.why_not(129, False, 128, 101_376)
+
+
+H200 = occupancy.Multiprocessors(132, 233_472)
+CASES = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("case", "at_once", "splits"),
+    [
+        # 64 tiles of 64 samples: 264 programs run at once, two a multiprocessor, for 256 of 64 rows.
+        ("adaLN H=64 L=3 d=64, diagonal, bf16", 264, 4),
+        ("adaLN H=128 L=3 d=64, diagonal, bf16", 132, 2),
+        ("adaLN H=256 L=3 d=64, diagonal, bf16", 132, 1),
+        ("plain H=128 L=3 d=64, diagonal, bf16", 132, 4),
+        ("plain H=64 L=2 d=64, none, bf16", 396, 6),  # 384 programs; by 255 registers a thread it would be 264
+    ],
+)
+def test_rows_are_split_by_what_runs_at_once(case, at_once, splits):
+    row = next(row for row in CASES if row["case"] == case and row["sm"] == 90)
+    found = H200.at_once(32 * row["warps"], row["shared"], row["registers"])
+    assert found == at_once
+    assert occupancy.best_splits(-(-4096 // row["samples"]), 256, found) == splits
+
+
+def test_no_split_ends_sooner():
+    for tiles, rows, at_once in (
+        (1, 1, 1),
+        (64, 256, 264),
+        (32, 256, 132),
+        (3, 7, 132),
+        (500, 100, 132),
+        (1, 1000, 264),
+    ):
+        length = [-(-tiles * n // at_once) * (-(-rows // n) + 1) for n in range(1, rows + 1)]
+        found = occupancy.best_splits(tiles, rows, at_once)
+        assert length[found - 1] == min(length)
+        assert min(length) not in length[: found - 1], "fewer programs would do"
+
+
+def test_a_launch_is_split_by_registers_once_they_are_known(monkeypatch):
+    monkeypatch.setattr(occupancy, "_KNOWN", {})
+    asked = work(random_networks.plain, 64, 2, 64, "none")
+    device = launch.Device(90, SHARED[90], H200)
+    config = launch.Config.from_heuristic(asked, device)
+    assert config.split(asked, device, 4096, 256).splits == 4  # by 255 registers: 264 programs at once
+    occupancy.remember((asked, config.kept, 90), None)  # Triton's interpreter
+    assert config.split(asked, device, 4096, 256).splits == 4
+    occupancy.remember((asked, config.kept, 90), type("Compiled", (), {"n_regs": 164}))
+    assert config.split(asked, device, 4096, 256).splits == 6
+    assert config.split(asked, launch.Device(90, SHARED[90]), 4096, 256).splits == 1
