@@ -17,10 +17,15 @@
 namespace fastscore {
 
 struct Width128 {
-  static constexpr int kHidden = 128, kConsumers = 2;
+  static constexpr int kConsumers = 2;
   static constexpr bool kClusters = true;
   static constexpr int kRegisters = 240;  // h and y of 64 each, eps and an operand of 32 each leave 48 for all else
-  using Product = RingProduct<128 * 128>;
+  using Product = RingProduct<128 * 128, true>;
+
+  template <int D, bool Padded, bool Kept, class... Arguments>
+  __device__ __forceinline__ static auto chain(Arguments&&... arguments) {
+    return make_chain<128, D, Padded, Kept, Product>(arguments...);
+  }
 };
 
 template <int D, bool Padded, bool Kept>
@@ -32,7 +37,7 @@ __global__ void __launch_bounds__(128 * (Width128::kConsumers + 1), 1)
 }
 
 void sm90_steps_128(const Steps& p, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream) {
-  for_variant(plan, [&](auto data, auto padded, auto kept) {
+  for_variant<true>(plan, [&](auto data, auto padded, auto kept) {
     const auto kernel =
         sm90_steps_128_fwd_kernel<decltype(data)::value, decltype(padded)::value, decltype(kept)::value>;
     launch_persistent("sm90_steps_128", kernel, p, plan, config, stream);

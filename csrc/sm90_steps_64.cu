@@ -17,10 +17,15 @@
 namespace fastscore {
 
 struct Width64 {
-  static constexpr int kHidden = 64, kConsumers = 3;
+  static constexpr int kConsumers = 3;
   static constexpr bool kClusters = false;
   static constexpr int kRegisters = 160;  // h, y and eps of 32 each and an operand of 16 leave 48 for all else
   using Product = ResidentProduct<64 * 128>;
+
+  template <int D, bool Padded, bool Kept, class... Arguments>
+  __device__ __forceinline__ static auto chain(Arguments&&... arguments) {
+    return make_chain<64, D, Padded, Kept, Product>(arguments...);
+  }
 };
 
 template <int D, bool Padded, bool Kept>
@@ -32,7 +37,7 @@ __global__ void __launch_bounds__(128 * (Width64::kConsumers + 1), 1)
 }
 
 void sm90_steps_64(const Steps& p, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream) {
-  for_variant(plan, [&](auto data, auto padded, auto kept) {
+  for_variant<true>(plan, [&](auto data, auto padded, auto kept) {
     const auto kernel = sm90_steps_64_fwd_kernel<decltype(data)::value, decltype(padded)::value, decltype(kept)::value>;
     launch_persistent("sm90_steps_64", kernel, p, plan, config, stream);
   });

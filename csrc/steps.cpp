@@ -1,6 +1,7 @@
 // Which kernel runs a program of steps, and how it divides shared memory.
 #include "steps.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -13,9 +14,11 @@ uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * 
 
 // Divide shared memory into weights, samples, records and barriers; false if it does not hold them.
 bool divide(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
-  const uint32_t samples = plan->kept ? 12u * plan->samples * plan->data : 0;  // x, Q and M: 12 bytes a dimension
-  plan->samples_at = plan->stages * plan->stage_bytes;
-  plan->records_at = plan->samples_at + samples;
+  // x, Q and M of a sample take 12 bytes a dimension, a saved tile 2 a column.
+  const uint32_t saved = plan->hidden > 128 ? 2u * plan->samples * plan->hidden : 0;
+  const uint32_t scratch = plan->kept ? 12u * plan->samples * plan->data : saved;
+  plan->scratch_at = plan->stages * plan->stage_bytes;
+  plan->records_at = plan->scratch_at + scratch;
   plan->barriers_at = plan->records_at + plan->record_stages * record_bytes;
   plan->shared_bytes = plan->barriers_at + kBarrierBytes * (plan->barriers + plan->record_stages);
   return plan->shared_bytes <= limit;
@@ -30,18 +33,21 @@ struct Candidate {
 
 // Weights that stay are worth more than a third record, and in a ring that keeps two warpgroups apart, four stages, keys
 // and x are worth more than a longer one.
-constexpr Candidate kCandidates[] = {{true, true, 3},  {true, true, 2},  {true, false, 2},
-                                     {false, true, 3}, {false, true, 2}, {false, false, 2}};
-constexpr int kFewestStages = 4;
+constexpr Candidate kCandidates[] = {{true, true, 3},  {true, true, 2},   {true, false, 2}, {false, true, 3},
+                                     {false, true, 2}, {false, false, 2}, {false, false, 1}};
+constexpr int kFewestStages = 4, kMostStages = 16;
 
-bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit, bool may_stream) {
+bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
+  const bool may_stream = plan->hidden > 64, may_stay = plan->hidden <= 128;
   for (const Candidate& candidate : kCandidates) {
-    if (!candidate.kept && plan->data == 16) continue;  // of so few dimensions they are small
-    if (!candidate.resident && !may_stream) continue;
+    if (candidate.kept ? plan->hidden > 128 : plan->hidden <= 128 && plan->data == 16) continue;  // see `for_variant`
+    if (candidate.resident ? !may_stay : !may_stream) continue;
     plan->kept = candidate.kept, plan->record_stages = candidate.record_stages;
     plan->cluster = candidate.resident ? 1 : 2;
     const int fewest = candidate.resident ? plan->tiles : kFewestStages;
-    for (plan->stages = candidate.resident ? plan->tiles : plan->tiles - 1; plan->stages >= fewest; --plan->stages) {
+    // A ring that never stays may have more stages than a row has: it turns on.
+    const int most = candidate.resident ? plan->tiles : may_stay ? plan->tiles - 1 : kMostStages;
+    for (plan->stages = most; plan->stages >= fewest; --plan->stages) {
       plan->barriers = may_stream ? plan->stages : 1;
       if (divide(plan, record_bytes, limit)) return true;
     }
@@ -58,14 +64,15 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
   if (capability != 90) return "steps run on compute capability 9.0";
   *plan = {};
   plan->hidden = hidden, plan->data = data, plan->padded = padded;
-  // The last product has at most half as many outputs as a stage has lines, so its tiles fill one.
-  const int blocks = hidden / 64, consumers = hidden == 64 ? 3 : 2;
-  plan->tiles = 1 + (linears - 2) * blocks + 1;
-  plan->stage_bytes = 128 * hidden;
+  // Tiles of up to 128 outputs x 64 inputs; those of the last product, of fewer outputs, share stages.
+  const int inner = hidden / 64, outer = (hidden + 127) / 128, consumers = hidden == 64 ? 3 : 2;
+  plan->stage_bytes = 128 * std::min(128, hidden);
+  plan->tiles = outer + (linears - 2) * inner * outer;
+  plan->tiles += static_cast<int>((inner * 128 * data + plan->stage_bytes - 1) / plan->stage_bytes);
   plan->samples = 64 * consumers;
   plan->threads = 128 * (consumers + 1);
   const uint32_t record_bytes = round_up(4 * record, 128);
-  if (fit(plan, record_bytes, shared_limit, hidden > 64)) return "";
+  if (fit(plan, record_bytes, shared_limit)) return "";
   const std::string weights = hidden > 64 ? "a ring of " + std::to_string(kFewestStages) + " stages" : "weights";
   return weights + " (" + kilobytes((hidden > 64 ? kFewestStages : plan->tiles) * plan->stage_bytes) +
          ") and two rows' vectors (" + kilobytes(2 * record_bytes) + ") of steps do not fit " +
@@ -97,11 +104,12 @@ void launch_steps(Steps p, const StepsPlan& plan, StepsConfig config, cudaStream
   if (p.batch == 0 || p.rows == 0) return;
   // Weights that stay need no partner, and one tile of samples would leave it idle.
   if (config.cluster <= 0) config.cluster = p.batch > plan.samples ? plan.cluster : 1;
-  if (plan.stages >= plan.tiles) config.cluster = 1;
+  if (plan.cluster == 1) config.cluster = 1;
   p.barriers = plan.barriers;
   p.stages = plan.stages, p.tiles = plan.tiles, p.record_stages = plan.record_stages;
-  p.samples_at = plan.samples_at, p.records_at = plan.records_at, p.barriers_at = plan.barriers_at;
-  (plan.hidden == 64 ? sm90_steps_64 : sm90_steps_128)(p, plan, config, stream);
+  p.scratch_at = plan.scratch_at, p.records_at = plan.records_at, p.barriers_at = plan.barriers_at;
+  const auto launch = plan.hidden == 64 ? sm90_steps_64 : plan.hidden == 128 ? sm90_steps_128 : sm90_steps_256;
+  launch(p, plan, config, stream);
 }
 
 }  // namespace fastscore

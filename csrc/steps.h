@@ -47,7 +47,7 @@ struct Steps {
   // Filled in by the launch.
   int32_t stages, tiles, record_stages, clusters;
   int32_t barriers;  // pairs of them for weights: one a stage of a ring, a single one where weights stay
-  uint32_t samples_at, records_at, barriers_at;
+  uint32_t scratch_at, records_at, barriers_at;
 };
 
 // How a kernel runs steps of padded width `hidden` on `data` padded dimensions.
@@ -62,7 +62,7 @@ struct StepsPlan {
   int barriers;       // pairs of them for weights
   int record_stages;  // rows whose records are in shared memory at once
   int cluster;        // blocks that share what they stream
-  uint32_t stage_bytes, samples_at, records_at, barriers_at, shared_bytes;
+  uint32_t stage_bytes, scratch_at, records_at, barriers_at, shared_bytes;
 };
 
 // Fill in a plan; return why there is none, or an empty string.
@@ -87,5 +87,6 @@ void launch_steps(Steps parameters, const StepsPlan& plan, StepsConfig config, c
 // One launch function a width.
 void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_128(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
+void sm90_steps_256(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 
 }  // namespace fastscore

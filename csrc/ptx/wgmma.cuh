@@ -38,6 +38,14 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// The same for N of them from OFFSET on, while others are in flight.
+template <int OFFSET, int N, int M>
+__device__ __forceinline__ void wgmma_hold_part(float (&d)[M]) {
+  static_assert(OFFSET >= 0 && OFFSET + N <= M);
+#pragma unroll
+  for (int i = OFFSET; i < OFFSET + N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Operands %0, %1, ... of inline assembly, ten at a time (the argument is the tens digit), and the accumulators they
 // name.
 #define FASTSCORE_TEN(t) \

@@ -1,7 +1,7 @@
 """Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
 
 The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
-hidden widths up to 128 and d up to 64; at width 64 all weights have to fit shared memory. Everything else is run by the
+hidden widths up to 256 and d up to 64; at width 64 all weights have to fit shared memory. Everything else is run by the
 kernels that interpret instructions.
 """
 
@@ -23,7 +23,7 @@ from .step_tables import Folded, fold
 from .steps import Residual, Steps, cut
 from .weight_image import image
 
-WIDTHS, DATA = (64, 128), (16, 64)
+WIDTHS, DATA = (64, 128, 256), (16, 64)
 MAX_STEPS = 96  # between the first and the last
 HEAD = 16  # floats of a record before P
 KINDS = {"residual": 0, "first": 1, "dense": 1, "last": 1}  # numbers of csrc/steps.h; 2: dense with a scale

@@ -181,7 +181,7 @@ def prediction_of_steps(
         ambiguous.logical_or_(((h + margin).bfloat16() != (h - margin).bfloat16()).any(-1))
         return h.bfloat16().double()
 
-    wide = weights[steps.first].shape[0] > 128
+    wide = max(w.shape[0] for w in weights) > 128
     saved = (lambda h: h.half().double()) if wide else (lambda h: h)
     return step_tables.run(folded, ends, weights, x_t.double(), operand, saved), ambiguous
 

@@ -42,6 +42,7 @@ MISTAKES = {
 }
 
 
+HALVES = Case(256, 13, 1, 63, 3, maps=2)
 RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
 
 
@@ -74,13 +75,22 @@ MISTAKES |= {
     "ring: stage overwritten": steps("block.cuh", "if (!resident) ptx", "if (false) ptx", RING),
     "ring: stage released early": steps("products.cuh", "        ptx::wgmma_wait<1>();\n", "", RING),
     "ring: last stage never released": steps("products.cuh", "<0>();\n    release(before);", "<0>();", RING),
-    "ring: parity that does not turn": steps("products.cuh", "p.stages < p.tiles);", "false);", RING),
+    "ring: parity that does not turn": steps(
+        "products.cuh", "at.advance(p.stages, !stay())", "at.advance(p.stages, false)", RING
+    ),
     "ring: last product's tiles apart": steps(
         "products.cuh", "(Here::kBytes >> 4), k);\n      }", "0, k);\n      }", RING
     ),
     "cluster: release to itself alone": steps("products.cuh", "rank < blocks; ++rank", "rank < 1; ++rank", RING),
     "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
     "cluster: samples of the other block": steps("block.cuh", "kSamples * rank + 64", "64", RING),
+    "halves: half in flight is read": steps("halves.cuh", "/ kBlocks; ++q) f(q)", "/ kBlocks; ++q) f(q + 8)", HALVES),
+    "halves: first half not waited for": steps("halves.cuh", "ptx::wgmma_wait<1>();  // behind", "// behind", HALVES),
+    "halves: one half twice": steps("halves.cuh", "multiply_tile<128, 64, K>", "multiply_tile<128, 0, K>", HALVES),
+    "halves: nothing saved": steps("halves.cuh", "    saved.save(h);\n", "", HALVES),
+    "halves: places of two warpgroups": Mistake(
+        "sm90_steps_256.cu", "group * HalfTile::kBytes", "group * 16", HALVES, "sm90_steps_256"
+    ),
 }
 
 

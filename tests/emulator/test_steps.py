@@ -34,7 +34,7 @@ def cases(hidden: int, narrower: int) -> list[Case]:
     return drawn
 
 
-CASES = {64: cases(64, 50), 128: cases(128, 100)}
+CASES = {64: cases(64, 50), 128: cases(128, 100), 256: cases(256, 200)}
 
 
 @pytest.fixture(scope="module")

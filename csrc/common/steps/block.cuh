@@ -52,10 +52,10 @@ __device__ __forceinline__ void produce(const ResidentProduct<StageBytes>*, cons
 }
 
 // The same where they pass through a ring: all of them again behind every record, unless there is a stage for each.
-template <uint32_t StageBytes>
-__device__ __forceinline__ void produce(const RingProduct<StageBytes>*, const Steps& p, const Barriers& barriers,
-                                        uint32_t shared, Unit unit) {
-  const bool resident = p.stages >= p.tiles;
+template <uint32_t StageBytes, bool MayStay>
+__device__ __forceinline__ void produce(const RingProduct<StageBytes, MayStay>*, const Steps& p,
+                                        const Barriers& barriers, uint32_t shared, Unit unit) {
+  const bool resident = MayStay && p.stages >= p.tiles;
   Position record, weights;
   for (bool first = true; unit.left > 0; unit.advance(p), first = false) {
     copy_record(p, barriers, shared, unit.row, record);
@@ -95,16 +95,23 @@ __device__ __forceinline__ void consume(Chain& chain, const Steps& p, const Barr
   }
 }
 
+// A chain whose keys and x have places in shared memory, or none.
+template <int H, int D, bool Padded, bool Kept, class Product>
+__device__ __forceinline__ auto make_chain(const Steps& p, const Barriers& barriers, uint32_t shared, int group,
+                                           int thread, int column) {
+  const uint32_t place = shared + p.scratch_at + group * kSampleBytes<D> + 16 * thread;
+  return Chain<H, D, Padded, Product, Samples<D, Kept>>{p, Product(p, barriers, shared), {p, place, column, 0}, column};
+}
+
 // A block of warpgroups that keep 64 samples each in registers. A `Width` has
-//   kHidden                 columns of h
 //   kConsumers, kRegisters  warpgroups, and registers of their threads; the producer's have 24
 //   kClusters               whether blocks form clusters
 //   Product                 how they multiply
+//   chain<D, Padded, Kept>  what evaluates rows for a thread
 template <class Width, int D, bool Padded, bool Kept>
 __device__ __forceinline__ void run_chains(const Steps& p) {
   constexpr int kConsumers = Width::kConsumers, kSamples = 64 * kConsumers;
   static_assert(128 * (kConsumers * Width::kRegisters + 24) <= 65536, "registers of a multiprocessor");
-  using Product = typename Width::Product;
   const uint32_t shared = ptx::shared_address(ptx::shared_memory());
   const Barriers barriers{shared + p.barriers_at, p.barriers, p.record_stages};
   if (threadIdx.x == 0) barriers.initialize(4 * kConsumers, 4 * kConsumers);
@@ -113,12 +120,10 @@ __device__ __forceinline__ void run_chains(const Steps& p) {
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, column = 4 * (lane % 4);
   if (group == kConsumers) {
     ptx::registers_decrease<24>();
-    if (thread == 0) produce(static_cast<const Product*>(nullptr), p, barriers, shared, unit);
+    if (thread == 0) produce(static_cast<const typename Width::Product*>(nullptr), p, barriers, shared, unit);
   } else {
     ptx::registers_increase<Width::kRegisters>();
-    const uint32_t place = shared + p.samples_at + group * kSampleBytes<D> + 16 * thread;
-    Chain<Width::kHidden, D, Padded, Product, Samples<D, Kept>> chain{
-        p, Product(p, barriers, shared), {p, place, column, 0}, column};
+    auto chain = Width::template chain<D, Padded, Kept>(p, barriers, shared, group, thread, column);
     const int blocks = Width::kClusters ? ptx::cluster_size() : 1, rank = Width::kClusters ? ptx::cluster_rank() : 0;
     const int first = kSamples * rank + 64 * group + 16 * (thread / 32) + lane / 4;
     consume(chain, p, barriers, shared, unit, first, kSamples * blocks);

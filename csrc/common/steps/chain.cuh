@@ -28,7 +28,7 @@ struct Chain {
     product.restart();
     {
       uint32_t a[D / 4];
-      make_x_t<D>(a, eps, p, samples, record);
+      make_x_t<D>(a, p, samples, record, [&](int q, int i, const float4& made) { set(eps, q, i, made); });
       product.template multiply<H, D>(h, a);
     }
     finish(h, p.first, record);
@@ -42,9 +42,8 @@ struct Chain {
       }
     }
     float F[D / 2];
-    float2 rstd = last(F, h, p.last, record);
-    if (p.post_scale >= 0 || p.skip >= 0) apply_post<D>(F, rstd, eps, p, samples, record);
-    return quad_sum(compare<D>(F, rstd, eps, p, samples, record));
+    const float2 rstd = last(F, h, p.last, record);
+    return quad_sum(compare<D>(F, rstd, p, samples, record, [&](int q, int i) { return get(eps, q, i); }));
   }
 
  private:
@@ -101,18 +100,6 @@ struct Chain {
     const float4 scale = make_float4(step.factor, step.factor, step.factor, step.factor);
 #pragma unroll
     for (int q = 0; q < H / 16; ++q) affine_columns(h, q, scale, record.vector(step.at, q));
-  }
-
-  __device__ __forceinline__ static void affine_columns(float (&h)[H / 2], int q, const float4& scale,
-                                                        const float4& shift) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float& z = h[element(q, row, i)];
-        z = fmaf(z, component(scale, i), component(shift, i));
-      }
-    }
   }
 
   // F = W a, where a is normalized, activated, or h; return what F has yet to be multiplied by.

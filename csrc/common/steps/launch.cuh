@@ -31,9 +31,13 @@ int clusters_at_once(const char* name, Kernel* kernel, int blocks, const cudaLau
   return found;
 }
 
-// Call launch(data, padded, kept) with what a plan says as constants. Of 16 dimensions keys and x are always kept.
-template <class Launch>
+// Call launch(data, padded, kept) with what a plan says as constants. Where keys and x may be kept, those of 16 dimensions
+// always are.
+template <bool MayKeep, class Launch>
 void for_variant(const StepsPlan& plan, Launch&& launch) {
+  using Few = std::integral_constant<int, 16>;
+  using Many = std::integral_constant<int, 64>;
+  using Kept = std::bool_constant<MayKeep>;
   const auto with = [&](auto data, auto kept) {
     if (plan.padded) {
       launch(data, std::true_type{}, kept);
@@ -41,9 +45,9 @@ void for_variant(const StepsPlan& plan, Launch&& launch) {
       launch(data, std::false_type{}, kept);
     }
   };
-  if (plan.data == 16) return with(std::integral_constant<int, 16>{}, std::true_type{});
-  if (plan.kept) return with(std::integral_constant<int, 64>{}, std::true_type{});
-  with(std::integral_constant<int, 64>{}, std::false_type{});
+  if (plan.data == 16) return with(Few{}, Kept{});
+  if (plan.kept) return with(Many{}, Kept{});
+  with(Many{}, std::false_type{});
 }
 
 template <class Kernel>

@@ -10,6 +10,30 @@
 
 namespace fastscore {
 
+// Every second group of columns waits for the loads before it: all vectors at once would need registers that are taken.
+__device__ __forceinline__ void pace(int q) {
+  if (q % 2 == 1) asm volatile("" ::: "memory");
+}
+
+template <int M>
+__device__ __forceinline__ void set(float (&h)[M], int q, int row, const float4& v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) h[element(q, row, i)] = component(v, i);
+}
+
+// Group q of h scale + shift.
+template <int M>
+__device__ __forceinline__ void affine_columns(float (&h)[M], int q, const float4& scale, const float4& shift) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float& z = h[element(q, row, i)];
+      z = fmaf(z, component(scale, i), component(shift, i));
+    }
+  }
+}
+
 // A sum over the columns of the thread's two rows, in four parts each: a single one would be a chain of H / 4 additions
 // that wait for each other, since float sums are not reassociated.
 struct RowSums {
@@ -37,36 +61,57 @@ __device__ __forceinline__ float2 row_means(const float (&h)[H / 2], float inver
   return make_float2(inverse * sum.x, inverse * sum.y);
 }
 
-// a = (h - mean) scale; return 1 / sqrt(var + epsilon) of both rows, by which the product of `a` has yet to be
-// multiplied. Variances in a second pass, because squares cancel.
-template <int H, bool Padded>
-__device__ __forceinline__ float2 normalized(uint32_t (&a)[H / 4], const float (&h)[H / 2], const Step& step,
-                                             const Record& record, int column) {
+// Call f(q, row, (h - mean) scale) for every group q of 16 columns and both rows; return 1 / sqrt(var + epsilon), by which
+// the product of those has yet to be multiplied. Variances in a second pass, because squares cancel.
+template <int H, bool Padded, class F>
+__device__ __forceinline__ float2 for_each_normalized(const float (&h)[H / 2], const Step& step, const Record& record,
+                                                      int column, F&& f) {
   const float2 mean = row_means<H>(h, step.inverse);
   RowSums squares;
 #pragma unroll
   for (int q = 0; q < H / 16; ++q) {
     const float4 scale = record.vector(step.at, q);
-    float centred[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = !Padded || column + 16 * q + i < step.width;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float z = inside ? h[element(q, row, i)] - (row == 0 ? mean.x : mean.y) : 0.0f;
-        squares.part[row][i] = fmaf(z, z, squares.part[row][i]);
-        centred[row][i] = z * component(scale, i);
-      }
-    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      a[4 * q + row] = ptx::pack_bf16(centred[row][0], centred[row][1]);
-      a[4 * q + 2 + row] = ptx::pack_bf16(centred[row][2], centred[row][3]);
+      float centred[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool inside = !Padded || column + 16 * q + i < step.width;
+        const float z = inside ? h[element(q, row, i)] - (row == 0 ? mean.x : mean.y) : 0.0f;
+        squares.part[row][i] = fmaf(z, z, squares.part[row][i]);
+        centred[i] = z * component(scale, i);
+      }
+      f(q, row, make_float4(centred[0], centred[1], centred[2], centred[3]));
     }
   }
   const float2 total = squares.total();
   return make_float2(ptx::rsqrt_approx(fmaf(total.x, step.inverse, step.epsilon)),
                      ptx::rsqrt_approx(fmaf(total.y, step.inverse, step.epsilon)));
+}
+
+// Four columns of group q and one row of an operand.
+template <int M>
+__device__ __forceinline__ void round_to(uint32_t (&a)[M], int q, int row, const float4& z) {
+  a[4 * q + row] = ptx::pack_bf16(z.x, z.y);
+  a[4 * q + 2 + row] = ptx::pack_bf16(z.z, z.w);
+}
+
+// a = (h - mean) scale.
+template <int H, bool Padded>
+__device__ __forceinline__ float2 normalized(uint32_t (&a)[H / 4], const float (&h)[H / 2], const Step& step,
+                                             const Record& record, int column) {
+  return for_each_normalized<H, Padded>(h, step, record, column,
+                                        [&](int q, int row, const float4& z) { round_to(a, q, row, z); });
+}
+
+// The same in place: h = (h - mean) scale.
+template <int H, bool Padded>
+__device__ __forceinline__ float2 normalize_in_place(float (&h)[H / 2], const Step& step, const Record& record,
+                                                     int column) {
+  return for_each_normalized<H, Padded>(h, step, record, column, [&](int q, int row, const float4& z) {
+    set(h, q, row, z);
+    if (row == 1) pace(q);
+  });
 }
 
 // a = h scale.
@@ -77,11 +122,7 @@ __device__ __forceinline__ void scaled(uint32_t (&a)[H / 4], const float (&h)[H 
   for (int q = 0; q < H / 16; ++q) {
     const float4 w = record.vector(step.at, q);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float4 z = product(get(h, q, row), w);
-      a[4 * q + row] = ptx::pack_bf16(z.x, z.y);
-      a[4 * q + 2 + row] = ptx::pack_bf16(z.z, z.w);
-    }
+    for (int row = 0; row < 2; ++row) round_to(a, q, row, product(get(h, q, row), w));
   }
 }
 

@@ -57,9 +57,9 @@ struct ResidentProduct {
   }
 };
 
-// Weights pass through a ring of stages, or stay in as many as there are: then no stage is released, and none waited for
-// twice. A warpgroup that multiplies by a stage holds the one before until that product is done.
-template <uint32_t StageBytes>
+// Weights pass through a ring of stages, or, where they may, stay in as many as there are: then no stage is released, and
+// none waited for twice. A warpgroup that multiplies by a stage holds the one before until that product is done.
+template <uint32_t StageBytes, bool MayStay>
 struct RingProduct {
   const Steps& p;
   Barriers barriers;
@@ -77,8 +77,7 @@ struct RingProduct {
     int before = 0;
 #pragma unroll
     for (int stage = 0; stage < Here::kStages; ++stage) {
-      ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
-      const uint64_t tiles = begin + at.stage * (StageBytes >> 4);
+      const uint64_t tiles = wait();
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = stage * Here::kEach; k < Here::kCount && k < (stage + 1) * Here::kEach; ++k) {
@@ -90,17 +89,26 @@ struct RingProduct {
         release(before);
       }
       before = at.stage;
-      at.advance(p.stages, p.stages < p.tiles);
+      advance();
     }
     ptx::wgmma_wait<0>();
     release(before);
     ptx::wgmma_hold(out);
   }
 
- private:
+  __device__ __forceinline__ void advance() { at.advance(p.stages, !stay()); }
+
+  __device__ __forceinline__ bool stay() const { return MayStay && p.stages >= p.tiles; }
+
+  // Wait for the next stage; return its descriptor.
+  __device__ __forceinline__ uint64_t wait() const {
+    ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
+    return begin + at.stage * (StageBytes >> 4);
+  }
+
   // Say that this warp reads the stage no more, to every block that copies into it.
   __device__ __forceinline__ void release(int stage) const {
-    if (p.stages >= p.tiles || threadIdx.x % 32 != 0) return;
+    if (stay() || threadIdx.x % 32 != 0) return;
     const uint32_t blocks = ptx::cluster_size();
     if (blocks == 1) {
       ptx::mbarrier_arrive(barriers.empty(stage));

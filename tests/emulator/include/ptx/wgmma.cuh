@@ -169,6 +169,9 @@ void wgmma_wait() {
 template <int N>
 void wgmma_hold(float (&)[N]) {}
 
+template <int OFFSET, int N, int M>
+void wgmma_hold_part(float (&)[M]) {}
+
 template <int N, int OFFSET = 0, int M>
 void wgmma(float (&d)[M], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
   static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
