@@ -28,8 +28,8 @@ static_assert(sizeof(Step) == 32);
 
 constexpr int kMaxSteps = 96;
 
-// A row's record: alpha, sigma, a, b, c^2, eleven zeros; P of every padded dimension; the vectors of its steps; -post
-// shift, keep, -pull and offset.
+// A row's record: alpha, sigma, a, b, c^2, eleven zeros; P of every padded dimension; the vectors of its steps; post
+// shift, keep, pull and offset.
 constexpr int kRecordHead = 16;
 
 struct Steps {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 
 from ..kernels import packing
 from ..kernels.names import ACTIVATIONS
-from .step_tables import Folded, fold
+from .step_tables import Folded, Vector, fold
 from .steps import Residual, Steps, cut
 from .weight_image import image
 
@@ -121,63 +122,115 @@ def pack(
         raise ValueError(f"no compiled kernel runs these steps: {shape}")
     folded, ends = fold(steps, weights, tables)
     hidden, data = shape.hidden, shape.data
-    records = _Records.of(rows, points, shape)
+    records = _Records(len(rows))
+    records.append(_head(rows, x), HEAD)
+    records.append(points.view(torch.float32), data)
     described = [_described(step, weights, records, hidden) for step in folded]
-    scales = (ends.pre_scale, ends.post_scale, ends.skip)
-    columns = [-1 if v is None else records.add(v, data) for v in scales]
-    columns.append(records.add(-ends.post_shift, data))
+    columns = [-1 if v is None else records.add(v, data, weights) for v in (ends.pre_scale, ends.post_scale, ends.skip)]
+    columns.append(records.add(ends.post_shift, data, weights))
     for vector in _control(x, rows[:, :1], alpha, sigma, reference):
-        records.add(vector, data)
+        records.append(vector, data)
+    if records.end < shape.record:  # a scale that is there before a skip, or none behind it
+        records.append(_constant(0.0, torch.float64, x.device), shape.record - records.end)
     shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
     return PackedSteps(
         shape=shape,
         x=aligned(x, data - d),
         keys=aligned(keys, data - d),
         weights=image([weights[k] for k in steps.weights], shapes, 128 * min(128, hidden), by_outputs=True),
-        records=records.values,
+        records=records.finish(weights),
         columns=tuple(columns),
         steps=b"".join([described[0], described[-1], *described[1:-1]]),
     )
 
 
 def _control(x: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]) -> list[Tensor]:
-    """Return keep, -pull and offset of the reference along the axes, zeros where there is none."""
+    """Return keep, pull and offset of the reference along the axes, zeros where there is none."""
     if not reference:
-        return [x.new_zeros(1, 1)] * 3
+        return [_constant(0.0, torch.float64, x.device)] * 3
     into = packing.Tables(len(x), len(alpha))
     packing.pack_control((reference[0], reference[1], reference[2], reference[3]), x, alpha, sigma, into)
     keep, pull, offset = into.columns["r"]
-    return [sign * keep, -pull, offset]
+    return [sign * keep, pull, offset]
 
 
-@dataclass
+def _head(rows: Tensor, x: Tensor) -> Tensor:
+    """Return alpha, sigma, a, b and c^2 of rows of sign, alpha, sigma, a, b and c, whose sign sigma and a take."""
+    sign, c, one = rows[:, 0], rows[:, 5], _one(x.device).expand(len(rows))
+    return rows[:, 1:] * torch.stack([one, sign, sign, one, c], 1)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, device=device)
+
+
+@lru_cache(maxsize=16)
+def _factors(factors: tuple[tuple[int, int, float], ...], columns: int, device: torch.device) -> Tensor:
+    """Return a vector of ones but for some columns, (first, width, factor) each."""
+    found = torch.ones(columns, device="cpu")
+    for first, width, factor in factors:
+        found[first : first + width] = factor
+    return found.to(device)
+
+
+@lru_cache(maxsize=16)
+def _columns(firsts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Return the numbers of `width` columns from each of some on."""
+    return (torch.tensor(firsts, device="cpu")[:, None] + torch.arange(width, device="cpu")).reshape(-1).to(device)
+
+
 class _Records:
-    """Records while they grow."""
+    """Records while they grow: every operation is a launch, and every call packs anew, so few make all of them."""
 
-    values: Tensor  # (R, record)
-    end: int  # of the columns that are taken
+    def __init__(self, rows: int) -> None:
+        self.rows, self.end = rows, 0
+        self.into = packing.Tables(1, rows)
+        self.factors: list[tuple[int, int, float]] = []
+        self.shifted: dict[tuple[int, ...], list[tuple[int, Vector]]] = {}  # by the weight's shape
 
-    @classmethod
-    def of(cls, rows: Tensor, points: Tensor, shape: Shape) -> _Records:
-        """Return records with their coefficients and points, from rows of sign, alpha, sigma, a, b and c."""
-        values = rows.new_zeros(len(rows), shape.record, dtype=torch.float32)
-        sign, alpha, sigma, a, b, c = rows.unbind(1)
-        values[:, :5] = torch.stack([alpha, sign * sigma, sign * a, b, c * c], 1)
-        values.view(torch.int32)[:, HEAD : HEAD + points.shape[1]] = points
-        return cls(values, HEAD + shape.data)
-
-    def add(self, vector: Tensor, width: int) -> int:
-        """Write a vector (1 or R, up to width) into the next `width` columns; return the first of them."""
+    def append(self, values: Tensor, width: int) -> int:
+        """Append values (1 or R, up to width) and zeros up to `width` columns; return the first of them."""
         start, self.end = self.end, self.end + width
-        self.values[:, start : start + vector.shape[1]] = vector
+        self.into.add(values[None], values.shape[1], width)
         return start
+
+    def add(self, vector: Vector, width: int, weights: list[Tensor]) -> int:
+        """Append a vector; what it has beside its base is added in the end, for all vectors at once."""
+        base = vector.base
+        if not isinstance(base, Tensor):
+            base = _constant(base, weights[0].dtype, weights[0].device).expand(1, vector.width)
+        start = self.append(base, width)
+        if vector.factor != 1.0:
+            self.factors.append((start, vector.width, vector.factor))
+        if vector.shift is not None:
+            self.shifted.setdefault(tuple(weights[vector.weight].shape), []).append((start, vector))
+        return start
+
+    def finish(self, weights: list[Tensor]) -> Tensor:
+        """Return the records, float32; products with weights in float64, since TF32 may be on."""
+        found = self.into.matrix("r", weights[0])
+        for (width, inputs), vectors in self.shifted.items():
+            shifts = torch.stack([v.shift.expand(self.rows, inputs) for _, v in vectors if v.shift is not None])
+            matrices = torch.stack([weights[v.weight] for _, v in vectors])
+            through = torch.bmm(shifts.double(), matrices.double().transpose(1, 2)).to(torch.float32)
+            columns = _columns(tuple(start for start, _ in vectors), width, found.device)
+            found.index_add_(1, columns, through.transpose(0, 1).reshape(self.rows, -1))
+        if self.factors:
+            found *= _factors(tuple(self.factors), self.end, found.device)
+        return found
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((1, 1), value, dtype=dtype, device=device)
 
 
 def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: int) -> bytes:
     """Write a step's vectors, and return its bytes, those of csrc/steps.h's structure."""
     at = records.end
     for vector in step.vectors:
-        records.add(vector, hidden)
+        records.add(vector, hidden, weights)
     activation = -1 if step.activation is None else ACTIVATIONS.index(step.activation)
     width = 0 if step.eps is None else weights[step.weights[0]].shape[1]
     kind = KINDS[step.kind] + step.scaled

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..kernels.packing import compose
@@ -30,16 +29,35 @@ INPUT_FACTOR = {"silu": 0.5}  # of the activations that a kernel evaluates at a 
 
 
 @dataclass(frozen=True)
-class Folded:
-    """A step with its vectors (1 or R, width), float64, in the order in which a kernel reads them.
+class Vector:
+    """factor (base + W shift) of some rows, which nobody has computed yet: few operations compute all of a call."""
 
-    Vectors of a residual step: scale, bias, gate, gate_bias; of a dense or first one: scale, if there is one, and
-    shift; of the last: scale, if it normalizes. A residual step without a norm has the scale alone.
+    width: int
+    base: Tensor | float  # (1 or R, width)
+    factor: float = 1.0
+    weight: int = -1  # W, where there is a shift (1 or R, inputs)
+    shift: Tensor | None = None
+
+    def evaluate(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return its numbers, float64, (1 or R, width)."""
+        base = self.base
+        found = base.double() if isinstance(base, Tensor) else weights[0].new_full((1, self.width), base).double()
+        if self.shift is not None:
+            found = found + self.shift.double() @ weights[self.weight].double().T
+        return self.factor * found
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A step with its vectors in the order in which a kernel reads them.
+
+    Those of a residual step: scale, bias, gate, gate_bias; of a dense or first one: scale, if there is one, and shift;
+    of the last: scale, if it normalizes. A residual step without a norm has the scale alone.
     """
 
     kind: str  # "first", "residual", "dense", "last"
     weights: tuple[int, ...]
-    vectors: tuple[Tensor, ...]
+    vectors: tuple[Vector, ...]
     activation: str | None = None
     eps: float | None = None
     before: float = 1.0  # of h, for its activation
@@ -55,13 +73,13 @@ class Folded:
 class Ends:
     """What is around the steps: their input is x_t pre_scale, the prediction F post_scale + post_shift + x_t skip.
 
-    Vectors (1 or R, d), float64. `post_shift` is always there; None stands for a scale of 1 and a skip of 0.
+    `post_shift` is always there; None stands for a scale of 1 and a skip of 0.
     """
 
-    pre_scale: Tensor | None
-    post_scale: Tensor | None
-    post_shift: Tensor
-    skip: Tensor | None
+    pre_scale: Vector | None
+    post_scale: Vector | None
+    post_shift: Vector
+    skip: Vector | None
 
 
 def fold(steps: Steps, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> tuple[list[Folded], Ends]:
@@ -70,11 +88,7 @@ def fold(steps: Steps, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> t
     d = weights[steps.first].shape[1]
     pre_scale, pre_shift, _ = folding.around(steps.pre, d)
     post_scale, post_shift, skip = folding.around(steps.post, d)
-    first = folding.product("first", steps.first, steps.after)
-    if pre_shift is not None:  # scale (W (x + shift)) = scale (W x) + scale (W shift)
-        more = folding.through(steps.first, pre_shift)
-        first = replace(first, vectors=(*first.vectors[:-1], _add(_times(more, _scale(first)), first.vectors[-1])))
-    found = [first]
+    found = [folding.product("first", steps.first, steps.after, pre_shift)]
     for step in steps.middle:
         if isinstance(step, Residual):
             found.append(folding.residual(step))
@@ -84,83 +98,77 @@ def fold(steps: Steps, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> t
             found.append(replace(dense, activation=step.activation, before=_before(found, step.activation)))
     if steps.last.activation is not None:
         _halve(found, steps.last.activation)
-    last, of_shift = folding.last(steps.last, _before(found, steps.last.activation))
-    return [*found, last], Ends(pre_scale, post_scale, _add(_times(of_shift, post_scale), post_shift), skip)
+    last, of_norm = folding.last(steps.last, _before(found, steps.last.activation))
+    post = folding.sum(steps.last.weight, post_scale, of_norm, post_shift)
+    ends = (None if v is None else Vector(d, v) for v in (pre_scale, post_scale, skip))
+    return [*found, last], Ends(next(ends), next(ends), post, next(ends))
 
 
 class _Folding:
-    """Products and sums of a network's vectors in float64."""
+    """What a network's vectors are made of; sums and products that are rare are made at once, in float64."""
 
     def __init__(self, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
         self.weights, self.tables = weights, tables
-
-    def table(self, index: int, width: int) -> Tensor:
-        table = self.tables[index]
-        return table.reshape(table.shape[-2:]).double().expand(-1, width)
 
     def compose(self, affines: Affines, width: int) -> tuple[Tensor | None, Tensor | None]:
         """Return one scale and shift for several; None stands for 1 and 0."""
         scale = shift = None
         for by, plus in affines:
-            if by >= 0:
-                by_vector = self.table(by, width)
-                scale, shift = _times(by_vector, scale), None if shift is None else shift * by_vector
-            if plus >= 0:
-                shift = _add(self.table(plus, width), shift)
+            by, plus = (None if i < 0 else self.table(i, width, len(affines) > 1) for i in (by, plus))
+            if by is not None:
+                scale, shift = by if scale is None else scale * by, None if shift is None else shift * by
+            if plus is not None:
+                shift = plus if shift is None else shift + plus
         return scale, shift
+
+    def table(self, index: int, width: int, exact: bool) -> Tensor:
+        table = self.tables[index]
+        return (table.double() if exact else table).reshape(table.shape[-2:]).expand(-1, width)
 
     def around(self, code: tuple, d: int) -> tuple[Tensor | None, ...]:
         """Return scale, shift and multiple of x_t of the instructions before or after all linear maps."""
+        exact = sum(op[0] in ("affine", "add") for op in code) > 1
         used = {i for op in code for i in {"affine": op[1:], "add": op[2:]}.get(op[0], ()) if i >= 0}
-        tables = {i: self.tables[i].double() for i in used}
-        found = compose(code, tables, self.weights[0].new_zeros((), dtype=torch.float64))
+        tables = {i: self.tables[i].double() if exact else self.tables[i] for i in used}
+        found = compose(code, tables, self.weights[0])
         return tuple(None if t is None else t.reshape(t.shape[-2:]).expand(-1, d) for t in found)
 
-    def through(self, weight: int, vectors: Tensor) -> Tensor:
-        return vectors @ self.weights[weight].double().T
+    def sum(self, weight: int, scale: Tensor | None, shift: Tensor | None, plus: Tensor | None) -> Vector:
+        """Return scale (W shift) + plus."""
+        width = self.weights[weight].shape[0]
+        base = 0.0 if plus is None else plus
+        if shift is None or scale is None:
+            return Vector(width, base, weight=weight, shift=shift)
+        through = Vector(width, 0.0, weight=weight, shift=shift).evaluate(self.weights)
+        return Vector(width, scale.double() * through + base)
 
-    def ones(self, weight: int, axis: int) -> Tensor:
-        return self.weights[weight].new_ones(1, self.weights[weight].shape[axis], dtype=torch.float64)
-
-    def product(self, kind: str, weight: int, after: Affines) -> Folded:
-        scale, shift = self.compose(after, self.weights[weight].shape[0])
-        shift = torch.zeros_like(self.ones(weight, 0)) if shift is None else shift
-        return Folded(kind, (weight,), (shift,) if scale is None else (scale, shift))
+    def product(self, kind: str, weight: int, after: Affines, before: Tensor | None = None) -> Folded:
+        """Return a first or dense step: scale (W (h + before)) + shift."""
+        width = self.weights[weight].shape[0]
+        scale, shift = self.compose(after, width)
+        shift = self.sum(weight, scale, before, shift)
+        return Folded(kind, (weight,), (shift,) if scale is None else (Vector(width, scale), shift))
 
     def residual(self, step: Residual) -> Folded:
         a = INPUT_FACTOR.get(step.activation, 1.0)
-        scale, shift = self.compose(step.before, self.weights[step.first].shape[1])
-        _, bias = self.compose(step.middle, self.weights[step.first].shape[0])
-        gate, gate_bias = self.compose(step.after, self.weights[step.second].shape[0])
-        bias = _add(None if shift is None else self.through(step.first, shift), bias)
-        out = self.ones(step.second, 0)
+        inner, width = self.weights[step.first].shape
+        scale, shift = self.compose(step.before, width)
+        _, bias = self.compose(step.middle, inner)
+        gate, gate_bias = self.compose(step.after, width)
         vectors = (
-            self.ones(step.first, 1) if scale is None else scale,
-            torch.zeros_like(self.ones(step.first, 0)) if bias is None else a * bias,
-            out if gate is None else gate,
-            torch.zeros_like(out) if gate_bias is None else gate_bias,
+            Vector(width, 1.0 if scale is None else scale),
+            replace(self.sum(step.first, None, shift, bias), factor=a),
+            Vector(width, 1.0 if gate is None else gate),
+            Vector(width, 0.0 if gate_bias is None else gate_bias),
         )
         return Folded("residual", (step.first, step.second), vectors, step.activation, step.eps, factor=a)
 
-    def last(self, step: Last, before: float) -> tuple[Folded, Tensor]:
-        """Return the last step, and what the shift of its norm adds to the prediction."""
-        scale, shift = self.compose(step.before, self.weights[step.weight].shape[1])
-        nothing = torch.zeros_like(self.ones(step.weight, 0))
-        vectors = () if step.eps is None else (self.ones(step.weight, 1) if scale is None else scale,)
-        folded = Folded("last", (step.weight,), vectors, step.activation, step.eps, before)
-        return folded, nothing if shift is None else self.through(step.weight, shift)
-
-
-def _scale(step: Folded) -> Tensor | None:
-    return step.vectors[0] if step.scaled else None
-
-
-def _times(one: Tensor, other: Tensor | None) -> Tensor:
-    return one if other is None else one * other
-
-
-def _add(one: Tensor | None, other: Tensor | None):
-    return other if one is None else one if other is None else one + other
+    def last(self, step: Last, before: float) -> tuple[Folded, Tensor | None]:
+        """Return the last step, and the shift of its norm."""
+        width = self.weights[step.weight].shape[1]
+        scale, shift = self.compose(step.before, width)
+        vectors = () if step.eps is None else (Vector(width, 1.0 if scale is None else scale),)
+        return Folded("last", (step.weight,), vectors, step.activation, step.eps, before), shift
 
 
 def _halve(found: list[Folded], activation: str) -> None:
@@ -168,9 +176,8 @@ def _halve(found: list[Folded], activation: str) -> None:
     a, before = INPUT_FACTOR.get(activation, 1.0), found[-1]
     if a == 1.0 or before.kind == "residual":
         return
-    *scale, shift = before.vectors
-    scaled = tuple(a * v for v in scale)
-    found[-1] = replace(before, vectors=(*scaled, a * shift), factor=before.factor if scaled else a * before.factor)
+    vectors = tuple(replace(v, factor=a * v.factor) for v in before.vectors)
+    found[-1] = replace(before, vectors=vectors, factor=before.factor if before.scaled else a * before.factor)
 
 
 def _before(found: list[Folded], activation: str | None) -> float:
@@ -188,39 +195,42 @@ def run(
     x_t: Tensor,
     operand: Rounding = lambda t: t,
     saved: Rounding = lambda t: t,
+    vectors: Rounding = lambda t: t,
 ) -> Tensor:
     """Return the prediction (B, R, d) for x_t (B, R, d), as a kernel computes it.
 
     Arguments:
         operand: what becomes of the operand of every product, rounding to bfloat16 in a kernel.
         saved: and of the tile that waits beside a residual block.
+        vectors: and of all vectors, rounding to float32.
     """
 
     def product(a: Tensor, weight: int) -> Tensor:
         return operand(a) @ weights[weight].to(a.dtype).T
 
-    h = x_t if ends.pre_scale is None else x_t * ends.pre_scale
-    rstd: Tensor | float = 1.0
+    def number(vector: Vector) -> Tensor:
+        return vectors(vector.evaluate(weights))
+
+    def finish(step: Folded, y: Tensor) -> Tensor:
+        return step.factor * y * (number(step.vectors[0]) if step.scaled else 1.0) + number(step.vectors[-1])
+
+    h = x_t if ends.pre_scale is None else x_t * number(ends.pre_scale)
     for step in steps:
         if step.kind == "first":
-            h = _finish(step, product(h, step.weights[0]))
+            h = finish(step, product(h, step.weights[0]))
         elif step.kind == "residual":
-            scale, bias, gate, gate_bias = step.vectors
+            scale, bias, gate, gate_bias = map(number, step.vectors)
             centred, rstd = _normalize(step, h)
             z = step.factor * rstd * product(centred * scale, step.weights[0]) + bias
             h = saved(h) + gate * product(_activate(step, z), step.weights[1]) + gate_bias
         elif step.kind == "dense":
-            h = _finish(step, product(_activate(step, step.before * h), step.weights[0]))
+            h = finish(step, product(_activate(step, step.before * h), step.weights[0]))
         else:
             centred, rstd = _normalize(step, h)
-            a = centred * step.vectors[0] if step.vectors else centred
+            a = centred * number(step.vectors[0]) if step.vectors else centred
             h = rstd * product(a if step.activation is None else _activate(step, step.before * a), step.weights[0])
-    h = h if ends.post_scale is None else h * ends.post_scale
-    return h + ends.post_shift + (0.0 if ends.skip is None else x_t * ends.skip)
-
-
-def _finish(step: Folded, y: Tensor) -> Tensor:
-    return step.factor * y * (step.vectors[0] if step.scaled else 1.0) + step.vectors[-1]
+    h = h if ends.post_scale is None else h * number(ends.post_scale)
+    return h + number(ends.post_shift) + (0.0 if ends.skip is None else x_t * number(ends.skip))
 
 
 def _activate(step: Folded, z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,12 +168,6 @@ def prediction_of_steps(
 ) -> tuple[Tensor, Tensor]:
     """Return the same of a program of steps, whose folded vectors are float32."""
     folded, ends = step_tables.fold(steps, weights, tables)
-
-    def rounded(v):
-        return None if v is None else v.float().double()
-
-    folded = [replace(step, vectors=tuple(map(rounded, step.vectors))) for step in folded]
-    ends = step_tables.Ends(*(rounded(getattr(ends, field.name)) for field in fields(ends)))
     ambiguous = torch.zeros(x_t.shape[:2], dtype=torch.bool)
 
     def operand(h):
@@ -183,7 +177,8 @@ def prediction_of_steps(
 
     wide = max(w.shape[0] for w in weights) > 128
     saved = (lambda h: h.half().double()) if wide else (lambda h: h)
-    return step_tables.run(folded, ends, weights, x_t.double(), operand, saved), ambiguous
+    predicted = step_tables.run(folded, ends, weights, x_t.double(), operand, saved, lambda v: v.float().double())
+    return predicted, ambiguous
 
 
 class Problem:

@@ -93,9 +93,9 @@ __device__ __forceinline__ float2 compare(float (&F)[D / 2], float2 rstd, const 
       const float r = i == 0 ? rstd.x : rstd.y;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float target = fmaf(row.b, component(x, j), fmaf(row.a, component(made, j), component(post, j)));
+        const float target = fmaf(row.b, component(x, j), fmaf(row.a, component(made, j), -component(post, j)));
         const float e = fmaf(-r, F[element(q, i, j)], target);
-        const float pulled = fmaf(component(pull, j), component(x, j), component(offset, j));
+        const float pulled = fmaf(-component(pull, j), component(x, j), component(offset, j));
         const float c = fmaf(component(keep, j), component(made, j), pulled);
         error[i] = fmaf(e, e, error[i]);
         control[i] = fmaf(c, c, control[i]);
