@@ -50,6 +50,9 @@ struct Steps {
   uint32_t scratch_at, records_at, barriers_at;
 };
 
+// Shared memory of width 512 beside weights and records: the operand, and sums that warpgroups exchange.
+constexpr uint32_t kWideScratchBytes = 64 * 512 * 2 + 1024;
+
 // How a kernel runs steps of padded width `hidden` on `data` padded dimensions.
 struct StepsPlan {
   int hidden, data;
@@ -88,5 +91,6 @@ void launch_steps(Steps parameters, const StepsPlan& plan, StepsConfig config, c
 void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_128(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_256(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
+void sm90_steps_512(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 
 }  // namespace fastscore

@@ -42,6 +42,8 @@ MISTAKES = {
 }
 
 
+WIDE_STEPS = Case(512, 13, 1, 63, 3, maps=2)
+OFTEN = Case(512, 13, 3, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
 HALVES = Case(256, 13, 1, 63, 3, maps=2)
 RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
 
@@ -84,6 +86,20 @@ MISTAKES |= {
     "cluster: release to itself alone": steps("products.cuh", "rank < blocks; ++rank", "rank < 1; ++rank", RING),
     "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
     "cluster: samples of the other block": steps("block.cuh", "kSamples * rank + 64", "64", RING),
+    "wide: a barrier before A is overwritten": steps(
+        "wide.cuh",
+        "    activate_in_place(h, step);\n    synchronize();\n",
+        "    activate_in_place(h, step);\n",
+        OFTEN,
+    ),
+    "wide: no proxy fence": steps("wide.cuh", "ptx::fence_proxy_async();", "", WIDE_STEPS),
+    "wide: wrong swizzle of the operand": steps("wide.cuh", "lane / 16 ^ row % 8", "lane / 16 ^ row % 4", WIDE_STEPS),
+    "wide: both rings in one": Mistake(
+        "sm90_steps_512.cu", "group * Rings::kStages + weights.stage", "weights.stage", WIDE_STEPS, "sm90_steps_512"
+    ),
+    "wide: a ring released early": steps("rings.cuh", "        ptx::wgmma_wait<1>();\n", "", WIDE_STEPS),
+    "wide: parity of a constant ring": steps("rings.cuh", "phase ^ (at / kStages % 2)", "phase", WIDE_STEPS),
+    "wide: sums of one warpgroup": steps("wide.cuh", "mean = sums.get(0, mean);", "", WIDE_STEPS),
     "halves: half in flight is read": steps("halves.cuh", "/ kBlocks; ++q) f(q)", "/ kBlocks; ++q) f(q + 8)", HALVES),
     "halves: first half not waited for": steps("halves.cuh", "ptx::wgmma_wait<1>();  // behind", "// behind", HALVES),
     "halves: one half twice": steps("halves.cuh", "multiply_tile<128, 64, K>", "multiply_tile<128, 0, K>", HALVES),
