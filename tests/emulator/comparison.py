@@ -31,8 +31,8 @@ TOLERANCE = 1e-5
 # An operand this close to a boundary, relative to its row's rms, may round either way: the largest error of a sum of
 # 256 products in float32 that was seen was 5e-7.
 BOUNDARY = 1e-6
-# Pairs whose rounding did flip, a share of 1e-4 an operand, and of few pairs three standard deviations more: in 600 random
-# cases at most half of that, and off by up to 2.1e-2.
+# Pairs whose rounding did flip, a share of 1e-4 an operand, and of few pairs three standard deviations more: in 600
+# random cases at most half of that, and off by up to 2.1e-2.
 FLIPPED, FLIP = 1e-4, 0.1
 
 
