@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads512, 1) sm90_steps_512_fwd_kernel(cons
   const Barriers barriers{shared + p.barriers_at, p.barriers, p.record_stages};
   if (threadIdx.x == 0) barriers.initialize(4, 8);  // a ring is read by one warpgroup, a record by both
   ptx::cluster_sync();
-  const Unit unit(p, kTile512);
+  const Unit unit(p);
   if (threadIdx.x / 128 == Rings::kWarpgroups) {
     ptx::registers_decrease<24>();
     if (threadIdx.x % 128 == 0) produce_512(p, barriers, shared, unit);

@@ -45,8 +45,9 @@ struct Steps {
   Step first, last;
   Step step[kMaxSteps];
   // Filled in by the launch.
-  int32_t stages, tiles, record_stages, clusters;
-  int32_t barriers;  // pairs of them for weights: one a stage of a ring, a single one where weights stay
+  int32_t stages, tiles, record_stages;
+  uint32_t units_each, units_left;  // units of every cluster, and clusters that take one more (common/steps/units.cuh)
+  int32_t barriers;                 // pairs of them for weights: one a stage of a ring, a single one where weights stay
   uint32_t scratch_at, records_at, barriers_at;
 };
 

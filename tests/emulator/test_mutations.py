@@ -67,23 +67,21 @@ MISTAKES |= {
     "steps: wrong parity": steps("block.cuh", FULL, FULL.replace("phase", "phase ^ 1")),
     "steps: record released by every lane": steps("block.cuh", "if (threadIdx.x % 32 == 0) ptx", "ptx"),
     "steps: samples of the tile before": steps("block.cuh", "if (turned)", "if (at.stage + at.phase == 0)", TILES),
-    "steps: a unit left out": steps("units.cuh", "(end - first)", "(end - first) - 1", TILES),
+    "steps: a unit left out": steps(
+        "units.cuh", "static_cast<int>(p.units_each", "static_cast<int>(p.units_each - 1", TILES
+    ),
     "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
     "steps: mean of the padded width": steps("operands.cuh", "inverse * sum.x", "sum.x / 64.0f", PADDED_STEPS),
     "steps: places of two samples": steps("samples.cuh", "(2 * (D / 16 * piece + q) + i)", "(D / 16 * piece + q + i)"),
-    "ring: stage not waited for": steps(
-        "products.cuh", "ptx::mbarrier_wait(barriers.full(at.stage), at.phase);", "", RING
-    ),
+    "ring: stage not waited for": steps("products.cuh", "ptx::mbarrier_wait(full, phase);", "", RING),
     "ring: stage overwritten": steps("block.cuh", "if (!resident) ptx", "if (false) ptx", RING),
     "ring: stage released early": steps("products.cuh", "        ptx::wgmma_wait<1>();\n", "", RING),
     "ring: last stage never released": steps("products.cuh", "<0>();\n    release(before);", "<0>();", RING),
-    "ring: parity that does not turn": steps(
-        "products.cuh", "at.advance(p.stages, !stay())", "at.advance(p.stages, false)", RING
-    ),
+    "ring: parity that does not turn": steps("products.cuh", "phase ^= !stay();", "phase ^= 0;", RING),
     "ring: last product's tiles apart": steps(
         "products.cuh", "(Here::kBytes >> 4), k);\n      }", "0, k);\n      }", RING
     ),
-    "cluster: release to itself alone": steps("products.cuh", "rank < blocks; ++rank", "rank < 1; ++rank", RING),
+    "cluster: release to itself alone": steps("products.cuh", "(empty, lane)", "(empty, ptx::cluster_rank())", RING),
     "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
     "cluster: samples of the other block": steps("block.cuh", "kSamples * rank + 64", "64", RING),
     "wide: a barrier before A is overwritten": steps(

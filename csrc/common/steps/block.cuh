@@ -115,7 +115,7 @@ __device__ __forceinline__ void run_chains(const Steps& p) {
   const Barriers barriers{shared + p.barriers_at, p.barriers, p.record_stages};
   if (threadIdx.x == 0) barriers.initialize(4 * kConsumers, 4 * kConsumers);
   ptx::cluster_sync();
-  const Unit unit(p, kSamples);
+  const Unit unit(p);
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, column = 4 * (lane % 4);
   if (group == kConsumers) {
     ptx::registers_decrease<24>();

@@ -30,24 +30,24 @@ struct HalvesProduct : RingProduct<128 * 128, false> {
   template <int K, class F>
   __device__ __forceinline__ void by_halves(float (&out)[128], const uint32_t (&a)[K / 4], F&& f) {
     constexpr int kBlocks = (K + 63) / 64, kGroups = 8;  // of 64 inputs; of columns in a half
-    int before = 0;
+    uint32_t before = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int k = 0; k < kBlocks; ++k) {
-        const uint64_t tile = wait();
+        ptx::mbarrier_wait(full, phase);
         ptx::wgmma_fence();
         if (half == 0) {
-          multiply_tile<128, 0, K>(out, a, tile, k);
+          multiply_tile<128, 0, K>(out, a, tiles, k);
         } else {
-          multiply_tile<128, 64, K>(out, a, tile, k);
+          multiply_tile<128, 64, K>(out, a, tiles, k);
         }
         ptx::wgmma_commit();
         if (half + k > 0) {
           ptx::wgmma_wait<1>();  // behind the second half's first product the first half is done
           release(before);
         }
-        before = at.stage;
+        before = full;
         advance();
         if (half == 0) continue;
         if (k == 0) ptx::wgmma_hold_part<0, 64>(out);

@@ -9,7 +9,7 @@
 #include <steps.h>
 
 #include <common/ring.cuh>
-#include <ptx/cluster.cuh>
+#include <common/steps/products.cuh>
 #include <ptx/wgmma.cuh>
 
 namespace fastscore {
@@ -52,25 +52,13 @@ struct Rings {
       ptx::wgmma_commit();
       if (j > 0) {
         ptx::wgmma_wait<1>();
-        release((at - 1) % kStages);
+        release_stage(empty + 8 * ((at - 1) % kStages));
       }
     }
     ptx::wgmma_wait<0>();
-    release((From + Stages - 1) % kStages);
+    release_stage(empty + 8 * ((From + Stages - 1) % kStages));
     ptx::wgmma_hold(out);
     if ((From + Stages) / kStages % 2 == 1) phase ^= 1;  // so many turns further
-  }
-
- private:
-  __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % 32 != 0) return;
-    const uint32_t blocks = ptx::cluster_size();
-    if (blocks == 1) {
-      ptx::mbarrier_arrive(empty + 8 * stage);
-    } else {
-#pragma unroll 1
-      for (uint32_t rank = 0; rank < blocks; ++rank) ptx::mbarrier_arrive_remote(empty + 8 * stage, rank);
-    }
   }
 };
 
