@@ -13,13 +13,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// Number of this CTA's cluster in the grid, along x.
-__device__ __forceinline__ uint32_t cluster_id() {
-  uint32_t id;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
-  return id;
-}
-
 // CTAs in the cluster.
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size;

@@ -17,7 +17,7 @@ struct Unit {
   int row, tile, left;
 
   __device__ __forceinline__ explicit Unit(const Steps& p) {
-    const uint32_t cluster = ptx::cluster_id(), more = min(cluster, p.units_left);
+    const uint32_t cluster = blockIdx.x / ptx::cluster_size(), more = min(cluster, p.units_left);
     const uint32_t first = cluster * p.units_each + more;
     tile = static_cast<int>(first / static_cast<uint32_t>(p.rows));
     row = static_cast<int>(first - static_cast<uint32_t>(tile) * p.rows);

@@ -6,10 +6,6 @@ namespace fastscore::ptx {
 
 inline uint32_t cluster_rank() { return emulator::current_thread().block->rank; }
 
-inline uint32_t cluster_id() {
-  return emulator::current_thread().block->index.x / static_cast<uint32_t>(emulator::machine.blocks.size());
-}
-
 inline uint32_t cluster_size() { return static_cast<uint32_t>(emulator::machine.blocks.size()); }
 
 inline void cluster_sync() {
