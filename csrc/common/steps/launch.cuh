@@ -77,7 +77,7 @@ void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const
         static_cast<long long>(units));
   parameters.units_each = static_cast<uint32_t>(units) / sharing;
   parameters.units_left = static_cast<uint32_t>(units) % sharing;
-  launch.gridDim = dim3(sharing * blocks);
+  launch.gridDim = dim3(blocks, sharing);
   check(cudaLaunchKernelEx(&launch, kernel, parameters), "%s: %u clusters of %d, %d threads, %d bytes shared", name,
         sharing, blocks, plan.threads, shared_bytes);
 }

@@ -8,16 +8,14 @@
 #include <cuda_runtime.h>
 #include <steps.h>
 
-#include <ptx/cluster.cuh>
-
 namespace fastscore {
 
-// Where a cluster is in its share.
+// Where a cluster is in its share; clusters are counted along y, so that none divides for its number.
 struct Unit {
   int row, tile, left;
 
   __device__ __forceinline__ explicit Unit(const Steps& p) {
-    const uint32_t cluster = blockIdx.x / ptx::cluster_size(), more = min(cluster, p.units_left);
+    const uint32_t cluster = blockIdx.y, more = min(cluster, p.units_left);
     const uint32_t first = cluster * p.units_each + more;
     tile = static_cast<int>(first / static_cast<uint32_t>(p.rows));
     row = static_cast<int>(first - static_cast<uint32_t>(tile) * p.rows);
