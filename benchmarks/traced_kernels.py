@@ -118,8 +118,8 @@ CASES = (
     _case("adaLN H=512 L=3", "sm90_steps_512_fwd_kernel<false>", 3, Setting(2, 2, 900, 1200, apart=False), 1, steps),
 )
 # Instructions that a row may take in the kernels of fused steps, by width; MOVs, and bytes of stack of the kernel.
-LIMITS = {"sm90_steps": {64: 2750, 128: 4300, 256: 8700, 512: 9400}}
-MOST_MOVES, MOST_STACK = 200, 80
+LIMITS = {"sm90_steps": {64: 2850, 128: 4450, 256: 9400, 512: 9700}}
+MOST_MOVES, MOST_STACK = 210, 80
 
 
 class Library:
