@@ -134,8 +134,10 @@ class Problem:
         native = select._cuda_why_not(torch.device(DEVICE), torch.float32)
         return {"cuda": native or cuda.why_not_fused(task), "triton": through_triton.why_not_fused(task)}
 
-    def packed(self, bound) -> cuda.Packed:
-        """Return the problem as a compiled kernel reads it."""
+    def packed(self, bound, by_instructions: bool = False) -> cuda.Packed | cuda.PackedSteps:
+        """Return the problem as a compiled kernel reads it: the chosen one, or the one that runs instructions."""
         code, weights, tables = bound
-        words = self.keys, self.points, self.rows, self.alpha, self.sigma
-        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, self.reference.tensors())
+        words, q = (self.keys, self.points, self.rows, self.alpha, self.sigma), self.reference.tensors()
+        task = Task.of_tensors(decode(code), weights, tables, D, q)
+        steps = "asked for" if by_instructions else cuda.steps_of(task)
+        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, q, steps)

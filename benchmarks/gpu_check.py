@@ -28,7 +28,9 @@ from steps import PYTHON, Step, program
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Small launches of every family: the sanitizer makes a kernel a hundred times slower.
-SANITIZED = "tests/test_cuda_kernels.py::test_launches_repeat_to_the_bit_and_in_a_graph"
+SANITIZED = [
+    f"tests/test_cuda_kernels.py::test_{name}_repeat_to_the_bit_and_in_a_graph" for name in ("launches", "steps")
+]
 MOST_PROCESSES = 8  # each holds half a gigabyte of the GPU for its context
 
 
@@ -45,7 +47,7 @@ def sanitized(tool: str) -> Step:
     """Return the step that runs the compiled kernels under a tool of compute-sanitizer."""
     under = SANITIZER, "--tool", tool, "--error-exitcode", "1"
     why_not = "" if Path(SANITIZER).exists() else f"found no compute-sanitizer on PATH nor at {SANITIZER}"
-    return replace(pytest_step(tool, 60, SANITIZED, spread=False, under=under), least=20, why_not=why_not)
+    return replace(pytest_step(tool, 60, *SANITIZED, spread=False, under=under), least=20, why_not=why_not)
 
 
 KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels"

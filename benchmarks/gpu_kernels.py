@@ -95,6 +95,7 @@ def kernel(case: Case) -> Row:
                 row.measure(f"{name}, ms", lambda b=backend: milliseconds(graphed(lambda: problem.by_op(half, b))))
     if row.get("compiled kernel, ms"):
         row.measure("its launch alone, ms", lambda: _launched(problem.packed(half), cuda.Config())[0])
+        row.measure("by instructions, ms", lambda: _launched(problem.packed(half, True), cuda.Config())[0])
     module = copy.deepcopy(problem.module).bfloat16()
 
     def eager() -> torch.Tensor:
@@ -113,7 +114,7 @@ def kernel(case: Case) -> Row:
     return row
 
 
-def _launched(packed: cuda.Packed, config: cuda.Config) -> tuple[float, torch.Tensor]:
+def _launched(packed: cuda.Packed | cuda.PackedSteps, config: cuda.Config) -> tuple[float, torch.Tensor]:
     """Return the milliseconds of one launch of a compiled kernel, and its f."""
     f = torch.full((SAMPLES, DRAWS), float("nan"), device=DEVICE)
     stream = torch.cuda.current_stream().cuda_stream
@@ -128,7 +129,7 @@ def division(case: Case) -> Row:
     if reason := problem.why_not(half)["cuda"]:
         print(f"{case.name}: {reason}")
         return row
-    packed = problem.packed(half)
+    packed = problem.packed(half, by_instructions=True)  # steps divide their work by themselves
     row.measure("chosen, ms", lambda: _launched(packed, cuda.Config())[0])
     want, found = _launched(packed, cuda.Config())[1], {}
 

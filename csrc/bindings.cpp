@@ -5,6 +5,7 @@
 
 #include "density_mlp.h"
 #include "device.h"
+#include "steps.h"
 
 namespace py = pybind11;
 
@@ -72,4 +73,46 @@ PYBIND11_MODULE(_C, m) {
       py::arg("hidden"), py::arg("data"), py::arg("linears"), py::arg("pointers"), py::arg("sizes"),
       py::arg("operands"), py::arg("program").none(false), py::arg("device"), py::arg("stream"), py::arg("cluster") = 0,
       py::arg("splits") = 0, "Launch the fused kernel; fastscore/ops/cuda.py makes the arguments.");
+  m.def(
+      "steps_plan",
+      [](int hidden, int data, bool padded, int linears, int record, int capability, int shared_limit) -> py::object {
+        fastscore::StepsPlan plan;
+        const std::string reason =
+            fastscore::plan_steps(hidden, data, padded, linears, record, capability, shared_limit, &plan);
+        if (!reason.empty()) return py::str(reason);
+        py::dict result;
+        result["samples"] = plan.samples, result["threads"] = plan.threads, result["tiles"] = plan.tiles;
+        result["stages"] = plan.stages, result["stage_bytes"] = plan.stage_bytes;
+        result["record_stages"] = plan.record_stages, result["kept"] = plan.kept;
+        result["cluster"] = plan.cluster, result["shared_bytes"] = plan.shared_bytes;
+        return result;
+      },
+      py::arg("hidden"), py::arg("data"), py::arg("padded"), py::arg("linears"), py::arg("record"),
+      py::arg("capability"), py::arg("shared_limit"),
+      "Return how a kernel of steps divides shared memory, or the reason why there is none.");
+  m.def(
+      "steps",
+      [](int hidden, int data, bool padded, int linears, int record, const std::vector<uint64_t>& pointers,
+         const std::vector<int32_t>& sizes, const std::vector<int32_t>& columns, const std::string& steps, int device,
+         uintptr_t stream, int cluster, int clusters) {
+        fastscore::DeviceGuard guard(device);
+        if (pointers.size() != 5 || sizes.size() != 2 || columns.size() != 4) {
+          throw std::runtime_error("steps takes 5 addresses, 2 sizes and 4 columns, got " +
+                                   std::to_string(pointers.size()) + ", " + std::to_string(sizes.size()) + " and " +
+                                   std::to_string(columns.size()));
+        }
+        const fastscore::Limits limits = fastscore::limits(device);
+        fastscore::StepsPlan plan;
+        const std::string reason =
+            fastscore::plan_steps(hidden, data, padded, linears, record, limits.capability, limits.shared_bytes, &plan);
+        if (!reason.empty()) throw std::runtime_error("no compiled kernel runs these steps: " + reason);
+        const int32_t all[3] = {sizes[0], sizes[1], record};
+        fastscore::launch_steps(
+            fastscore::step_arguments(pointers.data(), all, columns.data(), steps.data(), steps.size()), plan,
+            {cluster, clusters}, pointer<CUstream_st>(stream));
+      },
+      py::arg("hidden"), py::arg("data"), py::arg("padded"), py::arg("linears"), py::arg("record"), py::arg("pointers"),
+      py::arg("sizes"), py::arg("columns"), py::arg("steps").none(false), py::arg("device"), py::arg("stream"),
+      py::arg("cluster") = 0, py::arg("clusters") = 0,
+      "Launch the kernel of a program of steps; fastscore/ops/cuda_steps.py makes the arguments.");
 }

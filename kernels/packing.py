@@ -149,8 +149,8 @@ def split_network(
     In BODY a linear map is numbered by that order, and a norm brings its width: ("norm", width, eps).
     """
     linear = [i for i, op in enumerate(code) if op[0] == "linear"]
-    pre = _compose(code[: linear[0]], tables, weights[0])
-    post = _compose(code[linear[-1] + 1 :], tables, weights[0])
+    pre = compose(code[: linear[0]], tables, weights[0])
+    post = compose(code[linear[-1] + 1 :], tables, weights[0])
     width, body, order = weights[code[linear[0]][1]].shape[0], [], [code[i][1] for i in linear]
     for op in code[linear[0] + 1 : linear[-1]]:
         if op[0] == "linear":
@@ -186,7 +186,7 @@ def pack_network(
     return Layout(tuple(specs), pre, body, post), torch.cat(buffers)
 
 
-def _compose(code: tuple, tables: list[Tensor], like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def compose(code: tuple, tables: list[Tensor], like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Fold affines, and sums with x_t, into one scale, shift and multiple of x_t; None stands for 1, 0, 0."""
     scale = shift = skip = None
     for op in code:

@@ -30,11 +30,15 @@ HOPPER = (90, 232448)
 def hopper(monkeypatch):
     """Let a CPU pass for a Hopper with compiled kernels; nothing is launched."""
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "native", lambda: types.SimpleNamespace(plan=lambda *shape: {}))
+    monkeypatch.setattr(
+        cuda, "native", lambda: types.SimpleNamespace(plan=lambda *shape: {}, steps_plan=lambda *shape: {})
+    )
     monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)
     cuda.why_not_fused.cache_clear()
+    cuda.steps_of.cache_clear()
     yield
     cuda.why_not_fused.cache_clear()
+    cuda.steps_of.cache_clear()
 
 
 def task(family=random_networks.adaln, width=64, dtype=torch.bfloat16, d=64, depth=3):
@@ -141,7 +145,7 @@ def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
     lines = fs.explain(MARHead(5, 64, 2).bfloat16(), (5,)).splitlines()
     assert lines[-2] == (
         "on cpu: one kernel of backend cuda: measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms "
-        "(NVIDIA H200, 2026-11-28, Triton 3.6)"
+        "(NVIDIA H200, 2026-11-28, Triton 3.6); it runs as steps"
     )
     assert lines[-1].startswith(
         "  with gradients of its weights backend torch: measured at adaLN, width 64: torch 17.3"

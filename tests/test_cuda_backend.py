@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastscore as fs
 from fastscore.ops import cuda, noise
 from fastscore.ops.instructions import decode, encode
+from fastscore.ops.steps import cut
 from fastscore.ops.task import plain
 from fastscore.ops.weight_image import image
 from fastscore.program.row_program import RowProgram
@@ -92,13 +93,25 @@ def packed_again(d, width, depth=3):
 
 def test_packing_takes_few_operations():
     """Each is a launch of some microseconds in every call, beside kernels that take three hundred."""
-    # The reference 8, the rows' columns 1, the weights 2 (joined, gathered), tables of two dtypes 2 each.
+    # The reference 8, the rows' columns, weights joined and gathered, of two dtypes of tables a join and a rounding.
     found, counts, arguments = packed_again(64, 64)
     assert sum(counts.values()) == 15, counts
     assert found.x is arguments[0], "nothing is padded, nothing is copied"
     # Padded: x, keys and points, and zeros for the tables of each dtype.
     _, counts, _ = packed_again(50, 100)
     assert sum(counts.values()) == 20, counts
+
+
+def test_packing_steps_takes_few_operations():
+    # Beside the 15 of instructions: signs of the rows and of the reference, shifts and weights joined, made float64,
+    # multiplied and added to the biases, and the factors of activations.
+    _, _, arguments = packed_again(64, 64)
+    code, tables = arguments[6], arguments[8]
+    steps = cut(code, tuple(map(packing.level_of, tables)))
+    cuda.pack(*arguments, steps)
+    with Operations() as operations:
+        cuda.pack(*arguments, steps)
+    assert sum(operations.counts.values()) == 30, operations.counts
 
 
 def test_packing_reads_the_weights_of_the_moment():

@@ -19,6 +19,14 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
   return ((address & 0x3ffff) >> 4) | unused_leading_offset | stride | swizzle_128;
 }
 
+// The same in rows of 64 bytes with the 64-byte swizzle: 16-byte unit c of row r lies at c ^ (r / 2 % 4); 8 rows are 512
+// bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor_64(uint32_t address) {
+  constexpr uint64_t stride = uint64_t{512 >> 4} << 32, unused_leading_offset = uint64_t{1} << 16;
+  constexpr uint64_t swizzle_64 = uint64_t{2} << 62;
+  return ((address & 0x3ffff) >> 4) | unused_leading_offset | stride | swizzle_64;
+}
+
 // Orders earlier accesses to registers before the wgmma that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -36,6 +44,14 @@ template <int N>
 __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The same for N of them from OFFSET on, while others are in flight.
+template <int OFFSET, int N, int M>
+__device__ __forceinline__ void wgmma_hold_part(float (&d)[M]) {
+  static_assert(OFFSET >= 0 && OFFSET + N <= M);
+#pragma unroll
+  for (int i = OFFSET; i < OFFSET + N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Operands %0, %1, ... of inline assembly, ten at a time (the argument is the tens digit), and the accumulators they

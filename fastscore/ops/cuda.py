@@ -2,7 +2,8 @@
 
 What they cover: row programs with bfloat16 weights, hidden widths up to 512 on Hopper (compute capability 9.0) and 128
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
-same pass; another reference comes from Triton's kernel. `why_not_fused` says what stands in the way.
+same pass; another reference comes from Triton's kernel. `why_not_fused` says what stands in the way. Of those programs
+Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction; `steps_of` says which.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..kernels import packing
 from ..kernels.names import ACTIVATIONS, INSTRUCTIONS
+from . import cuda_steps
 from . import triton as through_triton
+from .cuda_steps import PackedSteps, aligned
 from .instructions import decode
 from .select import native
+from .steps import Steps
 from .task import Task
 from .triton import (
     control,
@@ -94,6 +97,18 @@ def why_not_fused(task: Task) -> str | None:
     return found if isinstance(found, str) else why_not_control(task.components, task.full, task.d, task.device)
 
 
+@lru_cache(maxsize=256)
+def steps_of(task: Task) -> Steps | str:
+    """Return the steps as which a program runs that `why_not_fused` has no objection to, or why by instructions."""
+    return cuda_steps.fitting(task.code, task.shapes, task.levels, task.d, native(), _device(task.device))
+
+
+def how(task: Task) -> str:
+    """Return in words how a compiled kernel runs a program that `why_not_fused` has no objection to."""
+    steps = steps_of(task)
+    return f"by instructions, since {steps}" if isinstance(steps, str) else "as steps"
+
+
 def density_mlp(
     x: Tensor,
     keys: Tensor,
@@ -110,7 +125,9 @@ def density_mlp(
     if why_not_fused(task) is not None:
         return through_triton.density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
     inside = not reference or in_the_same_pass(reference)
-    packed = pack(x, keys, points, rows, alpha, sigma, task.code, weights, tables, reference if inside else [])
+    steps = steps_of(task)
+    arguments = x, keys, points, rows, alpha, sigma
+    packed = pack(*arguments, task.code, weights, tables, reference if inside else [], steps)
     f = torch.empty(len(x), len(rows), dtype=torch.float32, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     launch(native(), packed, f, x.device.index, stream)
@@ -157,11 +174,18 @@ def pack(
     weights: list[Tensor],
     tables: list[Tensor],
     reference: list[Tensor],
-) -> Packed:
+    steps: Steps | str = "asked for",
+) -> Packed | PackedSteps:
     """Lay out all that a compiled kernel reads; plain torch, on any device.
 
     Every call packs anew, since parameters can change unseen (docs/architecture.md); so few operations matter.
+
+    Arguments:
+        steps: of the program, as `steps_of` or `cuda_steps.fitting` returns them; a text, whatever it says, is for the
+            kernels that interpret instructions.
     """
+    if isinstance(steps, Steps):
+        return cuda_steps.pack(x, keys, points, rows, alpha, sigma, steps, weights, tables, reference)
     (batch, d), count = x.shape, len(rows)
     shape = shape_of(code, [tuple(w.shape) for w in weights], weights[0].dtype, d)
     if isinstance(shape, str):
@@ -177,10 +201,10 @@ def pack(
     none = x.new_empty(count, 4)  # nobody reads it, but a row's copy is 16 bytes at least
     return Packed(
         shape=shape,
-        x=_aligned(x, beyond),
-        keys=_aligned(keys, beyond),
-        points=_aligned(points, beyond),
-        rows=_aligned(rows, 2),
+        x=aligned(x, beyond),
+        keys=aligned(keys, beyond),
+        points=aligned(points, beyond),
+        rows=aligned(rows, 2),
         weights=image([weights[k] for k in order], shapes, stage),
         tables=tuple(into.matrix(level, x) if into.columns[level] else none for level in packing.LEVELS),
         operands=tuple(_operand(o) for o in (*pre, *post, *missing)),
@@ -196,10 +220,20 @@ class Config:
     cluster: int = 0  # blocks that share the weights they stream; chosen: as many as read 256 samples, so that a
     # weight is loaded once for 256 rows of a product
     splits: int = 0  # parts of the rows; chosen: those that leave multiprocessors idle least
+    clusters: int = 0  # where steps run, that share the pairs of a tile and a row; chosen: as many as run at once
 
 
-def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: int, config: Config = Config()) -> None:
+def launch(
+    module: ModuleType,
+    packed: Packed | PackedSteps,
+    f: Tensor,
+    device: int,
+    stream: int,
+    config: Config = Config(),
+) -> None:
     """Launch the kernel that a packed network asks for; `module` is `fastscore._C` or what stands in for it."""
+    if isinstance(packed, PackedSteps):
+        return cuda_steps.launch(module, packed, f, device, stream, (config.cluster, config.clusters))
     module.density_mlp(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.points, packed.rows, packed.weights, *packed.tables, f)],
@@ -211,15 +245,6 @@ def launch(module: ModuleType, packed: Packed, f: Tensor, device: int, stream: i
         config.cluster,
         config.splits,
     )
-
-
-def _aligned(t: Tensor, beyond: int) -> Tensor:
-    """Return t, contiguous and at a multiple of 16 bytes, as its loads are, with `beyond` zeros behind every line.
-
-    The same tensor where it is so already.
-    """
-    t = pad(t, (0, beyond)) if beyond > 0 else t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _operand(reference: tuple) -> int:

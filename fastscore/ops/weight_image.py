@@ -21,26 +21,44 @@ COLUMN = tuple(4 * (p % 8 // 2) + p % 2 + 2 * (p // 8) for p in range(16))
 TILE_OUT, TILE_IN, CHUNK = 128, 64, 8
 
 
-def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
-    """Return the tiles of all weights, each `stage` bytes, bfloat16, flat.
+def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int, by_outputs: bool = False) -> Tensor:
+    """Return the tiles of all weights in stages of that many bytes, bfloat16, flat.
 
     Arguments:
         weights: (out, in) each, in the order of their use.
         shapes: what each is padded to: outputs a multiple of 16, inputs of 16.
+        by_outputs: the tiles of the same 128 outputs follow each other, as many in a stage as it holds; otherwise those
+            of the same 64 inputs do, one in a stage.
     """
     sizes = tuple(tuple(w.shape) for w in weights)
-    index, zero = _gather(sizes, shapes, stage // 2, weights[0].device)
+    index, zero = _gather(sizes, shapes, stage // 2, by_outputs, weights[0].device)
+    return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
+
+
+def rings(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
+    """Return the image of two rings of stages of that many bytes, each with half of the outputs of every weight.
+
+    Their stages take turns, one of the first ring and one of the second. Tiles have 32 inputs: lines of 64 bytes, whose
+    16-byte chunk c lies at c xor (line / 2 mod 4), the 64-byte swizzle; a stage holds as many as it can.
+    """
+    sizes = tuple(tuple(w.shape) for w in weights)
+    index, zero = _gather(sizes, shapes, stage // 2, None, weights[0].device)
     return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
 @lru_cache(maxsize=16)
-def _gather(sizes: tuple, shapes: tuple, stage: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them."""
+def _gather(
+    sizes: tuple, shapes: tuple, stage: int, by_outputs: bool | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them.
+
+    `by_outputs` is None for two rings.
+    """
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
-        parts.append(_tiles(where, stage, zero))
+        parts.append(_rings(where, stage) if by_outputs is None else _tiles(where, stage, by_outputs, zero))
         start += out * in_
     return torch.cat(parts).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
 
@@ -50,12 +68,24 @@ def _columns(count: int) -> Tensor:
     return (torch.arange(0, count, 16, device="cpu")[:, None] + torch.tensor(COLUMN, device="cpu")).reshape(-1)
 
 
-def _tiles(where: Tensor, stage: int, zero: int) -> Tensor:
-    """Cut a matrix of indices into swizzled tiles, inputs outermost, and fill each up to `stage` elements."""
+def _tiles(where: Tensor, stage: int, by_outputs: bool, zero: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles, and fill stages of that many elements."""
     out, in_ = where.shape
     where = torch.nn.functional.pad(where, (0, -in_ % TILE_IN), value=zero)
     lines = min(out, TILE_OUT)
-    tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK).permute(2, 0, 1, 3, 4)
+    tiles = where.reshape(out // lines, lines, -1, TILE_IN // CHUNK, CHUNK)
+    tiles = tiles.permute((0, 2, 1, 3, 4) if by_outputs else (2, 0, 1, 3, 4))
     chunk = torch.arange(TILE_IN // CHUNK, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] % 8)
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
-    return torch.nn.functional.pad(tiles, (0, stage - lines * TILE_IN), value=zero).reshape(-1)
+    tiles = tiles.reshape(1, -1) if by_outputs else tiles
+    return torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % stage), value=zero).reshape(-1)
+
+
+def _rings(where: Tensor, stage: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles of 32 inputs, of half of the outputs and then of the others."""
+    out, in_ = where.shape
+    lines = out // 2
+    tiles = where.reshape(2, lines, in_ // 32, 4, CHUNK).permute(0, 2, 1, 3, 4)
+    chunk = torch.arange(4, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] // 2 % 4)
+    tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles))
+    return tiles.reshape(2, -1, stage).transpose(0, 1).reshape(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.choice import choose
 from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
-from ..ops.select import runnable
+from ..ops.select import implementation, runnable
 from ..ops.task import Task
 from ..process.conditions import Conditions, takes_conditions
 from ..process.network import model_dtype, time_dtype_of
@@ -85,6 +85,8 @@ def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int
     if not choice.fused:
         return f"on {time.device}: " + (choice.reason if names == ("torch",) else f"no single kernel: {choice.reason}")
     line = f"on {time.device}: one kernel of backend {choice.backend}: {choice.reason}"
+    if choice.backend == "cuda":
+        line += f"; it runs {implementation(choice.backend).how(task)}"
     if backward.backend == choice.backend:
         return line
     return f"{line}\n  with gradients of its weights backend {backward.backend}: {backward.reason}"

@@ -1,5 +1,6 @@
-// The launch of csrc/density_mlp.h for ctypes.
+// The launches of csrc/density_mlp.h and csrc/steps.h for ctypes.
 #include <density_mlp.h>
+#include <steps.h>
 
 #include <algorithm>
 #include <cstring>
@@ -19,6 +20,18 @@ namespace fastscore {
 }
 [[gnu::weak]] void sm80_density_mlp(const DensityMlp&, const Plan&, int, int, cudaStream_t) {
   throw std::logic_error("Ampere's kernel is not linked");
+}
+[[gnu::weak]] void sm90_steps_64(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 64 are not linked");
+}
+[[gnu::weak]] void sm90_steps_512(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 512 are not linked");
+}
+[[gnu::weak]] void sm90_steps_256(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 256 are not linked");
+}
+[[gnu::weak]] void sm90_steps_128(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 128 are not linked");
 }
 [[gnu::weak]] int sm90_density_mlp_clusters(const Plan&) { throw std::logic_error("Hopper's kernels are not linked"); }
 [[gnu::weak]] int sm90_density_mlp_wide_clusters(const Plan&) {
@@ -50,6 +63,33 @@ extern "C" void plan_of(int hidden, int data, int linears, int stride, int capab
   const bool fits = plan(hidden, data, linears, stride, capability, limit, &chosen).empty();
   found[0] = fits ? static_cast<int32_t>(chosen.shared_bytes) : -1;
   found[1] = fits ? chosen.threads : 0;
+}
+
+// What fastscore._C.steps_plan does: a reason, or an empty text and shared memory in bytes, threads and whether keys and x
+// stay in shared memory.
+extern "C" const char* plan_of_steps(const int32_t* shape, int capability, int limit, int32_t* found) {
+  static thread_local std::string message;
+  StepsPlan chosen;
+  message = plan_steps(shape[0], shape[1], shape[2], shape[3], shape[4], capability, limit, &chosen);
+  found[0] = static_cast<int32_t>(chosen.shared_bytes), found[1] = chosen.threads, found[2] = chosen.kept;
+  return message.c_str();
+}
+
+// What fastscore._C.steps does, on the emulated GPU; returns an error's text, or an empty one.
+extern "C" const char* launch_of_steps(const int32_t* shape, const uint64_t* pointers, const int32_t* sizes,
+                                       const int32_t* columns, const char* steps, int bytes, int capability, int limit,
+                                       int cluster, int clusters) {
+  static thread_local std::string message;
+  try {
+    StepsPlan chosen;
+    message = plan_steps(shape[0], shape[1], shape[2], shape[3], shape[4], capability, limit, &chosen);
+    const int32_t all[3] = {sizes[0], sizes[1], shape[4]};
+    if (message.empty())
+      launch_steps(step_arguments(pointers, all, columns, steps, bytes), chosen, {cluster, clusters}, nullptr);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
 }
 
 // How a plan's launch is divided on Hopper: cluster, tiles, splits and rows a block, or zeros where there is no plan.

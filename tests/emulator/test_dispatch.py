@@ -21,16 +21,23 @@ BATCH, ROWS, D, WIDTH = 5, 3, 13, 50
 
 @pytest.fixture(scope="module")
 def library():
-    return load(builder.CSRC, "sm90_density_mlp")
+    return load(builder.CSRC, "sm90_density_mlp", "sm90_steps_64")
 
 
 class Network(torch.nn.Module):
-    def __init__(self, width=WIDTH):
+    def __init__(self, width=WIDTH, norm=False):
         super().__init__()
         self.first, self.last = torch.nn.Linear(D, width), torch.nn.Linear(width, D)
+        self.norm = torch.nn.LayerNorm(width) if norm else torch.nn.Identity()
 
     def forward(self, x, t):
-        return self.last(torch.nn.functional.silu(self.first(x) + t[:, None].to(x.dtype)))
+        return self.last(torch.nn.functional.silu(self.norm(self.first(x) + t[:, None].to(x.dtype))))
+
+
+def forget() -> None:
+    """Ask another device than the test before."""
+    cuda.why_not_fused.cache_clear()
+    cuda.steps_of.cache_clear()
 
 
 def mixture() -> Reference:
@@ -40,20 +47,22 @@ def mixture() -> Reference:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "reference", "fused"),
+    ("dtype", "norm", "reference", "kernel"),
     [
-        (torch.bfloat16, Reference.isotropic(1.3), True),
-        (torch.bfloat16, mixture(), True),  # its control variate comes from Triton's kernel
-        (torch.float32, Reference.isotropic(1.3), False),  # the compiled kernels multiply bfloat16 only
+        (torch.bfloat16, False, Reference.isotropic(1.3), "steps"),
+        (torch.bfloat16, False, mixture(), "steps"),  # its control variate comes from Triton's kernel
+        (torch.bfloat16, True, Reference.isotropic(1.3), "density_mlp"),  # steps have no norm before an activation
+        (torch.float32, False, Reference.isotropic(1.3), "triton"),  # the compiled kernels multiply bfloat16 only
     ],
 )
-def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype, reference, fused):
+def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype, norm, reference, kernel):
     launched = []
-    cuda.why_not_fused.cache_clear()
+    forget()
     module = Module(library, HOPPER)
     module.plan = lambda *shape: {}
-    run = module.density_mlp
-    module.density_mlp = lambda *arguments: (launched.append("cuda"), run(*arguments))
+    for name in ("density_mlp", "steps"):
+        run = getattr(module, name)
+        setattr(module, name, lambda *a, name=name, run=run: (launched.append(name), run(*a)))
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
@@ -63,7 +72,7 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
     )
     library.emulator_device(9, 0, 3)
     torch.manual_seed(0)
-    network = Network().to(dtype)
+    network = Network(norm=norm).to(dtype)
     x = torch.randn(BATCH, D)
     keys = noise.sample_keys("independent", 3, torch.arange(BATCH), D)
     points = noise.points("independent", 3, range(ROWS), ROWS, D, torch.device("cpu"))
@@ -78,26 +87,34 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
     with torch.no_grad():
         found = cuda.density_mlp(*arguments)
         expected = truth.density_mlp(*arguments)
-    assert launched == ["cuda" if fused else "triton"]
+    assert launched == [kernel]
     task = Task.of_tensors(decode(code), weights, tables, D, reference.tensors())
-    assert (cuda.why_not_fused(task) is None) is fused
+    assert (cuda.why_not_fused(task) is None) is (kernel != "triton")
     # bfloat16 rounds the operands of two products in the kernel, and results too in the definition.
     tolerance = 3 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert float(((found - expected).abs() / (expected.abs() + expected.abs().mean())).max()) < tolerance
 
 
+RUNS = "on cpu: one kernel of backend cuda: asked for; it runs"
+
+
 @pytest.mark.parametrize(
-    ("width", "last"),
+    ("width", "norm", "last"),
     [
-        (WIDTH, "on cpu: one kernel of backend cuda: asked for"),
-        (600, "on cpu: no single kernel: cuda: hidden widths go up to 512, the network has 600; triton: "),
+        (WIDTH, False, f"{RUNS} as steps"),
+        (
+            WIDTH,
+            True,
+            f"{RUNS} by instructions, since a layer outside of residual blocks has norm where a step has act",
+        ),
+        (600, False, "on cpu: no single kernel: cuda: hidden widths go up to 512, the network has 600; triton: "),
     ],
 )
-def test_explain_names_what_runs_a_network(monkeypatch, width, last):
+def test_explain_names_what_runs_a_network(monkeypatch, width, norm, last):
     explain = sys.modules["fastscore.program.explain"]  # not the function of that name
     monkeypatch.setattr(explain, "runnable", lambda device, dtype: ("cuda", "triton"))
-    cuda.why_not_fused.cache_clear()
-    module = types.SimpleNamespace(plan=lambda *shape: {})
+    forget()
+    module = types.SimpleNamespace(plan=lambda *shape: {}, steps_plan=lambda *shape: {})
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_device", lambda device: HOPPER)
-    assert f"\n{last}" in explain.explain(Network(width).bfloat16(), (D,))
+    assert f"\n{last}" in explain.explain(Network(width, norm).bfloat16(), (D,))

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import pytest
 from emulator import build as builder
-from emulator.comparison import AMPERE, HOPPER, Case, compare, load
+from emulator.comparison import AMPERE, HOPPER, Case, compare, compare_steps, load
 
 pytestmark = pytest.mark.slow
 NARROW, PADDED, STREAMED = Case(64, 13, 2, 63, 5), Case(50, 13, 2, 63, 5), Case(256, 64, 3, 63, 5)
 WIDE = Case(512, 13, 2, 63, 5)
+# Programs of steps: one tile and several, of which a cluster takes parts.
+STEPS, PADDED_STEPS, TILES = (Case(*c, maps=2) for c in ((64, 13, 2, 63, 24), (50, 13, 2, 63, 5), (64, 13, 1, 300, 5)))
 
 
 class Mistake(NamedTuple):
@@ -40,6 +42,49 @@ MISTAKES = {
 }
 
 
+WIDE_STEPS = Case(512, 13, 1, 63, 3, maps=2)
+OFTEN = Case(512, 13, 3, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
+HALVES = Case(256, 13, 1, 63, 3, maps=2)
+RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
+
+
+def steps(file: str, right: str, wrong: str, case: Case = STEPS) -> Mistake:
+    """Return a mistake in what only the kernels of steps run."""
+    return Mistake(f"common/steps/{file}", right, wrong, case, f"sm90_steps_{max(64, case.hidden)}")
+
+
+FULL = "barriers.table_full(at.stage), at.phase)"
+EMPTY = "ptx::mbarrier_wait(barriers.table_empty(at.stage), at.phase ^ 1);"
+MISTAKES |= {
+    "steps: product read in flight": steps("products.cuh", "ptx::wgmma_wait<0>();", ""),
+    "steps: no fence before a product": steps("products.cuh", "ptx::wgmma_fence();", ""),
+    "steps: record not waited for": steps("block.cuh", f"ptx::mbarrier_wait({FULL};", ""),
+    "steps: record overwritten": steps("block.cuh", EMPTY, ""),
+    "steps: wrong parity": steps("block.cuh", FULL, FULL.replace("phase", "phase ^ 1")),
+    "steps: samples of the tile before": steps("block.cuh", "if (turned)", "if (at.stage + at.phase == 0)", TILES),
+    "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
+    "ring: stage overwritten": steps("block.cuh", "if (!resident) ptx", "if (false) ptx", RING),
+    "ring: stage released early": steps("products.cuh", "        ptx::wgmma_wait<1>();\n", "", RING),
+    "ring: parity that does not turn": steps("products.cuh", "phase ^= !stay();", "phase ^= 0;", RING),
+    "ring: last product's tiles apart": steps(
+        "products.cuh", "(Here::kBytes >> 4), k);\n      }", "0, k);\n      }", RING
+    ),
+    "cluster: release to itself alone": steps("products.cuh", "(empty, lane)", "(empty, ptx::cluster_rank())", RING),
+    "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
+    "wide: a barrier before A is overwritten": steps(
+        "wide.cuh",
+        "    activate_in_place(h, step);\n    synchronize();\n",
+        "    activate_in_place(h, step);\n",
+        OFTEN,
+    ),
+    "wide: no proxy fence": steps("wide.cuh", "ptx::fence_proxy_async();", "", WIDE_STEPS),
+    "wide: wrong swizzle of the operand": steps("wide.cuh", "lane / 16 ^ row % 8", "lane / 16 ^ row % 4", WIDE_STEPS),
+    "wide: parity of a constant ring": steps("rings.cuh", "phase ^ (at / kStages % 2)", "phase", WIDE_STEPS),
+    "halves: half in flight is read": steps("halves.cuh", "/ kBlocks; ++q) f(q)", "/ kBlocks; ++q) f(q + 8)", HALVES),
+    "halves: one half twice": steps("halves.cuh", "multiply_tile<128, 64, K>", "multiply_tile<128, 0, K>", HALVES),
+}
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch):
     mistake = MISTAKES[name]
@@ -55,7 +100,10 @@ def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch):
     library = load(folder, mistake.family)
     try:
         device = AMPERE if "sm80" in mistake.family else HOPPER
-        complaint = compare(library, device, mistake.case, builder.RANDOM).complaint()
+        run = compare_steps if "steps" in mistake.family else compare
+        schedules = builder.RANDOM, builder.IN_ORDER, builder.ADVERSARIAL
+        found = (run(library, device, mistake.case, schedule).complaint() for schedule in schedules)
+        complaint = next(filter(None, found), None)
     except AssertionError as error:  # the emulator saw a rule of the hardware broken
         complaint = str(error)
     assert complaint
