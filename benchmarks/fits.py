@@ -96,7 +96,7 @@ def resources(compiled, num_warps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = sass._dump("--dump-resource-usage", cubin)
+        usage = sass.dump("--dump-resource-usage", cubin)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     return {"shared": compiled.metadata.shared, "registers": 32 * num_warps * registers}
 

@@ -4,6 +4,10 @@
     python benchmarks/native_resources.py [WHEEL] --json > benchmarks/results/native_resources.json
                                                                   records what the tests hold kernels to
 
+A second table follows the kernels' threads through a row of a network (`traced_kernels.py`): what a warp issues for it,
+and the milliseconds that the issue model predicts for 4,096 samples x 256 rows beside those of the last run on an H200,
+of the kernels that were there then. Predictions are no measurements: `issue_model.py` says how far off they were.
+
 WHEEL is a wheel with kernels for this Python, as `make wheel` puts into dist/; else the one of FASTSCORE_WHEEL, or the
 installed module. Shared memory is the static part: what a launch adds is not in the binary.
 """
@@ -25,6 +29,9 @@ from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 
 import sass
+from markdown import markdown
+from record import RESULTS
+from traced_kernels import ARCHITECTURE, trace_all
 
 COLUMNS = ("registers", "stack", "shared", "hgmma", "hmma", "ldl", "stl", "instructions", "loop")
 
@@ -55,7 +62,8 @@ def measure(path: Path) -> dict:
         for name, ((architecture, _), row) in zip(names, found.items(), strict=True)
     ]
     rows.sort(key=lambda row: (row["kernel"], row["architecture"]))
-    return {"nvcc": module.build_info()["nvcc"], "rows": rows}
+    hopper = {_short(name): key[1] for name, key in zip(names, found, strict=True) if key[0] == ARCHITECTURE}
+    return {"nvcc": module.build_info()["nvcc"], "rows": rows, "traces": trace_all(path, module, hopper)}
 
 
 def _short(name: str) -> str:
@@ -81,6 +89,10 @@ def main() -> None:
     print("|---" * (2 + len(COLUMNS)) + "|")
     for row in found["rows"]:
         print(f"| {row['kernel']} | {row['architecture']} | {' | '.join(str(row[c]) for c in COLUMNS)} |")
+    before = json.loads((RESULTS / "h200_kernels.json").read_text())
+    measured = {row["network"]: row["compiled kernel, ms"] for row in before["rows"]}
+    title = f"measured at commit {before['commit']}, ms"
+    print("\n" + markdown([row | {title: measured.get(row["network"])} for row in found["traces"]]))
 
 
 if __name__ == "__main__":

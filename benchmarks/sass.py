@@ -22,13 +22,13 @@ def kernels(path: Path) -> dict[tuple[str, str], dict]:
     """
     rows, architecture = {}, ""
     usage = r"^arch = (\S+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-    for found, name, *resources in re.findall(usage, _dump("--dump-resource-usage", path), re.MULTILINE):
+    for found, name, *resources in re.findall(usage, dump("--dump-resource-usage", path), re.MULTILINE):
         architecture = found or architecture
         if name:
             rows[architecture, name] = dict(zip(("registers", "stack", "shared"), map(int, resources), strict=True))
     architecture, bodies = "", {}
     code = rf"^arch = (\S+)|Function : (\S+)|{INSTRUCTION}"
-    for found, name, *instruction in re.findall(code, _dump("--dump-sass", path), re.MULTILINE):
+    for found, name, *instruction in re.findall(code, dump("--dump-sass", path), re.MULTILINE):
         architecture = found or architecture
         if name:
             body = bodies.setdefault((architecture, name), [])
@@ -55,5 +55,11 @@ def _longest_loop(body: list) -> int:
     return longest
 
 
-def _dump(flag: str, path: Path) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", flag, path], capture_output=True, text=True, check=True).stdout
+def dump(flag: str, path: Path, *more: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", flag, *more, path], capture_output=True, text=True, check=True).stdout
+
+
+def extract(path: Path, folder: Path) -> None:
+    """Write the cubins of a library into a folder."""
+    arguments = [TOOLS / "cuobjdump", "--extract-elf", "all", path.resolve()]
+    subprocess.run(arguments, capture_output=True, check=True, cwd=folder)

@@ -14,7 +14,8 @@ from sphinx.transforms import SphinxTransform
 project = "fastscore"
 copyright = "the authors of fastscore, Apache-2.0"
 release = version = version_of("fastscore")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions += ["sphinx-mathjax-offline"]  # formulas without the web
 html_theme = "furo"
 html_title = "fastscore"
 myst_enable_extensions = ["dollarmath", "amsmath"]

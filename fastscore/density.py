@@ -29,7 +29,7 @@ from .estimator.degenerate import warn_if_degenerate, warn_if_far, warn_if_out_o
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
 from .estimator.methods import DENSITY
-from .estimator.network_density import NetworkDensity, network_of, prepare
+from .estimator.network_density import NetworkDensity, check_parts, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
@@ -40,21 +40,18 @@ from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds
 from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
-from .ops.select import check_name
 from .process.conditions import merged, takes_conditions
 from .process.network import warn_if_training
 from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
-from .support.host import kind_of, positive, whole
+from .support.host import positive, whole
 from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
 from .support.untouched import evaluation
 from .support.warn import warn
-
-NOISES = ("auto", "sobol", "independent")
 
 
 class ScoreDensity(NetworkDensity):
@@ -74,6 +71,9 @@ class ScoreDensity(NetworkDensity):
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
         program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
             time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False.
+        compile: whether torch.compile makes the network, or what no fused kernel covers of its row program. The first
+            call of a shape takes up to a minute more. Where it fails, the network runs as it is, and a warning says
+            why. The model itself stays as it is; options go with torch.compile(model, ...) in its place.
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program.
@@ -98,19 +98,10 @@ class ScoreDensity(NetworkDensity):
         backend: str = "auto",
         time_dtype: torch.dtype | None = None,
         program: bool | str = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}; wrap a function in a Module")
-        if noise not in NOISES:
-            raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
-        if reference is not None and not isinstance(reference, Reference):
-            raise TypeError(f"reference must be a fastscore Reference, got {kind_of(reference)}")
-        if time_dtype is not None and not isinstance(time_dtype, torch.dtype):
-            raise TypeError(f"time_dtype must be a torch.dtype such as torch.float32, got {time_dtype!r}")
-        check_name(backend)
+        check_parts(model, schedule, reference, noise, backend, time_dtype, compile)
         self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
@@ -118,7 +109,7 @@ class ScoreDensity(NetworkDensity):
         nodes = FittedNodes(NodeDensity.uniform(*schedule.range_for(*scales)), uncalibrated(), scales)
         self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
         self.nodes = nodes
-        self._programs = Programs(program)
+        self._programs, self._compiles, self._compiled = Programs(program), compile, None
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 

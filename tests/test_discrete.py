@@ -81,6 +81,12 @@ def test_dequantization_belongs_to_the_sample_and_not_to_its_batch():
     assert len(same.unique(dim=0)) == 6
 
 
+def test_levels_that_are_no_tensor_are_refused():
+    for k in ([[0, 1]], torch.zeros(2, 3, dtype=torch.int64).numpy()):
+        with pytest.raises(ValueError, match=r"must be a tensor of integers 0 .. 255, got a \w+; give torch.as_tensor"):
+            Levels().dequantize(k)
+
+
 def test_dequantized_data_stay_within_both_ends_in_float32():
     k = torch.full((50_000, 4), 255)
     x = Levels(256, 0.5 / 256, 255.5 / 256).dequantize(k)

@@ -117,6 +117,13 @@ def test_levels_bring_their_bins_and_ends():
         found.bits_per_dim(levels, 0.0, 1.0)
 
 
+def test_ends_without_bins_are_refused():
+    # They were not read: data in [0, 1) and in [0, 255) had the same bits.
+    for ends in ({"low": 0.0, "high": 1.0}, {"high": 255.0}):
+        with pytest.raises(ValueError, match=r"low and high say where the levels .* without bins; give bins="):
+            estimate([-1.0]).bits_per_dim(**ends)
+
+
 @pytest.mark.parametrize("bins", [256, fs.Levels(256)])
 def test_bins_of_a_log_probability_are_refused(bins):
     # 5.24 bits a dimension of discrete_log_prob were 12.24 with bins=256: the width of a level counted twice.

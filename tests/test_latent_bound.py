@@ -348,5 +348,8 @@ def test_wrong_arguments_are_refused():
         case.made().estimate(X / 0, nfe=64)
     with pytest.raises(ValueError, match="x has NaN or inf in 3 of 3 samples"):
         case.made(decoder_std=None).fit(X / 0)
+    for name in ("mask", "target_stderr", "method", "max_nfe"):  # of ScoreDensity.estimate, not of a bound
+        with pytest.raises(ValueError, match=f"{name} is an option of .*, and this estimate has none"):
+            case.made().estimate(X, nfe=64, **{name: 1})
     with pytest.raises(ValueError, match="draw is no option of estimate, did you mean draws"):
         case.made().estimate(X, nfe=64, draw=2)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 import native_resources
 import sass
+import traced_kernels
 
 RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "native_resources.json").read_text())
 
@@ -38,6 +40,21 @@ def test_resources_are_the_recorded_ones(measured):
     if measured["nvcc"] != RECORDED["nvcc"]:
         pytest.skip(f"recorded with nvcc {RECORDED['nvcc']}, this wheel is of {measured['nvcc']}")
     assert exceeded(measured, RECORDED) == []
+
+
+def test_a_row_takes_no_more_than_recorded(measured):
+    if measured["nvcc"] != RECORDED["nvcc"]:
+        pytest.skip(f"recorded with nvcc {RECORDED['nvcc']}, this wheel is of {measured['nvcc']}")
+    assert len(measured["traces"]) == len(RECORDED["traces"]), "record them: benchmarks/native_resources.py says how"
+    assert traced_kernels.exceeded(measured["traces"], RECORDED["traces"]) == []
+
+
+def test_kernels_of_fused_steps_are_traced_and_hardly_spill(measured):
+    traced = {row["kernel"].partition("<")[0] for row in measured["traces"]}
+    for row in measured["rows"]:
+        if row["kernel"].startswith(tuple(traced_kernels.LIMITS)) and row["architecture"] == "sm_90a":
+            assert row["kernel"].partition("<")[0] in traced, f"{row['kernel']} has no row in traced_kernels.CASES"
+            assert row["stack"] <= traced_kernels.MOST_STACK, row["kernel"]
 
 
 def exceeded(found, recorded):
@@ -93,6 +110,34 @@ def test_instructions_are_counted(monkeypatch):
         /*0050*/                   BRA 0x50;
         /*0060*/                   NOP;
 """
-    monkeypatch.setattr(sass, "_dump", lambda flag, path: usage if "usage" in flag else code)
+    monkeypatch.setattr(sass, "dump", lambda flag, path: usage if "usage" in flag else code)
     counts = {"hgmma": 1, "hmma": 0, "ldl": 1, "stl": 0, "instructions": 6, "loop": 3}
     assert sass.kernels(Path("x")) == {("sm_90a", "k"): {"registers": 24, "stack": 16, "shared": 8} | counts}
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="there is no sh")
+@pytest.mark.parametrize(
+    ("says", "status", "expected"),
+    [
+        ("", 0, 0),
+        ("ptxas info    : Used 168 registers, used 1 barriers", 0, 0),
+        (
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to",
+            0,
+            1,
+        ),
+        (
+            "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized due to",
+            0,
+            1,
+        ),
+        ("error: no such file", 2, 2),
+    ],
+)
+def test_serialized_products_fail_the_build(says, status, expected):
+    launcher = Path(__file__).parents[1] / "csrc" / "strict_nvcc.sh"
+    command = ["sh", launcher, "sh", "-c", f"echo '{says}' >&2; exit {status}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == expected
+    assert says in done.stderr
+    assert ("error: matrix products are serialized" in done.stderr) == (expected == 1)

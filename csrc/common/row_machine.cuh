@@ -133,7 +133,9 @@ template <int D, class Engine>
 __device__ __forceinline__ void make_noise(const Engine& engine, const Vectors& vectors) {
   const DensityMlp& p = vectors.p;
   const float sign = Row(p.rows, vectors.row).sign;
-#pragma unroll 1  // unrolled, the loads of all groups would wait in registers
+  // Elements side by side hide each other's latency, 8 a group; the loads of more groups would spill at width 256.
+  constexpr int kTogether = Engine::kWidth == 256 ? 2 : 4;
+#pragma unroll kTogether
   for (int q = 0; q < Engine::kData / 16; ++q) {
     int column = engine.data_column + 16 * q;
     asm volatile("" : "+r"(column));  // or a loop of one turn would keep the samples' keys in registers all along

@@ -114,6 +114,11 @@ class Levels:
         return (self.low + (k + u) * self.width).to(dtype)
 
     def _check(self, k: Tensor) -> None:
+        if not isinstance(k, Tensor):
+            raise ValueError(
+                f"levels must be a tensor of integers 0 .. {self.bins - 1}, got a {type(k).__name__}; give "
+                "torch.as_tensor(levels)"
+            )
         if k.is_floating_point() or k.dtype == torch.bool:
             raise ValueError(f"levels must be integers 0 .. {self.bins - 1}, got {k.dtype}; round and cast them first")
         if k.numel() and (int(k.min()) < 0 or int(k.max()) >= self.bins):

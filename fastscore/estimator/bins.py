@@ -52,9 +52,14 @@ def in_numbers(bins: Bins, low: float, high: float) -> tuple[int | None, float, 
 
 
 def log_width(bins: Bins, low: float, high: float) -> float:
-    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none."""
+    """Return the logarithm of a level's width, 0 without bins; raise ValueError where there is none, or ends alone."""
     bins, low, high = in_numbers(bins, low, high)
     if bins is None:
+        if (low, high) != (LOW, HIGH):
+            raise ValueError(
+                f"low and high say where the levels of discrete data lie, got low={low} and high={high} without bins; "
+                "give bins= as well, or leave both out for continuous data"
+            )
         return 0.0
     if whole("bins", bins) < 2 or not high > low:
         raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")

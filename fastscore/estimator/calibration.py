@@ -137,6 +137,6 @@ def _log(variance: Tensor) -> Tensor:
 
 
 def _polynomial(at: Tensor, values: Tensor, degree: int) -> Tensor:
-    """Replace values by their polynomial in log2 nfe, which has half of the six measurements' noise or less."""
+    """Replace values by their polynomial in log2 nfe, which has half of the nine measurements' noise or less."""
     powers = torch.stack([at**power for power in range(degree + 1)], 1)
     return powers @ torch.linalg.lstsq(powers, values[:, None]).solution[:, 0]

@@ -224,8 +224,8 @@ class Estimate:
         of `discrete_log_prob` is the log-probability already, and takes no bins.
 
         Raises:
-            ValueError: for fewer than 2 bins, high <= low, ends that are not those of the levels, and for bins of a
-                result of `discrete_log_prob`.
+            ValueError: for fewer than 2 bins, high <= low, ends without bins or that are not those of the levels, and
+                for bins of a result of `discrete_log_prob`.
         """
         refuse_of_a_probability(self.method, bins)
         return -(self.log_prob / self.dims + log_width(bins, low, high)) / math.log(2)

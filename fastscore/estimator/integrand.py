@@ -81,9 +81,10 @@ def _predict(
         part = slice(start, start + samples_per_call)
         some = cond.select(part)
         if timed is not None:
-            predictions.append(timed.predict(x_t[part], some.per_sample))
+            predictions.append(timed.predict(x_t[part], some.per_sample, compiled=network.compiled is not None))
         else:
-            answer = predict(network.model, x_t[part], rows.time, some, shape, network.time_dtype)
+            options = network.time_dtype, network.compiled
+            answer = predict(network.model, x_t[part], rows.time, some, shape, *options)
             # A network may write every answer into the same memory.
             predictions.append(answer.clone() if several else answer)
     return predictions[0] if len(predictions) == 1 else torch.cat(predictions)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..process.network import time_dtype_of
 from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
+from ..support.compiled import Compiled
 from .samples import Samples
 
 PROBE_ROWS = 4
@@ -17,7 +18,11 @@ PROBE_ROWS = 4
 
 @dataclass(frozen=True)
 class Network:
-    """A network with all that is needed to read it: what it predicts, on which schedule, and its row programs."""
+    """A network with all that is needed to read it: what it predicts, on which schedule, and its row programs.
+
+    Attributes:
+        compiled: the network as compiled, of a density that asks for it; its row programs are compiled then as well.
+    """
 
     model: nn.Module
     schedule: Schedule
@@ -26,6 +31,7 @@ class Network:
     time_dtype: torch.dtype | None = None
     programs: Programs | None = None
     backend: str = "auto"
+    compiled: Compiled | None = None
 
     def find_programs(self, samples: Samples) -> tuple[RowProgram | None, ...]:
         """Return the row program under each condition of the samples, None where the network itself must run."""

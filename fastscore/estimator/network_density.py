@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.noise import SOBOL_MAX_DIM
-from ..ops.select import select
+from ..ops.select import check_name, select
 from ..process.conditions import Conditions
 from ..process.masks import broadcast_mask, mask_rows
 from ..process.network import model_device, warn_if_training
@@ -23,7 +23,8 @@ from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
 from ..reference.picking import Picked
 from ..support.buffers import Constants
-from ..support.host import whole
+from ..support.compiled import Compiled
+from ..support.host import kind_of, whole
 from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
 from .control import control_of
@@ -37,6 +38,8 @@ from .protocol import Density
 from .replay import Replays
 from .samples import Samples, check_batch, check_samples, refuse_not_finite_at
 from .schedule_ends import ScheduleEnds
+
+NOISES = ("auto", "sobol", "independent")
 
 
 class NetworkDensity(Density):
@@ -61,6 +64,8 @@ class NetworkDensity(Density):
     replays: Replays
     _programs: Programs
     _ends: ScheduleEnds
+    _compiles: bool
+    _compiled: Compiled | None
 
     @property
     def core(self) -> NetworkDensity:
@@ -71,6 +76,13 @@ class NetworkDensity(Density):
         """Return x itself, and a log-determinant of zero, float64, shape (B,)."""
         check_batch(x)
         return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """The network as it is now, compiled, if the density was made with `compile=True`."""
+        if self._compiles and (self._compiled is None or self._compiled.function is not self.model):
+            self._compiled = Compiled(self.model)
+        return self._compiled
 
     @property
     def nodes(self) -> FittedNodes:
@@ -200,9 +212,37 @@ class NetworkDensity(Density):
         return replace(samples, mask=mask_rows(counted, x))
 
 
+def check_parts(
+    model: nn.Module,
+    schedule: Schedule,
+    reference: Reference | None,
+    noise: str,
+    backend: str,
+    time_dtype: torch.dtype | None,
+    compiles: bool,
+) -> None:
+    """Raise TypeError or ValueError for what a density cannot be made of, as `ScoreDensity`."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}; wrap a function in a Module")
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
+    if reference is not None and not isinstance(reference, Reference):
+        raise TypeError(f"reference must be a fastscore Reference, got {kind_of(reference)}")
+    if time_dtype is not None and not isinstance(time_dtype, torch.dtype):
+        raise TypeError(f"time_dtype must be a torch.dtype such as torch.float32, got {time_dtype!r}")
+    if not isinstance(compiles, bool):
+        raise TypeError(
+            f"compile must be True or False, got {compiles!r}; options of torch.compile go with a network "
+            "that it made, torch.compile(model, ...), in the place of the model"
+        )
+    check_name(backend)
+
+
 def network_of(density: NetworkDensity) -> Network:
     """Return the network of a density with all that is needed to read it."""
-    options = density.time_dtype, density._programs, density.backend
+    options = density.time_dtype, density._programs, density.backend, density.compiled
     return Network(density.model, density.schedule, density.predicts, density.log_snr_range, *options)
 
 

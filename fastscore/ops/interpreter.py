@@ -19,7 +19,7 @@ from .instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
 def run(code: Sequence[Instruction], weights: Sequence[Tensor], tables: Sequence[Tensor], x_t: Tensor) -> Tensor:
     """Return the program's output, shape (B, R, d_out), for x_t (B, R, d) in the dtype of weights and tables."""
     if torch.is_grad_enabled() and any(v.requires_grad for v in (x_t, *weights, *tables)):
-        return _run_differentiably(code, weights, tables, x_t)
+        return run_differentiably(code, weights, tables, x_t)
     return _run_in_place(code, weights, tables, x_t)
 
 
@@ -30,7 +30,10 @@ COMPUTE: dict[type, Callable[[Instruction, Tensor], Tensor]] = {
 }
 
 
-def _run_differentiably(code, weights, tables, h):
+def run_differentiably(
+    code: Sequence[Instruction], weights: Sequence[Tensor], tables: Sequence[Tensor], h: Tensor
+) -> Tensor:
+    """Return what `run` does, with a new tensor for every instruction."""
     saved: dict[int, Tensor] = {}
     for op in code:
         if isinstance(op, Linear):

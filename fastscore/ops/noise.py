@@ -40,7 +40,11 @@ _MASK = 0xFFFFFFFF
 _BLOCK_WORDS = 1 << 14  # made at once on a CPU: Philox holds eight int64 for each int32 that it leaves
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_SOBOL_SCRAMBLE = 20240816  # fixed: the shift per sample supplies the randomness
+# Fixed, as the shift per sample supplies the randomness, and chosen: in few dimensions a scramble may be as bad as no
+# sequence at all. Of the seeds 1 to 60 this one's errors were nearest to the least in all of seven densities of 1 to 16
+# dimensions at 16 to 256 draws: at most 8 % above the median scramble's, where the worst of a seed is 8 to 66 %.
+# They are those of the first coordinates of so many: another number of dimensions would draw another scramble.
+_SOBOL_SCRAMBLE, _SCRAMBLED_TOGETHER = 2, 32
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:
@@ -147,14 +151,15 @@ def _blocks(index: Tensor, d: int) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=2)  # S x d words each
 def _sobol(total: int, d: int) -> Tensor:
-    engine = torch.quasirandom.SobolEngine(d + 1, scramble=True, seed=_SOBOL_SCRAMBLE)
-    sizes = [len(block) for block in _blocks(torch.arange(total, device="cpu"), d)]
+    together = max(d + 1, _SCRAMBLED_TOGETHER)
+    engine = torch.quasirandom.SobolEngine(together, scramble=True, seed=_SOBOL_SCRAMBLE)
+    sizes = [len(block) for block in _blocks(torch.arange(total, device="cpu"), together)]
     first = torch.cat([engine.draw(size, dtype=torch.float64)[:, 0].clone() for size in sizes])
     # Sorted by the first coordinate, draw s belongs to the s-th stratum of log-SNR: nodes and noise form one net.
     rank, found = first.argsort().argsort(), torch.empty(total, d, dtype=torch.int32, device="cpu")
     engine.reset()
     for place in rank.split(sizes):
-        unit = engine.draw(len(place), dtype=torch.float64)[:, 1:]
+        unit = engine.draw(len(place), dtype=torch.float64)[:, 1 : d + 1]
         found[place] = ((unit * 2.0**32).to(torch.int64) - 2**31).to(torch.int32)
     return found
 

@@ -22,6 +22,8 @@ from ..support.host import dense_form, layout_of
 from ..support.structure import Leaf, Marked, Structure, flatten, is_plain
 
 _OF_THE_DENSITY = {"schedule", "predicts", "reference", "noise", "backend", "time_dtype", "program"}
+_OF_ESTIMATE = {"nfe", "seed", "sample_index", "mask", "method", "control", "target_stderr", "max_nfe", "memory"}
+_OF_ESTIMATE |= {"progress"}
 # By network and path: whether the first call that could tell took it per sample, its first size, and the samples.
 _TAKEN: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bool, int, int]]] = weakref.WeakKeyDictionary()
 
@@ -253,7 +255,7 @@ def merged(cond: Mapping[str, object] | None, named: dict[str, object]) -> dict[
 
 
 def _refuse_misspelt(call: str, named: Iterable[str], options: set[str], owner: object) -> None:
-    """Refuse a name that looks like an option, and that the network does not spell out among its own."""
+    """Refuse a name that is or looks like an option, and that the network does not spell out among its own."""
     while hasattr(owner, "density"):
         owner = owner.density
     forward = getattr(getattr(owner, "model", None), "forward", None)
@@ -261,6 +263,11 @@ def _refuse_misspelt(call: str, named: Iterable[str], options: set[str], owner: 
     for name in set(named) - set(wanted):
         if name in _OF_THE_DENSITY:
             raise ValueError(f"{name} is an argument of ScoreDensity(...), not of {call}")
+        if name in _OF_ESTIMATE:
+            raise ValueError(
+                f"{name} is an option of ScoreDensity.estimate, and this {call} has none of its name; leave it out, or "
+                f"give cond={{{name!r}: ...}} if the network takes it"
+            )
         near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
         if near:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ def predict(
     cond: Conditions,
     shape: tuple[int, ...],
     time_dtype: torch.dtype | None,
+    call: Callable[..., object] | None = None,
 ) -> Tensor:
     """Return the network's prediction for every row, shape (B, R, d), in the dtype of x_t.
 
@@ -60,6 +61,9 @@ def predict(
     (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
     repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
     `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
+
+    Arguments:
+        call: what is called in the network's place and answers as it does: the network as compiled.
 
     Raises:
         ValueError: if the network cannot be called so, with its reason and how every condition was taken, or as an
@@ -71,7 +75,7 @@ def predict(
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
     times = time.repeat(batch)
     try:
-        output = model(passed, times, **cond.repeated(rows))
+        output = (call or model)(passed, times, **cond.repeated(rows))
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:

@@ -15,16 +15,17 @@ import threading
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
-from ..ops.interpreter import run
+from ..ops.interpreter import run, run_differentiably
 from ..process.conditions import Conditions, has_shape
 from ..process.network import model_dtype
+from ..support.compiled import Compiled
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
 from .chain import Matched
@@ -102,6 +103,11 @@ class RowProgram:
             check(program, shape, time, cond)
             watch_global_hooks(watch)
         return program
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """What makes the output of weights, tables and x_t, compiled; in place it would be nothing to fuse."""
+        return Compiled(partial(run_differentiably, self.code))
 
     @cached_property
     def levels(self) -> tuple[str, ...]:
@@ -200,10 +206,11 @@ class Timed:
         ]
         return Bound(self.weights, tables)
 
-    def predict(self, x_t: Tensor, own: dict[str, Tensor]) -> Tensor:
+    def predict(self, x_t: Tensor, own: dict[str, Tensor], compiled: bool = False) -> Tensor:
         """Return the network's prediction for every row, (B, R, d), in the dtype of x_t (B, R, d)."""
         weights, tables = self.bind(own)
-        return run(self.program.code, weights, tables, x_t.to(self.program.dtype)).to(x_t.dtype)
+        evaluate = self.program.compiled if compiled else partial(run, self.program.code)
+        return evaluate(weights, tables, x_t.to(self.program.dtype)).to(x_t.dtype)
 
     def _table(self, values, table, width):
         level = _level(table)

@@ -151,5 +151,5 @@ def _evaluate(
     # As one sample with a row for each, since every row has its own time here; conditions go along with the rows.
     (cond,) = samples.conds
     rows, cond = x_t.reshape(1, -1, x.shape[1]), cond.tiled(signs * draws)
-    prediction = predict(core.model, rows, time, cond, samples.shape, core.time_dtype).reshape(x_t.shape)
+    prediction = predict(core.model, rows, time, cond, samples.shape, core.time_dtype, core.compiled).reshape(x_t.shape)
     return _Evaluated(log_snr, *after(prediction, x, words, eps, control, numbers), log_q)

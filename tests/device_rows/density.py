@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 import fastscore as fs
-from fastscore import density
-from fastscore.estimator import candidates, control, methods
+from fastscore.estimator import candidates, control, methods, network_density
 from fastscore.estimator.network_density import network_of, prepare
 from fastscore.process import predictions
 
@@ -37,7 +36,7 @@ def estimate_less(on, name):
     return [summary(each) for each in (*found, image)]
 
 
-@row("ScoreDensity.estimate", each=[f"noise {n}" for n in density.NOISES])
+@row("ScoreDensity.estimate", each=[f"noise {n}" for n in network_density.NOISES])
 def estimate_with(on, name):
     return summary(of(on, noise=name.removeprefix("noise ")).estimate(on(X), nfe=NFE))
 
