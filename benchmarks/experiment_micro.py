@@ -7,6 +7,8 @@ computes is compared with the same in whole numbers or in float64 before another
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -169,12 +171,26 @@ def _launched(call) -> Tensor:
     return spans[: blocks.value].cpu().double()
 
 
+def _stated() -> str:
+    """Return the clocks and the power that nvidia-smi states, or nothing where there is none."""
+    asked, program = ("clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit"), shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return ", ".join(f"{name} {value.strip()}" for name, value in zip(asked, said[0].split(","))) if said else ""
+
+
 def _addresses(*tensors: Tensor) -> ctypes.Array:
     return (ctypes.c_uint64 * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
 def clocks() -> Iterator[Row]:
-    """The clock of a multiprocessor: while one block multiplies, and while all do."""
+    """What the driver says of clocks; that of a multiprocessor while one block multiplies, and while all do."""
+    if said := _stated():
+        row = Row(TABLE, "stated clocks", experiment="E0", what="nvidia-smi", variant=said)
+        row.tell()
+        yield row
     for blocks in (1, 0):
         yield products("E0", PRODUCTS[0], True, blocks)
 

@@ -21,6 +21,7 @@ from fastscore.ops import definitions as ops
 from fastscore.ops import torch as truth
 from fastscore.ops import triton as through_triton
 from fastscore.ops.instructions import decode, encode
+from fastscore.ops.steps import Steps
 from fastscore.ops.task import Task, plain
 from fastscore.program.row_program import RowProgram
 
@@ -92,6 +93,7 @@ class Problem:
         ones, zeros = torch.ones(DRAWS, device=DEVICE), torch.zeros(DRAWS, device=DEVICE)
         self.rows = torch.stack([ones, self.alpha.float(), self.sigma.float(), ones, zeros, ones], 1)
         self.reference = fs.Reference.isotropic().to(DEVICE)
+        self.gaussian = self.reference.tensors()
 
     def by_module(self, module: nn.Module, x: Tensor, keys: Tensor) -> Tensor:
         """The plain way: every row through the network, in the network's dtype."""
@@ -135,19 +137,23 @@ class Problem:
 
     def by_op(self, bound, backend: str = "triton") -> Tensor:
         code, weights, tables = bound
-        words, q = (self.keys, self.points), self.reference.tensors()
-        return ops.density_mlp(self.x, *words, self.rows, self.alpha, self.sigma, code, weights, tables, q, backend)
+        rest = self.rows, self.alpha, self.sigma, code, weights, tables, self.gaussian, backend
+        return ops.density_mlp(self.x, self.keys, self.points, *rest)
 
     def why_not(self, bound) -> dict[str, str | None]:
         """Return why each backend has no kernel for the network, or None where it has one."""
-        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.reference.tensors())
+        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.gaussian)
         native = select._cuda_why_not(torch.device(DEVICE), torch.float32)
         return {"cuda": native or cuda.why_not_fused(task), "triton": through_triton.why_not_fused(task)}
 
     def packed(self, bound, by_instructions: bool = False) -> cuda.Packed | cuda.PackedSteps:
         """Return the problem as a compiled kernel reads it: the chosen one, or the one that runs instructions."""
+        if by_instructions:
+            return self.packed_as(bound, "asked for")
+        return self.packed_as(bound, cuda.steps_of(Task.of_tensors(decode(bound[0]), *bound[1:], D, self.gaussian)))
+
+    def packed_as(self, bound, steps: Steps | str) -> cuda.Packed | cuda.PackedSteps:
+        """Return the same as given steps, or by instructions where those are a text."""
         code, weights, tables = bound
-        words, q = (self.keys, self.points, self.rows, self.alpha, self.sigma), self.reference.tensors()
-        task = Task.of_tensors(decode(code), weights, tables, D, q)
-        steps = "asked for" if by_instructions else cuda.steps_of(task)
-        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, q, steps)
+        words = self.keys, self.points, self.rows, self.alpha, self.sigma
+        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, self.gaussian, steps)

@@ -142,7 +142,7 @@ def _prepare(rehearse: bool) -> None:
 
 def _choose(every: list[Step], only: str | None, parser: argparse.ArgumentParser) -> list[Step]:
     if only is None:
-        return every
+        return [step for step in every if not step.asked]
     beginnings = [name.strip() for name in only.split(",")]
     unknown = [name for name in beginnings if not (name and any(step.name.startswith(name) for step in every))]
     if unknown:
