@@ -1,4 +1,4 @@
-"""The experiments of `make gpu-bench` without a GPU: their list, what is compared first, and all on the emulated one."""
+"""The experiments of `make gpu-bench` without a GPU: what runs, what is compared first, and all on the emulated one."""
 
 import json
 import shutil
