@@ -18,7 +18,7 @@ from experiment_device import micro, stream
 from measuring import DEVICE, REHEARSING, Row, below, synchronize
 from torch import Tensor
 
-from fastscore.ops.weight_image import image
+from fastscore.ops.weight_image import image, rings
 
 TABLE = "experiments"
 MOST_BLOCKS = 1024  # more than a device runs at once
@@ -87,14 +87,18 @@ class Products:
     width: int
     samples: int
     inputs: int  # of the weights that lie in shared memory, which stand for all
-    by_outputs: bool  # how the image of the weights is ordered
     cycles: int  # N / 2 for each instruction of 64 samples, N outputs and 16 inputs
     how: str
 
+    def image(self, w: Tensor) -> Tensor:
+        """Return the weights as they lie in eight stages of 16 KB."""
+        shapes = (tuple(w.shape),)
+        return rings([w], shapes, 1 << 14) if self.width == 512 else image([w], shapes, 1 << 14, by_outputs=True)
+
 
 PRODUCTS = (
-    Products(256, 128, 256, True, 2 * 16 * 2 * 64, "operand in registers, 128 outputs an instruction"),
-    Products(512, 64, 128, False, 2 * 32 * 128, "operand in shared memory, 256 outputs an instruction"),
+    Products(256, 128, 256, 2 * 16 * 2 * 64, "operand in registers, 128 outputs an instruction"),
+    Products(512, 64, 128, 2 * 32 * 128, "operand in shared memory, 256 outputs an instruction"),
 )
 
 
@@ -104,7 +108,7 @@ def products(experiment: str, which: Products, epilogue: bool, blocks: int = 0) 
     name += f", {blocks} block" if blocks else ""
     row = Row(TABLE, name, experiment=experiment, what="math only", variant=name)
     w, bias, x = _network(which)
-    laid, half = image([w], (tuple(w.shape),), 128 * 128, by_outputs=which.by_outputs), 0.5 * bias
+    laid, half = which.image(w), 0.5 * bias
     h = torch.empty(MOST_BLOCKS, which.samples, which.width, device=DEVICE)
     function = getattr(micro(), f"micro_products_{which.width}")
 

@@ -45,10 +45,14 @@ struct Steps {
   Step first, last;
   Step step[kMaxSteps];
   // Filled in by the launch.
-  int32_t stages, tiles, record_stages, clusters;
-  int32_t barriers;  // pairs of them for weights: one a stage of a ring, a single one where weights stay
+  int32_t stages, tiles, record_stages;
+  uint32_t units_each, units_left;  // units of every cluster, and clusters that take one more (common/steps/units.cuh)
+  int32_t barriers;                 // pairs of them for weights: one a stage of a ring, a single one where weights stay
   uint32_t scratch_at, records_at, barriers_at;
 };
+
+// Shared memory of width 512 beside weights and records: the operand, and sums that warpgroups exchange.
+constexpr uint32_t kWideScratchBytes = 64 * 512 * 2 + 1024;
 
 // How a kernel runs steps of padded width `hidden` on `data` padded dimensions.
 struct StepsPlan {
@@ -88,5 +92,6 @@ void launch_steps(Steps parameters, const StepsPlan& plan, StepsConfig config, c
 void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_128(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_256(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
+void sm90_steps_512(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 
 }  // namespace fastscore

@@ -93,7 +93,7 @@ def packed_again(d, width, depth=3):
 
 def test_packing_takes_few_operations():
     """Each is a launch of some microseconds in every call, beside kernels that take three hundred."""
-    # The reference 8, the rows' columns 1, the weights 2 (joined, gathered), tables of two dtypes 2 each.
+    # The reference 8, the rows' columns, weights joined and gathered, of two dtypes of tables a join and a rounding.
     found, counts, arguments = packed_again(64, 64)
     assert sum(counts.values()) == 15, counts
     assert found.x is arguments[0], "nothing is padded, nothing is copied"

@@ -36,8 +36,7 @@ __device__ __forceinline__ void multiply_rounds(const Products256& m, HalvesProd
   const Record bias{shared + Products256::kBiasAt, static_cast<uint32_t>(4 * column)};
 #pragma unroll 1
   for (int round = 0; round < m.rounds; ++round) {
-    product.at = Position{};                    // the same eight stages, whose first phase is over
-    asm volatile("" : "+r"(product.at.stage));  // or every stage's addresses would be made once and kept in registers
+    product.phase = 0;  // the same eight stages, whose first phase is over
     if (!Epilogue) {
       product.template by_halves<256>(h, a, [](int) {});
       continue;

@@ -1,7 +1,7 @@
 """Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
 
 The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
-hidden widths up to 256 and d up to 64; at width 64 all weights have to fit shared memory. Everything else is run by the
+hidden widths up to 512 and d up to 64; at width 64 all weights have to fit shared memory. Everything else is run by the
 kernels that interpret instructions.
 """
 
@@ -22,9 +22,9 @@ from ..kernels import packing
 from ..kernels.names import ACTIVATIONS
 from .step_tables import Folded, Vector, fold
 from .steps import Residual, Steps, cut
-from .weight_image import image
+from .weight_image import image, rings
 
-WIDTHS, DATA = (64, 128, 256), (16, 64)
+WIDTHS, DATA = (64, 128, 256, 512), (16, 64)
 MAX_STEPS = 96  # between the first and the last
 HEAD = 16  # floats of a record before P
 KINDS = {"residual": 0, "first": 1, "dense": 1, "last": 1}  # numbers of csrc/steps.h; 2: dense with a scale
@@ -50,7 +50,8 @@ def shape_of(steps: Steps, shapes: Sequence[tuple[int, int]], d: int) -> Shape |
     widest = max(shapes[k][0] for k in order[:-1])
     if widest > WIDTHS[-1]:
         return f"steps run at widths up to {WIDTHS[-1]}, the network has {widest}"
-    hidden, data = next(w for w in WIDTHS if w >= widest), next(n for n in DATA if n >= d)
+    hidden = next(w for w in WIDTHS if w >= widest)
+    data = DATA[-1] if hidden == WIDTHS[-1] else next(n for n in DATA if n >= d)
     normed = [shapes[s.first][1] for s in steps.middle if isinstance(s, Residual) and s.eps is not None]
     normed += [shapes[steps.last.weight][1]] * (steps.last.eps is not None)
     scaled = [any(by >= 0 for by, _ in a) for a in (steps.after, *(s.after for s in steps.middle))]
@@ -137,11 +138,18 @@ def pack(
         shape=shape,
         x=aligned(x, data - d),
         keys=aligned(keys, data - d),
-        weights=image([weights[k] for k in steps.weights], shapes, 128 * min(128, hidden), by_outputs=True),
+        weights=_image([weights[k] for k in steps.weights], shapes, hidden),
         records=records.finish(weights),
         columns=tuple(columns),
         steps=b"".join([described[0], described[-1], *described[1:-1]]),
     )
+
+
+def _image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], hidden: int) -> Tensor:
+    """Return the weights' tiles in the order in which the kernel of a width reads them."""
+    if hidden == WIDTHS[-1]:
+        return rings(weights, shapes, 2 * 256 * 32)
+    return image(weights, shapes, 128 * min(128, hidden), by_outputs=True)
 
 
 def _control(x: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]) -> list[Tensor]:

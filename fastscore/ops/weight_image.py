@@ -35,14 +35,30 @@ def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int
     return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
+def rings(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
+    """Return the image of two rings of stages of that many bytes, each with half of the outputs of every weight.
+
+    Their stages take turns, one of the first ring and one of the second. Tiles have 32 inputs: lines of 64 bytes, whose
+    16-byte chunk c lies at c xor (line / 2 mod 4), the 64-byte swizzle; a stage holds as many as it can.
+    """
+    sizes = tuple(tuple(w.shape) for w in weights)
+    index, zero = _gather(sizes, shapes, stage // 2, None, weights[0].device)
+    return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
+
+
 @lru_cache(maxsize=16)
-def _gather(sizes: tuple, shapes: tuple, stage: int, by_outputs: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them."""
+def _gather(
+    sizes: tuple, shapes: tuple, stage: int, by_outputs: bool | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return, for every element of the image, where in the flat weights it lies, and the zero behind them.
+
+    `by_outputs` is None for two rings.
+    """
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
-        parts.append(_tiles(where, stage, by_outputs, zero))
+        parts.append(_rings(where, stage) if by_outputs is None else _tiles(where, stage, by_outputs, zero))
         start += out * in_
     return torch.cat(parts).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
 
@@ -63,3 +79,13 @@ def _tiles(where: Tensor, stage: int, by_outputs: bool, zero: int) -> Tensor:
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles)).reshape(-1, lines * TILE_IN)
     tiles = tiles.reshape(1, -1) if by_outputs else tiles
     return torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % stage), value=zero).reshape(-1)
+
+
+def _rings(where: Tensor, stage: int) -> Tensor:
+    """Cut a matrix of indices into swizzled tiles of 32 inputs, of half of the outputs and then of the others."""
+    out, in_ = where.shape
+    lines = out // 2
+    tiles = where.reshape(2, lines, in_ // 32, 4, CHUNK).permute(0, 2, 1, 3, 4)
+    chunk = torch.arange(4, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] // 2 % 4)
+    tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles))
+    return tiles.reshape(2, -1, stage).transpose(0, 1).reshape(-1)

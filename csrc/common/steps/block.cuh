@@ -86,12 +86,11 @@ __device__ __forceinline__ void consume(Chain& chain, const Steps& p, const Barr
     const int sample = first + unit.tile * samples;
     if (turned) chain.samples.take(sample);
     ptx::mbarrier_wait(barriers.table_full(at.stage), at.phase);
-    const float2 f = chain.evaluate(
-        Record{shared + p.records_at + at.stage * record_bytes(p), static_cast<uint32_t>(4 * chain.column)});
+    const float2 f = chain.evaluate(shared + p.records_at + at.stage * record_bytes(p));
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barriers.table_empty(at.stage));
     at.advance(p.record_stages);
-    store(p, sample, unit.row, f);
+    if (chain.stores()) store(p, sample, unit.row, f);
   }
 }
 
@@ -116,7 +115,7 @@ __device__ __forceinline__ void run_chains(const Steps& p) {
   const Barriers barriers{shared + p.barriers_at, p.barriers, p.record_stages};
   if (threadIdx.x == 0) barriers.initialize(4 * kConsumers, 4 * kConsumers);
   ptx::cluster_sync();
-  const Unit unit(p, kSamples);
+  const Unit unit(p);
   const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, column = 4 * (lane % 4);
   if (group == kConsumers) {
     ptx::registers_decrease<24>();

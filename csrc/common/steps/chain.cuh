@@ -22,8 +22,11 @@ struct Chain {
   Source samples;
   int column;  // the first of the thread's four in 16
 
+  __device__ __forceinline__ bool stores() const { return true; }
+
   // f of the thread's two rows of the tile.
-  __device__ __forceinline__ float2 evaluate(const Record& record) {
+  __device__ __forceinline__ float2 evaluate(uint32_t address) {
+    const Record record{address, static_cast<uint32_t>(4 * column)};
     float eps[D / 2], h[H / 2];
     product.restart();
     {
@@ -43,7 +46,7 @@ struct Chain {
     }
     float F[D / 2];
     const float2 rstd = last(F, h, p.last, record);
-    return quad_sum(compare<D>(F, rstd, p, samples, record, [&](int q, int i) { return get(eps, q, i); }));
+    return quad_sum(compare<D, D>(F, rstd, p, samples, record, [&](int q, int i) { return get(eps, q, i); }));
   }
 
  private:

@@ -77,7 +77,8 @@ __device__ __forceinline__ void apply_post(float (&F)[D / 2], float2& rstd, cons
 }
 
 // The thread's share of c^2 ||a eps + b x - rstd F - post||^2 - ||keep eps - pull x + offset||^2 in both its rows.
-template <int D, class Source, class Eps>
+// Vectors have `Stride` columns, of which the thread's warpgroup has D.
+template <int D, int Stride, class Source, class Eps>
 __device__ __forceinline__ float2 compare(float (&F)[D / 2], float2 rstd, const Steps& p, const Source& samples,
                                           const Record& record, Eps&& eps) {
   if (p.post_scale >= 0 || p.skip >= 0) apply_post<D>(F, rstd, p, samples, record, eps);
@@ -85,8 +86,9 @@ __device__ __forceinline__ float2 compare(float (&F)[D / 2], float2 rstd, const 
   float error[2] = {0.0f, 0.0f}, control[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int q = 0; q < D / 16; ++q) {
-    const float4 post = record.vector(p.compare_at, q), keep = record.vector(p.compare_at + D, q);
-    const float4 pull = record.vector(p.compare_at + 2 * D, q), offset = record.vector(p.compare_at + 3 * D, q);
+    const float4 post = record.vector(p.compare_at, q), keep = record.vector(p.compare_at + Stride, q);
+    const float4 pull = record.vector(p.compare_at + 2 * Stride, q),
+                 offset = record.vector(p.compare_at + 3 * Stride, q);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float4 x = samples.x(q, i), made = eps(q, i);

@@ -30,24 +30,24 @@ struct HalvesProduct : RingProduct<128 * 128, false> {
   template <int K, class F>
   __device__ __forceinline__ void by_halves(float (&out)[128], const uint32_t (&a)[K / 4], F&& f) {
     constexpr int kBlocks = (K + 63) / 64, kGroups = 8;  // of 64 inputs; of columns in a half
-    int before = 0;
+    uint32_t before = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int k = 0; k < kBlocks; ++k) {
-        const uint64_t tile = wait();
+        ptx::mbarrier_wait(full, phase);
         ptx::wgmma_fence();
         if (half == 0) {
-          multiply_tile<128, 0, K>(out, a, tile, k);
+          multiply_tile<128, 0, K>(out, a, tiles, k);
         } else {
-          multiply_tile<128, 64, K>(out, a, tile, k);
+          multiply_tile<128, 64, K>(out, a, tiles, k);
         }
         ptx::wgmma_commit();
         if (half + k > 0) {
           ptx::wgmma_wait<1>();  // behind the second half's first product the first half is done
           release(before);
         }
-        before = at.stage;
+        before = full;
         advance();
         if (half == 0) continue;
         if (k == 0) ptx::wgmma_hold_part<0, 64>(out);
@@ -99,8 +99,11 @@ struct HalvesChain {
   HalfTile saved;
   int column;
 
+  __device__ __forceinline__ bool stores() const { return true; }
+
   // f of the thread's two rows of the tile.
-  __device__ __forceinline__ float2 evaluate(const Record& record) {
+  __device__ __forceinline__ float2 evaluate(uint32_t address) {
+    const Record record{address, static_cast<uint32_t>(4 * column)};
     float h[H / 2];
     {
       uint32_t a[D / 4];
@@ -121,7 +124,7 @@ struct HalvesChain {
     float F[D / 2];
     const float2 rstd = last(F, h, p.last, record);
     return quad_sum(
-        compare<D>(F, rstd, p, samples, record, [&](int q, int i) { return noise(samples, record, q, i); }));
+        compare<D, D>(F, rstd, p, samples, record, [&](int q, int i) { return noise(samples, record, q, i); }));
   }
 
  private:
@@ -162,7 +165,7 @@ struct HalvesChain {
 
   __device__ __forceinline__ void dense(float (&h)[H / 2], const Step& step, const Record& record) {
     uint32_t a[H / 4];
-    activated_in_place(h, step);
+    activate_in_place(h, step);
     to_operand(a, h);
     finished(h, a, step, record);
   }
@@ -191,7 +194,7 @@ struct HalvesChain {
     if (step.width > 0) {
       rstd = normalize_in_place<H, Padded>(h, step, record, column);
     } else if (step.activation >= 0) {
-      activated_in_place(h, step);
+      activate_in_place(h, step);
     }
     to_operand(a, h);
     product.template multiply<D, H>(F, a);
@@ -208,15 +211,6 @@ struct HalvesChain {
     }
     to_operand(a, h);
     return rstd;
-  }
-
-  __device__ __forceinline__ static void activated_in_place(float (&h)[H / 2], const Step& step) {
-    if (step.before != 1.0f) map(h, [&](float z) { return step.before * z; });
-    if (step.activation == kSilu) {
-      map(h, [](float z) { return fmaf(z, ptx::tanh_approx(z), z); });
-    } else {
-      activate(h, step.activation);
-    }
   }
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <common/launch.cuh>
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -71,10 +72,14 @@ void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const
   const int64_t units = (parameters.batch + samples - 1) / samples * parameters.rows;
   const int clusters =
       config.clusters > 0 ? config.clusters : std::max(1, clusters_at_once(name, kernel, blocks, launch));
-  parameters.clusters = static_cast<int32_t>(std::min<int64_t>(units, clusters));
-  launch.gridDim = dim3(parameters.clusters * blocks);
-  check(cudaLaunchKernelEx(&launch, kernel, parameters), "%s: %d clusters of %d, %d threads, %d bytes shared", name,
-        parameters.clusters, blocks, plan.threads, shared_bytes);
+  const auto sharing = static_cast<uint32_t>(std::min<int64_t>(units, clusters));
+  check(units > INT32_MAX ? cudaErrorInvalidValue : cudaSuccess, "%s: %lld pairs of a tile and a row", name,
+        static_cast<long long>(units));
+  parameters.units_each = static_cast<uint32_t>(units) / sharing;
+  parameters.units_left = static_cast<uint32_t>(units) % sharing;
+  launch.gridDim = dim3(blocks, sharing);
+  check(cudaLaunchKernelEx(&launch, kernel, parameters), "%s: %u clusters of %d, %d threads, %d bytes shared", name,
+        sharing, blocks, plan.threads, shared_bytes);
 }
 
 }  // namespace fastscore

@@ -61,6 +61,25 @@ __device__ __forceinline__ float2 row_means(const float (&h)[H / 2], float inver
   return make_float2(inverse * sum.x, inverse * sum.y);
 }
 
+// Four columns of group q without their row's mean, whose squares are added up. Columns from `inside` on, counted from
+// the thread's first, are padding.
+template <bool Padded, int M>
+__device__ __forceinline__ float4 centred(const float (&h)[M], int q, int row, float mean, int inside,
+                                          RowSums& squares) {
+  float z[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    z[i] = !Padded || 16 * q + i < inside ? h[element(q, row, i)] - mean : 0.0f;
+    squares.part[row][i] = fmaf(z[i], z[i], squares.part[row][i]);
+  }
+  return make_float4(z[0], z[1], z[2], z[3]);
+}
+
+__device__ __forceinline__ float2 inverse_deviation(const float2& squares, const Step& step) {
+  return make_float2(ptx::rsqrt_approx(fmaf(squares.x, step.inverse, step.epsilon)),
+                     ptx::rsqrt_approx(fmaf(squares.y, step.inverse, step.epsilon)));
+}
+
 // Call f(q, row, (h - mean) scale) for every group q of 16 columns and both rows; return 1 / sqrt(var + epsilon), by which
 // the product of those has yet to be multiplied. Variances in a second pass, because squares cancel.
 template <int H, bool Padded, class F>
@@ -73,20 +92,11 @@ __device__ __forceinline__ float2 for_each_normalized(const float (&h)[H / 2], c
     const float4 scale = record.vector(step.at, q);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float centred[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool inside = !Padded || column + 16 * q + i < step.width;
-        const float z = inside ? h[element(q, row, i)] - (row == 0 ? mean.x : mean.y) : 0.0f;
-        squares.part[row][i] = fmaf(z, z, squares.part[row][i]);
-        centred[i] = z * component(scale, i);
-      }
-      f(q, row, make_float4(centred[0], centred[1], centred[2], centred[3]));
+      const float4 z = centred<Padded>(h, q, row, row == 0 ? mean.x : mean.y, step.width - column, squares);
+      f(q, row, product(z, scale));
     }
   }
-  const float2 total = squares.total();
-  return make_float2(ptx::rsqrt_approx(fmaf(total.x, step.inverse, step.epsilon)),
-                     ptx::rsqrt_approx(fmaf(total.y, step.inverse, step.epsilon)));
+  return inverse_deviation(squares.total(), step);
 }
 
 // Four columns of group q and one row of an operand.
@@ -139,6 +149,17 @@ __device__ __forceinline__ void activated(uint32_t (&a)[M / 2], float (&z)[M], i
   }
   activate(z, activation);
   to_operand(a, z);
+}
+
+// The same in place, of a step's multiple of h.
+template <int M>
+__device__ __forceinline__ void activate_in_place(float (&h)[M], const Step& step) {
+  if (step.before != 1.0f) map(h, [&](float z) { return step.before * z; });
+  if (step.activation == kSilu) {
+    map(h, [](float z) { return fmaf(z, ptx::tanh_approx(z), z); });
+  } else {
+    activate(h, step.activation);
+  }
 }
 
 }  // namespace fastscore

@@ -31,6 +31,12 @@ struct Tiles {
   static_assert(StageBytes % 1024 == 0 && kEach > 0, "tiles start where the swizzle does");
 };
 
+// Arrive at the barrier `empty` of every block of the cluster, a lane at each.
+__device__ __forceinline__ void release_stage(uint32_t empty) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (lane < ptx::cluster_size()) ptx::mbarrier_arrive_remote(empty, lane);
+}
+
 // All weights lie in shared memory: a product waits for nothing but itself, and the next tile's address is a sum.
 template <uint32_t StageBytes>
 struct ResidentProduct {
@@ -62,22 +68,23 @@ struct ResidentProduct {
 template <uint32_t StageBytes, bool MayStay>
 struct RingProduct {
   const Steps& p;
-  Barriers barriers;
-  uint64_t begin;  // the first stage's descriptor
-  Position at;
+  // Of the present stage: its full barrier and its descriptor, which move on together; the parity of the turn.
+  uint32_t full, first_full;
+  uint64_t tiles, first_tiles;
+  uint32_t phase = 0;
 
   __device__ __forceinline__ RingProduct(const Steps& p, const Barriers& barriers, uint32_t weights)
-      : p(p), barriers(barriers), begin(ptx::wgmma_descriptor(weights)) {}
+      : p(p), full(barriers.full(0)), first_full(full), tiles(ptx::wgmma_descriptor(weights)), first_tiles(tiles) {}
 
   __device__ __forceinline__ void restart() {}  // a row ends where the next begins
 
   template <int N, int K>
   __device__ __forceinline__ void multiply(float (&out)[N / 2], const uint32_t (&a)[K / 4]) {
     using Here = Tiles<StageBytes, N, K>;
-    int before = 0;
+    uint32_t before = 0;
 #pragma unroll
     for (int stage = 0; stage < Here::kStages; ++stage) {
-      const uint64_t tiles = wait();
+      ptx::mbarrier_wait(full, phase);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = stage * Here::kEach; k < Here::kCount && k < (stage + 1) * Here::kEach; ++k) {
@@ -88,7 +95,7 @@ struct RingProduct {
         ptx::wgmma_wait<1>();
         release(before);
       }
-      before = at.stage;
+      before = full;
       advance();
     }
     ptx::wgmma_wait<0>();
@@ -96,26 +103,18 @@ struct RingProduct {
     ptx::wgmma_hold(out);
   }
 
-  __device__ __forceinline__ void advance() { at.advance(p.stages, !stay()); }
-
   __device__ __forceinline__ bool stay() const { return MayStay && p.stages >= p.tiles; }
 
-  // Wait for the next stage; return its descriptor.
-  __device__ __forceinline__ uint64_t wait() const {
-    ptx::mbarrier_wait(barriers.full(at.stage), at.phase);
-    return begin + at.stage * (StageBytes >> 4);
+  __device__ __forceinline__ void advance() {
+    full += 8, tiles += StageBytes >> 4;
+    if (full != first_full + 8 * p.stages) return;
+    full = first_full, tiles = first_tiles;
+    phase ^= !stay();
   }
 
-  // Say that this warp reads the stage no more, to every block that copies into it.
-  __device__ __forceinline__ void release(int stage) const {
-    if (stay() || threadIdx.x % 32 != 0) return;
-    const uint32_t blocks = ptx::cluster_size();
-    if (blocks == 1) {
-      ptx::mbarrier_arrive(barriers.empty(stage));
-    } else {
-#pragma unroll 1
-      for (uint32_t rank = 0; rank < blocks; ++rank) ptx::mbarrier_arrive_remote(barriers.empty(stage), rank);
-    }
+  // Say that this warp reads a stage no more, to every block that copies into it: a lane tells one of them.
+  __device__ __forceinline__ void release(uint32_t stage) const {
+    if (!stay()) release_stage(stage + 8 * p.stages);
   }
 };
 
