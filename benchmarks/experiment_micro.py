@@ -110,12 +110,12 @@ def products(experiment: str, which: Products, epilogue: bool, blocks: int = 0) 
     w, bias, x = _network(which)
     laid, half = which.image(w), 0.5 * bias
     h = torch.empty(MOST_BLOCKS, which.samples, which.width, device=DEVICE)
-    function = getattr(micro(), f"micro_products_{which.width}")
 
     def launch(rounds: int = ROUNDS) -> Tensor:
         def call(spans: Tensor, count: ctypes.c_int32) -> bytes:
             count.value = blocks
             addresses = _addresses(laid, x, half, h, spans)
+            function = getattr(micro(), f"micro_products_{which.width}")
             return function(addresses, 0.5, rounds, epilogue, ctypes.byref(count), stream())
 
         h.fill_(float("nan"))
