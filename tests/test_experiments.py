@@ -13,6 +13,7 @@ import pytest
 import report
 import torch
 from gpu_job import Found
+from measuring import Row
 from steps import Outcome, Step
 from test_gpu_check import job, outcomes, untouched  # noqa: F401
 
@@ -88,9 +89,22 @@ def test_a_micro_kernel_whose_numbers_are_wrong_is_not_timed():
     def wrong():
         raise ValueError("planted")
 
-    row = experiment_micro._timed(experiment_micro.Row("experiments", "x"), pytest.fail, wrong, pytest.fail)
+    row = experiment_micro._timed(Row("experiments", "x"), pytest.fail, wrong, pytest.fail)
     assert row == {"error": None}
     assert row.failed == {"error": "ValueError: planted"}
+
+
+def test_a_row_that_fails_is_told_and_stops_no_other(capsys):
+    def rows():
+        for part, value in (("bad", 0.0), ("good", 2.0)):
+            row = Row("experiments", part)
+            row.measure("ms", lambda value=value: 1 / value)
+            yield row
+
+    planted = gpu_experiments.Experiment("E9 planted", 1, (rows, rows), "nothing")
+    with pytest.raises(SystemExit, match=r"^bad, ms: ZeroDivisionError: .+; bad, ms: Zero"):
+        gpu_experiments.measured(planted)()
+    assert capsys.readouterr().out.count("ms: 0.5") == 2
 
 
 def test_stages_are_split_evenly_and_start_at_lines():
