@@ -21,12 +21,14 @@ import sass
 import sass_listing
 import torch
 from fastscore.kernels.occupancy import best_splits
+from fastscore.kernels.packing import level_of
 from issue_model import Setting
 from random_networks import Problem
 from sass_listing import Instruction
 from sass_machine import Thread, one_row
 
-from fastscore.ops import cuda
+from fastscore.ops import cuda, cuda_steps
+from fastscore.ops.steps import cut
 
 ARCHITECTURE, CAPABILITY, SHARED = "sm_90a", 90, 232_448
 SAMPLES, ROWS, D = 4096, 256, 64  # of the launches that were timed
@@ -75,10 +77,28 @@ def row_machine(module: ModuleType, problem: Problem) -> Launch:
     return Launch(data + struct.pack("<8i", *rest), plan)
 
 
-def _case(network: str, kernel: str, depth: int, setting: Setting, tiles: int) -> Case:
+def steps(module: ModuleType, problem: Problem) -> Launch:
+    """Return the launch of csrc/steps.h for so many samples, and rows that one cluster walks over."""
+    count, ones = TRACED_ROWS, torch.ones(TRACED_ROWS, dtype=torch.float64)
+    x, words = torch.zeros(SAMPLES, D), torch.zeros(SAMPLES, 2, D, dtype=torch.int32)
+    tables, weights = [table[:, :1] for table in problem.tables], [w.bfloat16() for w in problem.weights]
+    program = cut(problem.code, tuple(map(level_of, tables)))
+    arguments = x, words, words[:count, 0], torch.ones(count, 6), ones, ones
+    packed = cuda.pack(*arguments, problem.code, weights, tables, list(problem.reference or ()), program)
+    plan = module.steps_plan(*packed.shape, CAPABILITY, SHARED)
+    size, between = 32, len(packed.steps) // 32 - 2
+    data = struct.pack("<5Q", *([1 << 20] * 5))
+    data += struct.pack("<8i", SAMPLES, count, packed.shape.record, *packed.columns, between)
+    data += packed.steps.ljust(size * (cuda_steps.MAX_STEPS + 2), b"\0")
+    barriers = plan["stages"] if packed.shape.hidden > cuda_steps.WIDTHS[0] else 1
+    rest = plan["stages"], plan["tiles"], plan["record_stages"], TRACED_ROWS, 0, barriers, 0, 0, 0
+    return Launch(data + struct.pack("<9i", *rest), plan)
+
+
+def _case(network: str, kernel: str, depth: int, setting: Setting, tiles: int, launch: Callable = row_machine) -> Case:
     family = random_networks.adaln if network.startswith("adaLN") else random_networks.plain
     width = int(network.split("H=")[1].split()[0])
-    return Case(network, family, width, depth, kernel, setting, tiles, row_machine)
+    return Case(network, family, width, depth, kernel, setting, tiles, launch)
 
 
 CHAIN = "sm90_density_mlp_fwd_kernel<{}, 64>".format
@@ -90,6 +110,12 @@ CASES = (
     _case("adaLN H=512 L=3", "sm90_density_mlp_wide_fwd_kernel", 3, Setting(2, 2, 900, 1200, apart=False), 1),
     _case("plain H=128 L=3", CHAIN(128), 2, Setting(2), 2),
     _case("plain H=256 L=3", CHAIN(256), 2, Setting(2, stages=5), 2),
+    _case("adaLN H=64 L=3", "sm90_steps_64_fwd_kernel<64, false, true>", 3, Setting(3), 3, steps),
+    _case("adaLN H=128 L=3", "sm90_steps_128_fwd_kernel<64, false, true>", 3, Setting(2, stages=7), 2, steps),
+    _case("plain H=128 L=3", "sm90_steps_128_fwd_kernel<64, false, true>", 2, Setting(2), 2, steps),
+    _case("adaLN H=256 L=3", "sm90_steps_256_fwd_kernel<64, false>", 3, Setting(2, stages=8), 2, steps),
+    _case("plain H=256 L=3", "sm90_steps_256_fwd_kernel<64, false>", 2, Setting(2, stages=8), 2, steps),
+    _case("adaLN H=512 L=3", "sm90_steps_512_fwd_kernel<false>", 3, Setting(2, 2, 900, 1200, apart=False), 1, steps),
 )
 # Instructions that a row may take in the kernels of fused steps, by width; MOVs, and bytes of stack of the kernel.
 LIMITS = {"sm90_steps": {64: 2750, 128: 4300, 256: 8700, 512: 9400}}
@@ -168,6 +194,8 @@ def side_by_side(trace: list[Instruction]) -> int:
 
 def rows_of_a_block(plan: dict) -> int:
     """Return how many rows the longest block evaluates, in all its waves, of the launches that were timed."""
+    if "record_stages" in plan:  # persistent clusters share all pairs of a tile and a row
+        return -(-(-(-SAMPLES // (plan["samples"] * plan["cluster"])) * ROWS) // ACTIVE[plan["cluster"]])
     cluster = min(plan["cluster"], 2)  # as `division` of csrc/density_mlp.cpp chooses for that many samples
     tiles = -(-SAMPLES // (plan["samples"] * cluster))
     splits = best_splits(tiles, ROWS, ACTIVE[cluster])

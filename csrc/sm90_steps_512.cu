@@ -14,7 +14,8 @@
 
 namespace fastscore {
 
-constexpr int kThreads512 = 384, kTile512 = 64;
+constexpr int kThreads512 = 384;
+[[maybe_unused]] constexpr int kTile512 = 64;
 // h of 128 and a residual block's input of 64 leave 48 for all else.
 constexpr int kRegisters512 = 240;
 static_assert(128 * (2 * kRegisters512 + 24) <= 65536, "registers of a multiprocessor");

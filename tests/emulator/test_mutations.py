@@ -53,37 +53,24 @@ def steps(file: str, right: str, wrong: str, case: Case = STEPS) -> Mistake:
     return Mistake(f"common/steps/{file}", right, wrong, case, f"sm90_steps_{max(64, case.hidden)}")
 
 
-FULL, EMPTY = (
-    "barriers.table_full(at.stage), at.phase)",
-    "ptx::mbarrier_wait(barriers.table_empty(at.stage), at.phase ^ 1);",
-)
+FULL = "barriers.table_full(at.stage), at.phase)"
+EMPTY = "ptx::mbarrier_wait(barriers.table_empty(at.stage), at.phase ^ 1);"
 MISTAKES |= {
     "steps: product read in flight": steps("products.cuh", "ptx::wgmma_wait<0>();", ""),
     "steps: no fence before a product": steps("products.cuh", "ptx::wgmma_fence();", ""),
-    "steps: product not committed": steps("products.cuh", "ptx::wgmma_commit();", ""),
-    "steps: next product's weights": steps("products.cuh", "at = begin", "at = begin + (StageBytes >> 4)"),
     "steps: record not waited for": steps("block.cuh", f"ptx::mbarrier_wait({FULL};", ""),
     "steps: record overwritten": steps("block.cuh", EMPTY, ""),
     "steps: wrong parity": steps("block.cuh", FULL, FULL.replace("phase", "phase ^ 1")),
-    "steps: record released by every lane": steps("block.cuh", "if (threadIdx.x % 32 == 0) ptx", "ptx"),
     "steps: samples of the tile before": steps("block.cuh", "if (turned)", "if (at.stage + at.phase == 0)", TILES),
-    "steps: a unit left out": steps(
-        "units.cuh", "static_cast<int>(p.units_each", "static_cast<int>(p.units_each - 1", TILES
-    ),
     "steps: unmasked padding": steps("operands.cuh", "!Padded ||", "true ||", PADDED_STEPS),
-    "steps: mean of the padded width": steps("operands.cuh", "inverse * sum.x", "sum.x / 64.0f", PADDED_STEPS),
-    "steps: places of two samples": steps("samples.cuh", "(2 * (D / 16 * piece + q) + i)", "(D / 16 * piece + q + i)"),
-    "ring: stage not waited for": steps("products.cuh", "ptx::mbarrier_wait(full, phase);", "", RING),
     "ring: stage overwritten": steps("block.cuh", "if (!resident) ptx", "if (false) ptx", RING),
     "ring: stage released early": steps("products.cuh", "        ptx::wgmma_wait<1>();\n", "", RING),
-    "ring: last stage never released": steps("products.cuh", "<0>();\n    release(before);", "<0>();", RING),
     "ring: parity that does not turn": steps("products.cuh", "phase ^= !stay();", "phase ^= 0;", RING),
     "ring: last product's tiles apart": steps(
         "products.cuh", "(Here::kBytes >> 4), k);\n      }", "0, k);\n      }", RING
     ),
     "cluster: release to itself alone": steps("products.cuh", "(empty, lane)", "(empty, ptx::cluster_rank())", RING),
     "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
-    "cluster: samples of the other block": steps("block.cuh", "kSamples * rank + 64", "64", RING),
     "wide: a barrier before A is overwritten": steps(
         "wide.cuh",
         "    activate_in_place(h, step);\n    synchronize();\n",
@@ -92,19 +79,9 @@ MISTAKES |= {
     ),
     "wide: no proxy fence": steps("wide.cuh", "ptx::fence_proxy_async();", "", WIDE_STEPS),
     "wide: wrong swizzle of the operand": steps("wide.cuh", "lane / 16 ^ row % 8", "lane / 16 ^ row % 4", WIDE_STEPS),
-    "wide: both rings in one": Mistake(
-        "sm90_steps_512.cu", "group * Rings::kStages + weights.stage", "weights.stage", WIDE_STEPS, "sm90_steps_512"
-    ),
-    "wide: a ring released early": steps("rings.cuh", "        ptx::wgmma_wait<1>();\n", "", WIDE_STEPS),
     "wide: parity of a constant ring": steps("rings.cuh", "phase ^ (at / kStages % 2)", "phase", WIDE_STEPS),
-    "wide: sums of one warpgroup": steps("wide.cuh", "mean = sums.get(0, mean);", "", WIDE_STEPS),
     "halves: half in flight is read": steps("halves.cuh", "/ kBlocks; ++q) f(q)", "/ kBlocks; ++q) f(q + 8)", HALVES),
-    "halves: first half not waited for": steps("halves.cuh", "ptx::wgmma_wait<1>();  // behind", "// behind", HALVES),
     "halves: one half twice": steps("halves.cuh", "multiply_tile<128, 64, K>", "multiply_tile<128, 0, K>", HALVES),
-    "halves: nothing saved": steps("halves.cuh", "    saved.save(h);\n", "", HALVES),
-    "halves: places of two warpgroups": Mistake(
-        "sm90_steps_256.cu", "group * HalfTile::kBytes", "group * 16", HALVES, "sm90_steps_256"
-    ),
 }
 
 

@@ -103,3 +103,21 @@ def test_keys_and_samples_leave_shared_memory_to_the_weights_of_deep_networks(li
     assert isinstance(shape, cuda_steps.Shape)
     plan = Module(library, HOPPER).steps_plan(*shape, *HOPPER)
     assert (plan if isinstance(plan, str) else bool(plan["kept"])) == found
+
+
+@pytest.mark.parametrize(
+    ("hidden", "most"),
+    [(64, 11), (128, 80), (256, 23), (512, 3)],  # residual blocks, as docs/kernels.md says
+)
+def test_every_plan_fits_shared_memory_up_to_a_depth(library, hidden, most):
+    module = Module(library, HOPPER)
+    for depth in range(most + 2):
+        residual = Residual(1e-6, (), 1, (), "silu", 2, ())
+        steps = Steps((), 0, (), (residual,) * depth, Last(1e-6, (), None, 3), ())
+        shape = cuda_steps.shape_of(steps, [(hidden, hidden)] * 4, 64)
+        assert isinstance(shape, cuda_steps.Shape)
+        plan = module.steps_plan(*shape, *HOPPER)
+        assert isinstance(plan, str) == (depth > most), (depth, plan)
+        if isinstance(plan, dict):
+            assert plan["shared_bytes"] <= HOPPER[1]
+            assert plan["threads"] == (512 if hidden == 64 else 384)
