@@ -38,7 +38,8 @@ class Found:
         elif "failure" in told:
             self.failures.setdefault(step.name, []).append(f"{told['failure']}: {told['why']}")
         else:
-            table, name = told["table"], step.name + (f", {told['part']}" if told["part"] else "")
+            table, part = told["table"], told.get("part")
+            name = f"{step.name}, {part}" if part else step.name
             if table not in self.tables:
                 self.tables[table], self.failed[table] = record.read_steps(self.folder, table, self.environment)
             self.tables[table][name] = told["row"]
