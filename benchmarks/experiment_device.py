@@ -20,7 +20,6 @@ KERNELS = ("sm90_steps_*.cu", "sm90_density_mlp*.cu")  # of csrc: those of Hoppe
 
 def prepare() -> None:
     """Compile what the experiments launch beside the package's kernels, or in a rehearsal those too."""
-    print(micro_kernels.FUNCTIONS if REHEARSING else micro_kernels.build())
     micro()
     module()
 

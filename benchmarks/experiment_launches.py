@@ -6,10 +6,11 @@ follow from how much of it a block may take: `limit_where` finds the limit.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import torch
-from experiment_device import limits, module, steps_of, stream
+from experiment_device import limits, micro, module, steps_of, stream
 from experiment_micro import TABLE
 from gpu_cases import DRAWS, SAMPLES, Case, Problem
 from measuring import DEVICE, REHEARSING, Row, below, graphed, milliseconds, synchronize
@@ -42,26 +43,28 @@ class Launches:
         """Return the same for the kernels that interpret instructions."""
         return self.problem.packed(self.half, by_instructions=True)
 
-    def launch(self, f: torch.Tensor, config: Config | None = None, packed: Kernel | None = None) -> torch.Tensor:
-        """Launch once; return f, which it writes."""
-        cuda.launch(module(), packed or self.packed, f, 0, stream(), config or Config())
+    def launch(
+        self, f: torch.Tensor, config: Config | None = None, packed: Kernel | None = None, by: object = None
+    ) -> torch.Tensor:
+        """Launch once, by `fastscore._C` or what stands in for it; return f, which is written."""
+        cuda.launch(by or module(), packed or self.packed, f, 0, stream(), config or Config())  # pyright: ignore
         return f
 
     def empty(self) -> torch.Tensor:
         """Return an f that shows what no thread has written."""
         return torch.full((SAMPLES, DRAWS), float("nan"), device=DEVICE)
 
-    def row(self, variant: str, config: Config | None = None, packed: Kernel | None = None) -> Row:
+    def row(self, variant: str, config: Config | None = None, packed: Kernel | None = None, by: object = None) -> Row:
         """Launch once, compare, and launch again to take the time. No choice of a launch changes a bit of f."""
         f = self.empty()
 
         def error() -> float:
-            found = self.error_of(self.launch(f, config, packed))
+            found = self.error_of(self.launch(f, config, packed, by))
             if not f.equal(self.first.setdefault(id(packed), f.clone())):
                 raise ValueError("other numbers than in the first launch")
             return found
 
-        return self.timed(variant, error, lambda: self.launch(f, config, packed))
+        return self.timed(variant, error, lambda: self.launch(f, config, packed, by))
 
     def by_op(self, backend: str, variant: str) -> Row:
         """The same of the whole op in a CUDA graph."""
@@ -119,6 +122,33 @@ def divisions(launches: Launches) -> Iterator[Row]:
         plan = described(module().steps_plan(*shape, limits()[0], limit))
         met.add(plan)
         yield launches.row(plan, Config(shared_limit=limit))
+
+
+class Warpgroups:
+    """Stands in for `fastscore._C` at width 64, with so many warpgroups in place of three (benchmarks/micro)."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def steps(
+        self, hidden, data, padded, linears, record, pointers, sizes, columns, steps, device, stream, *config
+    ) -> None:
+        """Launch; `config` is not for these kernels."""
+        if hidden != 64 or padded:
+            raise ValueError(f"the micro-kernel runs width 64 without padding, got {hidden}, padded: {padded}")
+        numbers = (ctypes.c_int32 * 3)(*sizes, record), (ctypes.c_int32 * 4)(*columns)
+        addresses = (ctypes.c_uint64 * 5)(*pointers)
+        function = micro().micro_steps_64
+        said = function(self.count, data, linears, addresses, *numbers, steps, len(steps), stream)
+        if said:
+            raise RuntimeError(said.decode())
+
+
+def warpgroups() -> Iterator[Row]:
+    """E4: width 64 with two and four warpgroups; the package's kernel has three."""
+    launches = Launches("E4", ADALN[64])
+    for count in (2, 4):
+        yield launches.row(f"{count} warpgroups", by=Warpgroups(count))
 
 
 def whole_ops() -> Iterator[Row]:

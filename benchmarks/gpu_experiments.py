@@ -4,9 +4,9 @@ Each measures a choice that was made without a GPU: how many stages a ring has, 
 x lie, and what the tensor cores leave to all else. Each is a step with a time limit of its own, so one that fails stops
 no other. Every launch is compared with float64 before it is timed. All rows go to one table, `experiments`.
 
-What is compiled into a kernel is not varied: width 64 with other warpgroups than three, width 256 with a saved tile of
-float32 or without halves that overlap, stages of other sizes in the kernels of steps; and no kernel runs in clusters of
-three, where a third of a stage is no multiple of 16 bytes.
+What is compiled into a kernel is not varied, but for the warpgroups of width 64. So there is no width 256 with a saved
+tile of float32 or without halves that overlap, and no kernel of steps with stages of other sizes. Nor does a kernel of
+the package run in clusters of three, where a third of a stage is no multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def make_experiments() -> list[Experiment]:
         Experiment("E1 Triton", 40, (launches.in_triton,), "whether its splits leave waves unfilled"),
         Experiment("E2 fill", 25, (micro.fills,), "bytes a cycle that a ring can count on; the size of clusters"),
         Experiment("E3 products", 15, (micro.maths,), "the rate of the tensor cores that is left to a kernel"),
-        Experiment("E4 width 64", 20, (choices("E4", ADALN[64]),), "whether keys and x belong into shared memory"),
+        Experiment(
+            "E4 width 64", 20, (choices("E4", ADALN[64]), launches.warpgroups), "the place of keys and x; warpgroups"
+        ),
         Experiment("E4 width 128", 25, (choices("E4", ADALN[128], PLAIN[128], clusters=(1, 2, 4)),), "ring, clusters"),
         Experiment("E5 width 256", 30, (choices("E5", ADALN[256], PLAIN[256], clusters=(1, 2, 4)),), "ring, clusters"),
         Experiment("E6 width 512", 30, (choices("E6", ADALN[512], clusters=(1, 2, 4)),), "clusters"),
@@ -63,7 +65,7 @@ def make_experiments() -> list[Experiment]:
     ]
 
 
-# Seconds for nvcc, which compiles three small files where the library is not there yet; a rehearsal compiles the
+# Seconds for nvcc, which compiles four small files where the library is not there yet; a rehearsal compiles the
 # package's kernels too, for the emulated GPU.
 PREPARATION = 120.0 if REHEARSING else 25.0
 

@@ -1,4 +1,4 @@
-"""The micro-kernels of benchmarks/micro: a ring that only fills, and products whose operands are there already.
+"""The micro-kernels of benchmarks/micro: a ring that only fills, products whose operands are there, other warpgroups.
 
     python benchmarks/micro_kernels.py      compile them for Hopper, into build/micro; needs nvcc, and no GPU
 
@@ -18,10 +18,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC, BUILT = HERE.parent / "csrc", HERE.parent / "build" / "micro"
-SOURCES = sorted((HERE / "micro").glob("*.cu"))
+SOURCES = [*sorted((HERE / "micro").glob("*.cu")), CSRC / "steps.cpp"]
 # As csrc/CMakeLists.txt has them: every warning is an error, and so are serialized matrix products (strict_nvcc.sh).
 FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC"]
-FUNCTIONS = ("micro_fill", "micro_products_256", "micro_products_512")
+_PRODUCTS = [ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64]
+_INT, _POINTER = ctypes.c_int, ctypes.c_void_p
+FUNCTIONS = {
+    "micro_fill": [_POINTER, _POINTER, _POINTER, ctypes.c_uint64],
+    "micro_products_256": _PRODUCTS,
+    "micro_products_512": _PRODUCTS,
+    "micro_steps_64": [_INT, _INT, _INT, *(_POINTER,) * 3, ctypes.c_char_p, _INT, ctypes.c_uint64],
+}
 
 
 def compiler() -> str:
@@ -66,12 +73,9 @@ def build() -> Path:
 def load(library: Path | ctypes.CDLL) -> ctypes.CDLL:
     """Load a library, of the GPU or the emulator, with the types of its functions."""
     loaded = ctypes.CDLL(str(library)) if isinstance(library, Path) else library
-    for name in FUNCTIONS:
-        getattr(loaded, name).restype = ctypes.c_char_p
-    for name in FUNCTIONS[1:]:
+    for name, arguments in FUNCTIONS.items():
         function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_void_p, ctypes.c_float, *(ctypes.c_int,) * 2, ctypes.c_void_p, ctypes.c_uint64]
-    loaded.micro_fill.argtypes = [*(ctypes.c_void_p,) * 3, ctypes.c_uint64]
+        function.restype, function.argtypes = ctypes.c_char_p, arguments
     return loaded
 
 

@@ -12,10 +12,14 @@ import micro_kernels
 import pytest
 import report
 import torch
+from emulator import build as builder
+from emulator import comparison
 from gpu_job import Found
 from measuring import Row
 from steps import Outcome, Step
 from test_gpu_check import job, outcomes, untouched  # noqa: F401
+
+from fastscore.ops import cuda
 
 EXPERIMENTS = [f"E{number}" for number in range(8)]
 
@@ -44,7 +48,7 @@ def row_of_a_launch(error, f=None):
     """Return a row of a stand-in for a launch, and what was called in order."""
     called, launches = [], experiment_launches.Launches.__new__(experiment_launches.Launches)
     launches.experiment, launches.case, launches.first = "E9", experiment_launches.Case("plain", 64, 1), {}
-    launches.launch = lambda into, config, packed: (called.append("launched"), into.fill_(f or 1.0))[1]
+    launches.launch = lambda into, *_: (called.append("launched"), into.fill_(f or 1.0))[1]
     launches.empty = lambda: torch.full((2, 3), float("nan"))
     launches.problem = type("P", (), {"error_of": lambda self, f: (called.append("compared"), error)[1]})()
     return launches, called
@@ -79,7 +83,7 @@ def test_a_launch_is_compared_before_it_is_timed(clock):
 def test_choices_of_a_launch_that_change_a_number_are_not_timed(clock):
     launches, _ = row_of_a_launch(1e-3)
     assert launches.row("first")["ms"] == 1.0
-    launches.launch = lambda into, config, packed: into.fill_(1.0 + 2.0**-23)
+    launches.launch = lambda into, *_: into.fill_(1.0 + 2.0**-23)
     row = launches.row("another")
     assert "ms" not in row
     assert row.failed == {"error": "ValueError: other numbers than in the first launch"}
@@ -165,6 +169,21 @@ def test_the_micro_kernels_compile_without_a_warning(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
+def test_two_and_four_warpgroups_agree_with_the_definition(monkeypatch):
+    micro = micro_kernels.load(builder.build(micro_kernels.SOURCES))
+    micro.emulator_device(9, 0, 3)
+    monkeypatch.setattr(experiment_launches, "micro", lambda: micro)
+    for d in (13, 50):  # padded to 16 and 64; four warpgroups fetch keys and x of 64 dimensions for every row
+        case = comparison.Case(64, d, 3, 300, 5, maps=2)
+        problem = comparison.problem_of_steps(comparison.load(builder.CSRC, "sm90_steps_64"), comparison.HOPPER, case)
+        for count in (2, 4):
+            problem.f.fill_(float("nan"))
+            cuda.launch(experiment_launches.Warpgroups(count), problem.packed, problem.f, 0, 0)
+            assert problem.errors().complaint() is None, (d, count)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 def test_rehearsal_of_the_experiments(tmp_path, untouched):  # noqa: F811
     pytest.importorskip("triton")
     done = job("bench", "--rehearse", "--out", str(tmp_path), "--only", "experiments")
@@ -185,6 +204,7 @@ def test_rehearsal_of_the_experiments(tmp_path, untouched):  # noqa: F811
         assert row["ms"] > 0
     clusters = [row["variant"].rpartition(" ")[2] for row in rows if row["experiment"] == "E2"]
     assert clusters == list("1234") * 4
+    assert {row["variant"] for row in rows} >= {"2 warpgroups", "4 warpgroups"}
     assert sum("splits" in row["variant"] for row in rows) == 8
     shown = report.results({"experiments": table})
     assert all(f"| {row['variant']} |" in shown for row in rows)
