@@ -2,6 +2,7 @@
 
     make gpu-bench                                             on a machine with a GPU
     make gpu-bench OPTIONS="--only 'kernel adaLN' --seconds 60"
+    make gpu-bench OPTIONS="--only experiments --seconds 300"  what decides how kernels are built (gpu_experiments.py)
     python benchmarks/gpu_bench.py --rehearse                  every line on a CPU, on a few rows; no number counts
 
 Each number is printed, and written to benchmarks/results as JSON with machine, versions and date, as soon as it is
@@ -32,6 +33,7 @@ def measured(row: Callable, *arguments: object) -> Callable[[], None]:
 def make_steps() -> list[Step]:
     """Return all rows; the modules that measure them are imported here, once for all processes."""
     import gpu_calls as calls
+    import gpu_experiments as experiments
     import gpu_kernels as kernels
     from gpu_cases import FIRST, LATER
     from measuring import REHEARSING
@@ -64,6 +66,7 @@ def make_steps() -> list[Step]:
         *(Step(f"divisions {case.name}", measured(kernels.division, case), 20) for case in FIRST[:3]),
         *(kernel(case) for case in LATER),
         *(Step(f"configurations {c.name}", measured(kernels.configuration, c), 60, least=15) for c in FIRST[:2]),
+        *experiments.make_steps(),
     ]
 
 

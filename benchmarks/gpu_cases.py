@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import real_networks as nets
 import torch
@@ -20,6 +21,7 @@ from fastscore.ops import definitions as ops
 from fastscore.ops import torch as truth
 from fastscore.ops import triton as through_triton
 from fastscore.ops.instructions import decode, encode
+from fastscore.ops.steps import Steps
 from fastscore.ops.task import Task, plain
 from fastscore.program.row_program import RowProgram
 
@@ -42,7 +44,11 @@ class Case:
         return f"{self.kind} H={self.width} L={self.depth}"
 
     def network(self) -> nn.Module:
-        return head(self.width, self.depth) if self.kind == "adaLN" else mlp(D, self.width, self.depth).to(DEVICE)
+        return (
+            head(self.width, self.depth, self.width)
+            if self.kind == "adaLN"
+            else mlp(D, self.width, self.depth).to(DEVICE)
+        )
 
     @property
     def flops(self) -> int:
@@ -56,11 +62,11 @@ class Case:
         return 4 * (2 * self.depth + 2) ** 0.5 * 2.0**-9
 
 
-def head(width: int, depth: int) -> nn.Module:
-    """Return a MAR head with weights as large as trained ones: its users start from zeros, which would hide errors and
-    run too fast."""
+def head(width: int, depth: int, rehearsed: int = 16) -> nn.Module:
+    """Return a MAR head, in a rehearsal of another width, with weights as large as trained ones: its users start from
+    zeros, which would hide errors and run too fast."""
     torch.manual_seed(0)
-    net = nets.MARHead(D, 16 if REHEARSING else width, depth)
+    net = nets.MARHead(D, rehearsed if REHEARSING else width, depth)
     for p in net.parameters():
         nn.init.normal_(p, std=0.5 / p.shape[-1] ** 0.5)
     return net.eval().to(DEVICE)
@@ -87,6 +93,7 @@ class Problem:
         ones, zeros = torch.ones(DRAWS, device=DEVICE), torch.zeros(DRAWS, device=DEVICE)
         self.rows = torch.stack([ones, self.alpha.float(), self.sigma.float(), ones, zeros, ones], 1)
         self.reference = fs.Reference.isotropic().to(DEVICE)
+        self.gaussian = self.reference.tensors()
 
     def by_module(self, module: nn.Module, x: Tensor, keys: Tensor) -> Tensor:
         """The plain way: every row through the network, in the network's dtype."""
@@ -107,16 +114,21 @@ class Problem:
         module = copy.deepcopy(self.module).bfloat16()
         return torch.compile(lambda x, keys: self.by_module(module, x, keys), dynamic=False)
 
+    @cached_property
     def exact(self) -> Tensor:
         """Return f of the first samples in float64."""
         module = copy.deepcopy(self.module).double()
         return self.by_module(module, self.x[FEW].double(), self.keys[FEW])
 
     def error(self, bound, backend: str) -> float:
-        """Return the largest relative error of f by op, on the first samples of a whole launch."""
-        exact = self.exact()
+        """Return the largest relative error of f by op."""
+        return self.error_of(self.by_op(bound, backend))
+
+    def error_of(self, f: Tensor) -> float:
+        """Return the largest relative error of f on the first samples of a whole launch; NaN if an f is none."""
+        exact = self.exact
         scale = exact.abs() + exact.abs().mean()
-        return float(((self.by_op(bound, backend)[FEW] - exact).abs() / scale).max())
+        return float("nan") if f.isnan().any() else float(((f[FEW] - exact).abs() / scale).max())
 
     def bound(self, dtype: torch.dtype):
         """Return the row program's code, weights and tables in a dtype."""
@@ -125,19 +137,23 @@ class Problem:
 
     def by_op(self, bound, backend: str = "triton") -> Tensor:
         code, weights, tables = bound
-        words, q = (self.keys, self.points), self.reference.tensors()
-        return ops.density_mlp(self.x, *words, self.rows, self.alpha, self.sigma, code, weights, tables, q, backend)
+        rest = self.rows, self.alpha, self.sigma, code, weights, tables, self.gaussian, backend
+        return ops.density_mlp(self.x, self.keys, self.points, *rest)
 
     def why_not(self, bound) -> dict[str, str | None]:
         """Return why each backend has no kernel for the network, or None where it has one."""
-        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.reference.tensors())
+        task = Task.of_tensors(decode(bound[0]), *bound[1:], D, self.gaussian)
         native = select._cuda_why_not(torch.device(DEVICE), torch.float32)
         return {"cuda": native or cuda.why_not_fused(task), "triton": through_triton.why_not_fused(task)}
 
     def packed(self, bound, by_instructions: bool = False) -> cuda.Packed | cuda.PackedSteps:
         """Return the problem as a compiled kernel reads it: the chosen one, or the one that runs instructions."""
+        if by_instructions:
+            return self.packed_as(bound, "asked for")
+        return self.packed_as(bound, cuda.steps_of(Task.of_tensors(decode(bound[0]), *bound[1:], D, self.gaussian)))
+
+    def packed_as(self, bound, steps: Steps | str) -> cuda.Packed | cuda.PackedSteps:
+        """Return the same as given steps, or by instructions where those are a text."""
         code, weights, tables = bound
-        words, q = (self.keys, self.points, self.rows, self.alpha, self.sigma), self.reference.tensors()
-        task = Task.of_tensors(decode(code), weights, tables, D, q)
-        steps = "asked for" if by_instructions else cuda.steps_of(task)
-        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, q, steps)
+        words = self.keys, self.points, self.rows, self.alpha, self.sigma
+        return cuda.pack(self.x, *words, plain(decode(code)), weights, tables, self.gaussian, steps)

@@ -29,6 +29,7 @@ class Found:
         self.tables: dict[str, dict[str, dict]] = {}
         self.failed: dict[str, dict[str, object]] = {}
         self.failures: dict[str, list[str]] = {}
+        self.latest: dict[tuple[str, str], str] = {}  # of a step in a table: the name of its latest row
 
     def hear(self, step: Step, told: dict) -> None:
         """Take in one report of a step."""
@@ -37,22 +38,26 @@ class Found:
         elif "failure" in told:
             self.failures.setdefault(step.name, []).append(f"{told['failure']}: {told['why']}")
         else:
-            table = told["table"]
+            table, part = told["table"], told.get("part")
+            name = f"{step.name}, {part}" if part else step.name
             if table not in self.tables:
                 self.tables[table], self.failed[table] = record.read_steps(self.folder, table, self.environment)
-            self.tables[table][step.name] = told["row"]
-            self.failed[table].pop(step.name, None)
+            self.tables[table][name] = told["row"]
+            self.failed[table].pop(name, None)
             if told["failed"]:
-                self.failed[table][step.name] = told["failed"]
+                self.failed[table][name] = told["failed"]
+            self.latest[step.name, table] = name
             self.write(table)
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Keep of the rows that a step did not finish why it did not."""
-        for outcome in outcomes:
-            for table, rows in self.tables.items():
-                if outcome.name in rows and outcome.state != "passed":
-                    self.failed.setdefault(table, {}).setdefault(outcome.name, {"step": outcome.why})
-                    self.write(table)
+        ended = {outcome.name: outcome for outcome in outcomes}
+        for (step, table), name in self.latest.items():
+            failed = self.failed.setdefault(table, {})
+            told = any(row == step or row.startswith(f"{step}, ") for row in failed)
+            if ended[step].state == "stopped" or (ended[step].state == "failed" and not told):
+                failed.setdefault(name, {"step": ended[step].why})
+                self.write(table)
 
     def write(self, table: str) -> None:
         rows, failed = self.tables[table], self.failed.get(table)
@@ -138,7 +143,7 @@ def _prepare(rehearse: bool) -> None:
 
 def _choose(every: list[Step], only: str | None, parser: argparse.ArgumentParser) -> list[Step]:
     if only is None:
-        return every
+        return [step for step in every if not step.asked]
     beginnings = [name.strip() for name in only.split(",")]
     unknown = [name for name in beginnings if not (name and any(step.name.startswith(name) for step in every))]
     if unknown:

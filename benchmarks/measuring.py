@@ -23,12 +23,13 @@ class Row(dict):
 
     Arguments:
         table: the table's name.
+        part: what the row is of its step's, where a step measures several.
         names: the first columns, which say what the row is about.
     """
 
-    def __init__(self, table: str, **names: object):
+    def __init__(self, table: str, part: str = "", **names: object):
         super().__init__(names)
-        self.table, self.failed = table, {}
+        self.table, self.part, self.failed = table, part, {}
 
     def measure(self, column: str, run: Callable[[], object]) -> None:
         """Set a column to what a function returns, or to None if it raises; the other columns go on."""
@@ -38,7 +39,7 @@ class Row(dict):
             self[column] = None
             self.failed[column] = said(error)
         print(f"  {column}: {self.failed.get(column) or cell(self[column])}")
-        report(table=self.table, row=self, failed=self.failed)
+        self.tell()
 
     def beside(self, what: str, run: Callable[[], object]) -> None:
         """Measure what stands beside "ms", in milliseconds, and how many times as long it takes."""
@@ -50,7 +51,11 @@ class Row(dict):
         """Set a column to the ratio of two others, where both were measured."""
         if self.get(above) and self.get(below):
             self[column] = self[above] / self[below]
-            report(table=self.table, row=self, failed=self.failed)
+            self.tell()
+
+    def tell(self) -> None:
+        """Report the row as it is."""
+        report(table=self.table, part=self.part, row=self, failed=self.failed)
 
 
 def below(value: float, limit: float, what: str) -> float:

@@ -45,6 +45,7 @@ class Step:
         needed: whether the rest is skipped when it fails.
         why_not: a reason to skip it here, if there is one.
         sums_up: whether its last line says what was done, so that it belongs into the outcome of a step that passed.
+        asked: whether it runs only where it is asked for by name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     needed: bool = False
     why_not: str = ""
     sums_up: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True)

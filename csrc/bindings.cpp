@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "density_mlp.h"
 #include "device.h"
 #include "steps.h"
@@ -94,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
       "steps",
       [](int hidden, int data, bool padded, int linears, int record, const std::vector<uint64_t>& pointers,
          const std::vector<int32_t>& sizes, const std::vector<int32_t>& columns, const std::string& steps, int device,
-         uintptr_t stream, int cluster, int clusters) {
+         uintptr_t stream, int cluster, int clusters, int shared_limit) {
         fastscore::DeviceGuard guard(device);
         if (pointers.size() != 5 || sizes.size() != 2 || columns.size() != 4) {
           throw std::runtime_error("steps takes 5 addresses, 2 sizes and 4 columns, got " +
@@ -103,8 +105,9 @@ PYBIND11_MODULE(_C, m) {
         }
         const fastscore::Limits limits = fastscore::limits(device);
         fastscore::StepsPlan plan;
+        const int granted = shared_limit > 0 ? std::min(shared_limit, limits.shared_bytes) : limits.shared_bytes;
         const std::string reason =
-            fastscore::plan_steps(hidden, data, padded, linears, record, limits.capability, limits.shared_bytes, &plan);
+            fastscore::plan_steps(hidden, data, padded, linears, record, limits.capability, granted, &plan);
         if (!reason.empty()) throw std::runtime_error("no compiled kernel runs these steps: " + reason);
         const int32_t all[3] = {sizes[0], sizes[1], record};
         fastscore::launch_steps(
@@ -113,6 +116,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("hidden"), py::arg("data"), py::arg("padded"), py::arg("linears"), py::arg("record"), py::arg("pointers"),
       py::arg("sizes"), py::arg("columns"), py::arg("steps").none(false), py::arg("device"), py::arg("stream"),
-      py::arg("cluster") = 0, py::arg("clusters") = 0,
+      py::arg("cluster") = 0, py::arg("clusters") = 0, py::arg("shared_limit") = 0,
       "Launch the kernel of a program of steps; fastscore/ops/cuda_steps.py makes the arguments.");
 }

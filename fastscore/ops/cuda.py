@@ -221,6 +221,8 @@ class Config:
     # weight is loaded once for 256 rows of a product
     splits: int = 0  # parts of the rows; chosen: those that leave multiprocessors idle least
     clusters: int = 0  # where steps run, that share the pairs of a tile and a row; chosen: as many as run at once
+    shared_limit: int = 0  # where steps run, the most bytes of shared memory a block may take: fewer make the ring
+    # shorter, or leave keys and x outside; chosen: what the device grants
 
 
 def launch(
@@ -233,7 +235,9 @@ def launch(
 ) -> None:
     """Launch the kernel that a packed network asks for; `module` is `fastscore._C` or what stands in for it."""
     if isinstance(packed, PackedSteps):
-        return cuda_steps.launch(module, packed, f, device, stream, (config.cluster, config.clusters))
+        return cuda_steps.launch(
+            module, packed, f, device, stream, (config.cluster, config.clusters, config.shared_limit)
+        )
     module.density_mlp(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.points, packed.rows, packed.weights, *packed.tables, f)],

@@ -247,9 +247,13 @@ def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: i
 
 
 def launch(
-    module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, config: tuple[int, int] = (0, 0)
+    module: ModuleType, packed: PackedSteps, f: Tensor, device: int, stream: int, config: tuple[int, int, int]
 ) -> None:
-    """Launch the kernel of packed steps; `config`: blocks of a cluster, and clusters, as `cuda.Config` has them."""
+    """Launch the kernel of packed steps.
+
+    Arguments:
+        config: blocks of a cluster, clusters, and the most bytes of shared memory, as `cuda.Config` has them.
+    """
     module.steps(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.weights, packed.records, f)],

@@ -86,14 +86,19 @@ class Module:
         assert not message, (message.decode(), self.library.emulator_error())
 
     def steps_plan(self, *shape_and_limits):
-        found, (*shape, capability, shared) = (ctypes.c_int32 * 3)(), shape_and_limits
+        found, (*shape, capability, shared) = (ctypes.c_int32 * 5)(), shape_and_limits
         reason = self.library.plan_of_steps((ctypes.c_int32 * 5)(*shape), capability, shared, found)
-        return reason.decode() or dict(zip(("shared_bytes", "threads", "kept"), found))
+        return reason.decode() or dict(zip(("shared_bytes", "threads", "kept", "stages", "tiles"), found))
 
-    def steps(self, hidden, data, padded, linears, record, pointers, sizes, columns, steps, device, stream, *config):
+    def steps(
+        self, hidden, data, padded, linears, record, pointers, sizes, columns, steps, device, stream, cluster, clusters,
+        shared_limit,
+    ):  # fmt: skip
+        capability, granted = self.device
         message = self.library.launch_of_steps(
             (ctypes.c_int32 * 5)(hidden, data, padded, linears, record), (ctypes.c_uint64 * 5)(*pointers),
-            (ctypes.c_int32 * 2)(*sizes), (ctypes.c_int32 * 4)(*columns), steps, len(steps), *self.device, *config,
+            (ctypes.c_int32 * 2)(*sizes), (ctypes.c_int32 * 4)(*columns), steps, len(steps), capability,
+            min(shared_limit or granted, granted), cluster, clusters,
         )  # fmt: skip
         assert not message, (message.decode(), self.library.emulator_error())
 

@@ -65,13 +65,14 @@ extern "C" void plan_of(int hidden, int data, int linears, int stride, int capab
   found[1] = fits ? chosen.threads : 0;
 }
 
-// What fastscore._C.steps_plan does: a reason, or an empty text and shared memory in bytes, threads and whether keys and x
-// stay in shared memory.
+// What fastscore._C.steps_plan does: a reason, or an empty text and shared memory in bytes, threads, whether keys and x stay
+// in shared memory, stages of weights there, and those that all weights fill.
 extern "C" const char* plan_of_steps(const int32_t* shape, int capability, int limit, int32_t* found) {
   static thread_local std::string message;
   StepsPlan chosen;
   message = plan_steps(shape[0], shape[1], shape[2], shape[3], shape[4], capability, limit, &chosen);
   found[0] = static_cast<int32_t>(chosen.shared_bytes), found[1] = chosen.threads, found[2] = chosen.kept;
+  found[3] = chosen.stages, found[4] = chosen.tiles;
   return message.c_str();
 }
 
