@@ -362,7 +362,7 @@ class ScoreDensity(NetworkDensity):
             pilot_of_own(self, samples, wanted, left, step)
             bar.total = bar.n  # not all that was allowed had to be spent
         if not degenerate:
-            warn_if_out_of_range(samples.x[:, everywhere], fitted.reference.scales(), self.log_snr_range)
+            warn_if_out_of_range(samples.x[:, everywhere], fitted.reference, self.log_snr_range)
             warn_if_worse_than_reference(fitted.nodes, samples)
         return self
 

@@ -34,9 +34,18 @@ def test_numpy_is_what_the_estimate_says():
     density = fs.ScoreDensity(Likelihood(), fs.VP(), "eps")
     found = density.estimate(torch.randn(5, D), nfe=16, seed=3, theta=torch.zeros(5, D))
     arrays = found.numpy()
-    assert {*arrays} == {"log_prob", "stderr", "variance", "truncation", "nfe", "seed", "sample_index"}
+    assert {*arrays} == {
+        "log_prob",
+        "stderr",
+        "variance",
+        "truncation",
+        "discretization",
+        "nfe",
+        "seed",
+        "sample_index",
+    }
     for name, array in arrays.items():
-        own = found.truncation_per_sample if name == "truncation" else getattr(found, name)
+        own = getattr(found, f"{name}_per_sample" if name in ("truncation", "discretization") else name)
         assert isinstance(array, np.ndarray)
         assert array.shape == (5,)
         assert np.array_equal(array, own.numpy())

@@ -28,6 +28,7 @@ def estimate(log_prob, stderr=0.5, dims=10):
         torch.zeros(len(log_prob), dtype=torch.int64),
         torch.arange(len(log_prob)),
         torch.zeros(len(log_prob), 2, 7),
+        torch.zeros(len(log_prob), 2),
     )
 
 

@@ -17,7 +17,6 @@ from .azula import from_azula
 from .bayesflow import from_bayesflow
 from .checks import refuse_what_is_read
 from .diffusers import from_diffusers
-from .diffusers_conventions import bare
 from .edm import from_edm
 from .flow_matching import from_flow_matching
 from .guided_diffusion import from_guided_diffusion
@@ -28,6 +27,7 @@ from .sbi import from_sbi
 from .score_models import from_score_models
 from .score_sde import from_score_sde
 from .torchcfm import from_torchcfm
+from .wrappers import bare
 
 Adapter = Callable[..., Density]
 
@@ -51,8 +51,8 @@ def from_model(x: object, *more: Any, **options: Any) -> Density:
 
     The library is that of the class of `x`, or of an object given with it, and of what these inherit from; objects of
     EDM, score_sde, guided-diffusion and denoising-diffusion-pytorch, whose code is copied more often than installed,
-    are known by their attributes and arguments too. Wrappers of torch (`torch.compile`, `DistributedDataParallel`) are
-    looked through. No library is imported.
+    are known by their attributes and arguments too. `torch.compile`, `DataParallel`, `DistributedDataParallel`,
+    `AveragedModel` and the EMA of ema_pytorch are looked through, here and by every adapter. No library is imported.
 
     Arguments:
         x: a network, or what holds one: a pipeline of diffusers, a posterior of sbi, a solver of flow_matching, ...

@@ -7,7 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from .checks import expect, expect_attributes
-from .diffusers_conventions import bare
+from .wrappers import bare
 
 
 def averaged(model: nn.Module, average: object) -> nn.Module:
@@ -16,7 +16,7 @@ def averaged(model: nn.Module, average: object) -> nn.Module:
     The copy has its own parameters and buffers; nothing of the model or of the averages is written to.
 
     Arguments:
-        model: whose parameters were averaged, all or those that are trained; wrappers of torch are left out.
+        model: whose parameters were averaged, all or those that are trained; wrappers are left out.
         average: with `shadow_params`, the averages in the order of the parameters.
 
     Raises:

@@ -17,6 +17,7 @@ from ..process.alpha_sigma import AlphaSigma
 from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR
 from ..support.host import as_tensor
 from .checks import adapter, expect, expect_attributes, expect_module
+from .wrappers import bare
 
 HALVINGS = 60  # of the interval of times, after which it is as short as float64 tells
 GRID = 513  # times at which a schedule is looked at
@@ -89,19 +90,20 @@ def from_azula(denoiser: nn.Module, **options: Any) -> ScoreDensity:
     """
     wanted, remedy = "an azula Denoiser with its schedule", "wrap the network in KarrasDenoiser or SimpleDenoiser"
     expect_module(denoiser, "denoiser", wanted, remedy)
-    expect_attributes(denoiser, ("schedule",), "denoiser", wanted, remedy)
-    kind = type(denoiser)
+    own = bare(denoiser)
+    expect_attributes(own, ("schedule",), "denoiser", wanted, remedy)
+    kind = type(own)
     guided = any(base.__module__.startswith("azula.guidance") for base in kind.__mro__)
     expect(not guided, "denoiser", kind.__name__, "one without guidance, which has no density", "give what it guides")
     expect(
-        not isinstance(getattr(denoiser, "sigmas", None), Tensor),
+        not isinstance(getattr(own, "sigmas", None), Tensor),
         "denoiser",
         f"{kind.__name__}, which rounds its times to a table",
         "one that takes any time",
         "give its backbone to from_guided_diffusion or from_diffusers, with the table of training",
     )
-    dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in own.parameters() if p.is_floating_point()), torch.float32)
     expect(
         dtype.itemsize >= 4, "denoiser", f"weights of {dtype}", "weights of float32 or float64", "call .float() first"
     )
-    return ScoreDensity(MeanOf(denoiser), AzulaClock(denoiser.schedule), predicts="denoiser", **options)
+    return ScoreDensity(MeanOf(denoiser), AzulaClock(own.schedule), predicts="denoiser", **options)

@@ -21,7 +21,8 @@ from ..process.schedules import FlowMatching, Schedule
 from .averaged import averaged
 from .checks import adapter, expect, expect_attributes, expect_key, expect_module
 from .clocks import Preconditioned, table
-from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, bare, known_class
+from .diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, Convention, known_class
+from .wrappers import bare
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 

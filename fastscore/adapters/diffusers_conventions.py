@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .wrappers import bare
+
 # What a pipeline may make of the scheduler's timestep t and T: (offset, slope) of offset + slope t.
 TIMES = {
     "t": lambda steps: (0.0, 1.0),
@@ -171,8 +173,8 @@ REFUSED = {
 def known_class(model: nn.Module) -> str | None:
     """Return the class of diffusers that a network is or inherits from, None for a network of another origin.
 
-    Wrappers of torch (`torch.compile`, `DataParallel`, `DistributedDataParallel`) are looked through. A class that
-    only has the name of one in diffusers is of another origin: nothing tells what its author feeds it.
+    Wrappers are looked through (`fastscore.adapters.wrappers`). A class that only has the name of one in diffusers is
+    of another origin: nothing tells what its author feeds it.
     """
     own = type(bare(model))
     for base in own.__mro__:
@@ -180,14 +182,3 @@ def known_class(model: nn.Module) -> str | None:
         if inside and (base is own or base.__name__ in FLOW | TABLE | REFUSED):
             return base.__name__
     return None
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside torch's own wrappers."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model

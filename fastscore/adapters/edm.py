@@ -20,8 +20,9 @@ from ..process.schedules import EDM
 from .checks import adapter, expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser
+from .wrappers import bare
 
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM's sampler, where a network does not state its own
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM's sampler, for networks that state sigma_data and take any noise
 
 
 @adapter
@@ -34,8 +35,10 @@ def from_edm(
     `estimate`. The density is that of the network's own data: images scaled to [-1, 1], or EDM2's latents.
 
     Arguments:
-        net: returns denoised data; its `sigma_data`, and finite `sigma_min` > 0 and `sigma_max`, are read.
-        sigma_min, sigma_max: the range of noise to integrate over; the network's own, else 0.002 and 80. Not used for
+        net: returns denoised data; its `sigma_data`, and finite `sigma_min` > 0 and `sigma_max`, are read, inside of
+            wrappers such as `DataParallel` too.
+        sigma_min, sigma_max: the range of noise to integrate over; the network's own, else 0.002 and 80 of EDM's
+            sampler for one that states `sigma_data`, as EDMPrecond does, which takes any noise. Not used for
             iDDPMPrecond, whose whole table counts.
         options: of `ScoreDensity`.
 
@@ -44,20 +47,31 @@ def from_edm(
 
     Raises:
         TypeError: if net is not a torch module.
-        ValueError: unless 0 < sigma_min < sigma_max.
+        ValueError: unless 0 < sigma_min < sigma_max; where neither the network nor the caller says an end.
     """
     expect_module(net, "net", "a preconditioned network such as EDMPrecond", "give the pickle's 'ema' entry")
-    rounded = getattr(net, "u", None)
+    own = bare(net)
+    rounded = getattr(own, "u", None)
     if isinstance(rounded, Tensor):
         sigmas = rounded[rounded > 0].sort().values
         return ScoreDensity(TableDenoiser(net, sigmas), noise_table(sigmas), predicts="x0", **options)
-    low = _own(net, "sigma_min", SIGMA_MIN) if sigma_min is None else float(sigma_min)
-    high = _own(net, "sigma_max", SIGMA_MAX) if sigma_max is None else float(sigma_max)
+    low = _end(own, "sigma_min", SIGMA_MIN) if sigma_min is None else float(sigma_min)
+    high = _end(own, "sigma_max", SIGMA_MAX) if sigma_max is None else float(sigma_max)
     expect(0 < low < high, "the noise range", f"{low} to {high}", "0 < sigma_min < sigma_max", "pass both")
-    schedule = EDM(low, high, sigma_data=float(getattr(net, "sigma_data", 0.5)))
+    schedule = EDM(low, high, sigma_data=float(getattr(own, "sigma_data", 0.5)))
     return ScoreDensity(net, schedule, predicts="denoiser", **options)
 
 
-def _own(net: nn.Module, name: str, default: float) -> float:
-    value = float(getattr(net, name, default))
-    return value if math.isfinite(value) and value > 0 else default
+def _end(net: nn.Module, name: str, default: float) -> float:
+    """Return an end of the range of noise that a network states; the default for one that takes any noise."""
+    value = float(getattr(net, name, math.nan))
+    if math.isfinite(value) and value > 0:
+        return value
+    expect(
+        hasattr(net, "sigma_data"),
+        name,
+        f"none, since {type(net).__name__} states neither a finite one nor sigma_data",
+        "that of training",
+        f"pass {name}=, or give the preconditioned network itself if this one wraps it",
+    )
+    return default

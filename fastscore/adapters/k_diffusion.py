@@ -18,6 +18,7 @@ from ..process.schedules import EDM
 from .checks import adapter, expect, expect_module
 from .clocks import noise_table
 from .table_denoiser import TableDenoiser
+from .wrappers import bare
 
 
 @adapter
@@ -40,14 +41,15 @@ def from_k_diffusion(
         ValueError: unless 0 < sigma_min < sigma_max, or if a table's sigmas do not rise.
     """
     expect_module(denoiser, "denoiser", "a k-diffusion denoiser", "wrap the network in Denoiser or VDenoiser")
+    own = bare(denoiser)
     expect(
-        hasattr(denoiser, "sigma_data"),
+        hasattr(own, "sigma_data"),
         "denoiser",
-        f"{type(denoiser).__name__} without sigma_data",
+        f"{type(own).__name__} without sigma_data",
         "a k-diffusion denoiser",
         "wrap the network in Denoiser or VDenoiser, or use from_edm",
     )
-    sigmas = getattr(denoiser, "sigmas", None)
+    sigmas = getattr(own, "sigmas", None)
     if sigmas is not None:
         return ScoreDensity(TableDenoiser(denoiser, sigmas), noise_table(sigmas), predicts="x0", **options)
     expect(
@@ -57,5 +59,5 @@ def from_k_diffusion(
         "0 < sigma_min < sigma_max",
         "give the configuration's",
     )
-    schedule = EDM(sigma_min, sigma_max, sigma_data=float(denoiser.sigma_data))
+    schedule = EDM(sigma_min, sigma_max, sigma_data=float(own.sigma_data))
     return ScoreDensity(denoiser, schedule, predicts="denoiser", **options)

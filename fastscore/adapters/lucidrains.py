@@ -20,6 +20,7 @@ from ..density import ScoreDensity
 from ..transforms import zscore
 from .checks import adapter, expect, expect_attributes, expect_key
 from .clocks import noise_table
+from .wrappers import bare
 
 PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 
@@ -55,6 +56,7 @@ def from_lucidrains(diffusion: nn.Module, **options: Any) -> Transformed:
         ValueError: for an unknown objective, a normalization that is neither none nor 2 x - 1, or noise that is not
             independent of the image (`immiscible`) or of its other pixels (`offset_noise_strength`).
     """
+    diffusion = bare(diffusion) if isinstance(diffusion, nn.Module) else diffusion
     expect_attributes(
         diffusion,
         ("model", "objective", "sqrt_recipm1_alphas_cumprod"),
@@ -70,7 +72,8 @@ def from_lucidrains(diffusion: nn.Module, **options: Any) -> Transformed:
     _expect_independent_noise(diffusion)
     # sigma / alpha was computed in float64 before it was stored, 1 - alphas_cumprod was not.
     schedule = noise_table(diffusion.sqrt_recipm1_alphas_cumprod)
-    model = KeptLabels(diffusion.model) if hasattr(diffusion.model, "cond_drop_prob") else diffusion.model
+    drops = hasattr(bare(diffusion.model), "cond_drop_prob")
+    model = KeptLabels(diffusion.model) if drops else diffusion.model
     density = ScoreDensity(model, schedule, predicts=predicts, **options)
     return Transformed(density, zscore(0.5, 0.5) if ends == [-1, 1] else zscore(0.0, 1.0))
 

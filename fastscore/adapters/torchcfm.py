@@ -19,7 +19,7 @@ from ..process.conditional_flow import ConditionalFlow
 from ..process.schedules import FlowMatching, Schedule
 from .checks import adapter, expect, expect_attributes, expect_module
 from .clocks import TargetFlow, Trigonometric
-from .diffusers_conventions import bare
+from .wrappers import bare
 
 CALLS = ("t, x", "x, t", "cat")
 TIMES = {"t", "time", "times", "timestep", "timesteps"}

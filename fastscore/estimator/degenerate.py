@@ -22,21 +22,20 @@ from .samples import Samples
 RELATIVE = 1e-6
 COPY = 1e-5  # of a column's spread, by which a copy in float32, scaled and shifted, may differ
 FAR_OUT = 10.0  # standard deviations; outliers are further, and are not most samples
+CLUSTERED = 0.01  # share of the data in clusters, below which these are outliers
 FAR = 10.0  # times, by which a direction is narrower than the least noise; decorrelated pixels come near to it
 MAX_DIM = 1024  # for linear dependence, an eigenvalue problem of d x d
 ROWS = 4096  # that linear dependence is looked for in
 
 
-def warn_if_out_of_range(x: Tensor, scales: tuple[float, float], log_snr_range: tuple[float, float]) -> None:
+def warn_if_out_of_range(x: Tensor, reference: Reference, log_snr_range: tuple[float, float]) -> None:
     """Warn where data (N, d) are narrower than the least noise of a range of log-SNR, and where wider than the most.
 
     There the network is asked about next to nothing, and no integrand shows how far the reference is from the data. A
-    direction across the dimensions counts where it is narrower than a tenth of the least noise.
-
-    Arguments:
-        scales: standard deviations of the data in their narrowest and their widest dimension.
+    direction across the dimensions counts where it is narrower than a tenth of the least noise, and a Gaussian of the
+    reference that was fitted to the data where it is narrower in most of its own directions.
     """
-    (smallest, largest), (most, least) = scales, (math.exp(-end / 2) for end in log_snr_range)
+    (smallest, largest), (most, least) = reference.scales(), (math.exp(-end / 2) for end in log_snr_range)
     across, d = narrowest_direction(x), x.shape[1]
     spread, remedy = x.detach().double().std(0), "scale the data as they were in training"
     if largest > most:
@@ -47,6 +46,8 @@ def warn_if_out_of_range(x: Tensor, scales: tuple[float, float], log_snr_range: 
         where = f"in {narrow} of {d} dimensions" if narrow else f"in a direction across the {d} dimensions"
         of_levels = ", or, where they are dequantized 8-bit levels, take fastscore.discrete_log_prob of the levels"
         _warn_of_range(min(smallest, across), "below the least noise", least, where, remedy + of_levels)
+    elif reference.components > 1:
+        _warn_of_clusters(reference, least)
 
 
 def _warn_of_range(size: float, how: str, noise: float, where: str, remedy: str) -> None:
@@ -55,6 +56,21 @@ def _warn_of_range(size: float, how: str, noise: float, where: str, remedy: str)
         "log_prob is the fitted reference's and not the network's, with an error that neither stderr nor truncation "
         f"shows; {remedy}"
     )
+
+
+def _warn_of_clusters(reference: Reference, least: float) -> None:
+    """Warn of Gaussians of a mixture that the least noise blurs, though the data as a whole are wider."""
+    widths = reference.variance.sqrt().median(1).values
+    narrow, weight = widths < least, reference.weight
+    share = float(weight[narrow].sum() / weight.sum())
+    if share >= CLUSTERED:
+        size = float(widths[narrow].median())
+        warn(
+            f"{share:.0%} of the data are of clusters with a standard deviation of {size:.2g}, "
+            f"below the least noise of the schedule, {least:.2g}: within them log_prob is mostly the fitted "
+            "reference's and not the network's, with an error that stderr does not show and truncation not in full; "
+            "take a schedule that begins with less noise"
+        )
 
 
 def warn_if_far(samples: Samples, reference: Reference) -> None:

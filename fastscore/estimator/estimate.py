@@ -20,8 +20,9 @@ from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
 from .rules import group_of
 from .statistics import GroupSums
+from .trapezoids import size_of_error
 
-PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends")
+PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends", "rule_error")
 IN_NUMPY = ("log_prob", "stderr", "variance", "nfe", "seed", "sample_index")
 WORDS = "method", "noise", "control"  # files of before had no control
 OF_A_DATA_SET = "sample_index", "log_prob", "stderr", "nfe"  # what `evaluate_dataset` writes
@@ -48,6 +49,8 @@ class Estimate:
         seed, sample_index: of the noise of each sample, int64, shape (B,), on the CPU; seeds modulo 2^64. Samples of
             two calls with the same seed and the same index have the same noise.
         ends: the integrand at both ends of the range, shape (B, 2, 7); see `fastscore.estimator.curve.ends`.
+        rule_error: what the method's sum is estimated to be off the integral, nats, and the variance of this estimate,
+            float64, shape (B, 2); zeros on a continuous schedule.
         offset: for "discrete" and "elbo" their difference to the integral on the same evaluations, nats, averaged over
             the batch; 0 for "density".
         table: the log-SNRs of a table that "density" integrates over by the trapezoid rule, None elsewhere.
@@ -68,6 +71,7 @@ class Estimate:
     seed: Tensor
     sample_index: Tensor
     ends: Tensor
+    rule_error: Tensor
     offset: float | Tensor = 0.0
     table: Tensor | None = None
     faults: Faults | None = None
@@ -181,13 +185,24 @@ class Estimate:
 
     @cached_property
     def discretization(self) -> float:
-        """What the method's sum is off the integral, nats, averaged over the batch.
+        """What the method's sum is off the integral, nats, averaged over the batch, in which signs cancel.
 
         For method "density" an estimate of the trapezoid rule's error over a table, too large where a short table meets
         few evaluations, and NaN for fewer than three timesteps; zero on a continuous schedule, where nodes have no bias
         and their error is in `stderr`. For "discrete" and "elbo" their `offset`.
         """
         return float(self.offset) if self.table is None else table_error(self.log_snr_curve, self.table)
+
+    @cached_property
+    def discretization_per_sample(self) -> Tensor:
+        """How far the method's sum is off the integral for each sample, a size in nats, float64, shape (B,).
+
+        For method "density" an estimate of the trapezoid rule's error over a table from a sample's own draws, where it
+        stands out of their noise; NaN for fewer than three timesteps, zero on a continuous schedule. For "discrete" and
+        "elbo" the difference of sum and integral on the same evaluations. It is in no `stderr`; 1.96 of that, this and
+        `truncation_per_sample` together are what one sample's log_prob may be off.
+        """
+        return size_of_error(self.rule_error)
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:
@@ -203,14 +218,17 @@ class Estimate:
     def numpy(self) -> dict[str, np.ndarray]:
         """Return what is known of each sample in arrays of numpy on the host, each of shape (B,).
 
-        log_prob, stderr and truncation in nats, variance in nats squared, nfe, seed and sample_index int64. The arrays
-        are copies: writing into them changes no estimate.
+        log_prob, stderr, truncation and discretization in nats, variance in nats squared, nfe, seed and sample_index
+        int64. The arrays are copies: writing into them changes no estimate.
 
         Raises:
             ValueError: as `check`.
         """
         self.check()
-        found = {name: getattr(self, name) for name in IN_NUMPY} | {"truncation": self.truncation_per_sample}
+        found = {name: getattr(self, name) for name in IN_NUMPY} | {
+            "truncation": self.truncation_per_sample,
+            "discretization": self.discretization_per_sample,
+        }
         return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
 
     def bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> Tensor:
@@ -281,9 +299,15 @@ class Estimate:
         return (
             f"Estimate({len(self.log_prob)} sample{'s' * (len(self.log_prob) > 1)}, {self.dims_in_words} dims, "
             f"log_prob {mean:.4g}{spread} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
-            f"{nfe:.0f} evaluations per sample, "
+            f"{nfe:.0f} evaluations per sample, {self._of_the_rule()}"
             f"largest truncation about {self.truncation:.2g})"
         )
+
+    def _of_the_rule(self) -> str:
+        """Return the mean of `discretization_per_sample` in words where it is above the mean stderr; nothing else."""
+        size = float(self.discretization_per_sample.mean())
+        above = not size <= float(self.stderr.mean())  # NaN is told too
+        return f"discretization about {size:.2g} per sample, " if above else ""
 
 
 def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
+from ..support.warn import warn
 from .calibration import uncalibrated
 from .estimate import Estimate
 from .faults import Faults
@@ -22,6 +23,7 @@ from .round import Numbers, Round
 from .rows import Draws
 from .samples import Samples, deferred
 from .summary import Summary, with_rounding
+from .trapezoids import LEAST_ENTRIES
 
 MIDDLE = 1 << 63  # of the seeds' 64 bits, which int64 has with a sign
 
@@ -59,6 +61,13 @@ class Estimator:
     def report(self, found: Round, samples: Samples, wanted: Wanted, numbers: Numbers | None = None) -> Estimate:
         """Return the estimate of all rounds; its curve and its offset are those of the first."""
         told, variance = numbers or self.numbers(found, samples)
+        table = self.method.by_trapezoids(self.network.schedule)
+        if table is not None and len(table) < LEAST_ENTRIES:
+            warn(
+                f"a table of {len(table)} timesteps shows no curvature of the integrand: how far the trapezoid rule "
+                "over it is off, which may be tens of nats, is in no error; give a schedule of "
+                f"{LEAST_ENTRIES} timesteps at least"
+            )
         return Estimate(
             log_prob=told[0],
             stderr=told[1],
@@ -73,8 +82,9 @@ class Estimator:
             seed=torch.full_like(samples.index, (wanted.seed + MIDDLE) % (2 * MIDDLE) - MIDDLE),
             sample_index=samples.index,
             ends=found.ends,
+            rule_error=found.rule_error,
             offset=found.offset,
-            table=self.method.by_trapezoids(self.network.schedule),
+            table=table,
             faults=Faults(samples, found.value, found.curve_sum) if deferred(samples.device) else None,
         )
 

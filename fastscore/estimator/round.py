@@ -25,7 +25,8 @@ class Numbers(NamedTuple):
 class Round:
     """What one set of draws says of some samples.
 
-    It says value, variances, jump, evaluations, ends, curve, and the offset to the integral.
+    It says value, variances, jump, evaluations, ends, the error of a table's rule with the variance of this, curve, and
+    the offset to the integral.
 
     Of the variances, (2, B), the first is wide enough for intervals of single samples, the second is that of means,
     without the error of the nodes' shift, which `jump` says; see `fastscore.estimator.statistics`.
@@ -37,6 +38,7 @@ class Round:
     jump: Tensor
     nfe: Tensor
     ends: Tensor
+    rule_error: Tensor
     curve_sum: CurveSum
     offset: float | Tensor
     block: Tensor
@@ -44,7 +46,7 @@ class Round:
 
     @classmethod
     def empty(cls, samples: int, draws: int, nfe: int, device: torch.device) -> Round:
-        block = torch.zeros(18 * samples + 2 * draws, dtype=torch.float64, device=device)
+        block = torch.zeros(20 * samples + 2 * draws, dtype=torch.float64, device=device)
         log_snr = torch.zeros(draws, dtype=torch.float64, device="cpu")
         return cls._of(block, torch.full((samples,), nfe, dtype=torch.int64, device=device), log_snr, 0, 0.0)
 
@@ -52,10 +54,11 @@ class Round:
     def _of(cls, block: Tensor, nfe: Tensor, log_snr: Tensor, count: int, offset: float | Tensor) -> Round:
         """Return a round whose numbers lie in one block, so that one copy takes them all."""
         samples, draws = len(nfe), len(log_snr)
-        sizes = [samples, 2 * samples, samples, 14 * samples, draws, draws]
-        value, variance, jump, at_ends, *sums = block.split(sizes)
+        sizes = [samples, 2 * samples, samples, 14 * samples, 2 * samples, draws, draws]
+        value, variance, jump, at_ends, of_rule, *sums = block.split(sizes)
         curve_sum, at_ends = CurveSum(log_snr, *sums, count), at_ends.view(samples, 2, 7)
-        return cls(value, variance.view(2, samples), jump, nfe, at_ends, curve_sum, offset, block)
+        of_rule = of_rule.view(samples, 2)
+        return cls(value, variance.view(2, samples), jump, nfe, at_ends, of_rule, curve_sum, offset, block)
 
     def copy(self, log_snr: Tensor) -> Round:
         """Return the same in other memory, with draws at these log-SNRs."""
@@ -75,5 +78,8 @@ class Round:
         self.value[chosen] += share * (extra.value - self.value[chosen])
         self.jump[chosen] += share * (extra.jump - self.jump[chosen])
         self.variance[:, chosen] = (1 - share) ** 2 * self.variance[:, chosen] + share**2 * extra.variance
+        own, (error, noise) = self.rule_error[chosen], extra.rule_error.unbind(1)
+        error = own[:, 0] + share * (error - own[:, 0])
+        self.rule_error[chosen] = torch.stack([error, (1 - share) ** 2 * own[:, 1] + share**2 * noise], 1)
         self.nfe[chosen] += extra.nfe
         self.numbers = None

@@ -28,7 +28,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from ..support.host import whole
 from .allocation import Allocation
 from .methods import DENSITY, Method
 from .nodes import NodeDensity
+from .trapezoids import Trapezoids, error_weights
 
 MIN_DRAWS = 4
 MAX_DRAWS = 1 << 24  # a rule is a handful of float64 a draw: a gigabyte
@@ -68,6 +69,7 @@ class Rule:
             is within 3 % of that by the weights themselves.
         ends: 1 at the last draw that its own shift decides, -1 at the first, shape (N,). An entry that is drawn in any
             case has no error by the shift.
+        trapezoids: what is summed up of the error of a table's rule; empty where there is no table.
     """
 
     log_snr: Tensor
@@ -80,6 +82,7 @@ class Rule:
     density_remainder: Tensor
     even: Tensor
     ends: Tensor
+    trapezoids: Trapezoids = field(default_factory=Trapezoids.none)
 
     @property
     def nfe(self) -> int:
@@ -88,7 +91,8 @@ class Rule:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Rule:
         """Return the rule with other `tensors`, in their order; where the draws are stays on the CPU."""
-        return replace(self, **dict(zip(MULTIPLIED, tensors)))
+        own, of_table = tensors[: len(MULTIPLIED)], tensors[len(MULTIPLIED) :]
+        return replace(self, **dict(zip(MULTIPLIED, own)), trapezoids=Trapezoids(*of_table))
 
     @classmethod
     def stacked(cls, rules: Sequence[Rule], sizes: Sequence[int]) -> Rule:
@@ -98,13 +102,17 @@ class Rule:
         """
         if len(rules) == 1:
             return rules[0]
-        stacked = (torch.stack(each)[:, None] for each in zip(*(rule.tensors() for rule in rules)))
+        stacked = [torch.stack(each)[:, None] for each in zip(*(rule.tensors() for rule in rules))]
         log_snr = sum(size * rule.log_snr for rule, size in zip(rules, sizes)) / sum(sizes)
-        return replace(rules[0], log_snr=log_snr, **dict(zip(MULTIPLIED, stacked)))
+        return replace(rules[0].with_tensors(stacked), log_snr=log_snr)
 
     def tensors(self) -> list[Tensor]:
         """Return all that is multiplied with f."""
-        return [getattr(self, name) for name in MULTIPLIED]
+        return [*(getattr(self, name) for name in MULTIPLIED), *self.trapezoids]
+
+    def kept(self) -> list[Tensor]:
+        """Return all tensors."""
+        return [*self.tensors(), self.log_snr, self.time, self.paired]
 
     @classmethod
     def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:
@@ -180,7 +188,7 @@ class Rules:
 
     def nbytes(self) -> int:
         """Return the bytes of the rules that are kept."""
-        return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in vars(rule).values())
+        return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in rule.kept())
 
     def _ask_everywhere(self) -> None:
         self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
@@ -233,6 +241,7 @@ class _Table:
     cell: Tensor
     curve: Tensor
     allocation: Allocation
+    error: Tensor | None
 
     @classmethod
     def of(cls, density: NodeDensity, draws: int, schedule: Schedule, method: Method) -> _Table | None:
@@ -245,7 +254,9 @@ class _Table:
         # single step of a table may outweigh all others, at noise where nothing is left to see.
         shares = [share / share.sum() for share in (density.density_at(log_snr) * each for each in (weight, cell))]
         allocation = Allocation.of((shares[0] + shares[1]) / 2, draws)
-        return cls(log_snr, time, weight, cell, density.curve_at(log_snr), allocation)
+        # Sums that are no integral know their distance to it otherwise.
+        error = error_weights(log_snr) if method is DENSITY else None
+        return cls(log_snr, time, weight, cell, density.curve_at(log_snr), allocation, error)
 
     def rule(self, paired: Tensor, shift: float) -> Rule:
         entry = self.allocation.entries(shift)
@@ -263,7 +274,13 @@ class _Table:
             density_remainder=self.cell @ self.curve - cell @ curve,
             even=self.weight[entry] * even,
             ends=_ends(~certain),
+            trapezoids=self._trapezoids(entry, cell),
         )
+
+    def _trapezoids(self, entry: Tensor, cell: Tensor) -> Trapezoids:
+        if self.error is None:
+            return Trapezoids.none()
+        return Trapezoids.of(self.error / self.cell, self.error @ self.curve, entry, cell)
 
 
 def common_shift(seed: int, round_: int = 0) -> float:

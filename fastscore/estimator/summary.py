@@ -20,6 +20,7 @@ from .part import Part
 from .round import Numbers, Round
 from .samples import Samples
 from .statistics import FEWEST_BENDS, KNOWN, STEEP, Spread, draw_sum
+from .trapezoids import error_of_rule
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Summary:
             self._by_kernel(part, samples, found)
         else:
             self._by_torch(part, samples, found)
+        if part.rule.trapezoids.error.numel():
+            f, rule = part.block(part.f), part.rule
+            found.rule_error[part.samples] = part.flat(error_of_rule(f, rule.curve, rule.trapezoids))
 
     def _by_torch(self, part: Part, samples: Samples, found: Round) -> None:
         chosen, rule, f = part.samples, part.rule, part.block(part.f)
@@ -68,6 +72,7 @@ class Summary:
             integral = part.flat(draw_sum(f, rule, density=True))
             integral += DENSITY.base(self.reference, x, self.schedule, mask)
             found.offset = found.offset + (value - integral).sum() / len(samples)
+            found.rule_error[chosen, 0] = (value - integral).detach()
 
     def _by_kernel(self, part: Part, samples: Samples, found: Round) -> None:
         x, rule, q = samples.x, part.rule, self.reference

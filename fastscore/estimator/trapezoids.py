@@ -1,0 +1,92 @@
+r"""What the trapezoid rule over a table is off the integral, sample by sample, from a sample's own draws.
+
+The rule errs by :math:`h^3 f''/12` in a cell of width h. With f'' from the parabolas through three neighbouring entries
+(the mean of the two that a cell is part of) that is a weighted sum of f over the entries, which is estimated by the
+same draws as the integral: unbiased, and with a variance by the differences of draws at the same entry, or of
+neighbouring ones where an entry has one draw. Errors of samples have both signs: their mean over a batch says nothing
+of one sample.
+
+References:
+    Handbook of Mathematical Functions, 25.4.2 (Abramowitz and Stegun, 1964)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_ENTRIES = 3  # of a table, which show a curvature
+
+
+class Trapezoids(NamedTuple):
+    """Weights of the draws in the rule's error and in its variance; all are empty where there is no table.
+
+    Attributes:
+        error: of -f/2 less its known mean, at each draw, float64, shape (N,).
+        remainder: the error of the known mean itself, shape ().
+        noise: of the squared differences of successive draws in the variance, shape (N - 1,).
+    """
+
+    error: Tensor
+    remainder: Tensor
+    noise: Tensor
+
+    @classmethod
+    def none(cls) -> Trapezoids:
+        empty = torch.zeros(0, dtype=torch.float64, device="cpu")
+        return cls(empty, empty, empty)
+
+    @classmethod
+    def of(cls, per_cell: Tensor, remainder: Tensor, entry: Tensor, weight: Tensor) -> Trapezoids:
+        """Return the weights of draws.
+
+        Arguments:
+            per_cell: the error's weights over the rule's, entry by entry, shape (T,).
+            remainder: the error's weights times the known mean at the entries, summed.
+            entry: of each draw, ascending, int64, shape (N,).
+            weight: of each draw in the rule, shape (N,).
+        """
+        error = weight * per_cell[entry]
+        same = entry[1:] == entry[:-1]
+        alone = torch.ones(len(entry), dtype=torch.bool, device="cpu")
+        alone[1:] &= ~same
+        alone[:-1] &= ~same
+        # Each draw's variance is half of the mean of these squared differences; those to another entry count only
+        # where a draw is the only one of its own, since they have the integrand's course in them.
+        left, right = same | alone[1:], same | alone[:-1]
+        count = torch.zeros(len(entry), dtype=torch.float64, device="cpu")
+        count[1:] += left
+        count[:-1] += right
+        square = error.square() / (8 * count.clamp(min=1))
+        return cls(error, remainder, left * square[1:] + right * square[:-1])
+
+
+def error_weights(log_snr: Tensor) -> Tensor:
+    """Return the weights of f in the rule's error over ascending log-SNRs, float64, (T,); NaN for fewer than three."""
+    n = len(log_snr)
+    if n < LEAST_ENTRIES:
+        return torch.full_like(log_snr, torch.nan)
+    h = log_snr.diff()
+    slope = torch.eye(n, dtype=log_snr.dtype, device=log_snr.device).diff(dim=0) / h[:, None]
+    second = slope.diff(dim=0) / (0.5 * (log_snr[2:] - log_snr[:-2]))[:, None]
+    in_cell = torch.cat([second[:1], (second[1:] + second[:-1]) / 2, second[-1:]])
+    return (h**3 / 12) @ in_cell
+
+
+def error_of_rule(f: Tensor, curve: Tensor, trapezoids: Trapezoids) -> Tensor:
+    """Return the estimated error of log p by the rule and the variance of this estimate, float64, shape (..., 2).
+
+    Arguments:
+        f, curve: of each draw, and its known mean, shapes (..., N).
+    """
+    noise = f.detach().to(torch.float64) - curve
+    error = -0.5 * ((noise * trapezoids.error).sum(-1) + trapezoids.remainder)
+    return torch.stack([error, (noise.diff(dim=-1).square() * trapezoids.noise).sum(-1)], -1)
+
+
+def size_of_error(found: Tensor) -> Tensor:
+    """Return the size of errors (B, 2) as `error_of_rule` tells them, without what their noise adds, shape (B,)."""
+    error, variance = found.unbind(-1)
+    return (error.square() - variance).clamp(min=0).sqrt()
