@@ -121,9 +121,10 @@ class Planner:
         costs = self._costs.setdefault(network.model, {})
         if kind not in costs:
             costs[kind] = (self_fit_cost if own else cost_of_row)(network, samples, programs, reference)
-            self._probe(network, samples)
         points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
-        return plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)
+        chunks = plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)
+        self._probe(network, samples, chunks.rows)
+        return chunks
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
         """Return whether something is asked of a network for the first time with data of this shape."""
@@ -155,12 +156,12 @@ class Planner:
             tuple(program is not None for program in programs),
         )
 
-    def _probe(self, network: Network, samples: Samples) -> None:
+    def _probe(self, network: Network, samples: Samples, most: int) -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own."""
         if self.first("coupling", network, samples):
             with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
                 options = network.schedule, network.log_snr_range, network.time_dtype
-                probe.warn_of_coupling(network.model, samples, *options)
+                probe.warn_of_coupling(network.model, samples, *options, most)
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         self._plans.pop(key, None)
