@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.comparison import Comparison, Differences
-from .estimator.coupling import warn_if_coupled
 from .estimator.degenerate import warn_if_degenerate, warn_if_far, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
@@ -228,7 +227,6 @@ class ScoreDensity(NetworkDensity):
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
-        warn_if_coupled(network, samples, self.reference)
         if self.reference.mean.shape[1] > 1 and self.planner.first("distance", network, samples):
             warn_if_far(samples, self.reference)
         if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):

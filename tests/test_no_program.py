@@ -130,6 +130,25 @@ def test_an_attrgetter_is_followed():
     assert not fs.explain(Looking(), (4,)).startswith("no row program")
 
 
+class LooksAtHooks(Looking):
+    """Answers twice as much while somebody has a hook at its last layer."""
+
+    def forward(self, x, t):
+        return super().forward(x, t) * (2 if self.last._forward_hooks else 1)
+
+
+def test_a_network_that_looks_at_its_hooks_sees_none_of_a_check():
+    torch.manual_seed(0)
+    net, x = LooksAtHooks(), torch.randn(6, 4)
+    density, itself = (fs.ScoreDensity(net, SCHEDULE, "eps", program=p) for p in ("auto", False))
+    for hooked in (False, True):
+        if hooked:
+            net.last.register_forward_hook(lambda *_: None)
+        found, expected = (d.estimate(x, nfe=32).log_prob for d in (density, itself))
+        # The same sums in another order: float32's roundings of about -30 nats.
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4), hooked
+
+
 def test_an_export_that_fails_leaves_no_hook_behind(monkeypatch):
     """As torch 2.11's does, so that every later network's code seemed to read what belongs to the tracer."""
 

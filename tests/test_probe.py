@@ -8,7 +8,7 @@ from program_networks import NETWORKS
 from torch import nn
 
 import fastscore as fs
-from fastscore.estimator.probe import COPIES, NetworkWarning
+from fastscore.estimator.probe import COPIES, MOST_NUMBERS, MOST_ROWS, NetworkWarning
 from fastscore.estimator.resolution import ROWS
 
 SCHEDULE = fs.VP()
@@ -130,9 +130,111 @@ def test_the_cost_in_forward_passes():
     density.estimate(torch.randn(4, 3), nfe=8)
     first, net.rows = sum(net.rows), []
     density.estimate(torch.randn(4, 3), nfe=8)
-    # Two batches of four rows' copies and one of three; two samples' rows at the least noise; the others measure the
-    # memory of one.
-    assert first - sum(net.rows) <= 8 * COPIES + 3 + 2 * ROWS + 24
+    # Two batches of eight rows' copies, a large one and one of three; two samples' rows at the least noise; the others
+    # measure the memory of one.
+    assert first - sum(net.rows) <= 16 * COPIES + MOST_ROWS + 3 + 2 * ROWS + 24
+
+
+def test_rows_of_many_numbers_are_few():
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rows = nn.Parameter(torch.ones(())), []
+
+        def forward(self, x, t):
+            self.rows.append(len(x))
+            return self.weight * x
+
+    net = Images()
+    fs.ScoreDensity(net, SCHEDULE, "eps", program=False).estimate(torch.randn(2, 3, 32, 32), nfe=8)
+    assert MOST_NUMBERS // 3072 < 3  # rows, of which there are three at least
+    assert max(net.rows) <= 2 * ROWS  # of two samples at the least noise
+
+
+class Experts(nn.Module):
+    """Two networks for two ranges of time: one number of the batch's times chooses between them for all rows."""
+
+    def __init__(self, boundary, choose):
+        super().__init__()
+        self.net, self.boundary, self.choose = Net(), boundary, choose
+
+    def forward(self, x, t):
+        out = self.net(x, t)
+        return out if bool(self.choose(t / SCHEDULE.time_range[1]) >= self.boundary) else 0.9 * out
+
+
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [
+        (lambda t: t[0], r"the time of the first row alone \(t\[0\]\)"),
+        (torch.max, "one choice for all its times"),
+        (torch.min, "one choice for all its times"),
+        (torch.mean, "one choice for all its times"),
+    ],
+    ids=["first", "largest", "smallest", "mean"],
+)
+@pytest.mark.parametrize("boundary", [0.02, 0.1, 0.3, 0.5, 0.7, 0.875, 0.97])
+def test_one_of_two_experts_for_all_rows_is_seen_wherever_their_boundary_is(boundary, choose, said):
+    torch.manual_seed(0)
+    with pytest.warns(NetworkWarning, match=said):
+        fs.ScoreDensity(Experts(boundary, choose), SCHEDULE, "eps", program=False).estimate(torch.randn(4, 3), nfe=8)
+
+
+@pytest.mark.parametrize("kind", ["capacity", "large batches"])
+def test_a_limit_on_the_rows_of_a_batch_is_seen(kind):
+    class Limited(Net):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            if kind == "large batches":
+                return out if len(x) < 100 else 0.9 * out
+            late = (x[:, :1] > 0).cumsum(0) > 32  # what is above it goes through no expert
+            return torch.where(late & (x[:, :1] > 0), 0.9 * out, out)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    with pytest.warns(NetworkWarning, match="lets the rows of a batch see each other.*or a limit on its rows"):
+        fs.ScoreDensity(Limited(), SCHEDULE, "eps", program=False).estimate(x, nfe=256)
+
+
+class Placed(Net):
+    """Adds noise of a fixed seed: what a row gets depends on its place."""
+
+    def forward(self, x, t):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return super().forward(x, t) + 0.1 * noise
+
+
+class Cached(Net):
+    """Averages with the last answer of the same shape, as caches of features between two steps do."""
+
+    def forward(self, x, t):
+        out = super().forward(x, t)
+        last = getattr(self, "last_answer", None)
+        if last is not None and last.shape == out.shape:
+            out = 0.9 * out + 0.1 * last
+        self.__dict__["last_answer"] = out.detach()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "unsaid"),
+    [
+        (Placed, "at two places of one batch, and the same when that is evaluated again: .*the row's place", "random"),
+        (Cached, "evaluated again: it draws random numbers.*or it keeps something from call to call", "places"),
+    ],
+)
+def test_a_network_that_draws_nothing_is_not_said_to(make, said, unsaid):
+    torch.manual_seed(0)
+    with pytest.warns(NetworkWarning, match=said) as found:
+        fs.ScoreDensity(make(), SCHEDULE, "eps", program=False).estimate(torch.randn(4, 3), nfe=8)
+    assert not any(unsaid in str(w.message) for w in found if issubclass(w.category, NetworkWarning))
+
+
+def test_an_error_of_a_probe_speaks_of_the_conditions_as_given():
+    density = fs.ScoreDensity(Net(), SCHEDULE, "eps", program=False)
+    y = torch.tensor([0, 1, 2, 1, 0, 11])  # of eleven labels
+    with pytest.raises(ValueError, match=r"conditions y \(\) a sample: IndexError"):
+        density.estimate(torch.randn(6, 3), nfe=8, y=y)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from ..program.row_program import ONE_AT_A_TIME, RowProgram
 from ..reference.gaussians import Reference
 from ..support.host import whole
 from ..support.memory import Chunks, RowCost, plan_chunks
+from ..support.untouched import uncompiled, undisturbed
 from . import probe
+from .coupling import may_be_coupled, warn_if_coupled
 from .integrand import all_values, cost_of_row
 from .methods import DENSITY, Method
 from .network import Network
@@ -121,9 +123,10 @@ class Planner:
         costs = self._costs.setdefault(network.model, {})
         if kind not in costs:
             costs[kind] = (self_fit_cost if own else cost_of_row)(network, samples, programs, reference)
-            self._probe(network, samples)
         points = POINT_BYTES * samples.x.shape[1] if wanted.noise == "sobol" else 0
-        return plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)
+        chunks = plan_chunks(costs[kind], points, draws, wanted.memory, samples.x.device)
+        self._ask(network, samples, reference, chunks.rows)
+        return chunks
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
         """Return whether something is asked of a network for the first time with data of this shape."""
@@ -155,12 +158,15 @@ class Planner:
             tuple(program is not None for program in programs),
         )
 
-    def _probe(self, network: Network, samples: Samples) -> None:
-        """Ask the network once, for each shape of data, whether its answers are its rows' own."""
-        if self.first("coupling", network, samples):
-            with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
+    def _ask(self, network: Network, samples: Samples, reference: Reference, most: int) -> None:
+        """Ask the network once, for each shape of data, whether its answers are its rows' own, and its noise too."""
+        with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
+            if self.first("rows", network, samples):
                 options = network.schedule, network.log_snr_range, network.time_dtype
-                probe.warn_of_coupling(network.model, samples, *options)
+                probe.warn_of_coupling(network.model, samples, *options, most)
+            if may_be_coupled(network, samples) and self.first("noise", network, samples):
+                with uncompiled(), undisturbed(network.model):
+                    warn_if_coupled(network, samples, reference)
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         self._plans.pop(key, None)

@@ -1,12 +1,12 @@
 """Ask a network once whether its answers are its rows' own: the same for the same row, whatever else is in the batch.
 
 The density formula evaluates every row by itself, at a time of its own. Networks written for samplers may read the
-time of the first row alone, take statistics over the batch, or drop labels at random; their numbers look like any
-others. Three calls tell: a batch of four rows (two samples at two times) in many copies, the rows of the first time,
-and one row of the second; what one of them reads of its batch, be it the first, the largest or the mean, is another
-thing in the others. Half of the second call's rows stand where they stood in the first, which is of the same size:
-their answers are the same to the bit, so that a coupling shows there however weak it is. Where something differs, more
-calls name it.
+time of the first row alone, choose one expert for all rows, take statistics over the batch, or drop labels at random;
+their numbers look like any others. Four calls tell: a batch of eight rows (two samples at four times) in many copies,
+as many rows of the second time, many of the noisiest, and three of the cleanest; what one of them reads of its batch,
+be it the first, the largest or the mean, is another thing in the others. Some of the second call's rows stand where
+they stood in the first, which is of the same size: their answers are the same to the bit, so that a coupling shows
+there however weak it is. Where something differs, more calls name it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from ..support.untouched import uncompiled, undisturbed
 from ..support.warn import warn
 from .samples import Samples
 
-# Copies of four rows: a label dropped in 10 % of the rows is seen with probability 1 - 0.9^24 = 92 % in one call and
+# Of the range of log-SNR, from noise to data. Experts are chosen near its ends too: Wan 2.2's boundary, sigma = 0.875
+# of a flow, lies at 0.34, a refiner's from 0.5 on. Beyond 0.9 an answer may be the rounded remainder of a difference.
+TIMES = 0.35, 0.65, 0.01, 0.9
+# Copies of eight rows: a label dropped in 10 % of the rows is seen with probability 1 - 0.9^24 = 92 % in one call and
 # 99 % in two, and one call of 24 rows costs less than a tenth of an estimate's 256 evaluations.
-COPIES = 6
+COPIES = 3
+# Rows of the largest call, which meets limits on a batch (an expert's capacity): fewer where its numbers are more.
+MOST_ROWS, MOST_NUMBERS, FEWEST_ROWS = 128, 8192, 3
 # Of the norm of an answer. Batches of another size are summed in another order, by other kernels, perhaps in tf32.
 # In a batch of the same size and at the same place a row's answer is the same to the bit, whatever stands beside it.
 SAME_PLACE = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
-RANDOM = "it draws random numbers, as dropout and label dropout (class_dropout_prob, cond_drop_prob) do; "
+RANDOM = "it draws random numbers, as dropout and label dropout (class_dropout_prob, cond_drop_prob) do"
 
 
 class NetworkWarning(UserWarning):
@@ -36,71 +41,115 @@ class NetworkWarning(UserWarning):
 
 
 def warn_of_coupling(
-    model: nn.Module, samples: Samples, schedule: Schedule, span: tuple[float, float], time_dtype: torch.dtype | None
+    model: nn.Module,
+    samples: Samples,
+    schedule: Schedule,
+    span: tuple[float, float],
+    time_dtype: torch.dtype | None,
+    most: int = MOST_ROWS,
 ) -> None:
     """Warn if a network answers differently for the same rows, and say what differs and what to do.
 
     Arguments:
         samples: data; the first and the last sample are used, with their conditions.
-        span: the range of log-SNR; two times within it are used.
+        span: the range of log-SNR; four times within it are used.
+        most: rows that fit into memory at once.
     """
-    with uncompiled(), undisturbed(model):
-        found = _what_differs(model, samples, schedule, span, time_dtype)
+    with uncompiled(), undisturbed(model), torch.no_grad():
+        found = _Asked(model, samples, schedule, span, time_dtype).what_differs(most)
     if found is not None:
         warn(f"the network {found}", NetworkWarning)
 
 
-@torch.no_grad()
-def _what_differs(
-    model: nn.Module, samples: Samples, schedule: Schedule, span: tuple[float, float], time_dtype: torch.dtype | None
-) -> str | None:
-    two = samples.select(torch.tensor([0, len(samples) - 1], device=samples.device))
-    # As noised as they will be, and apart even where both are the same sample.
-    noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(samples.x)
-    at = torch.tensor([0.35, 0.65], dtype=torch.float64, device="cpu") * (span[1] - span[0]) + span[0]
-    times = schedule.time(at)
-    alpha, sigma = (v.to(samples.x) for v in schedule.alpha_sigma(times))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.x.dtype)
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+class _Asked:
+    """A network with eight rows, two samples at four times, that are put together into batches.
 
-    def call(which: Tensor, when: Tensor) -> Tensor:
-        which, when = which.to(samples.device), when.to(samples.device)
-        rows, t = two.select(which), times.to(samples.device)[when]
-        x_t = alpha[when, None] * rows.x + sigma[when, None] * noise[which]
-        # As one sample with many rows, since every row has a time of its own; conditions go along with the rows.
-        answer = predict(model, x_t[None], t, rows.conds[0].tiled(1), rows.shape, time_dtype)[0]
+    Row k is of sample k % 2, at time k // 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        schedule: Schedule,
+        span: tuple[float, float],
+        time_dtype: torch.dtype | None,
+    ) -> None:
+        self.model, self.time_dtype = model, time_dtype
+        self.two = samples.select(torch.tensor([0, len(samples) - 1], device=samples.device))
+        # As noised as they will be, and apart even where both are the same sample.
+        noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+        self.noise = noise.to(samples.x)
+        at = torch.tensor(TIMES, dtype=torch.float64, device="cpu") * (span[1] - span[0]) + span[0]
+        times = schedule.time(at)
+        self.alpha, self.sigma = (v.to(samples.x) for v in schedule.alpha_sigma(times))
+        self.times = times.to(samples.device)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.x.dtype)
+        self.tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+
+    def call(self, kind: Tensor) -> Tensor:
+        """Return the answers for a batch of such rows, as one sample with many rows, each with a time of its own."""
+        kind = kind.to(self.noise.device)
+        which, when = kind % 2, kind // 2
+        rows = self.two.select(which)
+        x_t = self.alpha[when, None] * rows.x + self.sigma[when, None] * self.noise[which]
+        cond = rows.conds[0].tiled(1)  # conditions go along with the rows
+        answer = predict(self.model, x_t[None], self.times[when], cond, rows.shape, self.time_dtype)[0]
         return answer.clone()  # the network may write every answer into the same memory
 
-    eval_mode = "call model.eval(), or " if any(layer.training for layer in model.modules()) else ""
-    kind = torch.arange(4, device="cpu").repeat(COPIES)
-    sample, time = kind % 2, kind // 2
-    batch = call(sample, time)
-    if not _same(batch.reshape(COPIES, 4, -1), batch[None, :4], tolerance):
-        return f"answers differently for the same row in one batch: {RANDOM}{eval_mode}turn them off"
-    early = torch.arange(4 * COPIES, device="cpu") % 2  # rows 0 and 1, at the first time
-    last = torch.tensor([3, 3, 3], device="cpu")
-    company, alone = (call(sample[few], time[few]) for few in (early, last))
-    stayed = kind == early
-    apart = not (_same(company, batch[early], tolerance) and _same(alone, batch[last], tolerance))
-    weakly = not _same(company[stayed], batch[stayed], SAME_PLACE)
-    if not apart and not weakly:
-        return None
-    again = [call(sample[few], time[few]) for few in (early, last, torch.arange(4 * COPIES, device="cpu"))]
-    if not apart and not _same(again[2], batch, SAME_PLACE):
-        return None  # sums in no fixed order, by as little
-    if not all(_same(found, before, tolerance) for found, before in zip(again, (company, alone, batch))):
-        return f"answers differently when the same batch is evaluated again: {RANDOM}{eval_mode}turn them off"
-    mixed, turned = torch.tensor([[0, 3, 3], [3, 0, 0]], device="cpu")
-    same = [_same(call(sample[few], time[few]), batch[few], tolerance) for few in (mixed, turned)]
-    if same == [True, False]:  # the batch's own time goes with the first row
+    def what_differs(self, most: int) -> str | None:
+        eval_mode = "call model.eval(), or " if any(layer.training for layer in self.model.modules()) else ""
+        kind = torch.arange(8, device="cpu").repeat(COPIES)
+        batch = self.call(kind)
+        if not _same(batch.reshape(COPIES, 8, -1), batch[None, :8], self.tolerance):
+            if _same(self.call(kind), batch, SAME_PLACE):
+                return (
+                    "answers differently for the same row at two places of one batch, and the same when that is "
+                    "evaluated again: the answer depends on the row's place, as with noise of a fixed seed or a limit "
+                    "on the rows of an expert; make every row independent"
+                )
+            return f"answers differently for the same row in one batch: {RANDOM}; {eval_mode}turn them off"
+        many = max(FEWEST_ROWS, min(most, MOST_ROWS, MOST_NUMBERS // self.noise.shape[1]))
+        company = torch.arange(8 * COPIES, device="cpu") % 2 + 2  # rows 2 and 3, at the second time
+        noisiest, cleanest = torch.arange(many, device="cpu") % 2 + 4, torch.tensor([7, 7, 7], device="cpu")
+        others = [company, noisiest, cleanest]
+        answers = [self.call(few) for few in others]
+        stayed = kind == company
+        apart = not all(_same(found, batch[few], self.tolerance) for found, few in zip(answers, others))
+        weakly = not _same(answers[0][stayed], batch[stayed], SAME_PLACE)
+        if not apart and not weakly:
+            return None
+        again = [self.call(few) for few in [*others, kind]]
+        if not apart and not _same(again[-1], batch, SAME_PLACE):
+            return None  # sums in no fixed order, by as little
+        if not all(_same(found, before, self.tolerance) for found, before in zip(again, [*answers, batch])):
+            return (
+                f"answers differently when the same batch is evaluated again: {RANDOM}, or it keeps something from "
+                f"call to call, as a cache of features does; {eval_mode}turn them off"
+            )
+        if self._by_the_first_row(batch):
+            return (
+                "answers for the time of the first row alone (t[0]) where a batch mixes times, as densities do; "
+                "make it use one time a row, t of shape (rows,)"
+            )
         return (
-            "answers for the time of the first row alone (t[0]) where a batch mixes times, as densities do; "
-            "make it use one time a row, t of shape (rows,)"
+            "lets the rows of a batch see each other (statistics over the batch, attention across it, one choice for "
+            "all its times, or a limit on its rows), so that the answer for a sample depends on its company; "
+            f"{eval_mode}make every row independent"
         )
-    return (
-        "lets the rows of a batch see each other (statistics over the batch, or attention across it), so that the "
-        "answer for a sample depends on its company; " + eval_mode + "make every row independent"
-    )
+
+    def _by_the_first_row(self, batch: Tensor) -> bool:
+        """Return whether batches that start as the first did answer as it did, and some that start otherwise do not."""
+        starts, turned = [], []
+        for other in (3, 5, 7):
+            starts += [[0, other, other], [0, 0, 0, other]]
+            turned += [[other, 0, 0], [other, other, other, 0]]
+
+        def same(kinds: list[int]) -> bool:
+            few = torch.tensor(kinds, device="cpu")
+            return _same(self.call(few), batch[few], self.tolerance)
+
+        return all(map(same, starts)) and not all(map(same, turned))
 
 
 def _same(found: Tensor, expected: Tensor, tolerance: float) -> bool:

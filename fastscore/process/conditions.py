@@ -70,6 +70,7 @@ class Conditions:
     Attributes:
         unsaid: paths that the caller has not marked, neither as per sample nor as shared.
         samples: how many the call has.
+        given: what these were made of (`tiled`): errors speak of that, since it is the caller's.
     """
 
     per_sample: dict[str, Tensor]
@@ -77,6 +78,7 @@ class Conditions:
     structure: Structure | None = None
     unsaid: tuple[str, ...] = ()
     samples: int = 0
+    given: Conditions | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, object], batch: int, model: nn.Module | None = None) -> Conditions:
@@ -117,6 +119,8 @@ class Conditions:
 
     def other_lengths(self) -> list[str]:
         """Return of every tensor that its length alone made shared, in words, the length that it would need else."""
+        if self.given is not None:
+            return self.given.other_lengths()
         guessed = {path: self.shared[path] for path in self.unsaid if path in self.shared}
         return [
             f"condition {path!r} has {len(value)} entries and counts as shared, with one a sample it has {self.samples}"
@@ -177,9 +181,8 @@ class Conditions:
 
     def tiled(self, copies: int) -> Conditions:
         """Return the conditions of one sample whose rows are all samples, `copies` times one after the other."""
-        return Conditions(
-            {}, {k: torch.cat([v] * copies) for k, v in self.per_sample.items()} | self.shared, self.structure
-        )
+        own = {k: torch.cat([v] * copies) for k, v in self.per_sample.items()}
+        return Conditions({}, own | self.shared, self.structure, given=self)
 
     def marked(self) -> dict[str, object]:
         """Return the keyword arguments with every leaf marked as what it was found to be."""
@@ -193,6 +196,8 @@ class Conditions:
         return leaves if self.structure is None else self.structure.build(leaves)
 
     def __str__(self) -> str:
+        if self.given is not None:
+            return str(self.given)
         own = [f"{name} {tuple(v.shape[1:])} a sample" for name, v in self.per_sample.items()]
         tensors = {name: v for name, v in self.shared.items() if has_shape(v)}
         return ", ".join(own + [f"{name} {tuple(v.shape)} shared by all" for name, v in tensors.items()])
