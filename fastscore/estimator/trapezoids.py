@@ -69,10 +69,19 @@ def error_weights(log_snr: Tensor) -> Tensor:
     if n < LEAST_ENTRIES:
         return torch.full_like(log_snr, torch.nan)
     h = log_snr.diff()
-    slope = torch.eye(n, dtype=log_snr.dtype, device=log_snr.device).diff(dim=0) / h[:, None]
-    second = slope.diff(dim=0) / (0.5 * (log_snr[2:] - log_snr[:-2]))[:, None]
-    in_cell = torch.cat([second[:1], (second[1:] + second[:-1]) / 2, second[-1:]])
-    return (h**3 / 12) @ in_cell
+    cell = h**3 / 12
+    # What each parabola has: half of both cells beside its middle, and all of the first and the last one.
+    half = torch.cat([cell[:1], cell[1:-1] / 2, cell[-1:]])
+    second = half[:-1] + half[1:]
+    # Second and first differences read from their ends: what a table of T entries takes is a few times T numbers.
+    slope = _differences_of(second / (0.5 * (log_snr[2:] - log_snr[:-2])))
+    return _differences_of(slope / h)
+
+
+def _differences_of(weight: Tensor) -> Tensor:
+    """Return the weights of numbers, (n + 1,), in a sum of their differences with these weights, (n,)."""
+    edge = weight.new_zeros(1)
+    return torch.cat([edge, weight]) - torch.cat([weight, edge])
 
 
 def error_of_rule(f: Tensor, curve: Tensor, trapezoids: Trapezoids) -> Tensor:
