@@ -109,9 +109,8 @@ def _of_the_data(network: Network, samples: Samples) -> float:
 def _split(network: Network, samples: Samples, log_snr: float, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the data and the noise, (B, R, d), that the network sees in rows x_t, by prediction = a eps + b x."""
     time = network.schedule.time(torch.tensor([log_snr], dtype=torch.float64, device="cpu"))
-    generator = torch.Generator(samples.device).manual_seed(seed)
-    size = len(samples), rows, samples.x.shape[1]
-    noise = torch.randn(size, generator=generator, device=samples.device, dtype=samples.x.dtype)
+    size, generator = (len(samples), rows, samples.x.shape[1]), torch.Generator().manual_seed(seed)
+    noise = torch.randn(size, generator=generator, device="cpu", dtype=samples.x.dtype).to(samples.device)
     alpha, sigma = network.schedule.alpha_sigma(time)
     x_t = alpha.to(noise) * samples.x[:, None] + sigma.to(noise) * noise
     times = time.expand(rows).to(samples.device)
