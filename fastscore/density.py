@@ -36,7 +36,7 @@ from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse
+from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
 from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
 from .process.conditions import merged, takes_conditions
@@ -106,7 +106,8 @@ class ScoreDensity(NetworkDensity):
         self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
-        refuse_no_inverse(schedule, ends := range_of(schedule, scales))
+        ends = range_of(schedule, scales)
+        refuse_upside_down(ends, schedule, scales), refuse_no_inverse(schedule, ends)
         nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
         self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
         self.nodes = nodes

@@ -157,7 +157,7 @@ def interrupted(tmp_path):
     """An unfinished run with some blocks, and the bytes of an uninterrupted one."""
     evaluate_dataset(density(), samples(), tmp_path / "whole.npz", **OPTIONS)
     with pytest.raises(Interrupted, match=r"3 of 7 blocks are kept in .*r\.npz\.partial"):
-        evaluate_dataset(density(calls=10), samples(), tmp_path / "r.npz", **OPTIONS)  # seven calls are the probes
+        evaluate_dataset(density(calls=11), samples(), tmp_path / "r.npz", **OPTIONS)  # eight calls are the probes
     return tmp_path / "r.npz", (tmp_path / "whole.npz").read_bytes()
 
 

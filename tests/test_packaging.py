@@ -187,7 +187,8 @@ def broken(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc" / "CMakeLists.txt", folder / "csrc")
+    for name in ("CMakeLists.txt", "strict_nvcc.sh"):
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
     (folder / "csrc" / "kernel.cu").write_text("int broken = ;\n")
     return folder
 

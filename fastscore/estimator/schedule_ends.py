@@ -49,6 +49,7 @@ class ScheduleEnds:
             return nodes
         self.settings, ends = None, range_of(schedule, self.placed.scales.tolist())
         if not _same(ends, self.range):
+            refuse_upside_down(ends, schedule, self.placed.scales.tolist())
             nodes = self.made = self.placed if _same(ends, self.home) else self.placed.moved_to(*ends)
             self.range, self.edges = ends, nodes.edges
         self.settings = now
@@ -62,24 +63,30 @@ class ScheduleEnds:
 def range_of(schedule: Schedule, scales: Sequence[float]) -> Range:
     """Return the range of log-SNR of a schedule for data of these scales, from the noisy end to the clean one.
 
+    Of data that a `fit` found far narrower than the least noise, or far wider than the most, it is upside down: then
+    the fitted reference stands for the network, and a warning says so.
+
     Raises:
-        ValueError: if the ends are no numbers, not finite, or the other way round.
+        ValueError: if the ends are no numbers.
     """
     try:
-        ends = schedule.range_for(*scales)
+        return schedule.range_for(*scales)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         given = getattr(schedule, "time_range", None)
         raise ValueError(
             f"the ends of {type(schedule).__name__} must be numbers that its log-SNR is known at, got time_range "
             f"{given!r}, of which it says: {error}; set its time_range to (least noisy, noisiest)"
         ) from error
+
+
+def refuse_upside_down(ends: Range, schedule: Schedule, scales: Sequence[float]) -> None:
+    """Raise ValueError for ends that are not finite, or the other way round."""
     if not (all(map(math.isfinite, ends)) and ends[0] < ends[1]):
         raise ValueError(
             f"the range of log-SNR must go up from the noisy end to the clean one, got {ends} of {schedule!r} for data "
             f"of scales {min(scales):.3g} to {max(scales):.3g}; set its time_range to (least noisy, noisiest), or give "
             "data that are not far below its least noise"
         )
-    return ends
 
 
 def refuse_no_inverse(schedule: Schedule, ends: Range) -> None:

@@ -173,7 +173,7 @@ def _numbers(indices: Sequence[int]) -> Tensor:
     try:
         given = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        given = torch.full((1,), torch.nan)
+        given = torch.full((1,), torch.nan, device="cpu")
     if given.dtype == torch.bool:
         raise ValueError(
             f"indices must be the numbers of the samples, got {len(given)} of torch.bool; of a mask give "
