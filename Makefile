@@ -25,8 +25,11 @@ FAST_TESTS := test_architecture.py test_discrete.py test_estimate.py test_loadin
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
+# Which lines ran is told as well, which takes a third of the time; continuous integration leaves it out.
+COVERAGE ?= --cov --cov-report=term:skip-covered
+
 test: lint docs
-	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --dist loadfile $(COVERAGE)
 
 # Under a minute on two cores; the rest is for `make test`.
 test-fast: .venv/dev
