@@ -71,8 +71,8 @@ class ScoreDensity(NetworkDensity):
         program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
             time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False.
         compile: whether torch.compile makes the network, or what no fused kernel covers of its row program. The first
-            call of a shape takes up to a minute more. Where it fails, the network runs as it is, and a warning says
-            why. The model itself stays as it is; options go with torch.compile(model, ...) in its place.
+            call of a shape waits for the compiler. Where it fails, the network runs as it is, and a warning says why.
+            The model itself stays as it is; options go with torch.compile(model, ...) in its place.
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program; for a schedule whose ends are the other way
