@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import types
 import typing
 
 import torch
@@ -71,6 +72,7 @@ NESTED = {
     "dataclasses in a list": (lambda m: [Given(m)], lambda a, more: a[0].mean),
     "a namespace": (lambda m: argparse.Namespace(mean=m), lambda a, more: a.mean),
     "another mapping": (lambda m: Bag(mean=m), lambda a, more: a["mean"]),
+    "a read-only mapping": (lambda m: types.MappingProxyType({"mean": m, "crop": 0}), lambda a, more: a["mean"]),
     "an ordered dict": (lambda m: collections.OrderedDict(mean=m), lambda a, more: a["mean"]),
     "beside a shared table": (lambda m: {"i": torch.arange(len(m)), "table": MEAN}, lambda a, more: a["table"][a["i"]]),
     "marked": (lambda m: fs.per_sample({"mean": m}), lambda a, more: a["mean"]),

@@ -291,3 +291,24 @@ def test_numbers_are_not_marked_as_samples():
         with pytest.raises(ValueError, match=r"per_sample takes tensors.*torch.as_tensor"):
             fs.per_sample(value)
     assert fs.per_sample({"mean": MEAN, "size": 3}).per_sample
+
+
+def a_dict_in_itself(mean):
+    found = {"mean": mean}
+    found["all"] = found
+    return found
+
+
+def a_list_in_a_dict(mean):
+    found = [mean]
+    found.append({"list": found})
+    return {"tokens": found}
+
+
+@pytest.mark.parametrize("circle", [a_dict_in_itself, a_list_in_a_dict])
+def test_a_condition_that_holds_itself_is_refused_by_its_path(circle):
+    x = torch.zeros(3, D)
+    density = fs.ScoreDensity(nn.Identity(), SCHEDULE, "eps")
+    for call in (density.estimate, density.log_prob, density.fit):
+        with pytest.raises(ValueError, match=r"condition \"?'?added.* holds itself, got (dict|list) inside of itself"):
+            call(x, added=circle(torch.zeros(3, D)))

@@ -308,7 +308,12 @@ def takes_conditions(call: Callable[Arguments, Result]) -> Callable[Arguments, R
         named = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
         if named:
             _refuse_misspelt(call.__name__, named, own - {"self", "x", "data"}, args[0] if args else None)
-        return call(*args, **kwargs | {"cond": merged(kwargs.get("cond"), named)})
+        cond = merged(kwargs.get("cond"), named)
+        try:
+            return call(*args, **kwargs | {"cond": cond})
+        except RecursionError:
+            flatten(cond or {})  # names the condition that holds itself, if that is the reason
+            raise
 
     return with_conditions
 

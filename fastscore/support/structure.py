@@ -78,7 +78,11 @@ def is_plain(value: object) -> bool:
 
 
 def flatten(given: Mapping[str, object]) -> tuple[dict[str, Leaf], Structure]:
-    """Return the leaves of keyword arguments by path, such as ``added['mean']`` or ``tokens[0].mask``."""
+    """Return the leaves of keyword arguments by path, such as ``added['mean']`` or ``tokens[0].mask``.
+
+    Raises:
+        ValueError: for a container that holds itself.
+    """
     walk = _Walk()
     parts = {name: walk.visit(name, value, None) for name, value in given.items()}
     return walk.leaves, Structure(tuple(walk.key), walk.lists, parts)
@@ -89,21 +93,37 @@ class _Walk:
         self.leaves: dict[str, Leaf] = {}
         self.lists: dict[str, int] = {}
         self.key: list[object] = []
+        self.around: list[object] = []  # the containers that are being walked
 
     def visit(self, path: str, value: object, said: bool | None) -> Branch | str:
         """Return what hangs at a path, and note its leaves."""
         if isinstance(value, Marked):
             return self.visit(path, value.value, value.per_sample)
-        opened = None if isinstance(value, Tensor) or is_plain(value) else _open(value)
+        try:
+            opened = None if isinstance(value, Tensor) or is_plain(value) else _open(value)
+        except RecursionError:  # torch's pytree follows an entry that is its own container
+            raise _of_circle(path, value) from None
         if opened is None:
             self.leaves[path] = Leaf(value, said)
             self.key.append(path)
             return path
+        if any(container is value for container in self.around):
+            raise _of_circle(path, value)
         like, names, children = opened
         if said is None and (type(value) is list or (type(value) is tuple and not all(map(is_plain, value)))):
             self.lists[path] = len(value)
         self.key.append((path, type(value), len(children)))
-        return Branch(like, names, tuple(self.visit(path + suffix, child, said) for suffix, child in children))
+        self.around.append(value)
+        entries = tuple(self.visit(path + suffix, child, said) for suffix, child in children)
+        self.around.pop()
+        return Branch(like, names, entries)
+
+
+def _of_circle(path: str, value: object) -> ValueError:
+    return ValueError(
+        f"condition {path!r} holds itself, got {type(value).__name__} inside of itself; conditions are nested without "
+        "circles: leave the inner one out"
+    )
 
 
 def _open(value: object) -> tuple[object, list[object], list[tuple[str, object]]] | None:
@@ -125,6 +145,8 @@ def _together(part: Branch | str, leaves: Mapping[str, object]) -> object:
     entries = [_together(entry, leaves) for entry in part.entries]
     if isinstance(part.like, TreeSpec):
         return tree_unflatten(entries, part.like)
+    if isinstance(part.like, types.MappingProxyType):  # a view, which is read only and cannot be copied
+        return types.MappingProxyType(dict(zip(part.names, entries)))
     made = copy.copy(part.like)
     for name, entry in zip(part.names, entries):
         if isinstance(made, Mapping):
