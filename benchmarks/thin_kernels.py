@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _EXACT = (
-    "numbers weight mean variance log_q base remainder curve even last means spreads at "
-    "value bars jump ends plain parts"
+    "numbers weight mean variance log_q base remainder curve even last off off_remainder off_noise means spreads at "
+    "value bars jump ends plain rule_error parts"
 )
 # Arguments by type; other pointers are to float32, other numbers int32.
 TYPES = {
@@ -46,8 +46,14 @@ THIN = {
     "loss_rows_fwd": Thin(loss_rows.loss_rows_fwd_kernel, _ROW | {"SIGNS": 2, "SHARED": False}),
     "loss_difference_fwd": Thin(loss_difference.loss_difference_fwd_kernel, _ROW | {"SIGNS": 2}),
     "loss_difference_bwd": Thin(loss_difference.loss_difference_bwd_kernel, _ROW | {"SIGNS": 2}),
-    "summary_fwd": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": False}, summary.NUM_WARPS),
-    "summary_fwd, calibrated": Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": True}, summary.NUM_WARPS),
+    **{
+        name: Thin(summary.summary_kernel, _SUMMARY | {"MEASURED": measured, "TABLE": table}, summary.NUM_WARPS)
+        for name, measured, table in (
+            ("summary_fwd", False, False),
+            ("summary_fwd, calibrated", True, False),
+            ("summary_fwd, of a table", False, True),
+        )
+    },
     "words_fwd": Thin(words.words_kernel, {"BLOCK": words.MAX_BLOCK}, 1),
 }
 

@@ -1,4 +1,5 @@
-r"""What the draws of samples say of their log-density, in one launch: value, error bar, both ends and the curve's sums.
+r"""What the draws of samples say of their log-density, in one launch: value, error bar, both ends, the curve's sums,
+and of a table what its rule is off.
 
 The definitions are `fastscore/estimator/summary.py` and what it calls; here is their arithmetic, in float64. A program
 owns BLOCK_B samples and goes through the draws BLOCK_N at a time; a draw's neighbours, which differences need, are
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 104 registers, none spilled (sm_80, sm_90)
+BLOCK_B, BLOCK_N, BLOCK_D, NUM_WARPS = 8, 32, 64, 8  # at most 128 registers, none spilled (sm_80, sm_90)
 
 
 class Bars(NamedTuple):
@@ -67,13 +68,14 @@ def summary_kernel(
     mean_ptr, variance_ptr,  # of that Gaussian, float64
     weight_ptr, remainder_ptr, curve_ptr,  # of the groups, float64 (G, N), (G,), (G, N)
     even_ptr, last_ptr,  # float64 (G, N)
+    off_ptr, off_remainder_ptr, off_noise_ptr,  # float64 (G, N), (G,), (G, N - 1); where there is a table
     means_ptr, spreads_ptr, at_ptr,  # float64 (G, N, 4), (G, N - 1, 4), (G, 2, 2)
     value_ptr, bars_ptr, jump_ptr, ends_ptr,  # out: float64 (B,), (2, B), (B,), (B, 2, 7)
-    told_ptr, plain_ptr,  # out: float32 (2, B), float64 (B,)
+    told_ptr, plain_ptr, rule_error_ptr,  # out: float32 (2, B), float64 (B,), (B, 2)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
     level, ordinary, odd_ratio, lo, hi, known, steep, fewest, eps, size, noisy, clean,
-    GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr,
+    GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -86,6 +88,7 @@ def summary_kernel(
     zero = tl.zeros((BLOCK_B,), tl.float64)
     total, two, four, third, jump = zero, zero, zero, zero, zero
     bent, bent_four = zero, zero
+    off, off_noise = zero, zero
     m0, m1, m2, m3, s0, s1, s2, s3 = zero, zero, zero, zero, zero, zero, zero, zero
     for start in tl.range(0, N, BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
@@ -106,6 +109,12 @@ def summary_kernel(
         bend = bend * bend
         bent += tl.sum(bend, 1)
         bent_four += tl.sum(bend * bend, 1)
+        if TABLE:
+            beside = f - tl.load(curve_ptr + table * N + n, mask=here, other=0.0)
+            move = beside - f1 + tl.load(curve_ptr + table * N + n - 1, mask=second, other=0.0)
+            off += tl.sum(beside * tl.load(off_ptr + table * N + n, mask=here, other=0.0), 1)
+            spread = tl.load(off_noise_ptr + table * (N - 1) + n - 1, mask=second, other=0.0)
+            off_noise += tl.sum(move * move * spread, 1)
         half = -0.5 * f
         rise = tl.where(second, half + 0.5 * f1, 0.0)
         rise = rise * rise
@@ -156,6 +165,10 @@ def summary_kernel(
     tl.store(told_ptr + sample, value.to(tl.float32), mask=inside)
     tl.store(told_ptr + B + sample, tl.sqrt(wide + rounding * rounding).to(tl.float32), mask=inside)
     tl.store(plain_ptr + sample, plain + rounding * rounding, mask=inside)
+    if TABLE:
+        off += tl.load(off_remainder_ptr + group, mask=inside, other=0.0)
+        tl.store(rule_error_ptr + sample * 2, -0.5 * off, mask=inside)
+        tl.store(rule_error_ptr + sample * 2 + 1, off_noise, mask=inside)
     end, at = ends_ptr + sample * 14, at_ptr + group * 4
     tl.store(end, m0, mask=inside)
     tl.store(end + 1, s0, mask=inside)
@@ -190,9 +203,10 @@ def summary(
     Arguments:
         group: of every row; None where all belong to one.
         base: what stands outside the sum, (b,), or mean and variance of the Gaussian whose log-density it is.
-        tables: weight, remainder, curve, even and ends of `Rule`, and the three of `EndTable`, of all groups.
+        tables: weight, remainder, curve, even and ends of `Rule`, its three of `Trapezoids`, which are empty where
+            there is no table, and the three of `EndTable`, of all groups.
         slowest: rates of decay at both ends.
-        into: value, variances, jump, ends, told and plain variance.
+        into: value, variances, jump, ends, told and plain variance, and the error of a table's rule.
         sums: where the curve's go, (2, N); in new memory by default.
     """
     (rows, draws), (batch, d) = f.shape, x.shape
@@ -205,7 +219,7 @@ def summary(
     summary_kernel[(programs,)](
         f.contiguous(), chosen, chosen if group is None else group, x, base if not gaussian else mean, mean, variance,
         *tables, *into, parts, rows, batch, draws, d, *strides, d, *numbers, *slowest,
-        GROUPED=group is not None, GAUSSIAN=gaussian, MEASURED=measured,
+        GROUPED=group is not None, GAUSSIAN=gaussian, MEASURED=measured, TABLE=tables[5].numel() > 0,
         BLOCK_B=BLOCK_B, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
     )  # fmt: skip
     return torch.sum(parts, 0, out=sums)

@@ -67,8 +67,8 @@ COUNTED = {
 REPEATED, NEW_SEED = 6, 12
 # Beside a network that is no program: noise, residual, control, their difference, the summary and its sum, the times of
 # all rows, and two fills. What no kernel does is more operations: a mixture's tables of rows and its log-density some
-# sixty, a Gaussian in cosines some thirty, and what each sample is off by a table's rule some sixteen.
-THIN, THIN_OF = 10, {"a mixture": 70, "cosines": 42, "a table": 22}
+# sixty, a Gaussian in cosines some thirty.
+THIN, THIN_OF = 10, {"a mixture": 70, "cosines": 42}
 
 
 def turned(d):

@@ -52,9 +52,6 @@ class Summary:
             self._by_kernel(part, samples, found)
         else:
             self._by_torch(part, samples, found)
-        if part.rule.trapezoids.error.numel():
-            f, rule = part.block(part.f), part.rule
-            found.rule_error[part.samples] = part.flat(error_of_rule(f, rule.curve, rule.trapezoids))
 
     def _by_torch(self, part: Part, samples: Samples, found: Round) -> None:
         chosen, rule, f = part.samples, part.rule, part.block(part.f)
@@ -68,6 +65,8 @@ class Summary:
         found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
         found.curve_sum.add(part.f, rule.log_snr)
+        if rule.trapezoids.error.numel():
+            found.rule_error[chosen] = part.flat(error_of_rule(f, rule.curve, rule.trapezoids))
         if self.method is not DENSITY:
             integral = part.flat(draw_sum(f, rule, density=True))
             integral += DENSITY.base(self.reference, x, self.schedule, mask)
@@ -92,10 +91,10 @@ class Summary:
             None if part.stack is None else part.stack.group,
             x,
             outside,
-            (rule.weight, rule.remainder, rule.curve, rule.even, rule.ends, *part.ends),
+            (rule.weight, rule.remainder, rule.curve, rule.even, rule.ends, *rule.trapezoids, *part.ends),
             kernels.Bars(measured is not None, *(measured or (0.0, 0.0, 0.0, 0.0, 1.0)), *known, *rounding),
             self.nodes.slowest_decay,
-            (found.value, found.variance, found.jump, found.ends, *found.numbers),
+            (found.value, found.variance, found.jump, found.ends, *found.numbers, found.rule_error),
             first,
         )
         if first is None:

@@ -58,7 +58,8 @@ def test_a_round_is_the_same_by_kernel_and_by_torch(batch, memory, reference, me
     for part in parts:
         for found, put in zip(rounds, (says._by_kernel, says._by_torch)):
             if found.curve_sum.count == 0:
-                found.block[: 18 * batch] = math.nan  # what is not written shows
+                # What is not written shows; the rule's error, two of twenty, is of tables alone.
+                found.block[: (20 if measured else 18) * batch] = math.nan
             put(part, samples, found)
     by_kernel, by_torch = rounds
     # Sums in float64 in another order.
