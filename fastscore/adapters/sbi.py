@@ -49,7 +49,9 @@ class SbiNet(Constants):
                 "from_sbi(estimator, x) and from_model(posterior, x), or as condition= to the call"
             )
         shape = tuple(self.estimator.condition_shape)
-        if tuple(condition.shape) not in (shape, (1, *shape), (len(theta_t), *shape)):
+        # Written so that a trace of it does not fix the number of rows: such a network may have a row program.
+        rows = condition.shape[: condition.ndim - len(shape)]
+        if condition.shape[len(rows) :] != shape or rows not in ((), (1,), theta_t.shape[:1]):
             raise ValueError(
                 f"condition must be one observation of shape {shape}, or one a sample, got {tuple(condition.shape)}; "
                 f"{SEVERAL}"

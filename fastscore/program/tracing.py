@@ -50,26 +50,15 @@ SHAPE_ONLY = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
     **dict.fromkeys(("expand_as", "view_as", "type_as"), 1),
 }
-# What keeps values the same in every row, and at every number of rows, beside pointwise operations.
-_ROW_BY_ROW = frozenset(
-    {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "broadcast_to", "flatten"}
-)
-_ROW_BY_ROW |= frozenset({"transpose", "permute", "slice", "select", "split", "split_with_sizes", "chunk", "getitem"})
+# What keeps values the same in every row, and at every number of rows, beside pointwise operations. Sums and the like
+# do as long as they leave rows and so are not over them, which is seen by the shape.
+_ROW_BY_ROW = frozenset({"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "broadcast_to"})
+_ROW_BY_ROW |= frozenset({"flatten", "unflatten", "transpose", "permute", "movedim", "swapaxes", "repeat", "tile"})
+_ROW_BY_ROW |= frozenset({"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem"})
 _ROW_BY_ROW |= frozenset({"detach", "clone", "contiguous", "to", "_to_copy", "alias", "cat", "stack", *SHAPE_ONLY})
-_ROW_BY_ROW |= frozenset(
-    {
-        "linear",
-        "matmul",
-        "mm",
-        "addmm",
-        "layer_norm",
-        "rms_norm",
-        "embedding",
-        "copy",
-        "slice_scatter",
-        "select_scatter",
-    }
-)
+_ROW_BY_ROW |= frozenset({"linear", "matmul", "mm", "bmm", "addmm", "layer_norm", "rms_norm", "embedding"})
+_ROW_BY_ROW |= frozenset({"copy", "slice_scatter", "select_scatter", "flip", "roll"})
+_ROW_BY_ROW |= frozenset({"sum", "mean", "var", "std", "prod", "amax", "amin", "linalg_vector_norm"})
 # Attributes of tensors that a trace does not have, or of its own: it takes copies, without a history.
 _HISTORY = frozenset(
     {"grad", "_grad", "grad_fn", "_version", "is_leaf", "output_nr", "retains_grad", "_backward_hooks"}
