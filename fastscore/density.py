@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.comparison import Comparison, Differences
-from .estimator.degenerate import warn_if_degenerate, warn_if_far, warn_if_out_of_range
+from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
 from .estimator.methods import DENSITY
@@ -33,7 +33,7 @@ from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
-from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
+from .estimator.resolution import clean_end_is_asked, warn_if_most_is_beyond, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
@@ -110,7 +110,7 @@ class ScoreDensity(NetworkDensity):
         refuse_upside_down(ends, schedule, scales), refuse_no_inverse(schedule, ends)
         nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
         self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
-        self.nodes = nodes
+        self.nodes, self.fitted_shape = nodes, None
         self._programs, self._compiles, self._compiled = Programs(program), compile, None
         if predicts == "flow":
             schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
@@ -228,9 +228,8 @@ class ScoreDensity(NetworkDensity):
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
-        if self.reference.mean.shape[1] > 1 and self.planner.first("distance", network, samples):
-            warn_if_far(samples, self.reference)
-        if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
+        new = wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples)
+        if new:
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(network, reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
@@ -248,7 +247,10 @@ class ScoreDensity(NetworkDensity):
                 f"evaluations, and twice as many are more than max_nfe={max_nfe}; give a larger max_nfe, or fit the "
                 "density first"
             )
-        return estimator.report(found, samples, wanted, numbers)
+        told = estimator.report(found, samples, wanted, numbers)
+        if new:
+            warn_if_most_is_beyond(told)
+        return told
 
     @ordinary
     @evaluation
@@ -356,7 +358,7 @@ class ScoreDensity(NetworkDensity):
             scales = fitted.reference.scales()
             home = self.schedule.range_for(*scales)
             nodes = FittedNodes(fitted.nodes, fitted.calibration, scales, fitted.gaussian, home=home)
-            self.nodes, self._ends = nodes, ScheduleEnds(self.schedule, nodes)
+            self.nodes, self._ends, self.fitted_shape = nodes, ScheduleEnds(self.schedule, nodes), samples.shape
             self.planner.forget_reference()
             pilot_of_own(self, samples, wanted, left, step)
             bar.total = bar.n  # not all that was allowed had to be spent

@@ -97,7 +97,7 @@ def test_options_reach_the_estimate(folder, given, options):
     evaluate(*ARGUMENTS, *given, "--out", "r.csv")
     whole = expected(folder, **options)
     table = np.genfromtxt("r.csv", delimiter=",", names=True)
-    assert table.dtype.names == ("sample_index", "log_prob", "stderr", "nfe")
+    assert table.dtype.names == ("sample_index", "log_prob", "stderr", "nfe", "truncation", "discretization")
     np.testing.assert_allclose(table["log_prob"], whole.log_prob, rtol=1e-5)
     np.testing.assert_allclose(table["stderr"], whole.stderr, rtol=1e-5)
     np.testing.assert_array_equal(table["nfe"], whole.nfe)
@@ -216,7 +216,11 @@ class Crash(Net):
         ),
         ("labelled:Net", "--cond y=texts.npy", "condition 'y' must hold numbers, got <U1 in texts.npy; convert them"),
         ("labelled:Net", "--cond y=many.npy", r"the evaluation stopped at IndexError: index out of range in self \(.*"),
-        ("labelled:Free", "", "does not take data of shape .* missing 1 required positional argument: 'y'"),
+        (
+            "labelled:Free",
+            "",
+            r"wants more than it was given as model\(x_t, t\): .* missing 1 .*: 'y'",
+        ),
         ("labelled:Crash", "--cond y=y.npy", "the network does not take data of shape .*: ArithmeticError: of its own"),
         ("plain.pt2", "--cond y=1", "plain.pt2 takes no condition 'y'; it takes none; drop --cond y"),
         ("own.pt2", "", "own.pt2 needs the condition 'y', which --cond does not give; add --cond y=FILE"),

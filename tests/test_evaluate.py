@@ -18,6 +18,7 @@ from fastscore.runs.evaluate import Interrupted, evaluate_dataset
 from fastscore.runs.run_folder import RunFolder
 
 N, BATCH = 50, 8
+COLUMNS = ["sample_index", "log_prob", "stderr", "nfe", "truncation", "discretization"]
 OPTIONS = {"nfe": 32, "seed": 3, "batch": BATCH}
 
 
@@ -75,7 +76,7 @@ def test_equals_one_estimate_of_all(tmp_path, case, dtype):
     result = evaluate_dataset(density(), x, tmp_path / "r.npz", **options)
     whole = density().estimate(x, **{name: value for name, value in options.items() if name != "batch"})
     with np.load(tmp_path / "r.npz") as stored:
-        assert list(stored) == ["sample_index", "log_prob", "stderr", "nfe"]
+        assert list(stored) == COLUMNS
         assert stored["log_prob"].dtype == (np.float32 if dtype == torch.float32 else np.float64)
         np.testing.assert_array_equal(stored["sample_index"], np.arange(N))
         np.testing.assert_allclose(stored["log_prob"], whole.log_prob, rtol=1e-5)
@@ -99,7 +100,7 @@ def test_csv_equals_npz(tmp_path):
     header, *lines = (tmp_path / "r.csv").read_text().splitlines()
     table = dict(zip(header.split(","), np.array([line.split(",") for line in lines]).T))
     with np.load(tmp_path / "r.npz") as stored:
-        assert list(table) == list(stored) == ["sample_index", "log_prob", "stderr", "nfe", "bits_per_dim"]
+        assert list(table) == list(stored) == [*COLUMNS, "bits_per_dim"]
         for name in stored:
             np.testing.assert_array_equal(table[name].astype(stored[name].dtype), stored[name], err_msg=name)
         bits = -(stored["log_prob"] / 2 + math.log(4 / 256)) / math.log(2)

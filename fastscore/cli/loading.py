@@ -272,7 +272,10 @@ def _call_factory(spec: str) -> nn.Module:
         for part in name.split("."):
             factory = getattr(factory, part)
     except AttributeError:
-        raise ValueError(f"module {module_name!r} has no {name!r}; expected a function without arguments") from None
+        raise ValueError(
+            f"module {module_name!r} has no {name!r}; expected a function without arguments"
+            + did_you_mean(name, vars(sys.modules[module_name]), {})
+        ) from None
     _check_factory(spec, factory)
     try:
         model = factory()

@@ -73,19 +73,25 @@ def _warn_of_clusters(reference: Reference, least: float) -> None:
         )
 
 
-def warn_if_far(samples: Samples, reference: Reference) -> None:
-    """Warn where most samples lie far outside of what a reference was fitted to, as data of another scale do.
+def are_far(samples: Samples, reference: Reference) -> bool:
+    """Return whether most samples lie far outside of what a reference was fitted to, as data of another scale do."""
+    return reference.mean.shape[1] > 1 and _distance(samples, reference) > FAR_OUT
 
-    The median over samples of the mean square distance from the reference's mean, in its standard deviations, counts.
-    """
+
+def warn_of_far(samples: Samples, reference: Reference) -> None:
+    """Say how far outside of what the reference was fitted to most samples lie."""
+    distance = _distance(samples, reference)
+    warn(
+        f"most samples are {distance:.3g} standard deviations of the fitted reference from its mean, in every "
+        "dimension on average: is the scale of x another than that of the data in training and in fit?"
+    )
+
+
+def _distance(samples: Samples, reference: Reference) -> float:
+    """Return the median over samples of the distance from the reference's mean, in its widest standard deviation."""
     one = reference.gaussian()
-    y = inside(one.turn(samples.x.double()) - one.mean, samples.mask)
-    distance = float((y.square().sum(1) / samples.dims).median()) ** 0.5 / one.scales()[1]
-    if distance > FAR_OUT:
-        warn(
-            f"most samples are {distance:.3g} standard deviations of the fitted reference from its mean, in every "
-            "dimension on average: is the scale of x another than that of the data in training and in fit?"
-        )
+    y = inside(one.turn(samples.x.detach().double()) - one.mean, samples.mask)
+    return float((y.square().sum(1) / samples.dims).median()) ** 0.5 / one.scales()[1]
 
 
 def narrowest_direction(x: Tensor) -> float:

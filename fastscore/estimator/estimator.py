@@ -85,7 +85,7 @@ class Estimator:
             rule_error=found.rule_error,
             offset=found.offset,
             table=table,
-            faults=Faults(samples, found.value, found.curve_sum) if deferred(samples.device) else None,
+            faults=Faults(samples, found.value, found.curve_sum, self.reference) if deferred(samples.device) else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""NaN and inf on a GPU: told when somebody reads a number, since every look for them would wait for the device."""
+"""What may be wrong on a GPU: told when somebody reads a number, since every look for it would wait for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..reference.gaussians import Reference
 from .curve import CurveSum
+from .degenerate import are_far, warn_of_far
 from .samples import Samples, refuse_not_finite
 
 
@@ -18,10 +20,11 @@ class Faults:
         samples: what was evaluated; let go once all has been found finite.
         value: log-density of every sample, shape (B,).
         curve_sum: sums of the integrand over the samples, which say at which log-SNR a fault arose.
+        reference: of the density, which samples of another scale are far from.
     """
 
-    def __init__(self, samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
-        self._open = [(samples, value, curve_sum)]
+    def __init__(self, samples: Samples, value: Tensor, curve_sum: CurveSum, reference: Reference) -> None:
+        self._open = [(samples, value, curve_sum, reference)]
 
     @classmethod
     def joined(cls, parts: Iterable[Faults | None]) -> Faults | None:
@@ -34,13 +37,19 @@ class Faults:
         return joined
 
     def tell(self) -> None:
-        """Raise ValueError if a number is not finite, with the first sample and the log-SNR; the first call waits."""
+        """Raise ValueError if a number is not finite, with the first sample and the log-SNR; the first call waits.
+
+        Samples that are far from the reference are warned of.
+        """
         for each in self._open:
             _refuse(*each)
-        self._open = []
+        told, self._open = self._open, []
+        for samples, _, _, reference in told:
+            if are_far(samples, reference):
+                warn_of_far(samples, reference)
 
 
-def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
+def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum, reference: Reference) -> None:
     bad = ~torch.isfinite(value).cpu()
     if bool(bad.any()):
         refuse_not_finite(samples.x, samples.mask is not None)

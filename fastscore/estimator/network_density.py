@@ -28,6 +28,7 @@ from ..support.host import kind_of, whole
 from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
 from .control import control_of
+from .degenerate import are_far, warn_of_far
 from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
@@ -36,7 +37,7 @@ from .plan import Plan
 from .planner import Planner, Wanted
 from .protocol import Density
 from .replay import Replays
-from .samples import Samples, check_batch, check_samples, refuse_not_finite_at
+from .samples import Samples, check_batch, check_samples, deferred, refuse_not_finite_at
 from .schedule_ends import ScheduleEnds
 
 NOISES = ("auto", "sobol", "independent")
@@ -48,6 +49,7 @@ class NetworkDensity(Density):
     Attributes:
         model, schedule, predicts, noise, nfe, backend, time_dtype: as `ScoreDensity` takes them.
         reference: where estimates start from.
+        fitted_shape: of a sample, as `fit` saw them; None where it is not known.
         planner: keeps the plans of earlier calls.
         replays: keeps their graphs on a GPU.
     """
@@ -60,6 +62,7 @@ class NetworkDensity(Density):
     backend: str
     time_dtype: torch.dtype | None
     reference: Reference
+    fitted_shape: tuple[int, ...] | None
     planner: Planner
     replays: Replays
     _programs: Programs
@@ -110,6 +113,7 @@ class NetworkDensity(Density):
         # What is loaded is written into the buffers, and another density, or its maker, may hold this reference too.
         self.reference = copy.deepcopy(self.reference)
         self.planner.forget_reference()
+        self.fitted_shape = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def wanted(
@@ -167,9 +171,23 @@ class NetworkDensity(Density):
     def check(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         """Return checked data; the reference goes where they lie, which is where the network is.
 
+        Data far from what `fit` saw are warned of; on a GPU that waits until a number is read.
+
         Raises:
             ValueError: as `estimate` for bad data.
         """
+        samples, seen = self._checked(x, sample_index, *conds, mask=mask), self.fitted_shape
+        if seen is not None and samples.shape != seen and sorted(samples.shape) == sorted(seen):
+            raise ValueError(
+                f"x has shape {tuple(samples.shape)} a sample and fit saw {tuple(seen)}, which has as many entries in "
+                "another order; permute x, or fit again"
+            )
+        far = not deferred(samples.device) and are_far(samples, self.reference)
+        if far and self.planner.first("distance", network_of(self), samples):
+            warn_of_far(samples, self.reference)
+        return samples
+
+    def _checked(self, x: Tensor, sample_index: Tensor | None, *conds: dict, mask: Tensor | None = None) -> Samples:
         samples = check_samples(x, sample_index, conds, self.model, mask)
         self.reference = self.reference.on(samples.device)
         if isinstance(self.model, Constants):
@@ -197,7 +215,7 @@ class NetworkDensity(Density):
         x = data[chosen.to(data.device)].to(here)
         refuse_not_finite_at("data", x, chosen)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
-        samples = replace(self.check(x, chosen), conds=(given,))
+        samples = replace(self._checked(x, chosen), conds=(given,))
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
         if mask is None:
             return samples

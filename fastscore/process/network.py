@@ -101,11 +101,11 @@ def _is_own_sentence(error: Exception) -> bool:
 def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
+    if isinstance(error, TypeError) and (about := _about_arguments(reason, cond)):
+        return about
     remedies = cond.other_lengths()
     if str(cond):
         remedies.append("fs.per_sample or fs.shared says what of the conditions is taken wrongly")
-    if "required" in reason:
-        remedies.append("conditions go to the call by name")
     if time.dtype != passed.dtype and any(word in reason for word in ("dtype", "scalar type", "Input type")):
         remedies.append(f"time_dtype=torch.{str(passed.dtype).removeprefix('torch.')} if it joins time and data")
     if isinstance(error, ValueError | RuntimeError) and any(word in reason for word in ("element", "expand")):
@@ -122,6 +122,21 @@ def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, c
         f"the network does not take data of shape {tuple(passed.shape[1:])} a sample{given}: "
         f"{type(error).__name__}: {reason} ({'; '.join([called, *remedies])})"
     )
+
+
+def _about_arguments(reason: str, cond: Conditions) -> str | None:
+    """Return what to say where a network got other arguments than it takes; None where that is not the reason."""
+    called = f"model(x_t, t{''.join(f', {name}=...' for name in cond.build(cond.per_sample | cond.shared))})"
+    if "missing" in reason and "required" in reason:
+        return (
+            f"the network wants more than it was given as {called}: {reason}; conditions go to the call by name, such "
+            "as estimate(x, y=labels)"
+        )
+    if "unexpected keyword argument" in reason:
+        return f"the network takes no such condition as it was given as {called}: {reason}; leave it out of the call"
+    if "positional argument" in reason:
+        return f"the network is called as {called}: {reason}; wrap it in a module whose forward takes these"
+    return None
 
 
 @torch.no_grad()

@@ -68,11 +68,11 @@ class Reference(FittedBuffers):
     def _store(self, weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, *factors: Tensor) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("mean", mean), ("variance", variance)):
-            self.register_buffer(name, value.detach().to(torch.float64))
+            self.register_buffer(name, _kept(value))
         empty = self.mean.new_empty(0)
-        self.register_buffer("basis", empty if basis is None else basis.detach().to(torch.float64))
+        self.register_buffer("basis", empty if basis is None else _kept(basis))
         for name, value in zip(FACTORS, factors or [empty] * len(FACTORS)):
-            self.register_buffer(name, value.detach().to(torch.float64))
+            self.register_buffer(name, _kept(value))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "basis" in state_dict:  # of a version that knew no factors
@@ -351,6 +351,11 @@ class Reference(FittedBuffers):
         kind = "full" if self.full else "isotropic" if self.mean.shape[1] == 1 else "diagonal"
         within = " in cosines" if self.turned else ""
         return f"Reference({self.components} x {kind} Gaussian{within})"
+
+
+def _kept(value: Tensor) -> Tensor:
+    """Return a buffer as a loaded state would hold it: a transposed one rounds otherwise in products."""
+    return value.detach().to(torch.float64).contiguous()
 
 
 def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, factors: turning.Factors) -> None:

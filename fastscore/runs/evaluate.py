@@ -73,8 +73,8 @@ def evaluate_dataset(
     Arguments:
         density: `ScoreDensity` or `Transformed`, on the device to use; fitted in place if `fit` is given.
         data: floating point, shape (N, *shape); an array mapped into memory may be larger than it.
-        out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, with `bins` bits_per_dim, and with a
-            mask dims.
+        out: a .npz or .csv file: sample_index, log_prob and stderr in nats, nfe, the estimates truncation and
+            discretization of each sample in nats, with `bins` bits_per_dim, and with a mask dims.
         nfe, seed, method, control, target_stderr, max_nfe, memory: as in `ScoreDensity.estimate`.
         batch: samples in a block: what an interruption may cost.
         cond: keyword arguments of the network: arrays with one entry a sample of the data, shape (N, ...), which go
@@ -260,8 +260,10 @@ def _count(data: Array, indices: Sequence[int] | None) -> int:
 
 def _write_result(run: RunFolder, work: Work, result: Estimate, bits: dict[str, Tensor]) -> None:
     columns = {"sample_index": torch.cat(work.blocks), "log_prob": result.log_prob, "stderr": result.stderr}
+    columns |= {"nfe": result.nfe, "truncation": result.truncation_per_sample.to(result.log_prob)}
+    columns |= {"discretization": result.discretization_per_sample.to(result.log_prob)}
     own = {"dims": result.dims} if isinstance(result.dims, Tensor) else {}
-    arrays = {name: column.numpy() for name, column in {**columns, "nfe": result.nfe, **own, **bits}.items()}
+    arrays = {name: column.numpy() for name, column in {**columns, **own, **bits}.items()}
     if run.out.suffix == ".npz":
         run.write_arrays(run.out, arrays)
         return
