@@ -39,8 +39,10 @@ class FilesOfTheRepository(SphinxTransform):
 
     def apply(self, **kwargs: object) -> None:
         for link in list(self.document.findall(pending_xref)):
-            target = (Path(self.document["source"]).parent / link.get("reftarget", "")).resolve()
-            for file in (target, target.with_suffix(".md")):
+            named = link.get("reftarget", "")
+            # The README stands in the folder above, and is included in a page.
+            target = (Path(self.document["source"]).parent / named).resolve()
+            for file in (target, target.with_suffix(".md"), (DOCS.parent / named).resolve()):
                 if file.is_file() and DOCS not in file.parents:
                     name = str(file.relative_to(DOCS.parent))
                     link.replace_self(nodes.literal(name, name))

@@ -312,3 +312,19 @@ def test_a_condition_that_holds_itself_is_refused_by_its_path(circle):
     for call in (density.estimate, density.log_prob, density.fit):
         with pytest.raises(ValueError, match=r"condition \"?'?added.* holds itself, got (dict|list) inside of itself"):
             call(x, added=circle(torch.zeros(3, D)))
+
+
+class Tokens(nn.Module):
+    """The exact network of a Gaussian whose mean is the sum of a set of tokens, which all samples share."""
+
+    def forward(self, x, t, tokens):
+        alpha, sigma = (v[:, None] for v in SCHEDULE.alpha_sigma(t))
+        return (sigma * (x.double() - alpha * tokens.double().sum(0)) / (alpha**2 / 4 + sigma**2)).to(x)
+
+
+def test_what_several_samples_share_a_single_one_shares():
+    x, token = 1 + 0.5 * torch.randn(5, D, generator=torch.Generator().manual_seed(0)), torch.ones(1, D)
+    density = fs.ScoreDensity(Tokens(), SCHEDULE, "eps")
+    several = density.estimate(x, nfe=64, tokens=token).log_prob
+    assert float(density.estimate(x[:1], nfe=64, tokens=token).log_prob) == pytest.approx(float(several[0]), rel=1e-5)
+    assert float(density.log_prob(x[:1], nfe=64, tokens=token)) == pytest.approx(float(several[0]), rel=1e-5)

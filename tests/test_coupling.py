@@ -362,10 +362,21 @@ def test_other_predictions_are_not_called_and_the_check_is_cheap():
     mean, cov = GAUSSIANS["narrow"]
     net = Coupled(mean, cov)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", MESSAGE)
         fs.ScoreDensity(net, fs.FlowMatching(), "eps").estimate(torch.randn(16, 2), nfe=16)
         fs.ScoreDensity(net, fs.FlowMatching(), "flow").estimate(torch.randn(8, 2), nfe=16)  # too few to tell
     mean = torch.zeros(64)
     independent = Coupled(mean, torch.eye(64), rho=0.0)
     share(fs.ScoreDensity(independent, fs.FlowMatching(), "flow"), torch.randn(64, 64))
     assert independent.rows == 4 * 8  # and twice 16 more only where that looks coupled
+
+
+def test_a_call_of_few_numbers_leaves_the_question_to_the_next():
+    mean = torch.linspace(-1, 1, 6)
+    density = fs.ScoreDensity(Coupled(mean, 0.25 * torch.eye(6)), fs.FlowMatching(), "flow")
+    x = mean + 0.5 * torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", MESSAGE)
+        density.estimate(x[:2], nfe=16)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        density.estimate(x, nfe=16)

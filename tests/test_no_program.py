@@ -241,9 +241,32 @@ import torch, fastscore as fs
 class Branching(torch.nn.Module):
     def forward(self, x_t, t):
         if t.ne(t.round()).any():
-            return x_t * t[:, None]
+            return 0.1 * x_t
         return x_t
 fs.ScoreDensity(Branching(), fs.LogSNR(-4, 4), "eps").estimate(torch.randn(2, 3), nfe=16)
 """
     done = subprocess.run([*PYTHON, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_network_that_no_call_goes_through_has_the_sentence_of_a_call():
+    class Joins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x, self.t = nn.Linear(3, 3), nn.Linear(1, 3)
+
+        def forward(self, x, t):
+            return self.x(x) + self.t(t[:, None])
+
+    density, x = fs.ScoreDensity(Joins().double(), fs.VP(), "eps"), torch.randn(30, 3)
+    for call in (density.estimate, density.log_prob, density.fit):
+        with pytest.raises(
+            ValueError, match=r"does not take data of shape \(3,\).*time_dtype=torch.float64 if it joins"
+        ):
+            call(x)
+
+
+@pytest.mark.parametrize("shape", [torch.zeros(5, 3), (3.0,)])
+def test_explain_wants_the_shape_of_a_sample(shape):
+    with pytest.raises(TypeError, match=r"shape must be that of one sample, .*; give tuple\(x.shape\[1:\]\)"):
+        fs.explain(nn.Linear(3, 3), shape)

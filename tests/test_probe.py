@@ -286,3 +286,45 @@ def test_random_numbers_of_the_caller_are_left_alone():
     with pytest.warns(NetworkWarning):
         fs.ScoreDensity(net, SCHEDULE, "eps", program=False).estimate(torch.zeros(4, 3), nfe=8, y=torch.arange(4))
     assert torch.equal(torch.rand(4), expected)
+
+
+class DropsLater(nn.Module):
+    """The exact network of N(y, 1/4) that may drop the label, as lucidrains' networks do."""
+
+    def forward(self, x, t, y=None, cond_drop_prob=0.0, mode="all"):
+        alpha, sigma = (v[:, None] for v in SCHEDULE.alpha_sigma(t))
+        mean = torch.zeros(len(x), 1).double() if y is None else y.double()[:, None]
+        mean = torch.where(torch.rand(len(x), 1) < cond_drop_prob, -1.0, mean)
+        if mode == "batch":
+            mean = mean - mean.mean() + 1
+        return (sigma * (x.double() - alpha * mean) / (alpha**2 / 4 + sigma**2)).to(x)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, {"y": torch.ones(50), "cond_drop_prob": 0.5}, "draws random numbers"),
+        ({"y": torch.ones(50)}, {"y": torch.ones(50), "cond_drop_prob": 0.5}, "draws random numbers"),
+        ({"cond_drop_prob": 0}, {"cond_drop_prob": 0.3}, "draws random numbers"),
+        ({"mode": "all"}, {"mode": "batch", "y": torch.linspace(0, 2, 50)}, "rows of a batch see each other"),
+    ],
+)
+def test_a_network_is_asked_again_with_other_options_and_conditions(before, after, said):
+    density, x = fs.ScoreDensity(DropsLater(), SCHEDULE, "eps"), 0.5 * torch.randn(50, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NetworkWarning)
+        density.estimate(x, nfe=16, **before)
+        density.estimate(x, nfe=16, **before)
+    with pytest.warns(NetworkWarning, match=said):
+        density.estimate(x, nfe=16, **after)
+
+
+def test_an_option_that_is_another_at_every_call_is_not_asked_about_for_ever():
+    net = Net()
+    net.forward = lambda x, t, scale: (net.rows.append(len(x)), 0.1 * scale * x)[1]
+    density, x = fs.ScoreDensity(net, SCHEDULE, "eps", program=False), torch.randn(5, 3)
+    for i in range(300):
+        density.estimate(x, nfe=4, scale=1 + i / 1000)
+    before = len(net.rows)
+    density.estimate(x, nfe=4, scale=2.0)
+    assert len(net.rows) == before + 1

@@ -29,6 +29,7 @@ from .samples import Samples
 from .self_fitted import self_fit_cost, self_fitted
 
 PLANS = 8
+MOST_ASKED = 256  # questions to a network: an option that is another number at every call is not asked about for ever
 OF_THE_REFERENCE = ("resolution", "distance")  # questions whose answers another reference changes
 
 
@@ -93,7 +94,9 @@ class Planner:
         )
         key = wanted.seed, family
         plan = self._plans.get(key)
-        if plan is None or not plan.draws.rules.hold():
+        if plan is not None and plan.draws.rules.hold():
+            self._ask(network, samples, reference, plan.chunks.rows)  # what a kept plan's first call did not show
+        else:
             itself = wanted.method.control_variate(reference) is reference
             density = nodes.density if itself else nodes.gaussian
             own = wanted.control == "self"
@@ -129,11 +132,13 @@ class Planner:
         return chunks
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
-        """Return whether something is asked of a network for the first time with data of this shape."""
-        key, asked = (question, samples.shape, samples.x.dtype), self._asked.setdefault(network.model, set())
-        new = key not in asked
+        """Return whether something is asked of a network for the first time with such data and conditions."""
+        asked = self._asked.setdefault(network.model, set())
+        key = question, samples.shape, samples.x.dtype, tuple(cond.options() for cond in samples.conds)
+        if key in asked or len(asked) >= MOST_ASKED:
+            return False
         asked.add(key)
-        return new
+        return True
 
     def forget_reference(self) -> None:
         """Measure rows, and ask about the reference, anew: another one was fitted."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 
@@ -26,6 +26,9 @@ _OF_ESTIMATE = {"nfe", "seed", "sample_index", "mask", "method", "control", "tar
 _OF_ESTIMATE |= {"progress"}
 # By network and path: whether the first call that could tell took it per sample, its first size, and the samples.
 _TAKEN: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bool, int, int]]] = weakref.WeakKeyDictionary()
+
+# Paths whose tensors had a first size of one whenever there were more samples: so they are shared by a single one too.
+_ALWAYS_ONE: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def shared(value: object) -> Marked:
@@ -86,7 +89,8 @@ class Conditions:
 
         What the caller marked is what it is said to be. Any other tensor has one entry a sample if its first size is
         the number of samples, and is shared else, as numbers and texts are. A single sample and a first size of one
-        are the same in both ways.
+        are the same in both ways for a network that broadcasts; what several samples shared in earlier calls is shared
+        by a single one too.
 
         Arguments:
             model: the network, of which is remembered how every condition was taken in calls that it answered
@@ -98,6 +102,8 @@ class Conditions:
         """
         leaves, structure = flatten(given)
         verdicts = {path: _is_per_sample(path, leaf, batch) for path, leaf in leaves.items()}
+        if model is not None and batch == 1:
+            verdicts |= dict.fromkeys(_ALWAYS_ONE.get(model, set()) & verdicts.keys(), False)
         own = {path: leaf.value for path, leaf in leaves.items() if verdicts[path]}
         rest = {path: leaf.value for path, leaf in leaves.items() if not verdicts[path]}
         for path, length in structure.lists.items():
@@ -133,13 +139,27 @@ class Conditions:
         for path in self.unsaid:
             own = path in self.per_sample
             value = self.per_sample[path] if own else self.shared[path]
-            if isinstance(value, Tensor) and value.ndim and len(value) > 1 and batch > 1:
+            if not isinstance(value, Tensor) or not value.ndim or batch == 1:
+                continue
+            ones = _ALWAYS_ONE.setdefault(model, set())
+            if len(value) > 1:
                 _TAKEN.setdefault(model, {}).setdefault(path, (own, len(value), batch))
+                ones.discard(path)
+            elif path not in _TAKEN.get(model, {}):
+                ones.add(path)
 
     def shapes(self) -> tuple:
         """Return of every tensor its path, dtype and shape, without the number of samples."""
         own = tuple((path, v.dtype, v.shape[1:]) for path, v in sorted(self.per_sample.items()))
         return own, tuple((k, v.dtype, v.shape) for k, v in sorted(self.shared.items()) if has_shape(v))
+
+    def options(self) -> tuple:
+        """Return what else than numbers of tensors a network is called with: paths, and plain values and kinds."""
+        rest = (
+            (path, value) if is_plain(value) and isinstance(value, Hashable) else (path, type(value))
+            for path, value in sorted(self.shared.items())
+        )
+        return tuple(sorted(self.per_sample)), tuple(rest)
 
     def select(self, samples: slice | Tensor) -> Conditions:
         """Return the conditions of some samples."""

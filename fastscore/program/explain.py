@@ -46,8 +46,12 @@ def explain(
             go with their samples if their first size is that of the longest; one of shape (1, ...) alone is shared.
 
     Raises:
+        TypeError: if shape is no tuple of integers.
         ProgramMismatch: if program and network differ, as when the network is random.
     """
+    if isinstance(shape, Tensor) or not all(isinstance(size, int) for size in shape):
+        given = f"a tensor {tuple(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
+        raise TypeError(f"shape must be that of one sample, a tuple of integers, got {given}; give tuple(x.shape[1:])")
     conditions = Conditions.of(cond, _batch_of(cond))
     dtype = model_dtype(model, torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -46,11 +46,16 @@ def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> No
         x_t = x_t.to(time.device, program.dtype)
         at = time[torch.arange(draws, device=time.device) % len(time)]
         some = cond.select(torch.arange(batch, device=time.device) % _samples(cond.per_sample))
-        weights, tables = program.bind(at, some.per_sample, some.shared)
-        found = run(program.code, weights, tables, x_t)
         passed = x_t.reshape(-1, *shape)
         args, kwargs = (passed, at.repeat(batch)), some.repeated(draws)
-        expected = read_output(program.model(*args, **kwargs), passed)  # without hooks, which its code may look at
+        try:
+            expected = read_output(program.model(*args, **kwargs), passed)  # without hooks, which its code may look at
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:  # a trace does not look at all dtypes; a call says so
+            raise NoProgram(f"the network itself raises {type(error).__name__}: {error}") from error
+        weights, tables = program.bind(at, some.per_sample, some.shared)
+        found = run(program.code, weights, tables, x_t)
         if _close(found, expected.reshape(found.shape)):
             continue
         apart = float((found - expected.reshape(found.shape)).abs().max())
