@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from fastscore.ops.activations import ACTIVATIONS
+from fastscore.kernels.names import ACTIVATIONS
 
 
 class Program:

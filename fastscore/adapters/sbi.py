@@ -24,6 +24,7 @@ from ..support.host import as_tensor
 from ..transforms import zscore
 from .checks import adapter, expect, expect_attributes
 from .clocks import OffsetFlow, SubVP
+from .wrappers import bare
 
 # The estimator is that of one observation, and the product is normalized by the evidence, which nobody knows.
 SEVERAL = (
@@ -85,6 +86,7 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> T
     if x is None and (x := getattr(estimator, "default_x", None)) is not None:
         name = "default_x of the posterior"
     estimator = getattr(estimator, "vector_field_estimator", estimator)
+    estimator = bare(estimator) if isinstance(estimator, nn.Module) else estimator
     expect_attributes(
         estimator,
         ("score", "condition_shape", "input_shape", "mean_0", "std_0"),

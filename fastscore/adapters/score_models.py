@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..density import ScoreDensity
 from ..process.schedules import VE, VP
 from .checks import adapter, expect, expect_attributes, expect_module
+from .wrappers import bare
 
 
 class TimeFirst(nn.Module):
@@ -44,6 +45,7 @@ def from_score_models(score_model: nn.Module, **options: Any) -> ScoreDensity:
     """
     expect_module(score_model, "score_model", "a ScoreModel of score_models", "wrap the network in ScoreModel")
     wanted, remedy = "a ScoreModel of score_models", "wrap the network in ScoreModel"
+    score_model = bare(score_model)  # what wrappers call is forward alone, and not its score
     expect_attributes(score_model, ("score", "sde"), "score_model", wanted, remedy)
     sde = score_model.sde
     name = type(sde).__name__

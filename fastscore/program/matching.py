@@ -57,6 +57,8 @@ class Matcher:
             raise refuse(node, f"computes in {value.dtype}, not in the {self.x_dtype} of x")
         own = getattr(self, "on_same" if name in _SAME else f"on_{name}", None)
         found = own or (self.on_act if name in ACTIVATIONS and len(node.args) == 1 else None)
+        if found is None and name in ACTIVATIONS:
+            raise refuse(node, f"has arguments beside x, {', '.join(map(str, node.args[1:]))}, and no rule for them")
         if found is None:
             raise refuse(node, "is no instruction of a row program")
         value = found(node)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fastscore as fs
-from fastscore.adapters import from_edm, from_lucidrains
+from fastscore.adapters import from_edm, from_lucidrains, from_sbi, from_score_models
 from fastscore.adapters.diffusers_conventions import known_class
 from fastscore.adapters.wrappers import bare
 
@@ -129,3 +129,27 @@ def test_what_diffusers_makes_of_a_class_is_that_of_the_averaged_network():
     for wrap in WRAPPERS.values():
         assert known_class(wrap(named)) == "UNet2DModel"
         assert type(bare(wrap(net))) is nn.Linear
+
+
+def score_model():
+    library = pytest.importorskip("score_models")
+    net = library.MLP(dimensions=4, units=8, layers=2, time_embedding_dimensions=8)
+    return library.ScoreModel(net, sde="ve", sigma_min=0.01, sigma_max=20.0, device="cpu")
+
+
+def estimator():
+    builders = pytest.importorskip("sbi.neural_nets.net_builders.vector_field_nets")
+    theta = torch.randn(50, 4)
+    made = builders.build_vector_field_estimator(theta, theta, "score", net="mlp", hidden_features=8, num_layers=2)
+    return made.eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    ("make", "adapter"), [(score_model, from_score_models), (estimator, lambda net: from_sbi(net, torch.zeros(4)))]
+)
+def test_a_wrapped_network_that_is_called_by_another_method_is_its_own(wrap, make, adapter):
+    net, x = make(), torch.randn(3, 4)
+    expected = adapter(net).estimate(x, nfe=8).log_prob
+    torch.testing.assert_close(adapter(wrap(net)).estimate(x, nfe=8).log_prob, expected)
