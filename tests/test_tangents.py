@@ -51,7 +51,7 @@ def test_networks_have_the_derivative_of_autograd(name):
     with torch.no_grad():
         program = RowProgram.trace(net, shape, time, own, shared, torch.float64)
         bound = program.bind(time, own, shared)
-    assert tangents.why_not(program.code) is None
+    assert tangents.why_no_rule(program.code) is None
     found = tangents.run_with_tangents(program.code, *bound, x_t)
     agree(found, by_autograd(program.code, *bound, x_t))
 
@@ -68,9 +68,9 @@ def test_derivatives_of_activations_are_those_of_their_backward_passes(name, dty
 
 def test_what_has_no_rule_says_so(monkeypatch):
     code = Linear(0), Act("silu"), Linear(1)
-    assert tangents.why_not(code) is None
-    assert "the instruction 'tuple' has no rule" in tangents.why_not([*code, ()])
+    assert tangents.why_no_rule(code) is None
+    assert "the instruction 'tuple' has no rule" in tangents.why_no_rule([*code, ()])
     with pytest.raises(ValueError, match="the instruction 'tuple' has no rule"):
         tangents.run_with_tangents([()], [], [], torch.ones(1, 1, 2))
     monkeypatch.setitem(activations.ACTIVATIONS, "silu", activations.Activation(torch.sin, torch.sin_))
-    assert "the activation 'silu' has no derivative" in tangents.why_not(code)
+    assert "the activation 'silu' has no derivative" in tangents.why_no_rule(code)

