@@ -28,6 +28,7 @@ from ..support.host import kind_of, whole
 from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
 from .control import control_of
+from .graphs import Graphs
 from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
@@ -50,6 +51,7 @@ class NetworkDensity(Density):
         reference: where estimates start from.
         planner: keeps the plans of earlier calls.
         replays: keeps their graphs on a GPU.
+        flows: keeps those of the ODE.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class NetworkDensity(Density):
     reference: Reference
     planner: Planner
     replays: Replays
+    flows: Graphs
     _programs: Programs
     _ends: ScheduleEnds
     _compiles: bool
