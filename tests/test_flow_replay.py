@@ -142,7 +142,7 @@ def test_gradients_go_on_beside_a_graph(device):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_of_a_sample_is_its_own_and_nobody_waits_for_it(device):
+def test_nan_of_a_sample_is_its_own_and_nobody_waits_for_it(device, monkeypatch):
     density, x = make(), data(4).cuda()
     agree(density, x, **GRID)
     far = x.clone()
@@ -152,6 +152,9 @@ def test_nan_of_a_sample_is_its_own_and_nobody_waits_for_it(device):
     assert counts.waits == 0
     assert found.log_prob.cpu().isnan().tolist() == [False, True, False, False]
     agree(density, x, **GRID)  # nothing of it stays
+    monkeypatch.setenv("FASTSCORE_CHECK", "now")
+    with pytest.warns(UserWarning, match="NaN or inf for 1 of 4 samples, sample 1 the first"):
+        fs.probability_flow_log_prob(density, far, **GRID)
 
 
 def test_what_is_not_replayed_says_why(device, monkeypatch):
