@@ -62,8 +62,8 @@ def run_with_tangents(
         x_t: shape (B, R, d).
 
     Returns:
-        The output f, shape (B, R, d_out), and df / dx_t: entry i of shape (d, B, R, d_out) is in entry i of x_t. The
-        first may have one row for all where f does not depend on x_t otherwise than linearly.
+        The output f, shape (B, R, d_out), and its derivatives, (d, B, R, d_out), the i-th in entry i of x_t. Where f is
+        linear in x_t, B or R of the derivatives may be one for all.
     """
     d = x_t.shape[-1]
     h = _Pair(x_t, torch.eye(d, dtype=x_t.dtype, device=x_t.device)[:, None, None])
