@@ -4,6 +4,8 @@ The device is pretended: a captured graph runs the captured operations again on 
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from test_replay import Labelled, turned
 
 import fastscore as fs
 from fastscore.densities import flow_replay, flow_steps
+from fastscore.densities.flow_program import Grid
 from fastscore.estimator import graphs
 from fastscore.reference.gaussians import Reference
 
@@ -130,6 +133,26 @@ def test_data_shapes_masks_and_conditions_in_turns(device, monkeypatch):
         for _ in range(2):
             fs.probability_flow_log_prob(plain, data(count).cuda(), **GRID)
     assert [len(each.samples) for each in plain.flows.graphs()] == [3, 4, 5]
+
+
+def test_a_graph_keeps_what_it_reads(device, monkeypatch):
+    """A real graph has addresses alone: memory that nobody else holds would be another's by the next replay."""
+    seen, on = [], Grid.on
+
+    def noted(grid, where):
+        found = on(grid, where)
+        seen.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Grid, "on", noted)
+    density, x = make(), data(4).cuda()
+    for _ in range(2):
+        fs.probability_flow_log_prob(density, x, **GRID)
+    gc.collect()
+    first, *captured = [reference() for reference in seen]
+    assert first is None  # of a call that was evaluated and is over
+    assert len(captured) > 1
+    assert all(each is not None for each in captured)
 
 
 def test_gradients_go_on_beside_a_graph(device):

@@ -28,12 +28,12 @@ class Graph:
     """A function on fixed memory as one CUDA graph; `found` is what it returned at capture, and what a replay writes.
 
     Arguments:
-        run: what to capture. It is called three times.
+        run: what to capture. It is called three times, and stays with all that it holds, since a graph has addresses.
         device: where it runs.
     """
 
     def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
-        self.device = device
+        self.device, self._run = device, run
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
