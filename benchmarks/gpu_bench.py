@@ -60,6 +60,7 @@ def make_steps() -> list[Step]:
         Step("captured", measured(calls.captured), 20),
         Step("fit", measured(calls.fit), 40, least=10),
         Step("ODE", measured(calls.ode), 30),
+        *(Step(f"ODE beside peers d={d}", measured(calls.ode_beside_peers, d), 90, least=20) for d in (2, 16)),
         *(Step(f"memory {budget}", measured(calls.memory, budget), 20) for budget in ("256MB", "2048MB")),
         Step("gradient of x", measured(kernels.gradient_of_the_data, FIRST[0]), 30),
         Step("precisions", measured(kernels.precisions, FIRST[0]), 30),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+import ode_peers
 import torch
 from gpu_cases import SCHEDULE, D, head
 from measuring import DEVICE, REHEARSING, Row, below, once, peak_megabytes, wall
@@ -208,6 +209,14 @@ def ode() -> Row:
     row.measure("ms", lambda: wall(run(method="midpoint", steps=steps), 3))
     if find_spec("torchdiffeq"):
         row.beside("torchdiffeq rk4, as many evaluations", lambda: wall(run(method="rk4", steps=steps // 2), 3))
+    return row
+
+
+def ode_beside_peers(d: int) -> Row:
+    """The ODE of a small flow to a given error, by tangents, by backward passes, and in other libraries."""
+    row = Row("ODE", network=f"flow of three layers, d = {d}")
+    for found in ode_peers.rows(d, DEVICE):
+        row.measure(f"{found['method']}, {found['error']:g} nats, ms", lambda found=found: found["ms"])
     return row
 
 

@@ -27,6 +27,7 @@ from .estimator.comparison import Comparison, Differences
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
+from .estimator.graphs import Graphs
 from .estimator.methods import DENSITY
 from .estimator.network_density import NetworkDensity, check_parts, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
@@ -109,7 +110,8 @@ class ScoreDensity(NetworkDensity):
         ends = range_of(schedule, scales)
         refuse_upside_down(ends, schedule, scales), refuse_no_inverse(schedule, ends)
         nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
-        self.planner, self.replays, self._ends = Planner(), Replays(), ScheduleEnds(schedule, nodes)
+        self.planner, self.replays, self.flows = Planner(), Replays(), Graphs()
+        self._ends = ScheduleEnds(schedule, nodes)
         self.nodes, self.fitted_shape = nodes, None
         self._programs, self._compiles, self._compiled = Programs(program), compile, None
         if predicts == "flow":

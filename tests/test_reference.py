@@ -8,6 +8,7 @@ from analytic import Target
 
 from fastscore import Reference
 from fastscore.reference.fitting import fit_mixture
+from fastscore.reference.levels import Level
 
 D = 5
 
@@ -84,6 +85,28 @@ def test_divergence_is_that_of_autograd(kind, components):
         jacobian = torch.func.vmap(torch.func.jacrev(lambda one: q.eps(one[None, None], alpha, sigma)[0, 0]))(x_t)  # noqa: B023
         expected = torch.einsum("bii->b", jacobian)
         torch.testing.assert_close(divergence, expected, rtol=1e-11, atol=1e-11)
+        level = Level.of(q.tensors(), float(alpha), float(sigma), D, x_t.dtype, None)
+        for found, wanted in zip(level.eps_and_jacobian(x_t), (eps, jacobian)):
+            torch.testing.assert_close(found.expand_as(wanted), wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("kind", "components"), [("diagonal", 1), ("diagonal", 3), ("isotropic", 1)])
+def test_jacobians_under_a_mask_at_many_levels_are_those_of_autograd(kind, components):
+    q, mask = reference(kind, components), torch.arange(7 * D).reshape(7, D) % 3 > 0
+    x_t = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    alpha, sigma = torch.tensor([0.1, 0.9]).double(), torch.tensor([0.95, 0.2]).double()
+    levels = Level.each(q.tensors(), alpha, sigma, sigma.tolist(), D, x_t.dtype, mask)
+    for i, level in enumerate(levels):
+        y = x_t.clone().requires_grad_()
+        eps = q.eps(y[:, None], alpha[i : i + 1], sigma[i : i + 1], mask[:, None])[:, 0]
+        rows = [torch.autograd.grad(eps[:, j].sum(), y, retain_graph=True)[0] for j in range(D)]
+        jacobian = torch.where(mask[:, None], torch.stack(rows, 1), 0)
+        found, its_jacobian = level.eps_and_jacobian(x_t, mask)
+        # Some hundred roundings of sums of five terms.
+        torch.testing.assert_close(found, eps.detach(), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(its_jacobian, jacobian, rtol=1e-11, atol=1e-11)
+        trace = level.eps_and_divergence(x_t, mask)[1]
+        torch.testing.assert_close(trace, torch.einsum("bii->b", jacobian), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "isotropic", "turned"])

@@ -40,8 +40,9 @@ def between_timesteps(density: ScoreDensity, samples: Samples) -> ScoreDensity:
         density.predicts,
         reference=density.reference,
         time_dtype=own if own is None or own.is_floating_point else None,
-        program=False,
     )
+    # Programs know this network at times of both dtypes, and graphs what they depend on.
+    twin._programs, twin.flows = density._programs, density.flows
     if density.model not in _SMOOTH:
         with uncompiled():
             _check(density, twin, samples)

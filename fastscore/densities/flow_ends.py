@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..process.masks import inside
 from .flow_field import COLUMNS, Field, dot, vjp
+from .flow_program import Point, ProgramField
 
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
 
@@ -67,9 +68,25 @@ def truncation(field: Field, clean: Tensor, noisy: Tensor) -> Tensor:
         p = _shape(field, inside(y, mask) + (1 - at_noisy.t) * field.velocity(at_noisy, y), y, at_noisy.t)
         eps_q, _ = field.reference.eps_and_divergence(y, 1 - at_noisy.t, at_noisy.t, mask)
         q = _shape(field, eps_q, y, at_noisy.t)
-    (log_det_p, form_p), (log_det_q, form_q) = _of_the_rest(p.rest(), d), _of_the_rest(q.rest(), d)
-    log_det, form = _of_the_rest(noise, d)
-    return 0.5 * ((log_det + form).abs() + (log_det_p - form_p - log_det_q + form_q).abs())
+    return _beyond(noise, p, q, d)
+
+
+def truncation_by_program(
+    field: ProgramField, at_clean: Point, at_noisy: Point, clean: Tensor, noisy: Tensor
+) -> Tensor:
+    """Return `truncation` by a row program's Jacobians, at the clean and the noisy end."""
+    d, mask = field.samples.dims, field.samples.mask
+    noise = _shape_of(*field.noise(at_clean, clean), at_clean.t, d)
+    p = _shape_of(*field.noise(at_noisy, noisy), at_noisy.t, d)
+    q = _shape_of(*at_noisy.level.eps_and_jacobian(noisy, mask), at_noisy.t, d)
+    return _beyond(noise, p, q, d)
+
+
+def _beyond(noise: _Shape, p: _Shape, q: _Shape, d: int | Tensor) -> Tensor:
+    """Return what is missing at both ends: of the noise at the clean one, of p less of q at the noisy one."""
+    every = (torch.stack(torch.broadcast_tensors(*each)) for each in zip(noise, p.rest(), q.rest()))
+    (clean, *log_det), (form, *forms) = _of_the_rest(_Shape(*every), d)
+    return 0.5 * ((clean + form).abs() + (log_det[0] - forms[0] - log_det[1] + forms[1]).abs())
 
 
 def _of_the_rest(shape: _Shape, d: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +114,22 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
         mean += dot(product, v).sum(0)
         mean_square += product.square().sum((0, 2))
     product = inside(torch.autograd.grad(eps, y, eps.detach())[0], mask)
-    count = field.samples.dims * (1 if field.exact else len(field.cotangents))
-    eps, product = eps.detach().double(), product.double()
+    dims = field.samples.dims
+    copies = 1 if field.exact else len(field.cotangents)
+    return _seen(eps.detach(), product, mean / copies, mean_square / copies, t, dims)
+
+
+def _shape_of(eps: Tensor, jacobian: Tensor, t: float, dims: int | Tensor) -> _Shape:
+    """Return `_shape` from the noise (B, d) and its whole Jacobian, entry (j, i) by y_i at (b, i, j), or one of all."""
+    exact = jacobian.double()
+    mean, mean_square = torch.einsum("bii->b", exact), exact.square().sum((1, 2))
+    return _seen(eps, (jacobian @ eps[:, :, None])[:, :, 0], mean, mean_square, t, dims)
+
+
+def _seen(eps: Tensor, product: Tensor, trace: Tensor, square_trace: Tensor, t: float, dims: int | Tensor) -> _Shape:
+    """Return the shape from the noise, its product with the Jacobian, and the traces of that and of its square."""
+    eps, product = eps.double(), product.double()
     square = eps.square().sum(1)
     total = square.clamp(min=torch.finfo(torch.float64).tiny)
     seen, seen_square = torch.linalg.vecdot(product, eps), product.square().sum(1)
-    return _Shape(square, t * mean / count, t**2 * mean_square / count, t * seen / total, t**2 * seen_square / total)
+    return _Shape(square, t * trace / dims, t**2 * square_trace / dims, t * seen / total, t**2 * seen_square / total)

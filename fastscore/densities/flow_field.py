@@ -42,16 +42,16 @@ dot = own_dtypes(torch.linalg.vecdot)
 
 
 class Time(NamedTuple):
-    """What the field needs to know of a time t of the path: its schedule's own, and numbers that it decides.
+    """What the field needs to know of a time t of the path: numbers that it decides, and the schedule's own time.
 
     x_t = scale y, and v = c_f output + c_y y.
     """
 
     t: float
-    own: Tensor
     scale: float
     c_f: float
     c_y: float
+    own: Tensor
 
 
 class Field:
@@ -87,13 +87,8 @@ class Field:
 
     def table(self, t: Tensor) -> list[Time]:
         """Return the times of a grid, all evaluated at once."""
-        t = t.detach().double().cpu().clamp(*self.ends)  # rounding must not carry the network past its range
-        schedule = self.density.schedule
-        time = schedule.time(log_snr_of(t, self.scale))
-        c_f, c_x = eps_from(self.density.predicts, schedule, time)
-        scale = self.scale * schedule.alpha_sigma(time)[0] / (1 - t)
-        rows = torch.stack([scale, c_f / (1 - t), (c_x * scale - 1) / (1 - t)], 1).tolist()
-        return [Time(at, own, *row) for at, own, row in zip(t.tolist(), time.to(self.samples.x.device).split(1), rows)]
+        rows, time = numbers_of(self.density, self.scale, self.ends, t)
+        return [Time(*row, own) for row, own in zip(rows.tolist(), time.to(self.samples.x.device).split(1))]
 
     def at(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, d) and the rate of log(p / q) (B, columns), differentiable.
@@ -137,6 +132,16 @@ class Field:
             else:
                 yield slice(first, last), dot(inside(found, self.samples.mask), v).T
             first = last
+
+
+def numbers_of(density: ScoreDensity, scale: float, ends: tuple[float, float], t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the numbers of `Time` at times t of the path, (T, 4), and the schedule's own times, (T,), on the host."""
+    t = t.detach().double().cpu().clamp(*ends)  # rounding must not carry the network past its range
+    schedule = density.schedule
+    time = schedule.time(log_snr_of(t, scale))
+    c_f, c_x = eps_from(density.predicts, schedule, time)
+    here = scale * schedule.alpha_sigma(time)[0] / (1 - t)
+    return torch.stack([t, here, c_f / (1 - t), (c_x * here - 1) / (1 - t)], 1), time
 
 
 class _Rate(torch.autograd.Function):

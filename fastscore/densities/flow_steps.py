@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .flow_path import Course, Flow
+from ..estimator.samples import deferred
+from .flow_frame import Course
+from .flow_path import Flow
 
 FIRST_STEPS, MAX_STEPS = 4, 2048  # of "auto"
 ROUNDED = 1.0  # nats: larger moves are none of roundings, but of a path that the grid does not follow yet
@@ -27,6 +29,7 @@ class Solved(NamedTuple):
     """Log-densities (B, columns), where paths end, evaluations, error of the grid; the first again with its graph.
 
     Log-densities without a number are NaN in all columns. `again` takes the flow of some of the samples, and which.
+    `beyond` is the truncation, where it came with the path.
     """
 
     log_prob: Tensor
@@ -34,6 +37,7 @@ class Solved(NamedTuple):
     nfe: Tensor
     discretization: Tensor
     again: Callable[[Flow, Chosen], Tensor]
+    beyond: Tensor | None = None
 
 
 def once(solver: Callable[[Flow], Course], flow: Flow, fixed: bool = True) -> Solved:
@@ -43,7 +47,8 @@ def once(solver: Callable[[Flow], Course], flow: Flow, fixed: bool = True) -> So
         ValueError: where the answer of no sample is finite.
     """
     found = solver(flow)
-    _refuse_not_finite(found.log_prob)
+    if not deferred(found.log_prob.device):
+        _refuse_not_finite(found.log_prob)
     unknown = torch.full_like(found.log_prob[:, 0], math.nan)
 
     def again(flow: Flow, chosen: Chosen) -> Tensor:
@@ -55,7 +60,7 @@ def once(solver: Callable[[Flow], Course], flow: Flow, fixed: bool = True) -> So
         return solver(flow).log_prob
 
     nfe = torch.full_like(unknown, found.nfe, dtype=torch.int64)
-    return Solved(_or_nan(found.log_prob), found.end, nfe, unknown, again)
+    return Solved(_or_nan(found.log_prob), found.end, nfe, unknown, again, found.beyond)
 
 
 def doubling(flow: Flow, error: float) -> Solved:
@@ -68,20 +73,25 @@ def doubling(flow: Flow, error: float) -> Solved:
     Raises:
         ValueError: where no sample has an answer.
     """
-    steps, active = FIRST_STEPS, torch.arange(len(flow.samples), device=flow.samples.x.device)
-    coarse, end, calls = flow.midpoint(steps)
+    steps, device = FIRST_STEPS, flow.samples.device
+    on_host = torch.arange(len(flow.samples), device="cpu")
+    active = torch.arange(len(on_host), device=device)
+    coarse, end, calls, _ = flow.midpoint(steps)
     log_prob, spent, finest = coarse.clone(), torch.full_like(active, calls), torch.full_like(active, steps)
     move, before, earlier = torch.full((3, len(active)), math.inf, dtype=coarse.dtype, device=coarse.device)
     discretization = move
     while len(active) and steps < MAX_STEPS:
         steps *= 2
-        fine, end[active], calls = flow.select(active).midpoint(steps)
+        some = flow if len(active) == len(flow.samples) else flow.select(active, on_host)
+        fine, end[active], calls, _ = some.midpoint(steps)
         moved = (fine - coarse[active]).mean(1).abs()
         earlier[active], before[active], move[active] = before[active], move[active], moved
         log_prob[active], coarse[active] = _extrapolated(fine, coarse[active]), fine
         spent[active], finest[active] = spent[active] + calls, steps
         discretization = torch.maximum(move, before / 4)
-        active = active[~(discretization[active] <= error)]
+        moving = on_host[~(discretization[active] <= error).cpu()]  # the one question to the device
+        if len(moving) < len(on_host):
+            on_host, active = moving, moving.to(device)
     if len(active):
         discretization[active] = _left(move[active], before[active], earlier[active])
         log_prob[active] = torch.where(discretization[active, None] < math.inf, log_prob[active], math.nan)
@@ -119,7 +129,7 @@ def _extrapolated(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 def _or_nan(log_prob: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(log_prob).all(1, keepdim=True), log_prob, math.nan)
+    return log_prob + 0 * log_prob.sum(1, keepdim=True)  # NaN where one of a sample's columns is not finite
 
 
 def _refuse_not_finite(log_prob: Tensor) -> None:

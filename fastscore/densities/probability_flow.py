@@ -31,9 +31,11 @@ from torch import Tensor
 from ..estimator.estimate import mean_in_words
 from ..estimator.network_density import network_of
 from ..estimator.protocol import Density, check_density
+from ..estimator.samples import deferred
 from ..estimator.statistics import student_quantile
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
+from ..program.row_program import RowProgram
 from ..support.host import positive, whole
 from ..support.modes import differentiable, refuse_inference_weights
 from ..support.untouched import undisturbed
@@ -42,6 +44,7 @@ from .between_timesteps import between_timesteps
 from .cut_graph import refuse_cut_graph
 from .flow_field import kinds, learned
 from .flow_path import ADAPTIVE, Flow
+from .flow_program import program_for
 from .flow_steps import MAX_STEPS, Solved, doubling, not_finite, once
 
 # The options that a method reads. Without steps, those of a solver follow the answer.
@@ -122,7 +125,9 @@ def probability_flow_log_prob(
             timesteps is taken as the continuous process through it (`ContinuousDDPM`), where the network answers
             between timesteps, which it is asked once.
         x: data, shape (B, *shape).
-        trace: "exact" (d vector-Jacobian products an evaluation) or "hutchinson" (one a probe, Rademacher signs).
+        trace: "exact" (by tangents in one pass where the network is a row program in up to 64 dimensions, as
+            `fastscore.explain` says, and by d vector-Jacobian products an evaluation else) or "hutchinson" (one product
+            a probe, Rademacher signs).
         probes: number of Hutchinson probes, averaged; one has no standard error (NaN), more have, by Student's t. In up
             to 13 dimensions a sample's probes are drawn without repetition; all 2^(d-1) of them give the exact trace.
         seed: key of the probes.
@@ -142,7 +147,8 @@ def probability_flow_log_prob(
         ImportError: for a solver of torchdiffeq without it; `pip install torchdiffeq`.
         ValueError: for an unknown trace or method, options that these do not read or lack, a table whose network does
             not answer between timesteps, a network whose answer has no graph or only a part of it, and where no sample
-            has a number: all are NaN or inf, or do not settle.
+            has a number: all are NaN or inf, or do not settle. On a GPU a fixed grid gives NaN without an error or a
+            warning, since asking would wait for the device; FASTSCORE_CHECK=now in the environment asks.
     """
     options = _options(method, {"error": error, "steps": steps, "rtol": rtol, "atol": atol})
     steps, error = options["steps"], positive("error", options["error"], "nats")
@@ -168,16 +174,18 @@ def probability_flow_log_prob(
         if method == "auto":
             return doubling(flow, error)
         if method == "midpoint":
-            return once(lambda flow: flow.midpoint(steps), flow)
+            return once(lambda flow: flow.midpoint(steps, beyond=True), flow)
         return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, fixed="steps" in READ[method])
 
     with undisturbed(core.model):
         core = between_timesteps(core, samples) if core.schedule.discrete else core
-        flow = Flow(core, samples, trace, probes, seed)
-        refuse_cut_graph(network_of(core), flow.samples, flow.scale)
+        program = program_for(core, samples, trace) if method in OWN else None
+        flow = Flow(core, samples, trace, probes, seed, program if isinstance(program, RowProgram) else None)
+        refuse_cut_graph(network_of(core), flow.samples, flow.frame.scale)
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
-    _warn_of_what_is_missing(found, error if method == "auto" else None)
+    if method == "auto" or not deferred(found.log_prob.device):
+        _warn_of_what_is_missing(found, error if method == "auto" else None)
     return found
 
 
@@ -241,9 +249,9 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flow: Flow, solve: Callable[[Flow], Solved], x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         found = solve(flow)
-        ctx.flow, ctx.again, ctx.none = flow, found.again, found.log_prob.isnan().any(1)
+        ctx.flow, ctx.again, ctx.log_prob = flow, found.again, found.log_prob.detach()
         ctx.save_for_backward(x, *learned)
-        beyond, calls = flow.truncation(found.end)
+        beyond, calls = (found.beyond, 0) if found.beyond is not None else flow.truncation(found.end)
         constants = found.nfe + calls, found.discretization, beyond
         ctx.mark_non_differentiable(*constants)
         return found.log_prob, *constants
@@ -251,16 +259,17 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors  # raises where a weight has changed since
-        every = not bool(ctx.none.any())
-        chosen = slice(None) if every else (~ctx.none).nonzero().flatten()
+        none = ctx.log_prob.isnan().any(1)
+        every = not bool(none.any())
+        chosen = slice(None) if every else (~none).nonzero().flatten()
         with torch.enable_grad():
             x = inputs[0].detach().requires_grad_()
             flow = ctx.flow.on(x)
-            here = x, *learned(flow.density, flow.samples)
+            here = x, *learned(flow.frame.density, flow.samples)
             value = (grad[chosen] * ctx.again(flow.select(chosen), chosen)).sum()
             found = torch.autograd.grad(value, here, allow_unused=True, materialize_grads=True)
         if not every:
-            unknown = ctx.none & (grad != 0).any(1)
+            unknown = none & (grad != 0).any(1)
             of_x, *rest = found
             rest = [each.masked_fill(unknown.any(), math.nan) for each in rest]
             found = of_x.masked_fill(unknown[:, None], math.nan), *rest

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops.instructions import NoProgram
+from ..process.conditions import Conditions
 from ..process.network import time_dtype_of
 from ..process.schedules import Schedule
 from ..program.row_program import Programs, RowProgram
@@ -37,11 +39,22 @@ class Network:
         """Return the row program under each condition of the samples, None where the network itself must run."""
         if self.programs is None:
             return (None,) * len(samples.conds)
+        return tuple(self.programs.find(*self._traced_on(samples, cond)) for cond in samples.conds)
+
+    def need_program(self, samples: Samples) -> RowProgram:
+        """Return the row program under the one condition of the samples; raise NoProgram with the reason of none."""
+        (cond,) = samples.conds
+        if self.programs is None:
+            raise NoProgram("nobody keeps its programs")
+        return self.programs.need(*self._traced_on(samples, cond))
+
+    def _traced_on(self, samples: Samples, cond: Conditions) -> tuple:
+        """Return what `Programs.find` looks a program up by, and traces one on."""
 
         def times() -> Tensor:
             log_snr = torch.linspace(*self.log_snr_range, PROBE_ROWS, dtype=torch.float64, device="cpu")
             return self.schedule.time(log_snr)
 
-        data, dtype = (self.model, samples.shape, samples.x.dtype, samples.device), samples.x.dtype
+        dtype = samples.x.dtype
         time_dtype = time_dtype_of(self.schedule, dtype, self.time_dtype)
-        return tuple(self.programs.find(*data, cond, times, time_dtype) for cond in samples.conds)
+        return self.model, samples.shape, dtype, samples.device, cond, times, time_dtype

@@ -29,6 +29,7 @@ from ..support.memory import parse_bytes
 from .coincidence import refuse_coincidences
 from .control import control_of
 from .degenerate import are_far, warn_of_far
+from .graphs import Graphs
 from .methods import DENSITY, method_of
 from .network import Network
 from .nodes import FittedNodes
@@ -52,6 +53,7 @@ class NetworkDensity(Density):
         fitted_shape: of a sample, as `fit` saw them; None where it is not known.
         planner: keeps the plans of earlier calls.
         replays: keeps their graphs on a GPU.
+        flows: keeps those of the ODE.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class NetworkDensity(Density):
     fitted_shape: tuple[int, ...] | None
     planner: Planner
     replays: Replays
+    flows: Graphs
     _programs: Programs
     _ends: ScheduleEnds
     _compiles: bool

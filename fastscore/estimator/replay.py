@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
-from operator import attrgetter, is_
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from ..reference.picking import Picked
 from ..support.memory import peak_bytes
 from .estimate import Estimate
 from .estimator import Estimator
+from .graphs import FIRST, ONE_CAPTURE, Graph, places_of
 from .methods import DENSITY
 from .plan import Plan
 from .planner import Wanted
@@ -32,9 +33,6 @@ from .samples import Samples, deferred
 
 KEPT = 8
 GRAPHS = 32  # shares of the memory that all graphs of a density may keep: a quarter
-ONE_CAPTURE = threading.Lock()  # what a second thread warms up meanwhile would have to wait for the first
-_KIND = attrgetter("shape", "dtype")
-FIRST = "it was called for the first time"
 
 
 class Replay:
@@ -47,7 +45,8 @@ class Replay:
     """
 
     def __init__(self, estimator: Estimator, samples: Samples, plan: Plan) -> None:
-        self.estimator, self.model, self.graph, self.nbytes = estimator, estimator.network.model, None, 0
+        self.estimator, self.model, self.nbytes = estimator, estimator.network.model, 0
+        self.graph: Graph | None = None
         if samples.x.is_cuda:
             self.samples = replace(samples, x=samples.x.clone(), conds=tuple(cond.copy() for cond in samples.conds))
             self.plan, self._loaded = plan.copy(samples), plan
@@ -59,7 +58,7 @@ class Replay:
         if self.graph is None:
             return self._run(samples, plan)
         with self._lock:
-            self._follow()
+            self.graph.follow()
             self.samples.x.copy_(samples.x)
             for own, given in zip(self.samples.conds, samples.conds):
                 own.copy_(given)
@@ -67,7 +66,7 @@ class Replay:
                 self.plan.copy_(plan, samples)
                 self._loaded = plan
             self.graph.replay()
-            found, numbers = self._found
+            found, numbers = self.graph.found
             return found.copy(self.plan.log_snr(self.samples)), numbers.copy()
 
     def _run(self, samples: Samples, plan: Plan) -> tuple[Round, Numbers]:
@@ -75,25 +74,7 @@ class Replay:
         return found, self.estimator.numbers(found, samples)
 
     def _capture(self) -> None:
-        with torch.cuda.device(self.samples.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
-                for _ in range(2):
-                    self._run(self.samples, self.plan)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-            # What other threads do with the device meanwhile, such as pinning memory, is no part of the graph.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._found = self._run(self.samples, self.plan)
-            self.graph = graph
-
-    def _follow(self) -> None:
-        """Let what the caller's stream does next come after the last call's copies on another one."""
-        now = torch.cuda.current_stream(self.samples.device)
-        if now != self._stream:
-            now.wait_stream(self._stream)
-            self._stream = now
+        self.graph = Graph(lambda: self._run(self.samples, self.plan), self.samples.device)
 
 
 class Replays:
@@ -220,8 +201,8 @@ def depends_on(estimator: Estimator, samples: Samples, plan: Plan) -> Hashable:
         samples.index.numpy().tobytes(),
         plan.layout(samples).stack is None,
         tuple(map(id, estimator.programs)),
-        _where(read),
-        _where(own := estimator.reference.tensors()),
+        places_of(read),
+        places_of(own := estimator.reference.tensors()),
         tuple(None if q.is_inference() else q._version for q in own),
         conditions,
         torch.are_deterministic_algorithms_enabled(),
@@ -242,12 +223,6 @@ def _around(samples: Samples) -> Hashable:
 
 def _nobody(count: int) -> None:
     """Hear of a chunk's samples, for a call that shows no progress."""
-
-
-def _where(read: list[Tensor]) -> Hashable:
-    """Return what a graph has of tensors that it reads: where and how they lie; of a number on the host, its value."""
-    places = tuple(map(Tensor.data_ptr, read)), tuple(map(Tensor.stride, read))
-    return *places, tuple(map(_KIND, read)), tuple(str(tensor.tolist()) for tensor in read if not tensor.is_cuda)
 
 
 def _capture(estimator: Estimator, samples: Samples, plan: Plan) -> Replay | str:

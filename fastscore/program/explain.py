@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import tangents
 from ..ops.choice import choose
 from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
 from ..ops.select import implementation, runnable
@@ -70,7 +71,7 @@ def explain(
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
     time = time.to(device, time_dtype)
-    return "\n".join([*text, _kernel(program, time, conditions.shared, math.prod(shape))])
+    return "\n".join([*text, _trace(program, shape), _kernel(program, time, conditions.shared, math.prod(shape))])
 
 
 def _batch_of(cond: dict[str, object]) -> int:
@@ -94,6 +95,14 @@ def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int
     if backward.backend == choice.backend:
         return line
     return f"{line}\n  with gradients of its weights backend {backward.backend}: {backward.reason}"
+
+
+def _trace(program: RowProgram, shape: tuple[int, ...]) -> str:
+    """Return how the ODE takes the exact trace of the program's Jacobian."""
+    reason = tangents.why_not(math.prod(shape), program.dtype) or tangents.why_no_rule(program.code)
+    if reason is None:
+        return "exact trace of the ODE: tangents beside each sample, in one pass"
+    return f"exact trace of the ODE: a backward pass a dimension, since {reason}"
 
 
 def _line(program: RowProgram, instruction: Instruction, core: Core | None) -> tuple[str, str]:

@@ -289,17 +289,32 @@ class Programs:
         if self.mode is False:
             return None
         try:
-            if torch.is_autocast_enabled(device.type):
-                raise NoProgram("autocast chooses dtypes layer by layer")
-            found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, times, time_dtype)
-            if found.program is None:
-                raise NoProgram(found.reason)
-            if self.mode == "auto" and not found.program.pays:
-                raise NoProgram("most of its work depends on time and a sample's condition together")
+            return self.need(model, shape, dtype, device, cond, times, time_dtype)
         except NoProgram:
             if self.mode is True:
                 raise
             return None
+
+    def need(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        cond: Conditions,
+        times: Callable[[], Tensor],
+        time_dtype: torch.dtype,
+    ) -> RowProgram:
+        """Return the network's program as `find` does, or raise NoProgram with the reason in every mode."""
+        if self.mode is False:
+            raise NoProgram("program=False is set")
+        if torch.is_autocast_enabled(device.type):
+            raise NoProgram("autocast chooses dtypes layer by layer")
+        found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, times, time_dtype)
+        if found.program is None:
+            raise NoProgram(found.reason)
+        if self.mode == "auto" and not found.program.pays:
+            raise NoProgram("most of its work depends on time and a sample's condition together")
         return found.program
 
     def _look_up(self, model, shape, dtype, device, cond, times, time_dtype):

@@ -26,6 +26,7 @@ from ..process.masks import inside, summed
 from ..support.autocast import own_dtypes
 from ..support.buffers import FittedBuffers
 from . import turning
+from .levels import Level
 
 SCALE_RATIO = 1e-3  # of the narrowest to the widest dimension, at least
 FACTORS = ("channels", "rows", "columns")
@@ -124,13 +125,14 @@ class Reference(FittedBuffers):
 
         Directions that hardly vary at all, as constant pixels, count as a thousandth of the widest.
         """
-        own, means = self.variance, self.mean
+        weight, means, own, basis = map(self.host, ("weight", "mean", "variance", "basis"))
         if self.full:
-            own = torch.einsum("kij,kj->ki", self.basis.square(), own)
+            own = torch.einsum("kij,kj->ki", basis.square(), own)
         if self.turned:
-            own = turning.turn_back(own, [factor.square() for factor in self.factors])
-            means = turning.turn_back(means, self.factors)
-        total = self.weight @ (own + (means - self.weight @ means).square())
+            factors = [self.host(name) for name in FACTORS]
+            own = turning.turn_back(own, [factor.square() for factor in factors])
+            means = turning.turn_back(means, factors)
+        total = weight @ (own + (means - weight @ means).square())
         largest = float(total.max()) ** 0.5
         return max(float(total.min()) ** 0.5, SCALE_RATIO * largest), largest
 
@@ -197,35 +199,16 @@ class Reference(FittedBuffers):
         gain = sigma / (alpha**2 * self.variance + sigma**2)
         return inside(gain.to(x_t.dtype) * (x_t - (alpha * self.mean).to(x_t.dtype)), mask)
 
-    @own_dtypes
     def eps_and_divergence(
         self, x_t: Tensor, alpha: float, sigma: float, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         r"""Return :math:`\epsilon_q(x_t)`, shape (B, d), and its divergence, shape (B,), at one time.
 
-        Both are of the entries that count, if a mask (B, d) says which; the others are zero.
-
-        With r_k = (alpha^2 C_k + sigma^2)^{-1} (x_t - alpha m_k) and r the mean of r_k under the posterior,
-
-        .. math:: \epsilon_q = \sigma r, \qquad
-            \nabla\cdot\epsilon_q = \sigma \Big(\sum_k \pi_k \big(\mathrm{tr}(\alpha^2 C_k + \sigma^2)^{-1}
-            - \|r_k\|^2\big) + \|r\|^2\Big)
-
-        All components at once, K x B x d numbers: as many as an exact trace of the network has in hand anyway.
+        Both are of the entries that count, if a mask (B, d) says which; the others are zero (`levels.Level`).
         """
-        x_t = self.turn(x_t)
-        gain = 1 / (alpha**2 * self.variance + sigma**2).expand(-1, x_t.shape[1])  # (K, d)
-        counted = torch.ones_like(gain[:1]) if mask is None else mask.to(gain)
-        trace, bias = gain @ counted.mT, self.weight.log()[:, None] + 0.5 * gain.log() @ counted.mT  # (K, 1) or (K, B)
-        trace, bias, gain, mean = (v.to(x_t.dtype) for v in (trace, bias, gain, alpha * self.mean))
-        r_k = inside(x_t - mean[:, None], mask)  # (K, B, d)
-        r_k = r_k @ self.basis.to(x_t.dtype) if self.full else r_k
-        posterior = (bias - 0.5 * (r_k.square() @ gain[..., None])[..., 0]).softmax(0)  # (K, B)
-        r_k = r_k * gain[:, None]
-        inner = (posterior * (trace - r_k.square().sum(2))).sum(0)
-        r_k = r_k @ self.basis.to(x_t.dtype).mT if self.full else r_k
-        r = torch.einsum("kb,kbd->bd", posterior, r_k)
-        return self._turn_back(sigma * r), sigma * (inner + r.square().sum(1))
+        level = Level.of(self.tensors(), alpha, sigma, x_t.shape[1], x_t.dtype, mask)
+        eps, divergence = level.eps_and_divergence(x_t, mask)
+        return eps, divergence.expand(len(x_t))
 
     def scaled(self, factor: float) -> Reference:
         """Return the mixture of factor * x."""
