@@ -3,7 +3,6 @@
 import random
 
 import torch
-
 from fastscore.kernels.names import ACTIVATIONS
 
 
