@@ -389,6 +389,8 @@ class ScoreDensity(NetworkDensity):
             program=self._programs.mode,
         )
         other._programs = self._programs
+        if reference is self.reference:
+            other.fitted_shape = self.fitted_shape
         return other
 
     def extra_repr(self) -> str:

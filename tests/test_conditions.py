@@ -322,6 +322,35 @@ class Tokens(nn.Module):
         return (sigma * (x.double() - alpha * tokens.double().sum(0)) / (alpha**2 / 4 + sigma**2)).to(x)
 
 
+CALLS = {
+    "estimate": lambda density, x, token: density.estimate(x, nfe=16, tokens=token),
+    "log_prob": lambda density, x, token: density.log_prob(x, nfe=16, tokens=token),
+    "loss": lambda density, x, token: fs.density_loss(density, x, seed=0, tokens=token),
+    "compare": lambda density, x, token: density.compare(x, {"tokens": token}, {"tokens": 2 * token}, nfe=16),
+    "captured": lambda density, x, token: fs.CapturedDensity(density, x, nfe=16, tokens=token),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_single_sample_with_a_set_of_one_entry_has_to_say_whose_it_is(call):
+    density, x, token = fs.ScoreDensity(Tokens(), SCHEDULE, "eps"), torch.ones(1, D), torch.ones(1, D)
+    with pytest.raises(ValueError, match=r"'tokens' has as many entries as there are samples, 1, .* fs.shared"):
+        call(density, x, token)
+    if call is not CALLS["compare"]:
+        call(density, x, fs.shared(token))
+
+
+def test_a_network_that_broadcasts_takes_a_single_sample_without_a_mark():
+    density, x = fs.ScoreDensity(Shifted(), SCHEDULE, "eps"), torch.ones(1, D)
+    one = density.estimate(x, nfe=16, mean=torch.ones(1, D)).log_prob
+    assert torch.equal(one, density.estimate(x, nfe=16, mean=fs.shared(torch.ones(1, D))).log_prob)
+
+
+class Shifted(nn.Module):
+    def forward(self, x, t, mean):
+        return 0.1 * (x - mean)
+
+
 def test_what_several_samples_share_a_single_one_shares():
     x, token = 1 + 0.5 * torch.randn(5, D, generator=torch.Generator().manual_seed(0)), torch.ones(1, D)
     density = fs.ScoreDensity(Tokens(), SCHEDULE, "eps")

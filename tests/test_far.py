@@ -76,10 +76,10 @@ def test_data_with_axes_in_another_order_than_in_fit_are_refused():
     )
     density.estimate(torch.randn(5, 3, 2, 4), nfe=16)
     density.estimate(torch.randn(5, 24), nfe=16)  # the same order, flat
-    with pytest.raises(
-        ValueError, match=r"x has shape \(2, 4, 3\) a sample and fit saw \(3, 2, 4\).* permute x, or fit"
-    ):
-        density.estimate(torch.randn(5, 2, 4, 3), nfe=16)
+    said = r"x has shape \(2, 4, 3\) a sample and fit saw \(3, 2, 4\).* permute x, or fit"
+    for each in (density, density.with_reference(density.reference)):
+        with pytest.raises(ValueError, match=said):
+            each.estimate(torch.randn(5, 2, 4, 3), nfe=16)
 
 
 def test_outliers_and_unfitted_densities_are_not_warned_of():

@@ -306,6 +306,7 @@ class DropsLater(nn.Module):
         ({}, {"y": torch.ones(50), "cond_drop_prob": 0.5}, "draws random numbers"),
         ({"y": torch.ones(50)}, {"y": torch.ones(50), "cond_drop_prob": 0.5}, "draws random numbers"),
         ({"cond_drop_prob": 0}, {"cond_drop_prob": 0.3}, "draws random numbers"),
+        ({"cond_drop_prob": torch.tensor(0.0)}, {"cond_drop_prob": torch.tensor(0.3)}, "draws random numbers"),
         ({"mode": "all"}, {"mode": "batch", "y": torch.linspace(0, 2, 50)}, "rows of a batch see each other"),
     ],
 )

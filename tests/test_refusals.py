@@ -236,6 +236,21 @@ def test_a_sentence_of_fastscore_s_own_that_a_network_meets_comes_as_it_is(kind)
         density(answer).estimate(X, nfe=16)
 
 
+def test_an_inner_layer_that_lacks_an_argument_is_not_the_network_itself():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Bilinear(3, 3, 3)
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match=r"does not take data of shape .*: TypeError: Bilinear.forward\(\) missing 1"):
+        fs.ScoreDensity(Inner(), fs.VP(), "eps").estimate(torch.randn(4, 3), nfe=16)
+    with pytest.raises(ValueError, match=r"by names that are texts, got the names \[1\]"):
+        fs.ScoreDensity(Inner(), fs.VP(), "eps").estimate(torch.randn(4, 3), nfe=16, cond={1: 2})
+
+
 def test_conditions_go_by_name():
     class Conditional(nn.Module):
         def forward(self, x, t, state):

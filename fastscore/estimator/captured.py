@@ -76,7 +76,8 @@ class CapturedDensity:
         own_mask, cond = density.network_arguments(x, mask, cond)
         self.density, self.core, self.shape, self.mask = density, density.core, x.shape, mask
         core = self.core
-        self.samples = core.check(z, sample_index, cond, mask=own_mask)
+        samples = core.check(z, sample_index, cond, mask=own_mask)
+        self.samples = replace(samples, conds=tuple(each.copy() for each in samples.conds))  # as they are now
         self.wanted = core.wanted(nfe, seed, self.samples, memory)
         self.reference, self.nodes = core.reference, core.nodes
         self._ends = ScheduleEnds(core.schedule, self.nodes)

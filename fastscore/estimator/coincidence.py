@@ -2,7 +2,9 @@
 
 A network that wants one entry a row does not take a condition of another length. One that takes it whole with any
 number of rows, and answers otherwise than for each sample's own entry, or not at all for that, may well mean a graph or
-a table that all share. Several samples are asked at several times: one of them may point at an entry of its own.
+a table that all share. Several samples are asked at several times: one of them may point at an entry of its own. A
+single sample is asked in three rows, once, with one entry for all of them and with one each: a network that adds up a
+set of one entry answers otherwise.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def refuse_coincidences(
     seen = _SEEN.setdefault(model, set())
     for cond in samples.conds:
         for path in cond.guessed:
-            key = path, tuple(cond.per_sample[path].shape[1:])
-            if len(samples) > 1 and key not in seen:
+            several = len(samples) > 1
+            key = path, tuple(cond.per_sample[path].shape[1:]), several
+            if key not in seen:
                 both = _means_both(model, samples, cond, path, times(), time_dtype)
                 if both:
                     raise ValueError(
@@ -47,7 +50,7 @@ def refuse_coincidences(
                         "takes all of them, or one a sample, with different answers; mark it with fs.shared(...) or "
                         "fs.per_sample(...)"
                     )
-                if both is not None:
+                if both is not None or not several:
                     seen.add(key)
 
 
@@ -66,7 +69,7 @@ def _means_both(model, samples: Samples, cond: Conditions, path: str, times: Ten
 
     with uncompiled(), undisturbed(model):
         try:
-            if rows > len(samples):  # of two samples: one row is fewer, but too few to compare
+            if rows > len(samples) > 1:  # of two samples: one row is fewer, but too few to compare
                 answer({name: value[:1] for name, value in own.items()} | {path: cond.per_sample[path]}, 1)
             whole = answer(own | {path: cond.per_sample[path]})
         except Exception:  # whatever the network raises: it wants one entry a row

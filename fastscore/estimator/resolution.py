@@ -121,7 +121,7 @@ def _count(missed: Tensor, by_reference: Tensor) -> int:
     count, d = missed.shape
     if not bool(torch.isfinite(missed).all() & torch.isfinite(by_reference).all()):
         return 0  # the estimate itself refuses such answers
-    if count >= ROWS_PER_DIM * d:
+    if count >= ROWS_PER_DIM * d and bool(torch.isfinite(missed.mT.cov()).all()):
         _, basis = torch.linalg.eigh(missed.mT.cov().reshape(d, d))
         missed, by_reference = missed @ basis, by_reference @ basis
     share, other = missed.std(0), by_reference.std(0)

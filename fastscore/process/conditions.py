@@ -155,11 +155,7 @@ class Conditions:
 
     def options(self) -> tuple:
         """Return what else than numbers of tensors a network is called with: paths, and plain values and kinds."""
-        rest = (
-            (path, value) if is_plain(value) and isinstance(value, Hashable) else (path, type(value))
-            for path, value in sorted(self.shared.items())
-        )
-        return tuple(sorted(self.per_sample)), tuple(rest)
+        return tuple(sorted(self.per_sample)), tuple((path, _option(v)) for path, v in sorted(self.shared.items()))
 
     def select(self, samples: slice | Tensor) -> Conditions:
         """Return the conditions of some samples."""
@@ -260,6 +256,13 @@ def _compare_with_earlier(model: nn.Module, path: str, value: object, own: bool,
         )
 
 
+def _option(value: object) -> Hashable:
+    """Return a plain value, or a number in a tensor on the host; of anything else its type."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
+        return value.item()
+    return value if is_plain(value) and isinstance(value, Hashable) else type(value)
+
+
 def merged(cond: Mapping[str, object] | None, named: dict[str, object]) -> dict[str, object]:
     """Return the keyword arguments of the network from a dict and from those given by name.
 
@@ -269,8 +272,9 @@ def merged(cond: Mapping[str, object] | None, named: dict[str, object]) -> dict[
     if cond is None:
         return named
     if not isinstance(cond, Mapping) or not all(isinstance(name, str) for name in cond):
+        given = f"the names {list(cond)}" if isinstance(cond, Mapping) else _described(cond)
         raise ValueError(
-            f"cond must be a dict of the network's keyword arguments, got {_described(cond)}; "
+            f"cond must be a dict of the network's keyword arguments, by names that are texts, got {given}; "
             "an argument of the network that is itself called cond goes as cond={'cond': ...}"
         )
     twice = sorted(cond.keys() & named.keys())

@@ -101,7 +101,8 @@ def _is_own_sentence(error: Exception) -> bool:
 def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
-    if isinstance(error, TypeError) and (about := _about_arguments(reason, cond)):
+    itself = reason.startswith(f"{getattr(type(model).forward, '__qualname__', '')}()")  # and no layer inside of it
+    if isinstance(error, TypeError) and itself and (about := _about_arguments(reason, cond)):
         return about
     remedies = cond.other_lengths()
     if str(cond):
