@@ -34,7 +34,7 @@ from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
-from .estimator.resolution import clean_end_is_asked, warn_if_most_is_beyond, warn_if_unresolved
+from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
@@ -230,8 +230,7 @@ class ScoreDensity(NetworkDensity):
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
-        new = wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples)
-        if new:
+        if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
             warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
         estimator = Estimator(network, reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
@@ -249,10 +248,7 @@ class ScoreDensity(NetworkDensity):
                 f"evaluations, and twice as many are more than max_nfe={max_nfe}; give a larger max_nfe, or fit the "
                 "density first"
             )
-        told = estimator.report(found, samples, wanted, numbers)
-        if new:
-            warn_if_most_is_beyond(told)
-        return told
+        return estimator.report(found, samples, wanted, numbers)
 
     @ordinary
     @evaluation

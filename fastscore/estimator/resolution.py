@@ -1,7 +1,5 @@
 r"""Whether the least noise of a schedule resolves the data: else the integrand does not decay at the clean end.
 
-And whether what lies beyond both ends is as much as all between them, as it is where a network is read as another.
-
 Along a direction u in which the data's variance is c, the exact network of a Gaussian misses, at signal-to-noise ratio
 s, a share of the noise:
 
@@ -28,7 +26,6 @@ from ..process.predictions import coefficients
 from ..reference.gaussians import Reference
 from ..support.untouched import uncompiled
 from ..support.warn import warn
-from .estimate import Estimate
 from .network import Network
 from .samples import Samples
 
@@ -41,7 +38,6 @@ WIDER = 10.0  # times the network's share that a reference has, to be wider than
 PLAUSIBLE = 0.1  # mean square of the misses of data that are as narrow as the network says, at most
 MAX_DIM = 64  # for directions; columns beyond
 _COUNTED: ContextVar[bool] = ContextVar("whether somebody else counts what lies beyond the clean end", default=False)
-FEW_NATS = 3.0  # beyond both ends, of which nothing is said
 ROWS, ROWS_PER_DIM = 32, 4  # with 4 d rows the smallest second moment of d equal ones comes out as a quarter of them
 
 
@@ -77,18 +73,6 @@ def warn_if_unresolved(network: Network, samples: Samples, reference: Reference,
         f"the schedule's least noise (standard deviation {least:.2g}), and the reference is not; log_prob is too low "
         "there by an amount that neither stderr nor truncation shows; fit(data) a reference, or train with less noise"
     )
-
-
-def warn_if_most_is_beyond(found: Estimate) -> None:
-    """Warn where, in most samples, what may lie beyond the range is half of log_prob, and a nat an entry at least."""
-    beyond, size = (float(v.double().median()) for v in (found.truncation_per_sample, found.log_prob.detach().abs()))
-    dims = float(found.dims if isinstance(found.dims, int) else found.dims.double().median())
-    if beyond > max(size / 2, dims, FEW_NATS):
-        warn(
-            f"what lies beyond the schedule's ends may be {beyond:.2g} nats in most samples (truncation), and log_prob "
-            f"itself is of the size of {size:.2g}: is predicts=, the time that the network gets (schedule=), or the "
-            "scale of the data another than in training, or is it hardly trained?"
-        )
 
 
 @torch.no_grad()
