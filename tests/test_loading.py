@@ -267,6 +267,7 @@ def test_density_from_a_factory(zoo):
         ("circus:Net", ValueError, "there is no module 'circus' for the model circus:Net; it must lie in .* or be"),
         ("zoo.cage:Net", ValueError, r"there is no module 'zoo\.cage'"),
         ("zoo:Lion", ValueError, "module 'zoo' has no 'Lion'; expected a function without arguments"),
+        ("zoo:numbr", ValueError, "module 'zoo' has no 'numbr'; expected a function .*; did you mean 'number'"),
         (
             "zoo:number",
             ValueError,

@@ -270,3 +270,11 @@ def test_a_network_that_no_call_goes_through_has_the_sentence_of_a_call():
 def test_explain_wants_the_shape_of_a_sample(shape):
     with pytest.raises(TypeError, match=r"shape must be that of one sample, .*; give tuple\(x.shape\[1:\]\)"):
         fs.explain(nn.Linear(3, 3), shape)
+
+
+def test_an_activation_with_arguments_says_that_they_are_the_reason(monkeypatch):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Hardtanh())
+    net.forward = lambda x, t: net[1](net[0](x))
+    known = activations.Activation(F.hardtanh, F.hardtanh_)
+    monkeypatch.setitem(activations.ACTIVATIONS, "hardtanh", known)
+    assert "hardtanh: has arguments beside x, -1.0, 1.0, and no rule for them" in fs.explain(net, (3,))

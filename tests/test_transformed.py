@@ -223,3 +223,10 @@ def test_bad_data_is_explained(transform, x, message):
 def test_bad_transforms_are_explained(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_samples_of_another_shape_than_the_transforms_own_are_refused():
+    density = fs.ScoreDensity(ExactNet(mixture(2), fs.VP()), fs.VP(), "eps")
+    own = Transformed(density, zscore(torch.zeros(2), torch.ones(2)))
+    with pytest.raises(ValueError, match=r"x has shape \(3,\) a sample, and .* of another shape: The size of tensor"):
+        own.estimate(torch.randn(4, 3), nfe=16)

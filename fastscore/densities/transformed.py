@@ -148,9 +148,16 @@ class Transformed(Density):
                 f"x must have the transform's {event} dimensions and a batch before them, got shape {tuple(x.shape)}"
             )
         wide = x.to(torch.float64)
-        self._refuse_shape(wide)
-        inside = self.transform.codomain.check(wide.detach()).reshape(len(x), -1).all(1)
-        z = self.transform.inv(wide)
+        try:
+            inside = self.transform.codomain.check(wide.detach()).reshape(len(x), -1).all(1)
+            z = self.transform.inv(wide)
+        except RuntimeError as error:
+            if "size of tensor" not in str(error):
+                raise
+            raise ValueError(
+                f"x has shape {tuple(x.shape[1:])} a sample, and {self.transform} is one of samples of another shape: "
+                f"{str(error).splitlines()[0]}; give x as the transform, or the estimator it is of, takes it"
+            ) from None
         if z.shape[:1] != x.shape[:1] or z.numel() != x.numel():
             raise ValueError(
                 f"the transform must keep the number of dimensions, got x {tuple(x.shape)} and z {tuple(z.shape)}; "
@@ -172,18 +179,6 @@ class Transformed(Density):
             log_det = masks.inside(log_det, masks.mask_rows(mask, x))
         inner, inner_log_det = self.density.to_network(z.to(x.dtype), mask)
         return inner, inner_log_det + log_det.sum(1)
-
-    def _refuse_shape(self, wide: Tensor) -> None:
-        """Raise ValueError for samples of another shape than the transform's own numbers, such as a shift's, have."""
-        try:
-            self.transform.codomain.check(wide.detach()[:1]), self.transform.inv(wide.detach()[:1])
-        except RuntimeError as error:
-            if "size" not in str(error):
-                raise
-            raise ValueError(
-                f"x has shape {tuple(wide.shape[1:])} a sample, and {self.transform} is one of samples of another "
-                f"shape: {str(error).splitlines()[0]}; give x as the transform, or the estimator it is of, takes it"
-            ) from None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -41,15 +41,15 @@ class Faults:
 
         Samples that are far from the reference are warned of.
         """
-        for each in self._open:
-            _refuse(*each)
+        for samples, value, curve_sum, _ in self._open:
+            _refuse(samples, value, curve_sum)
         told, self._open = self._open, []
         for samples, _, _, reference in told:
             if are_far(samples, reference):
                 warn_of_far(samples, reference)
 
 
-def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum, reference: Reference) -> None:
+def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
     bad = ~torch.isfinite(value).cpu()
     if bool(bad.any()):
         refuse_not_finite(samples.x, samples.mask is not None)
