@@ -24,8 +24,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .instructions import Act, Add, Affine, Instruction, Linear, Norm, Save
 
-# Measured on one core beside backward passes, of three layers 64 to 256 wide for 16 to 4,096 samples: in 1 to 64
-# dimensions tangents take 19 to 75 % of their time.
+# On one core tangents took less time than backward passes in 1 to 64 dimensions; more were not tried.
 MOST_DIM = 64
 DTYPES = (torch.float32, torch.float64)
 KNOWN = (Linear, Affine, Act, Norm, Save, Add)
