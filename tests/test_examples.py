@@ -67,7 +67,7 @@ def in_bits(log_prob, error, levels, d):
 def test_every_example_is_listed_and_stays_short():
     scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
     listed = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\)", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
-    assert sorted(scripts) == sorted(listed) == NAMES
+    assert sorted(scripts - {"ten_lines"}) == sorted(listed) == NAMES  # the README's own, which test_readme runs
     for name in NAMES:
         assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 150
 

@@ -280,7 +280,7 @@ def test_a_graph_keeps_no_more_than_its_share(device, memory):
     replayed(density, x, nfe=8, memory=memory)
     assert agrees_on_device(density, x, nfe=8, memory=memory, seed=1)
     for replay in replays(density):
-        storages = {t.untyped_storage() for t in tensors_of(replay._found)}
+        storages = {t.untyped_storage() for t in tensors_of(replay.graph.found)}
         assert replay.plan.nbytes() + sum(s.nbytes() for s in storages) <= GRAPHS * replay._loaded.chunks.kept
     assert bool(replays(density)) is (memory != "2MB")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -101,8 +102,7 @@ def _is_own_sentence(error: Exception) -> bool:
 def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, cond: Conditions) -> str:
     """Return what a network did not take, its own reason, and what may help."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
-    itself = reason.startswith(f"{getattr(type(model).forward, '__qualname__', '')}()")  # and no layer inside of it
-    if isinstance(error, TypeError) and itself and (about := _about_arguments(reason, cond)):
+    if isinstance(error, TypeError) and _is_of_its_call(reason, model) and (about := _about_arguments(reason, cond)):
         return about
     remedies = cond.other_lengths()
     if str(cond):
@@ -123,6 +123,13 @@ def _refusal(error: Exception, model: nn.Module, passed: Tensor, time: Tensor, c
         f"the network does not take data of shape {tuple(passed.shape[1:])} a sample{given}: "
         f"{type(error).__name__}: {reason} ({'; '.join([called, *remedies])})"
     )
+
+
+def _is_of_its_call(reason: str, model: nn.Module) -> bool:
+    """Return whether arguments are the network's own, no inner layer's, or missing where it passes on any it gets."""
+    forward = inspect.unwrap(type(model).forward)
+    any_name = bool(getattr(forward, "__code__", None) and forward.__code__.co_flags & inspect.CO_VARKEYWORDS)
+    return reason.startswith(f"{getattr(forward, '__qualname__', '')}()") or ("missing" in reason and any_name)
 
 
 def _about_arguments(reason: str, cond: Conditions) -> str | None:
