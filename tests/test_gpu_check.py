@@ -128,7 +128,7 @@ def test_rehearsal_of_the_measurements(tmp_path, untouched):
     assert {state for state, _ in found.values()} == {"passed"}
     tables = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
     assert set(tables) == {"gpu-bench", "ceilings", "kernels", "estimates", "calls", "memory", "precisions", "launches",
-                           "planted"}  # fmt: skip
+                           "ODE", "planted"}  # fmt: skip
     assert tables["planted"]["rows"] == [
         {"values": "before fails after", "before": 1.5, "fails": None, "after": 1.5},
         {"values": "before hangs", "before": 1.5},
