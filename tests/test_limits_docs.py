@@ -1,4 +1,4 @@
-"""The sentences that docs/limits.md quotes are those that the package says; a page shows what they leave to be filled in."""
+"""The sentences that docs/limits.md quotes are the package's own, and show what they leave to be filled in."""
 
 import ast
 import re
