@@ -1,7 +1,11 @@
 """fastscore: the log-density of diffusion and score networks."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not Path(__file__).with_name("kernels").exists():  # in a clone they lie beside this folder, in a wheel inside of it
+    __path__.append(str(Path(__file__).parent.parent))
 
 from .classify.classifier import Classification, DiffusionClassifier
 from .densities.bound_estimate import BoundEstimate
