@@ -42,14 +42,14 @@ model = MixtureNetwork(fs.DDPM.linear(1000))
 train_data, test_data, x, step = samples(300, seed=1), samples(50, seed=2), samples(8, seed=3), 0
 
 # x, train_data, test_data: float tensors (N, *shape), scaled as in training
-density = fs.ScoreDensity(model, fs.DDPM.linear(1000), predicts="eps")  # your network, called as model(x_t, t)
-density.fit(train_data)  # optional: smaller errors afterwards, for at most 400,000 evaluations (evaluations=)
+density = fs.ScoreDensity(model, fs.DDPM.linear(1000), predicts="eps")  # model(x_t, t)
+density.fit(train_data)  # optional: smaller errors, for at most 400,000 evaluations
 result = density.estimate(test_data, nfe=256, seed=0)
 
-print(result.log_prob[:3], result.stderr[:3])  # nats; +- 1.96 stderr covers the exact integral 95 % of the time
+print(result.log_prob[:3], result.stderr[:3])  # nats; 1.96 stderr covers 95 %
 print(result)
-density.log_prob(x.requires_grad_()).sum().backward()  # x.grad: of actions, of a guide, of whatever made x
-loss = fs.density_loss(density, x, seed=step)  # of a training step: an unbiased estimate of -log p(x), nats
+density.log_prob(x.requires_grad_()).sum().backward()  # x.grad, or of what made x
+loss = fs.density_loss(density, x, seed=step)  # unbiased estimate of -log p(x), nats
 loss.backward()
 
 print(exact_log_prob(test_data)[:3])
