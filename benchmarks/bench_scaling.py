@@ -73,7 +73,7 @@ def test_growth(benchmark, table, axis):
                                 "peak, last over first": peaks[-1] / peaks[0]})  # fmt: skip
     benchmark.extra_info.update(exponent=exponent, peaks=peaks, nfe=nfe)
     if axis in ("samples", "evaluations"):
-        assert 0.95 < exponent < 1.05
+        assert exponent < 1.05  # what does not grow, such as making the plan, makes it less than one
         # Chunks of about the same size, whatever their number: what grows is a sum a sample, or a node's weight.
         assert max(peaks) < BUDGET
         assert peaks[-1] < 1.3 * peaks[0]
