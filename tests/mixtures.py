@@ -50,12 +50,24 @@ class ExactEps(nn.Module):
         self.mixture, self.schedule = mixture, schedule
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (v[:, None, None] for v in self.schedule.alpha_sigma(t))
         mean, std, weight = self.mixture.mean, self.mixture.std, self.mixture.weight
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        if bool((std == std[:, :1]).all()):
+            return self._of_isotropic(x.double(), alpha[:, None], sigma[:, None]).to(x.dtype)
+        alpha, sigma = alpha[:, None, None], sigma[:, None, None]
         variance = alpha**2 * std**2 + sigma**2  # (rows, K, d)
         gap = x.double()[:, None] - alpha * mean
         logits = weight.log() - 0.5 * (gap.square() / variance + variance.log()).sum(2)
         return (sigma[:, 0] * (logits.softmax(1)[..., None] * gap / variance).sum(1)).to(x.dtype)
+
+    def _of_isotropic(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The same by matrix products, for Gaussians with one standard deviation each: nothing has size rows x K x d."""
+        mean, std, weight = self.mixture.mean, self.mixture.std[:, 0], self.mixture.weight
+        variance = alpha**2 * std**2 + sigma**2  # (rows, K)
+        square = x.square().sum(1, keepdim=True) - 2 * alpha * (x @ mean.T) + alpha**2 * mean.square().sum(1)
+        logits = weight.log() - 0.5 * (square / variance + x.shape[1] * variance.log())
+        share = logits.softmax(1) / variance
+        return sigma * (x * share.sum(1, keepdim=True) - alpha * (share @ mean))
 
 
 def _normal(*shape: int) -> Tensor:
