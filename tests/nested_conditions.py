@@ -7,6 +7,7 @@ import types
 import typing
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 import fastscore as fs
@@ -29,6 +30,21 @@ class Given:
 
 class Bag(collections.UserDict):
     """A mapping that pytree does not know."""
+
+
+class Output(collections.OrderedDict):
+    """Registered without names of its entries, as the outputs of diffusers' models are."""
+
+
+class State:
+    """Neither a mapping nor its attributes, and registered without names."""
+
+    def __init__(self, *held):
+        self.held = held
+
+
+pytree.register_pytree_node(Output, lambda o: (list(o.values()), list(o)), lambda held, names: Output(zip(names, held)))
+pytree.register_pytree_node(State, lambda state: (list(state.held), None), lambda held, _: State(*held))
 
 
 class Moved(nn.Module):
@@ -75,5 +91,7 @@ NESTED = {
     "a read-only mapping": (lambda m: types.MappingProxyType({"mean": m, "crop": 0}), lambda a, more: a["mean"]),
     "an ordered dict": (lambda m: collections.OrderedDict(mean=m), lambda a, more: a["mean"]),
     "beside a shared table": (lambda m: {"i": torch.arange(len(m)), "table": MEAN}, lambda a, more: a["table"][a["i"]]),
+    "a model's output": (lambda m: Output(kind="text", mean=m), lambda a, more: a["mean"]),
+    "a registered class": (lambda m: State(0.5, m), lambda a, more: a.held[1]),
     "marked": (lambda m: fs.per_sample({"mean": m}), lambda a, more: a["mean"]),
 }

@@ -305,6 +305,13 @@ def a_list_in_a_dict(mean):
     return {"tokens": found}
 
 
+def test_two_conditions_of_one_path_are_refused():
+    cond = {"a": {"b": MEAN}, "a['b']": 0 * MEAN}
+    density = fs.ScoreDensity(nn.Identity(), SCHEDULE, "eps")
+    with pytest.raises(ValueError, match=r"two conditions are called \"a\['b'\]\", got one inside of another"):
+        density.estimate(data(), cond=cond)
+
+
 @pytest.mark.parametrize("circle", [a_dict_in_itself, a_list_in_a_dict])
 def test_a_condition_that_holds_itself_is_refused_by_its_path(circle):
     x = torch.zeros(3, D)

@@ -333,6 +333,7 @@ def broken():
         (samples().to("meta"), {}, "data must be a dense tensor, got a meta one; give one with values"),
         (torch.nested.nested_tensor([samples()]), {}, "data must be a dense tensor, got a nested one"),
         (samples(), {"fit": masked_tensor(samples(), samples() > 0)}, r"fit data must be .* got a MaskedTensor one"),
+        (np.ma.masked_less(samples().numpy(), 0), {}, r"data must be a plain array, got a masked one; give \.filled"),
         (samples(), {"mask": samples().to_sparse()}, "mask must be a dense tensor, got a sparse_coo one"),
         (samples(), {"cond": {"y": samples().to("meta")}}, "cond 'y' must be a dense tensor, got a meta one"),
         (samples(), {"out": "r.txt"}, r"out must be a \.npz or \.csv file, got 'r\.txt'"),

@@ -23,6 +23,13 @@ def attribute(net, h, t):
     return h
 
 
+def by_time(h, t):
+    """Two experts, each for the rows of its times."""
+    late, out = t > 0.5, torch.empty_like(h)
+    out[late], out[~late] = 2 * h[late], 3 * h[~late]
+    return out
+
+
 @pytest.mark.parametrize(
     ("operation", "reason"),
     [
@@ -34,6 +41,8 @@ def attribute(net, h, t):
         (lambda net, h, t: F.elu(h, 0.5), "operation elu: only alpha = 1"),
         (lambda net, h, t: h - h.mean(0), "operation mean: mixes rows"),
         (lambda net, h, t: h * t.mean(), "operation mean: mixes rows"),
+        (lambda net, h, t: by_time(h, t), "operation index: mixes rows"),
+        (lambda net, h, t: h + t.unique(return_inverse=True)[1][:, None], "operation _unique2: mixes rows"),
         (lambda net, h, t: h.double().float(), "operation to: computes in torch.float64"),
         (lambda net, h, t: h + torch.randn_like(h), "operation randn_like: is random"),
         (lambda net, h, t: net.norm(h), "layer 'norm', operation batch_norm: takes its statistics from the batch"),
@@ -50,6 +59,17 @@ def attribute(net, h, t):
 def test_what_is_no_program_says_why(operation, reason):
     with pytest.raises(NoProgram, match=reason):
         RowProgram.trace(Odd(operation), (4,), torch.linspace(0.1, 0.9, 4))
+
+
+def test_a_graph_that_cannot_be_read_is_no_program_and_the_network_runs(monkeypatch):
+    def match(traced):
+        raise KeyError("an operation that nobody foresaw")
+
+    monkeypatch.setattr("fastscore.program.row_program.match", match)
+    density = fs.ScoreDensity(Odd(lambda net, h, t: h), SCHEDULE, "eps")
+    assert bool(density.estimate(torch.randn(3, 4), nfe=8).log_prob.isfinite().all())
+    with pytest.raises(NoProgram, match="its graph cannot be read: KeyError: 'an operation that nobody foresaw'"):
+        RowProgram.trace(Odd(lambda net, h, t: h), (4,), torch.linspace(0.1, 0.9, 4))
 
 
 def test_three_waiting_residuals_are_one_too_many():

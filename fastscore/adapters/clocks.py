@@ -138,10 +138,11 @@ class Preconditioned(Schedule):
 def table(alphas_cumprod: Tensor) -> DDPM:
     """Return the schedule of a library's table; an entry of zero at its end (zero terminal SNR) is left out.
 
-    At a log-SNR of minus infinity nothing is left of the data, and the integrand is that of the reference.
+    At a log-SNR of minus infinity nothing is left of the data, and the integrand is that of the reference. Those
+    schedulers of diffusers that divide by it write 2**-24 in its place.
     """
     known = as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
-    if len(known) and float(known[-1]) == 0:
+    if len(known) and float(known[-1]) in (0.0, 2.0**-24):
         known = known[:-1]
     return DDPM(known)
 

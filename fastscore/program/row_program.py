@@ -98,6 +98,10 @@ class RowProgram:
             try:
                 traced = trace(model, x_t, time[:1], cond, watch)
                 program = cls(model, traced, match(traced), dtype, watch)
+            except NoProgram:
+                raise
+            except Exception as error:  # of a graph that nobody foresaw: its network runs without a program
+                raise NoProgram(f"its graph cannot be read: {type(error).__name__}: {error}") from error
             finally:
                 watch.put_back()  # no cache may keep the tensors of a trace
             check(program, shape, time, cond)

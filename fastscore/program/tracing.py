@@ -315,6 +315,8 @@ def _split(program: torch.export.ExportedProgram, inputs: list[str], own: int) -
 
 def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
     """Set a node's level and whether it has rows; refuse what has effects or mixes rows."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # of the export, which takes long to import
+
     value = node.meta.get("val")
     if isinstance(node.target, torch._ops.HigherOrderOperator) or value is None:
         raise refuse(node, "is no plain operation on tensors")
@@ -333,7 +335,8 @@ def _classify(node: fx.Node, symbol: torch.SymInt) -> None:
         if not by_row or not node.meta["rows"]:
             raise refuse(node, "makes values of the number of rows")
     for v, dims in zip(tensors, symbolic):
-        if sum(dims) > 1 or (any(dims) and v.shape[dims.index(True)] != symbol):
+        # A size that depends on values, as of the rows that a mask chooses, is known to be no size at all.
+        if sum(dims) > 1 or (any(dims) and not statically_known_true(v.shape[dims.index(True)] == symbol)):
             raise refuse(node, "mixes rows")
         if level & X and not (dims and dims[0]):
             raise refuse(node, "mixes rows, or moves them from the first dimension")

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -64,6 +65,8 @@ def refuse_not_dense(name: str, value: object) -> None:
     """Raise ValueError for a tensor that is not dense, or has no values."""
     if isinstance(value, Tensor) and (kind := "meta" if value.is_meta else layout_of(value)) is not None:
         raise ValueError(f"{name} must be a dense tensor, got a {kind} one; {dense_form(kind)}")
+    if isinstance(value, np.ma.MaskedArray):  # whose fill values would be read as data
+        raise ValueError(f"{name} must be a plain array, got a masked one; give .filled(0), and ~{name}.mask as mask=")
 
 
 def dense_form(layout: str) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, range, slice, type(None), type(...), np.generic)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
@@ -104,6 +104,10 @@ class _Walk:
         except RecursionError:  # torch's pytree follows an entry that is its own container
             raise _of_circle(path, value) from None
         if opened is None:
+            if path in self.leaves:
+                raise ValueError(
+                    f"two conditions are called {path!r}, got one inside of another and one by that name; rename one"
+                )
             self.leaves[path] = Leaf(value, said)
             self.key.append(path)
             return path
@@ -128,15 +132,30 @@ def _of_circle(path: str, value: object) -> ValueError:
 
 def _open(value: object) -> tuple[object, list[object], list[tuple[str, object]]] | None:
     """Return what a container is made from, its names, and its entries with what they add to the path; None: a leaf."""
-    found, spec = tree_flatten_with_path(value, is_leaf=lambda entry: entry is not value)
-    if len(found) != 1 or found[0][0]:
-        return spec, [], [(keystr(path), entry) for path, entry in found]
+    children, spec = _flattened(value)
+    if len(children) != 1 or children[0][0]:
+        return spec, [], children
     if isinstance(value, Mapping):
         return value, list(value), [(f"[{key!r}]", value[key]) for key in value]
     if _has_fields(value):
         names = list(vars(value)) if hasattr(value, "__dict__") else [f.name for f in dataclasses.fields(value)]
         return value, names, [(f".{name}", getattr(value, name)) for name in names]
     return None
+
+
+def _flattened(value: object) -> tuple[list[tuple[str, object]], TreeSpec]:
+    """Return the entries of what torch's pytree knows, with what they add to the path; a leaf adds nothing."""
+
+    def is_inside(entry: object) -> bool:
+        return entry is not value
+
+    try:
+        found, spec = tree_flatten_with_path(value, is_leaf=is_inside)
+        return [(keystr(path), entry) for path, entry in found], spec
+    except ValueError:  # registered without names for its entries, as the outputs of diffusers' models are
+        entries, spec = tree_flatten(value, is_leaf=is_inside)
+        names = list(value) if isinstance(value, Mapping) and len(value) == len(entries) else range(len(entries))
+        return [(f"[{name!r}]", entry) for name, entry in zip(names, entries)], spec
 
 
 def _together(part: Branch | str, leaves: Mapping[str, object]) -> object:

@@ -246,9 +246,16 @@ def test_log_prob_of_an_exact_flow(model, config, said):
     assert_exact(from_diffusers(model, scheduler, program=False, **said))
 
 
-def test_zero_terminal_snr_leaves_out_the_last_entry():
-    scheduler = ddpm(rescale_betas_zero_snr=True)
-    assert float(scheduler.alphas_cumprod[-1]) == 0
+ZERO_SNR = {"DDPM": 0.0, "DDIM": 0.0, "EulerDiscrete": 2**-24, "EulerAncestralDiscrete": 2**-24}
+ZERO_SNR |= {"DPMSolverMultistep": 2**-24, "UniPCMultistep": 2**-24}
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("kind", ZERO_SNR)
+def test_zero_terminal_snr_leaves_out_the_last_entry(kind, betas):
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": betas}
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(**options)
+    assert float(scheduler.alphas_cumprod[-1]) == ZERO_SNR[kind]
     schedule = from_diffusers(nn.Identity(), scheduler).schedule
     assert schedule.time_range == (0, 998)
     alpha, _ = schedule.alpha_sigma(torch.arange(999))
