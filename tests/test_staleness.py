@@ -1,12 +1,15 @@
 """A row program never keeps a value that the network would have read again: each way to hold a setting, changed."""
 
+import builtins
 import dataclasses
 import decimal
 import fractions
 import gc
 import logging
+import operator
 import os
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -21,6 +24,20 @@ SCALE = 1.0
 ACT = F.silu
 LOG = logging.getLogger("a.network")
 TENSOR = torch.ones(())
+
+
+CONFIG, UNSPELLED = types.SimpleNamespace(unspelled=1.0), operator.attrgetter("unspelled")
+LAZY, MADE = types.ModuleType("a_module_that_makes_its_names"), {"made": 1.0}
+builtins.A_BUILTIN = 1.0
+
+
+def made(name):
+    if name in MADE:
+        return MADE[name]
+    raise AttributeError(name)
+
+
+LAZY.__getattr__ = made
 
 
 def helper(h):
@@ -212,6 +229,12 @@ CASES = {
     ),
     "name made up": (lambda n, h: h * getattr(n.cfg, "sc" + "ale"), setter(lambda n: n.cfg, "scale")),
     "name from a list": (lambda n, h: h * [getattr(n.cfg, k) for k in n.ordered][0], setter(lambda n: n.cfg, "scale")),  # noqa: RUF015
+    "name of a getter": (lambda n, h: h * UNSPELLED(CONFIG), setter(lambda n: CONFIG, "unspelled")),
+    "what a module makes": (lambda n, h: h * LAZY.made, lambda m, n: m.setitem(MADE, "made", 2.0)),
+    "put among the builtins": (
+        lambda n, h: h * A_BUILTIN,  # noqa: F821
+        lambda m, n: m.setattr(builtins, "A_BUILTIN", 2.0, raising=False),
+    ),
     "all names": (lambda n, h: h * vars(n.cfg)["scale"], setter(lambda n: n.cfg, "scale")),
     "attribute that was missing": (
         lambda n, h: h * getattr(n.cfg, "missing", 1.0),

@@ -70,7 +70,8 @@ _FIXED_CALLS += (
     torch._ops.OpOverloadPacket,
 )
 _FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has
-_HARMLESS = (logging.LoggerAdapter, operator.attrgetter, type(threading.Lock()), type(threading.RLock()))
+_BUILTIN = vars(builtins)
+_HARMLESS = (logging.LoggerAdapter, type(NotImplemented), type(threading.Lock()), type(threading.RLock()))
 
 
 def watch_code(model: nn.Module) -> Watch:
@@ -258,6 +259,9 @@ class _Reader:
             raise NoProgram(f"{place} calls {name}, which reads a file that may change")
         self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
         self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
+        put = [k for k in sorted(read - known.keys()) if _root(getattr(_BUILTIN.get(k), "__module__", "")) not in FIXED]
+        self.watch.space("builtins", _BUILTIN, put, whole=False)  # what a program has put there
+        self.waiting += [(f"{name!r} of builtins", _BUILTIN[name]) for name in put if name in _BUILTIN]
         package = known.get("__package__") or ""
         imported = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
         if words & {"__import__", "import_module"}:
@@ -268,7 +272,10 @@ class _Reader:
     def _module(self, place: str, module: types.ModuleType) -> None:
         place = f"module {module.__name__}"
         self.seen[id(vars(module).get("__builtins__"))] = builtins
-        self.names.append(_Names(place, vars(module), whole=False, dynamic=_root(module.__name__) not in FIXED))
+        own = _root(module.__name__) not in FIXED
+        self.names.append(_Names(place, vars(module), whole=False, dynamic=own))
+        if own and "__getattr__" in vars(module):  # makes what the module does not have
+            self.waiting.append((f"'__getattr__' of {place}", vars(module)["__getattr__"]))
 
     def _mapping(self, place: str, mapping: dict) -> None:
         self.names.append(_Names(place, mapping, every=True))
@@ -314,6 +321,10 @@ class _Reader:
     def _logger(self, place: str, logger: logging.Logger) -> None:
         self.watch.reading(place, "level", lambda: (logger.level, logger.disabled))
 
+    def _getter(self, place: str, getter: operator.attrgetter) -> None:
+        _, names = getter.__reduce__()
+        self.words.update(part for name in names for part in name.split("."))
+
     def _nothing(self, place: str, thing: object) -> None:
         pass
 
@@ -345,6 +356,7 @@ class _Reader:
         (types.FunctionType, _function),
         ((types.MethodType, types.BuiltinFunctionType), _bound),
         (logging.Logger, _logger),
+        (operator.attrgetter, _getter),
         ((*_FIXED_CALLS, *_HARMLESS), _nothing),
         (types.ModuleType, _module),
         (type, _class),
