@@ -299,6 +299,7 @@ NAN_AT[2, 3] = float("nan")
         ({"noise": "white"}, ValueError, "auto, sobol, independent; got 'white'"),
         ({"schedule": "linear"}, TypeError, "Schedule such as DDPM.linear.*got str"),
         ({"model": lambda x, t: x}, TypeError, "must be a torch.nn.Module, got function"),
+        ({"model": torch.nn.LazyLinear(3)}, ValueError, "must have all its weights, got 'weight' without a shape"),
         ({"nfe": 3}, ValueError, "nfe=3 leaves fewer than 4 draws"),
         ({"method": "vlb"}, ValueError, "density, discrete, elbo; got 'vlb'"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr must be positive"),

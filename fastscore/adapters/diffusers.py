@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class DiffusersNet(nn.Module):
     """Call a diffusers model with its time by keyword, since its place differs, as offset + slope t.
 
     Arguments:
-        model: returns an object with the field `output`.
+        model: returns an object with the field `output`. One that is not of diffusers may return a tensor or a tuple
+            that begins with it, and takes its time as the second argument where none has the name.
         time: (offset, slope); (0, 1) passes t as it is, integers too.
         sign: factor of what comes back.
         argument: the model's name for its time.
@@ -48,12 +50,16 @@ class DiffusersNet(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.time, self.sign, self.argument, self.output = model, time, sign, argument, output
+        parameters = inspect.signature(model.forward).parameters
+        self.by_name = argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         offset, slope = self.time
         if self.time != (0.0, 1.0):
             t = offset + slope * t
-        prediction = getattr(self.model(x_t, **{self.argument: t}, **cond), self.output)
+        found = self.model(x_t, **{self.argument: t}, **cond) if self.by_name else self.model(x_t, t, **cond)
+        found = found[0] if isinstance(found, tuple) else found
+        prediction = found if isinstance(found, Tensor) else getattr(found, self.output)
         return prediction if self.sign == 1 else -prediction
 
 

@@ -58,6 +58,6 @@ def _refuse(samples: Samples, value: Tensor, curve_sum: CurveSum) -> None:
         at = f" at log-SNR {float(curve.log_snr[where[0]]):.4g}" if len(where) else ""
         raise ValueError(
             f"the network returned NaN or inf for sample {int(samples.index[bad][0])}{at}, {int(bad.sum())} of "
-            f"{len(bad)} samples in this call; check its weights, use a wider dtype than half, or narrow the "
-            "schedule's range"
+            f"{len(bad)} samples in this call; check its weights and the data, use a wider dtype than half, or narrow "
+            "the schedule's range"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..ops.noise import SOBOL_MAX_DIM
 from ..ops.select import check_name, select
@@ -240,6 +241,12 @@ def check_parts(
         raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}; wrap a function in a Module")
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(weight):
+            raise ValueError(
+                f"model must have all its weights, got {name!r} without a shape, of a lazy layer; call the network "
+                "once before"
+            )
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
     if reference is not None and not isinstance(reference, Reference):

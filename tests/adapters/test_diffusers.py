@@ -227,9 +227,22 @@ class ExactOwn(nn.Module):
         return UNet2DOutput(sample=self.sign * (eps - x0))
 
 
+class ExactTuple(ExactOwn):
+    """The same as people write it: another name for the time, and a tensor or a tuple as the answer."""
+
+    def __init__(self, share_of_noise, form):
+        super().__init__(share_of_noise)
+        self.form = form
+
+    def forward(self, x, t):
+        return self.form(super().forward(x, t).sample)
+
+
 @pytest.mark.parametrize(
     ("model", "config", "said"),
     [
+        (ExactTuple(lambda t: t / 1000, lambda out: out), {}, {"time": "t"}),
+        (ExactTuple(lambda t: t, lambda out: (out, None)), {}, {"time": "t / 1000"}),
         (ExactSD3(), {"shift": 3.0}, {}),
         (ExactOwn(lambda t: t / 1000), {}, {"time": "t"}),
         (ExactOwn(lambda t: t), {}, {"time": "t / 1000"}),
@@ -239,7 +252,7 @@ class ExactOwn(nn.Module):
         (ExactOwn(lambda t: 1 - t / 1000, -1), {"invert_sigmas": True}, {"time": "t"}),
         (ExactOwn(lambda t: t, 1), {"invert_sigmas": True}, {"time": "1 - t / T", "sign": -1}),
     ],
-    ids=["known", "t", "t/1000", "t/T", "reversed", "inverted", "twice-reversed"],
+    ids=["a tensor", "a tuple", "known", "t", "t/1000", "t/T", "reversed", "inverted", "twice-reversed"],
 )
 def test_log_prob_of_an_exact_flow(model, config, said):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
