@@ -45,7 +45,6 @@ train_data, test_data, x, step = samples(300, seed=1), samples(50, seed=2), samp
 density = fs.ScoreDensity(model, fs.DDPM.linear(1000), predicts="eps")  # model(x_t, t)
 density.fit(train_data)  # optional: smaller errors, for at most 400,000 evaluations
 result = density.estimate(test_data, nfe=256, seed=0)
-
 print(result.log_prob[:3], result.stderr[:3])  # nats; 1.96 stderr covers 95 %
 print(result)
 density.log_prob(x.requires_grad_()).sum().backward()  # x.grad, or of what made x
