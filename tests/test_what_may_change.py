@@ -260,7 +260,7 @@ def test_a_number_on_the_host_is_part_of_a_graph(device):
 def test_another_seed_that_is_cut_otherwise_has_a_graph_of_its_own(device, monkeypatch):
     density, x = make_on_device(), data().cuda()
     replayed(density, x)
-    for seed, free in enumerate(range(200 << 10, 3000 << 10, 40 << 10), 1):
+    for seed, free in enumerate(range(200 << 10, 3000 << 10, 140 << 10), 1):
         monkeypatch.setattr(pretended_device, "FREE", free)
         assert agrees_on_device(density, x, seed=seed)
 
