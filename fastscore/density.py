@@ -327,7 +327,7 @@ class ScoreDensity(NetworkDensity):
         Raises:
             ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
-        evaluations = whole("evaluations", evaluations)
+        evaluations, seed = whole("evaluations", evaluations), whole("seed", seed)
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
         degenerate, network = warn_if_degenerate(samples.x[:, everywhere], self.schedule), network_of(self)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,55 @@ def test_the_callback_logs_the_metric_of_a_real_training():
         LogDensity(callback.metric, every=0)
 
 
+def test_data_in_the_upper_half_of_the_levels_are_warned_of():
+    """Images in [0, 1) by the levels of [-1, 1) have one bit per dimension too few."""
+    images = torch.rand(600, 2, generator=torch.Generator().manual_seed(0))
+    density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE), SCHEDULE, "eps", program=False)
+    with pytest.warns(UserWarning, match=r"all 1200 entries of the data lie in the upper .*1 too few if .*\[0, 1\)"):
+        BitsPerDim(density, bins=256, nfe=16).update(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BitsPerDim(density, bins=256, low=0.0, nfe=16).update(images)
+        BitsPerDim(density, bins=256, nfe=16).update(2 * images - 1)
+
+
+def test_callbacks_and_loaders_are_not_averaged():
+    lightning = pytest.importorskip("lightning")
+    from fastscore.lightning import LogDensity
+
+    class Module(lightning.LightningModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    def logged(loaders, *callbacks):
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = lightning.Trainer(callbacks=list(callbacks), enable_checkpointing=False, **options)
+        trainer.validate(Module(), loaders, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def metric(gain=1.0):
+        density = fs.ScoreDensity(ExactNet(TARGET, SCHEDULE, gain=gain), SCHEDULE, "eps", program=False)
+        return NegativeLogLikelihood(density, nfe=16)
+
+    def alone(x, gain=1.0):
+        found = metric(gain)
+        found.update(x)
+        return pytest.approx(float(found.compute()["nll"]), rel=1e-6)  # float32 in the log
+
+    far = X + 3
+    loader, other = (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=50) for x in (X, far))
+    two = logged(loader, LogDensity(metric()), LogDensity(metric(0.9), prefix="ema_"))
+    assert (two["nll"], two["ema_nll"]) == (alone(X), alone(X, 0.9))
+    both = logged([loader, other], LogDensity(metric(), loader=0), LogDensity(metric(), loader=1, prefix="far_"))
+    assert (both["nll"], both["far_nll"]) == (alone(X), alone(far))
+    with pytest.raises(ValueError, match="2 LogDensity callbacks log under the name 'nll', of which Lightning"):
+        logged(loader, LogDensity(metric()), LogDensity(metric(0.9)))
+    with pytest.raises(ValueError, match="which of the 2 validation loaders LogDensity looks at, got None; give one"):
+        logged([loader, other], LogDensity(metric()))
+    with pytest.raises(ValueError, match="which of the 1 validation loaders LogDensity looks at, got 1"):
+        logged(loader, LogDensity(metric(), loader=1))
+
+
 @pytest.mark.parametrize(("module", "package"), [("metrics", "torchmetrics"), ("lightning", "lightning")])
 def test_a_missing_package_is_named(monkeypatch, module, package):
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning", *["torchmetrics"] * (module == "metrics")):
@@ -230,9 +280,9 @@ def test_a_missing_package_is_named(monkeypatch, module, package):
 def test_what_rounding_puts_on_the_upper_end_is_no_warning(recwarn):
     """Dequantized data of the highest level, (255 + u) / 128 - 1, are exactly 1 once in 100,000 times in float32."""
     x = torch.full((100, 10_000), 0.5)
-    x[0, :4] = 1.0
+    x[0, :4], x[50:] = 1.0, -0.5
     counts = count_outside(x, None, -1.0, 1.0)
-    assert counts.tolist() == [4, 10**6]
+    assert counts.tolist() == [4, 500_000, 10**6]
     assert not warn_if_outside(counts, 256, -1.0, 1.0)
     assert not recwarn
     x[1, :100] = 1.0

@@ -1,5 +1,6 @@
 """What arguments cannot be is refused in one sentence: numbers, options, schedules, and what fits and losses get."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,23 @@ def test_counts_and_seeds_are_integers(value):
     ):
         with pytest.raises(ValueError, match="seed must be an integer, got"):
             call()
+
+
+@pytest.mark.parametrize("value", [np.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])
+def test_seeds_are_integers_of_any_kind(value):
+    x, d = X[:2], density()
+    ode = partial(fs.probability_flow_log_prob, d, x, method="midpoint", steps=4, trace="hutchinson")
+    for call in (
+        lambda seed: d.estimate(x, nfe=16, seed=seed).log_prob,
+        lambda seed: d.log_prob(x, nfe=16, seed=seed),
+        lambda seed: fs.density_loss(d, x, seed=seed),
+        lambda seed: fs.score_regularization(d, x, seed=seed),
+        lambda seed: ode(seed=seed).log_prob,
+        lambda seed: fs.Levels(4).dequantize(torch.zeros(2, 3, dtype=torch.int64), seed=seed),
+    ):
+        assert torch.equal(call(value), call(3))
+    own = [copy.deepcopy(d).fit(X, evaluations=2000, seed=seed, progress=False) for seed in (value, 3)]
+    assert all(map(torch.equal, *(each.state_dict().values() for each in own)))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "much", [1.0]], ids=str)

@@ -13,7 +13,7 @@ from ..support.host import whole
 from ..support.warn import warn
 
 ROUNDED = 2.0**-23  # of the highest level's entries, at most, that are rounded up to its end in float32
-
+MANY = 1000  # entries, of which some are in the lower half where an image uses all levels
 
 LOW, HIGH = -1.0, 1.0  # where nobody says otherwise
 
@@ -77,15 +77,24 @@ def refuse_of_a_probability(method: str, bins: Bins) -> None:
 
 
 def count_outside(x: Tensor, mask: Tensor | None, low: float, high: float) -> Tensor:
-    """Return how many entries lie outside [low, high), and how many there are, of those that count: int64, (2,)."""
+    """Return how many entries that count lie outside [low, high), in the lower half, and how many there are: int64."""
     counted = torch.ones_like(x, dtype=torch.bool) if mask is None else broadcast_mask(mask, x)
-    return torch.stack([(((x < low) | (x >= high)) & counted).sum(), counted.sum()])
+    outside, lower = (x < low) | (x >= high), x < (low + high) / 2
+    return torch.stack([(outside & counted).sum(), (lower & counted).sum(), counted.sum()])
 
 
 def warn_if_outside(counts: Tensor, bins: int, low: float, high: float) -> bool:
-    """Warn, and return True, where `count_outside` found entries to which no level belongs."""
-    outside, entries = counts.tolist()
+    """Warn, and return True, where `count_outside` found entries to which no level belongs, or few of the levels."""
+    outside, lower, entries = counts.tolist()
     found = outside > ROUNDED * bins * entries
+    if not lower and not found and entries >= MANY:
+        middle = (low + high) / 2
+        warn(
+            f"all {entries} entries of the data lie in the upper half of [low, high) = [{low:g}, {high:g}), where the "
+            f"{bins} levels are: bits per dimension are 1 too few if all are in [{middle:g}, {high:g}); give low= "
+            "and high= (--low, --high) of the dequantized data, or bins=levels of the fastscore.Levels that made them"
+        )
+        return True
     if found:
         warn(
             f"{outside} of {entries} entries of the data lie outside [low, high) = [{low:g}, {high:g}), where the "

@@ -214,7 +214,7 @@ class NetworkDensity(Density):
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
         check_batch(data)
-        chosen = choose(len(data), data[0].numel(), whole("seed", seed))
+        chosen = choose(len(data), data[0].numel(), seed)
         here = model_device(self.model, data.device)
         x = data[chosen.to(data.device)].to(here)
         refuse_not_finite_at("data", x, chosen)

@@ -100,9 +100,9 @@ class Work:
         ]
 
     def outside(self, blocks: Sequence[Tensor], low: float, high: float) -> Tensor:
-        """Return how many entries of some blocks lie outside [low, high), and of how many: int64, (2,)."""
+        """Return what `count_outside` does, of all entries of some blocks: int64, (3,)."""
         of_blocks = (count_outside(self.rows(index), self.mask_at(index), low, high) for index in blocks)
-        return sum(of_blocks, torch.zeros(2, dtype=torch.int64, device=self.device)).cpu()
+        return sum(of_blocks, torch.zeros(3, dtype=torch.int64, device=self.device)).cpu()
 
     def setting(self) -> dict:
         """Return by name all that the numbers depend on beside the data, which every process has to share."""

@@ -176,7 +176,7 @@ def _agree(
         nonlocal work
         work = check()
         share = ranks.share(work.blocks)
-        return work.setting(), work.digests(share), work.outside(share, *ends) if ends else torch.zeros(2, device="cpu")
+        return work.setting(), work.digests(share), work.outside(share, *ends) if ends else torch.zeros(3, device="cpu")
 
     found = ranks.gather(look)
     settings = [setting for setting, *_ in found]

@@ -30,7 +30,7 @@ from ..ops.loss import around
 from ..process.conditions import takes_conditions
 from ..process.network import predict
 from ..process.predictions import coefficients
-from ..support.host import together
+from ..support.host import together, whole
 from ..support.modes import for_autograd, refuse_vmap
 from .nodes import AdaptiveNodes
 
@@ -121,7 +121,7 @@ def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> Tensor
     first = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, 1) for draw in range(draws)])[:, 0]
     u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(first, torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(whole("seed", seed)), device="cpu")
     return nodes.quantile(u[order])
 
 

@@ -32,7 +32,7 @@ def metric(on, name):
     return found
 
 
-@row("LogDensity", "LogDensity.on_validation_epoch_start", "LogDensity.on_validation_batch_end",
+@row("LogDensity", "LogDensity.name", "LogDensity.on_validation_epoch_start", "LogDensity.on_validation_batch_end",
      "LogDensity.on_validation_epoch_end")  # fmt: skip
 def callback(on):
     pytest.importorskip("lightning")
@@ -40,7 +40,7 @@ def callback(on):
 
     logged, made = {}, of(on)
     log = LogDensity(metrics.BitsPerDim(made, nfe=NFE))
-    trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), callbacks=[log], num_val_batches=[1])
     module = SimpleNamespace(device=on(X).device, log_dict=lambda values, prog_bar: logged.update(values))
     log.on_validation_epoch_start(trainer, module)
     log.on_validation_batch_end(trainer, module, None, (on(X), None), 0)
