@@ -99,6 +99,25 @@ def bounds(width: Tensor) -> Tensor:
     return torch.where(wide, width / 2 / (width / 2).tanh() - 1, 0.0)
 
 
+def fault_of(log_snr: Tensor) -> str | None:
+    """Return what no draw shows of the rule over a table of ascending log-SNRs, None where they show it."""
+    if len(log_snr) < LEAST_ENTRIES:
+        return (
+            f"a table of {len(log_snr)} timesteps shows no curvature of the integrand: how far the trapezoid rule "
+            "over it is off, which may be tens of nats, is in no error; give a schedule of "
+            f"{LEAST_ENTRIES} timesteps at least"
+        )
+    width = log_snr.diff()
+    if bool((bounds(width) > 0).any()):
+        return (
+            f"timesteps of the table are {float(width[1:].max()):.2g} apart in log-SNR, where more than {WIDE} hides "
+            "what the integrand does between them: the discretization is a bound only if it rises or falls there without a "
+            "peak and no faster than the signal-to-noise ratio; give a schedule of more timesteps, or of smaller betas "
+            "where it is clean"
+        )
+    return None
+
+
 def _differences_of(weight: Tensor) -> Tensor:
     """Return the weights of numbers, (n + 1,), in a sum of their differences with these weights, (n,)."""
     edge = weight.new_zeros(1)
