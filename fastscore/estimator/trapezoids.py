@@ -111,9 +111,9 @@ def fault_of(log_snr: Tensor) -> str | None:
     if bool((bounds(width) > 0).any()):
         return (
             f"timesteps of the table are {float(width[1:].max()):.2g} apart in log-SNR, where more than {WIDE} hides "
-            "what the integrand does between them: the discretization is a bound only if it rises or falls there without a "
-            "peak and no faster than the signal-to-noise ratio; give a schedule of more timesteps, or of smaller betas "
-            "where it is clean"
+            "what the integrand does between them: the discretization is a bound only if it rises or falls there "
+            "without a peak and no faster than the signal-to-noise ratio; give a schedule of more timesteps, or of "
+            "smaller betas where it is clean"
         )
     return None
 
