@@ -2,14 +2,16 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from analytic import ExactNet, Target
 
 import fastscore as fs
+from fastscore.estimator import trapezoids
 from fastscore.estimator.estimate import Estimate
-from fastscore.estimator.trapezoids import error_weights
+from fastscore.estimator.trapezoids import bounds, error_weights
 
 MEAN = 2 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TARGET = Target(torch.ones(3) / 3, MEAN, torch.tensor([0.3, 0.5, 0.8])[:, None, None] ** 2 * torch.eye(6))
@@ -35,6 +37,61 @@ def test_the_error_of_a_parabola_is_exact():
     assert bool(error_weights(log_snr[:2]).isnan().all())
 
 
+NARROW = torch.linspace(-3, 0, 31, dtype=torch.float64)  # its own leading terms of the courses below are under 2e-3
+
+
+@pytest.mark.parametrize("width", [3.6, 4.4, 7.0])
+def test_a_wide_cell_has_a_bound_that_exponential_courses_reach(width):
+    log_snr = torch.cat([NARROW, NARROW[-1:] + width])
+    for rate in (-1.0, 1.0):
+        f = (rate * (log_snr - width / 2)).exp()
+        exact = torch.trapezoid(f[-2:], log_snr[-2:]) - (f[-1] - f[-2]) / rate
+        f[:-2] = f[-2]  # flat where cells are narrow
+        assert float(bounds(log_snr.diff())[-1] * f[-2:].diff().abs()) == pytest.approx(float(exact), rel=1e-12)
+        assert float((error_weights(log_snr) @ f).abs()) == pytest.approx(float(exact), rel=1e-2)
+
+
+@pytest.mark.parametrize("width", [3.6, 4.4, 7.0])
+def test_no_logistic_course_in_a_wide_cell_is_beyond_its_bound(width):
+    ends = torch.tensor([0.0, width], dtype=torch.float64)
+    bound = bounds(torch.tensor([1.0, width], dtype=torch.float64))[1]
+    for place in torch.linspace(-3, width + 3, 50, dtype=torch.float64):
+        f, below = (ends - place).sigmoid(), torch.nn.functional.softplus(ends - place)
+        assert float((torch.trapezoid(f, ends) - below.diff()).abs()) <= float(bound * f.diff()) + 1e-12
+
+
+def test_the_noisiest_cell_and_tables_in_common_use_have_no_bound():
+    """Cosine tables have a step of seven at the noisy end, where next to nothing is left of the integrand."""
+    for steps in (10, 50, 100, 1000):
+        for schedule in (fs.DDPM.linear(steps), fs.DDPM.cosine(steps), fs.DDPM.scaled_linear(steps)):
+            assert not bool(bounds(schedule.entries().flip(0).diff()).any()), schedule
+            assert trapezoids.fault_of(schedule.entries().flip(0)) is None
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_clusters_within_a_wide_cleanest_step_are_in_the_bars(planted, monkeypatch):
+    """The rule is off by 1.2 nats on average; by its leading term alone the bars cover 73 %."""
+    if planted:
+        monkeypatch.setattr(trapezoids, "WIDE", math.inf)
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    target = Target(torch.ones(8) / 8, mean, (0.1**2 * torch.eye(6, dtype=torch.float64)).expand(8, 6, 6))
+    schedule, x = fs.DDPM.linear(50, 1e-4, 0.4), target.sample(300, 3).float()
+    density = fs.ScoreDensity(ExactNet(target, schedule), schedule, "eps")
+    with (
+        nullcontext() if planted else pytest.warns(UserWarning, match=r"are 4.4 apart in log-SNR, where more than 3.5 ")
+    ):
+        found = density.estimate(x, nfe=512, progress=False)
+    error = found.log_prob - target.log_prob(x)
+    bar = 1.96 * found.stderr + found.truncation_per_sample + found.discretization_per_sample
+    share = float((error.abs() <= bar).double().mean())
+    # Of 300 samples; a share of 95 % has a standard error of 1.3 %, and the bound is no estimate: it may cover all.
+    assert share < 0.9 if planted else share >= 0.95
+    # The mean error is within what is told of it, which is at most twice as much.
+    mean = float(error.mean())
+    assert planted or mean < found.discretization < 2 * mean
+
+
 @pytest.mark.parametrize("steps", [10, 50])
 @pytest.mark.parametrize("nfe", [64, 256, 1024])
 def test_bars_of_single_samples_cover_on_a_short_table(steps, nfe):
@@ -56,7 +113,7 @@ def test_a_reference_without_data_leaves_whole_nats_to_ten_steps():
     bar = 1.96 * found.stderr + found.truncation_per_sample
     assert float((error <= bar).double().mean()) < 0.3
     assert float((error <= bar + found.discretization_per_sample).double().mean()) >= 0.93
-    assert "evaluations per sample, discretization about 4 per sample, largest" in repr(found)
+    assert "evaluations per sample, discretization about 2.5 per sample, largest" in repr(found)
 
 
 @pytest.mark.parametrize("fitted", [True, False])
@@ -77,7 +134,7 @@ def test_it_is_each_samples_own_whatever_the_batch():
     parts = [density.estimate(x[i], nfe=64, sample_index=i, progress=False) for i in index.split(50)]
     torch.testing.assert_close(Estimate.cat(parts).rule_error, whole.rule_error, rtol=1e-4, atol=1e-6)
     little = density.estimate(x, nfe=64, memory="1M", progress=False)
-    torch.testing.assert_close(little.rule_error, whole.rule_error, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(little.rule_error, whole.rule_error, rtol=1e-4, atol=4e-6)  # of errors of a nat
     assert whole.numpy()["discretization"].shape == (130,)
 
 

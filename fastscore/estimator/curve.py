@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .trapezoids import bounds
+
 END = 1.0  # of the range, in units of log-SNR, whose draws stand for its end
 FEWEST = 4  # draws, in two stretches of two, that show a course
 NEAR = 1e-6  # units of log-SNR, by which rounding may put a draw beyond the range
@@ -225,7 +227,8 @@ def table_error(curve: Curve, table: Tensor) -> float:
 
     .. math:: \sum_i \frac{h_i^3}{12}\, |f''|
 
-    with the second derivative from the curve's means in 48 bins. The small cells of a long table make their noise
+    with the second derivative from the curve's means in 48 bins, and in wide cells what
+    `fastscore.estimator.trapezoids` has for them. The small cells of a long table make their noise
     harmless; on a table of fewer than some 200 entries it adds to the estimate where evaluations are few. NaN where
     draws are at fewer than three places, which show no curvature.
     """
@@ -243,4 +246,11 @@ def table_error(curve: Curve, table: Tensor) -> float:
     second = slope.diff().abs() / (0.5 * (at[2:] - at[:-2]))
     middle = (table[1:] + table[:-1]) / 2
     nearest = torch.searchsorted((at[2:-1] + at[1:-2]) / 2, middle) if len(at) > 3 else torch.zeros_like(middle).long()
-    return float((table.diff() ** 3 / 12 * second[nearest]).sum())
+    width = table.diff()
+    bound, change = bounds(width), mean[_nearest(at, table)].diff().abs()
+    return float(torch.where(bound > 0, bound * change, width**3 / 12 * second[nearest]).sum())
+
+
+def _nearest(at: Tensor, places: Tensor) -> Tensor:
+    """Return for each place which of some ascending values is nearest to it."""
+    return torch.searchsorted((at[1:] + at[:-1]) / 2, places.contiguous())

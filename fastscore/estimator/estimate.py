@@ -198,7 +198,8 @@ class Estimate:
         """How far the method's sum is off the integral for each sample, a size in nats, float64, shape (B,).
 
         For method "density" an estimate of the trapezoid rule's error over a table from a sample's own draws, where it
-        stands out of their noise; NaN for fewer than three timesteps, zero on a continuous schedule. For "discrete" and
+        stands out of their noise, and in steps wider than 3.5 a bound (`fastscore.estimator.trapezoids`); NaN for
+        fewer than three timesteps, zero on a continuous schedule. For "discrete" and
         "elbo" the difference of sum and integral on the same evaluations. It is in no `stderr`; 1.96 of that, this and
         `truncation_per_sample` together are what one sample's log_prob may be off.
         """

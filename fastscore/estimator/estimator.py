@@ -23,7 +23,7 @@ from .round import Numbers, Round
 from .rows import Draws
 from .samples import Samples, deferred
 from .summary import Summary, with_rounding
-from .trapezoids import LEAST_ENTRIES
+from .trapezoids import fault_of
 
 MIDDLE = 1 << 63  # of the seeds' 64 bits, which int64 has with a sign
 
@@ -62,12 +62,8 @@ class Estimator:
         """Return the estimate of all rounds; its curve and its offset are those of the first."""
         told, variance = numbers or self.numbers(found, samples)
         table = self.method.by_trapezoids(self.network.schedule)
-        if table is not None and len(table) < LEAST_ENTRIES:
-            warn(
-                f"a table of {len(table)} timesteps shows no curvature of the integrand: how far the trapezoid rule "
-                "over it is off, which may be tens of nats, is in no error; give a schedule of "
-                f"{LEAST_ENTRIES} timesteps at least"
-            )
+        if table is not None and (fault := fault_of(table)):
+            warn(fault)
         return Estimate(
             log_prob=told[0],
             stderr=told[1],

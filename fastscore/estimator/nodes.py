@@ -241,6 +241,12 @@ class FittedNodes(FittedBuffers):
         """The density for references that are fitted to a sample's own draws, which take what is odd in the noise."""
         return self._own_bins().smooth()
 
+    @property
+    def own_coarse(self) -> float:
+        """Share of the draws of `own` that lies where little of an image is known but what kind of image it is."""
+        below = torch.tensor(IMAGES[0] - 2 * math.log(float(self.scales[1])), dtype=torch.float64, device="cpu")
+        return float(self._own_bins().cumulative_at(below))
+
     def _own_bins(self) -> NodeDensity:
         even = NodeDensity.uniform(*self.log_snr_range, len(self.own_share))
         return NodeDensity(even.edges, self.own_share, even.paired)

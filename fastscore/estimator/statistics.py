@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .rules import GROUPS, Rule, group_shifts
+from .switching import unseen
 
 KNOWN = 20  # draws, that a norm's skewness counts for
 STEEP, FEWEST_BENDS = 4.0, 8
@@ -64,6 +65,19 @@ def shift_variance(jump: Tensor) -> Tensor:
     return jump.square() / 12
 
 
+class SelfFitted(NamedTuple):
+    """What is known of draws that references were fitted to.
+
+    Attributes:
+        inflation: of the variance, as these draws are not independent (`fastscore.estimator.self_fit.inflation`).
+        coarse: how many of the draws, from the first one on, may show that the network switches between components
+            (`fastscore.estimator.switching`).
+    """
+
+    inflation: float
+    coarse: int
+
+
 class Spread(NamedTuple):
     """What the draws of each sample say of the error of their sum.
 
@@ -71,15 +85,18 @@ class Spread(NamedTuple):
         variance: by successive differences, with its degrees of freedom `nu`.
         skewness: of the sum, squared.
         jump: from the first term to the last one.
+        unseen: variance that these draws miss, and others have. Means have it in `variance` already, as that is right
+            on average over samples.
     """
 
     variance: Tensor
     nu: Tensor
     skewness: Tensor
     jump: Tensor
+    unseen: Tensor
 
     @classmethod
-    def of(cls, f: Tensor, rule: Rule, dims: int | Tensor, inflation: float | None = None) -> Spread:
+    def of(cls, f: Tensor, rule: Rule, dims: int | Tensor, own: SelfFitted | None = None) -> Spread:
         r"""Return the spread of some samples' draws, float64, (B,) each.
 
         The skewness of a sum of n terms is that of a term, over :math:`\sqrt n`. Few draws show little of it, since
@@ -88,20 +105,21 @@ class Spread(NamedTuple):
 
         Arguments:
             dims: d, how many entries of a sample count; one number, or one a sample.
-            inflation: of the variance, where references were fitted to the draws: these are not independent then, and
-                have so little noise beside the course of f that its slope and its bends have to be left out.
+            own: where references were fitted to the draws, which have so little noise beside the course of f then that
+                its slope and its bends have to be left out.
         """
         terms = _terms(f, rule)
-        if inflation is None:
+        if own is None:
             variance, nu = successive_variance(terms)
-            draws = 1.5 * nu  # nu is 2N/3 where all draws count alike
+            draws, missed = 1.5 * nu, torch.zeros_like(variance)  # nu is 2N/3 where all draws count alike
         else:
             variance, nu = third_variance(terms)
-            variance, draws = inflation * variance, nu / 0.43
+            variance, draws = own.inflation * variance, nu / 0.43
+            missed = unseen(terms[..., : own.coarse], rule.even[..., : own.coarse])
         third = bends(terms).pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         share = KNOWN / (KNOWN + draws)
-        return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen, _jump(terms, rule))
+        return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen, _jump(terms, rule), missed)
 
     def widened(self) -> Tensor:
         r"""Return variances such that +- 1.96 standard errors cover 95 % under Student's t, with skewness and jump.
@@ -114,7 +132,7 @@ class Spread(NamedTuple):
             https://doi.org/10.1007/978-1-4612-4384-7
         """
         noise = (1 + 1.08 * self.skewness).square() * widened(self.variance, self.nu)
-        return noise + shift_variance(self.jump)
+        return noise + self.unseen + shift_variance(self.jump)
 
 
 def _terms(f: Tensor, rule: Rule) -> Tensor:

@@ -19,7 +19,7 @@ from .nodes import FittedNodes
 from .part import Part
 from .round import Numbers, Round
 from .samples import Samples
-from .statistics import FEWEST_BENDS, KNOWN, STEEP, Spread, draw_sum
+from .statistics import FEWEST_BENDS, KNOWN, STEEP, SelfFitted, Spread, draw_sum
 from .trapezoids import error_of_rule
 
 
@@ -58,9 +58,8 @@ class Summary:
         x, mask = samples.entries(chosen)
         value = self.method.base(self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
         found.value[chosen] = value
-        own = isinstance(self.reference, Picked)
-        inflation = self_fit.inflation(f.shape[-1], self.nodes.log_snr_range) if own else None
-        spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)), inflation)
+        own = self._of_own_draws(f.shape[-1]) if isinstance(self.reference, Picked) else None
+        spread = Spread.of(f, rule, x.shape[1] if mask is None else part.block(mask.sum(1)), own)
         spread = Spread(*map(part.flat, spread))
         found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
@@ -72,6 +71,11 @@ class Summary:
             integral += DENSITY.base(self.reference, x, self.schedule, mask)
             found.offset = found.offset + (value - integral).sum() / len(samples)
             found.rule_error[chosen, 0] = (value - integral).detach()
+
+    def _of_own_draws(self, draws: int) -> SelfFitted:
+        # By their number alone: the draws' own log-SNRs depend on their group's shift, and a stack has several.
+        coarse = round(draws * self.nodes.own_coarse)
+        return SelfFitted(self_fit.inflation(draws, self.nodes.log_snr_range), coarse)
 
     def _by_kernel(self, part: Part, samples: Samples, found: Round) -> None:
         x, rule, q = samples.x, part.rule, self.reference

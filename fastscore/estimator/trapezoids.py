@@ -6,6 +6,16 @@ same draws as the integral: unbiased, and with a variance by the differences of 
 neighbouring ones where an entry has one draw. Errors of samples have both signs: their mean over a batch says nothing
 of one sample.
 
+In a cell far wider than the integrand's own structure the leading term says little: under
+`DDPM.linear(50, 1e-4, 0.4)`, whose cleanest step is 4.4 wide, it was 0.8 nats for errors of 1.4. There a bound stands
+for it: where f rises or falls from end to end, with :math:`|f''| \le |f'|` as a logistic course has it,
+
+.. math:: |error| \le \Big(\frac h2 \coth\frac h2 - 1\Big) |f_b - f_a|
+
+with the values at both ends of the cell, and equality for :math:`f = e^{\pm\lambda}`. (The error is the integral of
+f' times the distance to the middle; of all f' with that integral and slope, exponential ones have the largest.) The
+noisiest cell, which is seven wide under cosine schedules, is left to the leading term: there it is not too small.
+
 References:
     Handbook of Mathematical Functions, 25.4.2 (Abramowitz and Stegun, 1964)
 """
@@ -18,6 +28,7 @@ import torch
 from torch import Tensor
 
 LEAST_ENTRIES = 3  # of a table, which show a curvature
+WIDE = 3.5  # in log-SNR; a logistic course takes 4.4 from a tenth to nine tenths of its height
 
 
 class Trapezoids(NamedTuple):
@@ -69,13 +80,42 @@ def error_weights(log_snr: Tensor) -> Tensor:
     if n < LEAST_ENTRIES:
         return torch.full_like(log_snr, torch.nan)
     h = log_snr.diff()
-    cell = h**3 / 12
+    bound = bounds(h)
+    cell = (h**3 / 12).masked_fill(bound > 0, 0)
     # What each parabola has: half of both cells beside its middle, and all of the first and the last one.
     half = torch.cat([cell[:1], cell[1:-1] / 2, cell[-1:]])
     second = half[:-1] + half[1:]
     # Second and first differences read from their ends: what a table of T entries takes is a few times T numbers.
     slope = _differences_of(second / (0.5 * (log_snr[2:] - log_snr[:-2])))
-    return _differences_of(slope / h)
+    return _differences_of(slope / h + bound)
+
+
+def bounds(width: Tensor) -> Tensor:
+    """Return what a cell's difference of f is multiplied with where the cell is wide, ascending; 0 elsewhere, (T - 1,).
+
+    The sign of the error is not known there.
+    """
+    wide = (width > WIDE) & (torch.arange(len(width), device=width.device) > 0)
+    return torch.where(wide, width / 2 / (width / 2).tanh() - 1, 0.0)
+
+
+def fault_of(log_snr: Tensor) -> str | None:
+    """Return what no draw shows of the rule over a table of ascending log-SNRs, None where they show it."""
+    if len(log_snr) < LEAST_ENTRIES:
+        return (
+            f"a table of {len(log_snr)} timesteps shows no curvature of the integrand: how far the trapezoid rule "
+            "over it is off, which may be tens of nats, is in no error; give a schedule of "
+            f"{LEAST_ENTRIES} timesteps at least"
+        )
+    width = log_snr.diff()
+    if bool((bounds(width) > 0).any()):
+        return (
+            f"timesteps of the table are {float(width[1:].max()):.2g} apart in log-SNR, where more than {WIDE} hides "
+            "what the integrand does between them: the discretization is a bound only if it rises or falls there "
+            "without a peak and no faster than the signal-to-noise ratio; give a schedule of more timesteps, or of "
+            "smaller betas where it is clean"
+        )
+    return None
 
 
 def _differences_of(weight: Tensor) -> Tensor:
