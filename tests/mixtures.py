@@ -61,7 +61,7 @@ class ExactEps(nn.Module):
         return (sigma[:, 0] * (logits.softmax(1)[..., None] * gap / variance).sum(1)).to(x.dtype)
 
     def _of_isotropic(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The same by matrix products, for Gaussians with one standard deviation each: nothing has size rows x K x d."""
+        """The same by matrix products, for Gaussians of one standard deviation each: nothing has size rows x K x d."""
         mean, std, weight = self.mixture.mean, self.mixture.std[:, 0], self.mixture.weight
         variance = alpha**2 * std**2 + sigma**2  # (rows, K)
         square = x.square().sum(1, keepdim=True) - 2 * alpha * (x @ mean.T) + alpha**2 * mean.square().sum(1)
