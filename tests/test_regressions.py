@@ -4,6 +4,7 @@ Errors at a given number of evaluations, operator calls and network calls of an 
 stack and instruction counts of the kernels: kernels/test_aot.py and test_native_resources.py.)
 """
 
+import functools
 from collections import Counter
 
 import pytest
@@ -46,23 +47,27 @@ class Calls(torch.nn.Module):
         return self.net(torch.cat([x_t, t[:, None].to(x_t.dtype)], 1))
 
 
+@functools.cache
+def fitted(d):
+    """Return a mixture of d dimensions and its density, fitted."""
+    target = mixture(d)
+    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE, "eps")
+    return target, density.fit(target.sample(4000, seed=5), evaluations=100_000, progress=False)
+
+
 # Twice the error of today's rules on these points and seeds: their own spread over seeds is a fifth.
 @pytest.mark.parametrize(
     ("d", "nfe", "rmse"), [(2, 16, 0.15), (2, 128, 0.035), (16, 16, 0.18), (16, 128, 0.07), (64, 32, 0.35)]
 )
 def test_error_at_a_number_of_evaluations(d, nfe, rmse):
-    target = mixture(d)
-    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE, "eps")
-    density.fit(target.sample(4000, seed=5), evaluations=100_000, progress=False)
+    target, density = fitted(d)
     x = target.sample(POINTS, seed=17)
     errors = torch.stack([density.estimate(x, nfe=nfe, seed=seed).log_prob - target.log_prob(x) for seed in range(2)])
     assert float(errors.square().mean().sqrt()) < rmse
 
 
 def test_passes_of_the_flow_at_a_hundredth_of_a_nat():
-    target = mixture(2)
-    density = fs.ScoreDensity(ExactNet(target, SCHEDULE, "eps"), SCHEDULE, "eps")
-    density.fit(target.sample(4000, seed=5), evaluations=100_000, progress=False)
+    target, density = fitted(2)
     x = target.sample(50, seed=17)
     found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=10)
     assert found.nfe.tolist() == [22] * 50  # two a step, and one at either end for what lies beyond
