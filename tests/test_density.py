@@ -46,9 +46,10 @@ def test_same_seed_same_answer_however_the_work_is_cut(in_chunks, shape, dtype, 
     whole = density.estimate(x, nfe=64, seed=3)
     kept = dict(rtol=tolerance, atol=tolerance)
 
-    one_by_one = [density.estimate(x[i : i + 1], nfe=64, seed=3, sample_index=index[i : i + 1]) for i in range(64)]
-    assert torch.allclose(torch.cat([e.log_prob for e in one_by_one]), whole.log_prob, **kept)
-    assert torch.allclose(torch.cat([e.stderr for e in one_by_one]), whole.stderr, **kept)
+    # Every fifth sample: thirteen of them.
+    alone = [density.estimate(x[i : i + 1], nfe=64, seed=3, sample_index=index[i : i + 1]) for i in range(0, 64, 5)]
+    assert torch.allclose(torch.cat([e.log_prob for e in alone]), whole.log_prob[::5], **kept)
+    assert torch.allclose(torch.cat([e.stderr for e in alone]), whole.stderr[::5], **kept)
 
     order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
     shuffled = density.estimate(x[order], nfe=64, seed=3, sample_index=index[order])
