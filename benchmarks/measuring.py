@@ -16,6 +16,11 @@ from steps import report, said
 
 REHEARSING = os.environ.get("FASTSCORE_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSING else "cuda"
+if REHEARSING:  # steps are forked: what tracing a network imports, three seconds of a CPU, is imported once for all
+    import torch._dynamo
+    import torch._export.passes
+    import torch._inductor.utils
+    import torch.export._trace
 
 
 class Row(dict):

@@ -62,9 +62,8 @@ def make(target: Path, arguments: list[str]) -> Path:
     return target
 
 
-def build(sources: list[Path], defines: dict[str, object] | None = None, out: Path | None = None) -> ctypes.CDLL:
-    """One shared library of the sources, loaded; from the cache where no input has changed."""
-    sources = [Path(source) for source in sources]
+def objects(sources: list[Path], defines: dict[str, object] | None = None) -> list[Path]:
+    """Compile the sources; what is in the cache already, and no input of which has changed, is there at once."""
     macros = [f"-D{name}={value}" for name, value in sorted((defines or {}).items())]
     common = headers_digest() + repr((FLAGS, macros)).encode()
 
@@ -74,7 +73,16 @@ def build(sources: list[Path], defines: dict[str, object] | None = None, out: Pa
         return make(target, [*FLAGS, *macros, *INCLUDES, "-x", "c++", "-c", str(source)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        return list(pool.map(compile_one, map(Path, sources)))
+
+
+def build(sources: list[Path], defines: dict[str, object] | None = None, out: Path | None = None) -> ctypes.CDLL:
+    """One shared library of the sources, loaded; from the cache where no input has changed."""
+    return link(objects(sources, defines), out)
+
+
+def link(objects: list[Path], out: Path | None = None) -> ctypes.CDLL:
+    """One shared library of objects, loaded; from the cache where it has been linked before."""
     key = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:32]
     library = make(cache_folder() / f"emulated-{key}.so", ["-shared", *map(str, objects), "-ldl"])
     if out:

@@ -103,10 +103,16 @@ class Module:
         assert not message, (message.decode(), self.library.emulator_error())
 
 
-def load(csrc: Path, *kernels: str) -> ctypes.CDLL:
-    """Compile kernel families for the emulator and load them."""
+def host_sources(csrc: Path) -> list[Path]:
+    """Return what runs on the host, whatever the kernels."""
+    return [csrc / "density_mlp.cpp", csrc / "steps.cpp", HERE / "density_mlp.cpp"]
+
+
+def load(csrc: Path, *kernels: str, host: list[Path] | None = None) -> ctypes.CDLL:
+    """Compile kernel families for the emulator and load them, with what is compiled for the host already if given."""
     sources = [csrc / f"{name}.cu" for name in kernels]
-    library = builder.build([*sources, csrc / "density_mlp.cpp", csrc / "steps.cpp", HERE / "density_mlp.cpp"])
+    compiled = builder.objects([*sources, *host_sources(csrc)]) if host is None else [*host, *builder.objects(sources)]
+    library = builder.link(compiled)
     for function in (library.launch, library.launch_of_steps, library.plan_of_steps):
         function.restype = ctypes.c_char_p
     return library
