@@ -188,8 +188,8 @@ def test_the_callback_logs_the_metric_of_a_transformed_density():
 
     logged, x = {}, forward(Z, TRANSFORMS["zscore"])
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda values, **_: logged.update(values))
-    trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), sanity_checking=False, current_epoch=0)
     callback = LogDensity(NegativeLogLikelihood(through(core(), TRANSFORMS["zscore"]), nfe=16))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), callbacks=[callback], num_val_batches=[1])
     callback.on_validation_epoch_start(trainer, module)
     callback.on_validation_batch_end(trainer, module, None, x, 0)
     callback.on_validation_epoch_end(trainer, module)

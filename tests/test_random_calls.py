@@ -10,7 +10,7 @@ from torch import nn
 
 import fastscore as fs
 
-CALLS, SHARES = 2000, 4
+CALLS, SHARES = 1000, 4
 SCHEDULES = {
     "VP": fs.VP,
     "VE": lambda: fs.VE(0.01, 50),
