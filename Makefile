@@ -29,7 +29,7 @@ demo: .venv/dev
 COVERAGE ?= --cov --cov-report=term:skip-covered
 
 test: lint docs
-	$(BIN)/pytest -n auto --dist loadfile $(COVERAGE)
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(COVERAGE)
 
 # Under a minute on two cores; the rest is for `make test`.
 test-fast: .venv/dev

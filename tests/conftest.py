@@ -10,6 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many workers as cores: more threads would wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first, so that no worker is left alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def one_thread():
     """On a busy machine a second thread for small tensors takes forty times the time that it saves."""

@@ -12,7 +12,7 @@ from torch import nn
 import fastscore as fs
 from fastscore.estimator.statistics import GroupSums
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 D, FINE, SEEDS = 192, 0.002, 24
 SCHEDULE = fs.DDPM.linear(1000)

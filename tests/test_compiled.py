@@ -11,6 +11,8 @@ from torch import nn
 import fastscore as fs
 from fastscore.estimator.network_density import compiled_of
 
+pytestmark = pytest.mark.slow
+
 D, NFE = 6, 16
 
 

@@ -8,6 +8,8 @@ from analytic import PREDICTIONS, SCHEDULES, ExactNet, ill_conditioned, mixture
 
 import fastscore as fs
 
+pytestmark = pytest.mark.slow
+
 POINTS, NFE = 256, 128
 TARGETS = {
     "gaussian, condition 1e4": ill_conditioned(),

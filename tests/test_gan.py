@@ -7,7 +7,7 @@ from analytic import ExactNet, mixture
 
 import fastscore as fs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TARGET, SCHEDULE = mixture(2), fs.LogSNR(-12, 12)
 X = TARGET.sample(24, seed=2)

@@ -13,6 +13,8 @@ import native_resources
 import sass
 import traced_kernels
 
+pytestmark = pytest.mark.slow
+
 RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "native_resources.json").read_text())
 
 

@@ -20,6 +20,8 @@ from fastscore.ops import noise
 from fastscore.reference.gaussians import Reference
 from fastscore.reference.turning import cosines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def device():

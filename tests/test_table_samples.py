@@ -15,6 +15,8 @@ from fastscore.estimator import trapezoids
 from fastscore.estimator.estimate import Estimate
 from fastscore.estimator.trapezoids import bounds, error_weights
 
+pytestmark = pytest.mark.slow
+
 MEAN = 2 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TARGET = Target(torch.ones(3) / 3, MEAN, torch.tensor([0.3, 0.5, 0.8])[:, None, None] ** 2 * torch.eye(6))
 TABLES = {10: fs.DDPM.linear(10, 1e-3, 0.6), 50: fs.DDPM.linear(50, 1e-4, 0.2), 1000: fs.DDPM.linear(1000)}

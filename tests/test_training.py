@@ -1,7 +1,10 @@
 """The loss earns its place: the demo's digits network, trained for a short time with it and with DDPM's plain loss."""
 
+import pytest
 import torch
 from digits_training import held_out, mean_and_error, train
+
+pytestmark = pytest.mark.slow
 
 STEPS = 200
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that one program can have
