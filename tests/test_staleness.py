@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from network_with_settings import MODULE, SCHEDULE, SETTINGS, Member, Meta, Net, OfMeta, Static, estimates
+from network_with_settings import MODULE, SCHEDULE, SETTINGS, Member, Meta, Net, OfMeta, Options, Static, estimates
 from torch import nn
 
 import fastscore as fs
@@ -26,7 +26,8 @@ LOG = logging.getLogger("a.network")
 TENSOR = torch.ones(())
 
 
-CONFIG, UNSPELLED = types.SimpleNamespace(unspelled=1.0), operator.attrgetter("unspelled")
+CONFIG, UNSPELLED = Options(), operator.attrgetter("unspelled")  # of a namespace every name would count
+CONFIG.unspelled = 1.0
 LAZY, MADE = types.ModuleType("a_module_that_makes_its_names"), {"made": 1.0}
 builtins.A_BUILTIN = 1.0
 
