@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
@@ -97,12 +98,12 @@ def constants(nfe: int, calibration: Tensor) -> tuple[float, float, float, float
     """Return typical log v, rho, tau, q_60 and q_95 at a number of evaluations; None where nothing is measured."""
     if not calibration.shape[1]:
         return None
-    at, *columns = calibration.to(torch.float64).cpu()
-    u = torch.tensor(math.log2(nfe), dtype=torch.float64, device="cpu").clamp(at[0], at[-1])
-    k = int((torch.searchsorted(at, u, right=True) - 1).clamp(0, len(at) - 2))
-    part = float((u - at[k]) / (at[k + 1] - at[k]))
-    level, ordinary, odd, lo, hi = (float(torch.lerp(c[k], c[k + 1], part)) for c in columns)
-    level -= math.log(2) * (math.log2(nfe) - float(u))  # beyond the ends v falls like 1 / nfe
+    at, *columns = calibration.tolist()
+    u = min(max(math.log2(nfe), at[0]), at[-1])
+    k = min(bisect_right(at, u) - 1, len(at) - 2)
+    part = (u - at[k]) / (at[k + 1] - at[k])
+    level, ordinary, odd, lo, hi = (column[k] + part * (column[k + 1] - column[k]) for column in columns)
+    level -= math.log(2) * (math.log2(nfe) - u)  # beyond the ends v falls like 1 / nfe
     return level, ordinary, odd, lo, hi
 
 

@@ -8,10 +8,12 @@ that was evaluated can bound what a network would say where nobody asked it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,25 +113,23 @@ class EndTable(NamedTuple):
 
         It has NaN where fewer than four are in the range.
         """
-        lo, hi = log_snr_range
-        total, within = len(log_snr), (log_snr > lo - NEAR) & (log_snr < hi + NEAR)
-        skip, log_snr = int((log_snr <= lo - NEAR).sum()), log_snr[within]
-        n = len(log_snr)
-        zeros = torch.zeros(2 * total - 1, 4, dtype=torch.float64, device="cpu")
-        mean, spread = zeros.split([total, total - 1])
-        at = torch.empty(2, 2, dtype=torch.float64, device="cpu")
+        (lo, hi), values = log_snr_range, log_snr.tolist()
+        total, skip = len(values), bisect_right(values, lo - NEAR)
+        values = values[skip : bisect_left(values, hi + NEAR)]
+        n = len(values)
+        # numpy: some dozens of operations on a handful of numbers, for every group of a new seed.
+        mean, spread, at = np.zeros((total, 4)), np.zeros((total - 1, 4)), np.full((2, 2), math.nan)
         if n < FEWEST:
-            return cls(mean.fill_(math.nan), spread, at.fill_(math.nan))
-        for end, (first, away) in enumerate(((lo, log_snr), (-hi, -log_snr.flip(0)))):
-            count = int((away < away[0] + END).sum().clamp(2, max(2, n // 4)))
-            outer, inner = away[:count].mean(), away[count : 2 * count].mean()
-            at[end] = torch.stack([inner - outer, outer - first])
+            return cls(*map(torch.from_numpy, (mean + math.nan, spread, at)))
+        for end, (first, away) in enumerate(((lo, values), (-hi, [-value for value in reversed(values)]))):
+            count = min(max(bisect_left(away, away[0] + END), 2), max(2, n // 4))
+            outer, inner = sum(away[:count]) / count, sum(away[count : 2 * count]) / count
+            at[end] = inner - outer, outer - first
             for k, start in ((2 * end, 0), (2 * end + 1, count)):
-                start = start if end == 0 else n - start - count
-                here = slice(skip + start, skip + start + count)
-                mean[here, k] = 1 / count
-                spread[here.start : here.stop - 1, k] = 1 / (2 * (count - 1) * count)
-        return cls(mean, spread, at)
+                start = skip + (start if end == 0 else n - start - count)
+                mean[start : start + count, k] = 1 / count
+                spread[start : start + count - 1, k] = 1 / (2 * (count - 1) * count)
+        return cls(*map(torch.from_numpy, (mean, spread, at)))
 
     @classmethod
     def stacked(cls, tables: Sequence[EndTable]) -> EndTable:
@@ -148,10 +148,10 @@ def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:
     there.
     """
     half = -0.5 * f.to(torch.float64)
-    found = half.new_empty(*half.shape[:-1], 2, 7)
-    found[..., 0:4:2] = (half @ table.mean).unflatten(-1, (2, 2))
-    found[..., 1:4:2] = (half.diff(dim=-1).square() @ table.spread).unflatten(-1, (2, 2))
-    found[..., 4:6] = table.at
+    means, spreads = half @ table.mean, half.diff(dim=-1).square() @ table.spread
+    pairs = torch.stack([means, spreads], -1).unflatten(-2, (2, 2)).flatten(-2)
+    shape = pairs.shape[:-1]
+    found = torch.cat([pairs, table.at.expand(*shape, 2), pairs.new_empty(*shape, 1)], -1)
     for end, rate in enumerate(slowest):
         found[..., end, 6] = rate
     return found

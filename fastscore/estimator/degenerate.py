@@ -89,9 +89,9 @@ def warn_of_far(samples: Samples, reference: Reference) -> None:
 
 def _distance(samples: Samples, reference: Reference) -> float:
     """Return the median over samples of the distance from the reference's mean, in its widest standard deviation."""
-    one = reference.gaussian()
-    y = inside(one.turn(samples.x.detach().double()) - one.mean, samples.mask)
-    return float((y.square().sum(1) / samples.dims).median()) ** 0.5 / one.scales()[1]
+    mean = reference.weight @ reference.mean  # of a mixture as a whole, as its scales are
+    y = inside(reference.turn(samples.x.detach().double()) - mean, samples.mask)
+    return float((y.square().sum(1) / samples.dims).median()) ** 0.5 / reference.scales()[1]
 
 
 def narrowest_direction(x: Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,20 +111,20 @@ class NodeDensity:
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return the log-SNR below which a share u of the draws lies."""
-        cumulative, edges = self._cumulative(), self.edges
+        cumulative, edges = self._cumulative, self.edges
         k = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, len(edges) - 2)
         return edges[k] + (u - cumulative[k]) / (cumulative[k + 1] - cumulative[k]) * (edges[k + 1] - edges[k])
 
     def cumulative_at(self, log_snr: Tensor) -> Tensor:
         """Return the share of the draws that lies below a log-SNR: the inverse of `quantile`."""
-        cumulative, edges = self._cumulative(), self.edges
+        cumulative, edges = self._cumulative, self.edges
         k = self._bin(log_snr)
         part = ((log_snr - edges[k]) / (edges[k + 1] - edges[k])).clamp(0, 1)
         return cumulative[k] + part * (cumulative[k + 1] - cumulative[k])
 
     def density_at(self, log_snr: Tensor) -> Tensor:
         """Return the density of the draws at a log-SNR: the derivative of `cumulative_at`."""
-        return (self._cumulative().diff() / self.edges.diff())[self._bin(log_snr)]
+        return self._density[self._bin(log_snr)]
 
     def is_paired(self, log_snr: Tensor) -> Tensor:
         return self.paired[self._bin(log_snr)]
@@ -132,7 +133,7 @@ class NodeDensity:
         """Return the known mean of the integrand: linear between the centres of the bins, constant beyond them."""
         if not self.curve.numel():
             return torch.zeros_like(log_snr)
-        at, value = self._curve_points()
+        at, value = self._curve_points
         k = (torch.searchsorted(at, log_snr.contiguous(), right=True) - 1).clamp(0, len(at) - 2)
         return value[k] + (log_snr - at[k]) / (at[k + 1] - at[k]) * (value[k + 1] - value[k])
 
@@ -140,7 +141,7 @@ class NodeDensity:
         """Return the integral of `curve_at` over all bins."""
         if not self.curve.numel():
             return 0.0
-        at, value = self._curve_points()
+        at, value = self._curve_points
         return float(torch.trapezoid(value, at))
 
     def without_curve(self) -> NodeDensity:
@@ -172,6 +173,7 @@ class NodeDensity:
         even = NodeDensity.uniform(float(self.edges[0]), float(self.edges[-1]), bins)
         return NodeDensity(even.edges, self.cumulative_at(even.edges).diff(), even.paired)
 
+    @cached_property
     def _curve_points(self) -> tuple[Tensor, Tensor]:
         edges, curve = self.edges, self.curve
         at = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
@@ -180,6 +182,11 @@ class NodeDensity:
     def _bin(self, log_snr: Tensor) -> Tensor:
         return (torch.searchsorted(self.edges, log_snr.contiguous(), right=True) - 1).clamp(0, len(self.paired) - 1)
 
+    @cached_property
+    def _density(self) -> Tensor:
+        return self._cumulative.diff() / self.edges.diff()
+
+    @cached_property
     def _cumulative(self) -> Tensor:
         draws = self.share / (1 + self.paired)
         return torch.cat([draws.new_zeros(1), draws.cumsum(0) / draws.sum()])

@@ -193,7 +193,8 @@ class Plan:
 
     def _group(self, layout: Layout, cut: Cut, call: _Call, tables: list[Rows]) -> Iterator[Part]:
         own = call.samples
-        rule, ends = self._rule_of(cut.group, own.device)
+        stacked = layout.stack is not None  # then the rules of all groups are one, which `_stacked` makes
+        rule, ends = (self.draws.rules.of(cut.group), None) if stacked else self._rule_of(cut.group, own.device)
         if cut.members is not None:
             own = own.select(cut.here, cut.members)
             call = replace(call, samples=own)

@@ -125,7 +125,9 @@ class Rule:
         cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor, curve: Tensor, remainder: Tensor
     ) -> Rule:
         """Return a rule for the integral itself, none of whose draws shares its weight with others."""
-        ends = _ends(torch.ones_like(paired))
+        ends = torch.zeros_like(weight)
+        if len(ends) > 1:
+            ends[0], ends[-1] = -1, 1
         return cls(log_snr, time, weight, weight, paired, curve, remainder, remainder, weight, ends)
 
 
@@ -175,11 +177,14 @@ class Rules:
 
     def made_of(self, groups: Iterable[int]) -> list[Rule]:
         """Return the rules of some groups; whether the schedule changes is from now on asked at their draws too."""
-        before = len(self._made)
-        found = [self.of(group) for group in groups]
-        if len(self._made) > before:
+        found = {group: self._made.get(group) for group in groups}
+        missing = [group for group, rule in found.items() if rule is None]
+        if missing:
+            made = dict(zip(missing, self._place([self._shift(group) for group in missing])))
+            self._made |= made
             self._ask_everywhere()
-        return found
+            found |= made
+        return list(found.values())
 
     def forget(self) -> None:
         """Let go of the rules, which are made again when they are asked for."""
@@ -198,18 +203,25 @@ class Rules:
         """Return the rule of a group of samples."""
         found = self._made.get(group)
         if found is None:
-            shift = (self.shift + _PLACE[group] / GROUPS) % 1.0
-            self._made[group] = found = self._place(shift)
+            (found,) = self._place([self._shift(group)])
+            self._made[group] = found
         return found
 
-    def _place(self, shift: float) -> Rule:
+    def _shift(self, group: int) -> float:
+        return (self.shift + _PLACE[group] / GROUPS) % 1.0
+
+    def _place(self, shifts: list[float]) -> list[Rule]:
+        """Return a rule for each shift; what is looked up or asked of the schedule is so for all of them together."""
         density, schedule = self.density, self.schedule
         if self._table is not None:
-            return self._table.rule(self.paired, shift)
-        log_snr = density.quantile(_strata(self.draws, shift))
+            return [self._table.rule(self.paired, shift) for shift in shifts]
+        log_snr = density.quantile(torch.cat([_strata(self.draws, shift) for shift in shifts]))
         weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
-        remainder = density.curve_integral() - weight @ curve
-        return Rule.even_in(log_snr, schedule.time(log_snr), weight, self.paired, curve, remainder)
+        known, parts = density.curve_integral(), (log_snr, schedule.time(log_snr), weight, curve)
+        return [
+            Rule.even_in(log_snr, time, weight, self.paired, curve, known - weight @ curve)
+            for log_snr, time, weight, curve in zip(*(part.split(self.draws) for part in parts))
+        ]
 
 
 class FixedRules:
