@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from .support.host import as_tensor
+from .support.host import as_float64
 
 
 def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
@@ -29,7 +29,7 @@ def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
     Raises:
         ValueError: if std is not positive and finite.
     """
-    mean, std = (as_tensor(value).to(torch.float64) for value in (mean, std))  # log std would be float32 else
+    mean, std = (as_float64(value) for value in (mean, std))  # log std would be float32 else
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
             f"zscore needs std > 0, got a least one of {float(std.min())}; leave constant columns out, or use 1"

@@ -7,9 +7,15 @@ from fastscore.kernels.names import ACTIVATIONS
 
 
 class Program:
-    """A random program of steps with its weights (out, in) and tables, float64, for d dimensions and some rows."""
+    """A random program of steps with its weights (out, in) and tables, float64, for d dimensions and some rows.
 
-    def __init__(self, seed: int, d: int, rows: int, widths: tuple[int, ...], most: int = 4):
+    Its activations are those of the kernels, or others that are named.
+    """
+
+    def __init__(
+        self, seed: int, d: int, rows: int, widths: tuple[int, ...], most: int = 4, activations=tuple(ACTIVATIONS)
+    ):
+        self.activations = activations
         self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.d, self.rows, self.widths = d, rows, widths
         self.code, self.weights, self.tables = [], [], []
@@ -51,7 +57,7 @@ class Program:
         return out
 
     def activation(self):
-        self.code.append(("act", self.draw.choice(list(ACTIVATIONS))))
+        self.code.append(("act", self.draw.choice(self.activations)))
 
     def norm(self, width: int):
         self.code.append(("norm", 1e-5))

@@ -59,6 +59,17 @@ def test_definitions_at_known_times():
     assert (float(alpha), float(sigma)) == pytest.approx((0.7, 0.3), rel=1e-14)
 
 
+def test_numbers_of_python_are_not_rounded_to_float32():
+    # 1e-7 of a time would move a log-SNR by as much; math's logarithms and torch's agree to the last bits.
+    close = {"rel": 1e-14, "abs": 1e-14}
+    assert fs.EDM(0.002, 80.0).log_snr_range == pytest.approx((-2 * math.log(80.0), -2 * math.log(0.002)), **close)
+    assert float(fs.EDM().log_snr(0.1)) == pytest.approx(-2 * math.log(0.1), **close)
+    assert float(fs.EDM().time(0.1)) == pytest.approx(math.exp(-0.05), **close)
+    assert float(fs.FlowMatching().log_snr(0.1)) == pytest.approx(2 * math.log(0.1 / 0.9), **close)
+    tenth = torch.tensor(0.1, dtype=torch.float64)
+    assert float(fs.ConditionalFlow(0.3).log_snr(0.1)) == float(fs.ConditionalFlow(0.3).log_snr(tenth))
+
+
 def test_tables_are_those_of_their_papers():
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     bar = torch.cumprod(1 - betas, 0)

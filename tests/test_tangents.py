@@ -10,6 +10,7 @@ from fastscore.ops.instructions import INSTRUCTIONS, Act, Linear
 from fastscore.program.row_program import RowProgram
 
 B, R, D = 4, 3, 5
+DIFFERENTIABLE = [name for name, act in activations.ACTIVATIONS.items() if act.derivative]
 
 
 def by_autograd(code, weights, tables, x_t):
@@ -32,7 +33,7 @@ def agree(found, expected):
 def test_random_programs_have_the_derivative_of_autograd():
     seen = set()
     for seed in range(300):
-        program = Program(seed, D, R, (3, 4, 6, 7, 9))
+        program = Program(seed, D, R, (3, 4, 6, 7, 9), activations=DIFFERENTIABLE)
         code = [INSTRUCTIONS[name](*arguments) for name, *arguments in program.code]
         x_t = program.randn(B, R, D)
         kept = [tensor.clone() for tensor in (x_t, *program.weights, *program.tables)]
@@ -40,7 +41,7 @@ def test_random_programs_have_the_derivative_of_autograd():
         agree(found, by_autograd(code, program.weights, program.tables, x_t))
         assert all(map(torch.equal, kept, (x_t, *program.weights, *program.tables)))
         seen |= {name for name, *_ in program.code} | {op[1] for op in program.code if op[0] == "act"}
-    assert seen == {*INSTRUCTIONS, *activations.ACTIVATIONS}
+    assert seen == {*INSTRUCTIONS, *DIFFERENTIABLE}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -57,13 +58,15 @@ def test_networks_have_the_derivative_of_autograd(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", activations.ACTIVATIONS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_derivatives_of_activations_are_those_of_their_backward_passes(name, dtype):
     act = activations.ACTIVATIONS[name]
     h = torch.cat([torch.linspace(-30, 30, 121, dtype=dtype), torch.zeros(1, dtype=dtype)]).requires_grad_()
     y = act.compute(h)
     (expected,) = torch.autograd.grad(y.sum(), h)
-    assert torch.equal(act.derivative(h.detach(), y.detach()), expected)
+    # Most are the very kernels of the backward passes; another formula of a number up to one has a few roundings.
+    close = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(act.derivative(h.detach(), y.detach()), expected, rtol=close, atol=close)
 
 
 def test_what_has_no_rule_says_so(monkeypatch):

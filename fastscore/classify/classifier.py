@@ -34,7 +34,7 @@ from ..process.conditions import Conditions, takes_conditions
 from ..process.masks import broadcast_mask
 from ..process.network import model_device
 from ..reference.gaussians import Reference
-from ..support.host import as_tensor
+from ..support.host import as_float64
 from ..support.memory import Chunks, budget_bytes
 from ..support.modes import ordinary
 from ..support.progress import progress_bar
@@ -299,7 +299,7 @@ def _in_rows(value: list | np.ndarray) -> object:
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:
     """Return log p(y), float64, shape (C,)."""
-    p = as_tensor([1 / count] * count if prior is None else prior).detach().to(torch.float64)
+    p = as_float64([1 / count] * count if prior is None else prior).detach()
     if p.shape != (count,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-4:
         raise ValueError(
             f"prior must be {count} positive probabilities that sum to 1, got shape {tuple(p.shape)} with the sum "

@@ -19,7 +19,8 @@ from torch import Tensor
 class Activation(NamedTuple):
     """A function of every entry, the same in place, and its derivative, a function of what went in and what came out.
 
-    The derivatives are the kernels of PyTorch's own backward passes, given a gradient of one: one launch each.
+    The derivatives are the kernels of PyTorch's own backward passes, given a gradient of one, wherever there is such a
+    kernel: one launch each.
     """
 
     compute: Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.host import as_tensor
+from ..support.host import as_float64
 from .alpha_sigma import AlphaSigma
 from .schedules import FlowMatching
 
@@ -48,7 +48,7 @@ class ConditionalFlow(AlphaSigma, FlowMatching):
 
     def _from_time(self, t):
         """Return s at time t, and the time at s: the same map."""
-        t = as_tensor(t).to(torch.float64)
+        t = as_float64(t)
         return t if self.data_at == 1 else 1 - t
 
     def _parts(self, s):
@@ -56,5 +56,5 @@ class ConditionalFlow(AlphaSigma, FlowMatching):
 
     def _share(self, log_snr):
         """Return s: the root in (0, 1] of (1 - s)^2 + sigma^2 = exp(-log_snr) s^2, in the form that cancels least."""
-        ratio, square = torch.exp(-as_tensor(log_snr).to(torch.float64)), 1 + self.sigma**2
+        ratio, square = torch.exp(-as_float64(log_snr)), 1 + self.sigma**2
         return square / (1 + torch.sqrt((ratio * square - self.sigma**2).clamp(min=self.sigma**4)))

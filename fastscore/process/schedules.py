@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..support.host import as_tensor, finite, positive
+from ..support.host import as_float64, as_tensor, finite, positive
 
 # Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
@@ -53,7 +53,7 @@ class Schedule:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma) at time t, each of t's shape, float64."""
-        return self.scale(self.log_snr(_float64(t)))
+        return self.scale(self.log_snr(as_float64(t)))
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (d alpha/dt, d sigma/dt) at time t; raises ValueError for a discrete table."""
@@ -63,7 +63,7 @@ class Schedule:
                 "predicts='flow' needs a continuous schedule such as FlowMatching()"
             )
         with torch.enable_grad():
-            t = _float64(t).detach().requires_grad_()
+            t = as_float64(t).detach().requires_grad_()
             alpha, sigma = self.alpha_sigma(t)
             d_sigma = torch.autograd.grad(sigma.sum(), t, retain_graph=True)[0]
             # A variance-exploding alpha is the constant 1 and does not depend on t at all.
@@ -86,7 +86,7 @@ class Schedule:
         Arguments:
             smallest, largest: standard deviations of the data in their narrowest and their widest dimension.
         """
-        clean, noisy = (float(self.log_snr(_float64(t))) for t in self.time_range)
+        clean, noisy = (float(self.log_snr(as_float64(t))) for t in self.time_range)
         lowest, highest = LOG_SNR_FLOOR - 2 * math.log(largest), LOG_SNR_CEIL - 2 * math.log(smallest)
         noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < SAME_END else max(noisy, lowest)
         return noisy, highest if abs(clean - LOG_SNR_CEIL) < SAME_END else min(clean, highest)
@@ -113,10 +113,10 @@ class LogSNR(Schedule):
         self.hi, self.lo = ends
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return _float64(t)
+        return as_float64(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return _float64(log_snr)
+        return as_float64(log_snr)
 
 
 class LiYan(Schedule):
@@ -130,10 +130,10 @@ class LiYan(Schedule):
     time_range = (1 / (1 + math.exp(LOG_SNR_CEIL)), 1 / (1 + math.exp(LOG_SNR_FLOOR)))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return -torch.logit(_float64(t))
+        return -torch.logit(as_float64(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-_float64(log_snr))
+        return torch.sigmoid(-as_float64(log_snr))
 
 
 class VP(Schedule):
@@ -151,12 +151,12 @@ class VP(Schedule):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_snr(self, t: Tensor) -> Tensor:
-        t = _float64(t)
+        t = as_float64(t)
         loss = 0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t  # -log alpha^2
         return -torch.log(torch.expm1(loss))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        loss = torch.nn.functional.softplus(-_float64(log_snr))
+        loss = torch.nn.functional.softplus(-as_float64(log_snr))
         slope = self.beta_max - self.beta_min
         # The stable root of the quadratic: no cancellation as t -> 0.
         return 2 * loss / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * loss))
@@ -172,10 +172,10 @@ class Cosine(Schedule):
     time_range = tuple(2 / math.pi * math.atan(math.exp(-end / 2)) for end in (LOG_SNR_CEIL, LOG_SNR_FLOOR))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * torch.log(torch.tan(0.5 * math.pi * _float64(t)))
+        return -2 * torch.log(torch.tan(0.5 * math.pi * as_float64(t)))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return 2 / math.pi * torch.atan(torch.exp(-0.5 * _float64(log_snr)))
+        return 2 / math.pi * torch.atan(torch.exp(-0.5 * as_float64(log_snr)))
 
 
 class _Exploding(Schedule):
@@ -198,10 +198,10 @@ class VE(_Exploding):
             self.data_std = math.sqrt(sigma_min * sigma_max)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * (math.log(self.sigma_min) + _float64(t) * math.log(self.sigma_max / self.sigma_min))
+        return -2 * (math.log(self.sigma_min) + as_float64(t) * math.log(self.sigma_max / self.sigma_min))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return (-0.5 * _float64(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+        return (-0.5 * as_float64(log_snr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
 
 class EDM(_Exploding):
@@ -232,10 +232,10 @@ class EDM(_Exploding):
         self.sigma_min, self.sigma_max = ends
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * torch.log(_float64(t))
+        return -2 * torch.log(as_float64(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-0.5 * _float64(log_snr))
+        return torch.exp(-0.5 * as_float64(log_snr))
 
 
 class FlowMatching(Schedule):
@@ -262,10 +262,10 @@ class FlowMatching(Schedule):
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return (2 if self.data_at == 1 else -2) * torch.logit(_float64(t))
+        return (2 if self.data_at == 1 else -2) * torch.logit(as_float64(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid((0.5 if self.data_at == 1 else -0.5) * _float64(log_snr))
+        return torch.sigmoid((0.5 if self.data_at == 1 else -0.5) * as_float64(log_snr))
 
 
 class DDPM(Schedule):
@@ -286,7 +286,7 @@ class DDPM(Schedule):
     discrete = True
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        table = _float64(alphas_cumprod).detach().cpu().clone()
+        table = as_float64(alphas_cumprod).detach().cpu().clone()
         _require(
             table.ndim == 1 and len(table) >= 2,
             f"DDPM needs a table of at least 2 timesteps, shape (T,), got shape {tuple(table.shape)}",
@@ -319,7 +319,7 @@ class DDPM(Schedule):
     @classmethod
     def from_betas(cls, betas: Tensor) -> DDPM:
         """Build the table from the variances beta_t, shape (T,)."""
-        return cls(torch.cumprod(1 - _float64(betas), 0))
+        return cls(torch.cumprod(1 - as_float64(betas), 0))
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
@@ -364,7 +364,7 @@ class DDPM(Schedule):
         """Return the nearest timestep, int64."""
         rising = self.entries().flip(0).contiguous()
         middles = (rising[1:] + rising[:-1]) / 2
-        log_snr = _float64(log_snr)
+        log_snr = as_float64(log_snr)
         return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)
 
     def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
@@ -374,10 +374,6 @@ class DDPM(Schedule):
     def __repr__(self) -> str:
         lo, hi = self.log_snr_range
         return f"DDPM({len(self.table)} timesteps, log-SNR {lo:.2f} to {hi:.2f})"
-
-
-def _float64(value) -> Tensor:
-    return as_tensor(value).to(torch.float64)
 
 
 def _sigmas(kind: str, sigma_min: object, sigma_max: object) -> tuple[float, float]:

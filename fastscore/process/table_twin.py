@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.host import as_tensor
+from ..support.host import as_float64
 from .schedules import DDPM, Schedule
 
 HALVINGS = 53  # of a cell, to the last bit of float64
@@ -42,7 +42,7 @@ class ContinuousDDPM(Schedule):
         self.slope = _monotone_slopes(self.table.diff())
 
     def log_snr(self, t: Tensor) -> Tensor:
-        t = as_tensor(t).to(torch.float64)
+        t = as_float64(t)
         last = len(self.table) - 1
         if t.numel() and not bool(((t >= 0) & (t <= last)).all()):
             raise ValueError(f"{self!r} knows timesteps from 0 to {last}, got {float(t.min())} to {float(t.max())}")
@@ -50,7 +50,7 @@ class ContinuousDDPM(Schedule):
         return self._in_cell(cell, t - cell)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        log_snr = as_tensor(log_snr).to(torch.float64)
+        log_snr = as_float64(log_snr)
         flat = log_snr.detach().reshape(-1).cpu()
         below = torch.searchsorted(self.table.flip(0).contiguous(), flat)  # entries with a lower log-SNR
         cell = (len(self.table) - 1 - below).clamp(0, len(self.table) - 2)
@@ -68,7 +68,7 @@ class ContinuousDDPM(Schedule):
 
     def _entry(self, t: float) -> float:
         """Return the log-SNR at a time, to the bit that of the table's entry where it is one."""
-        return float(self.table[int(t)]) if t == int(t) else float(self.log_snr(as_tensor(t)))
+        return float(self.table[int(t)]) if t == int(t) else float(self.log_snr(t))
 
     def _in_cell(self, cell: Tensor, u: Tensor) -> Tensor:
         """Return the cubic between entries cell and cell + 1 at a share u of the way."""

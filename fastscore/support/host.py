@@ -19,6 +19,15 @@ def as_tensor(value: object) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
+def as_float64(value: object) -> Tensor:
+    """Return a tensor in float64 where it is, numbers and arrays on the CPU: Python's are not float32 on the way."""
+    return (
+        value.to(torch.float64)
+        if isinstance(value, Tensor)
+        else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    )
+
+
 def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Return tensors of the CPU, with numbers of eight bytes, on a device: in one copy, or with their graphs."""
     if device.type == "cpu" or any(tensor.requires_grad for tensor in tensors):
