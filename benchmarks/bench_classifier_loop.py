@@ -24,6 +24,7 @@ LADDER = (8, 16, 32, 64)  # evaluations a class; fastscore takes at least 8
 TOP = LADDER[-1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_plain_loop_beside_fastscore(benchmark, table):
     (levels, labels), (held, truth) = split()

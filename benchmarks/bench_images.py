@@ -14,6 +14,7 @@ import image_variance
 import pytest
 import torch
 from image_methods import Ways
+from image_monai import monai
 from image_networks import SIZES, load
 from peers import Outcome
 from photographs import HELD_OUT, TRAINING, dequantized, patches
@@ -28,13 +29,47 @@ OTHER_NUMBERS = ("ODE", "plain, all timesteps")
 BEYOND = 0.05
 NETWORKS = [(kind, size) for kind, sizes in SIZES.items() for size in sizes]
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
+SHORT = "unet", 8, (UNIFORM, BEST, "fastscore, self, unfitted")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_images_in_short(benchmark, table) -> None:
+    """The smallest network at 64 evaluations, by what it asks for: no other way may come near."""
+    kind, size, names = SHORT
+    x, training = held_out(size)[:SAMPLES], training_patches(size)
+    by_name = {method.name: method for method in Ways(load(kind, size), training).methods((64,))}
+    rows = [
+        {"network": f"{kind}, {size} x {size} x 3", "method": name} | measured(by_name[name].run, x, 64)
+        for name in names
+    ]
+    check_means(rows)
+    for row in rows:
+        row |= ratios(row, rows)
+        table("images_in_short", {key: value for key, value in row.items() if key != "mean"})
+    assert rows[-1]["learned / this"] > 5  # 16 by the whole table, to a quarter
+    benchmark.pedantic(lambda: by_name[names[-1]].run(x, 64, 0), rounds=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "size"), NETWORKS)
+def test_monai(kind: str, size: int, benchmark, table) -> None:
+    """MONAI's own code beside the same sum in ours, whose noise is fresh at every timestep."""
+    x, training = held_out(size)[:SAMPLES], training_patches(size)
+    ways, likelihood = Ways(load(kind, size), training), monai(load(kind, size))
+    sums = {method.name: method.run for method in ways.methods((64,)) if method.name.startswith("plain, all")}
+    sums["plain, MONAI's DiffusionInferer"] = lambda x, _, seed: Outcome(*likelihood(x, seed))
+    for name, run in sums.items():
+        row = {"network": f"{kind}, {size} x {size} x 3", "method": name} | measured(run, x, 1000)
+        mean, error = row.pop("mean")
+        table("images_monai", row | {"nats": mean, "its stderr": error})
+    benchmark.pedantic(lambda: likelihood(x[:1], 0), rounds=1)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "size"), NETWORKS)
 def test_images(kind: str, size: int, benchmark, table) -> None:
-    x = dequantized(patches(size, HELD_OUT, RANKED, seed=1)[0], torch.Generator().manual_seed(1))
-    training = dequantized(patches(size, TRAINING, TRAINING_PATCHES, seed=2)[0], torch.Generator().manual_seed(2))
+    x, training = held_out(size), training_patches(size)
     ways, name = Ways(load(kind, size), training), f"{kind}, {size} x {size} x 3"
     rows = []
     for method in ways.methods(EVALUATIONS, MOST):
@@ -52,6 +87,14 @@ def test_images(kind: str, size: int, benchmark, table) -> None:
     bits = found.bits_per_dim(bins=256, low=-1, high=1).tolist()
     table("images_ranked", {"network": name, "size": size, "bits per dimension": bits})
     benchmark.pedantic(lambda: ways.network(x, torch.zeros(len(x))), rounds=1)
+
+
+def held_out(size: int) -> Tensor:
+    return dequantized(patches(size, HELD_OUT, RANKED, seed=1)[0], torch.Generator().manual_seed(1))
+
+
+def training_patches(size: int) -> Tensor:
+    return dequantized(patches(size, TRAINING, TRAINING_PATCHES, seed=2)[0], torch.Generator().manual_seed(2))
 
 
 def measured(run: Callable[[Tensor, int, int], Outcome], x: Tensor, nfe: int) -> dict:
@@ -84,7 +127,7 @@ def ratios(row: dict, rows: list[dict]) -> dict:
     found = {}
     for column, peer in (("uniform / this", UNIFORM), ("learned / this", BEST)):
         of_peer = {other["evaluations"]: other for other in rows if other["method"] == peer}
-        other = of_peer.get(row["evaluations"], of_peer[MOST])
+        other = of_peer[row["evaluations"] if row["evaluations"] in of_peer else MOST]
         found[column] = other["variance x evaluations"] / row["variance x evaluations"]
         if peer == BEST:
             slower = row["ms a sample"] / row["evaluations"] / (other["ms a sample"] / other["evaluations"])

@@ -39,7 +39,7 @@ class Case:
 
 CASES = {
     "MLP 3 x 512, d = 64": lambda: Case(mlp(64, 512), (64,), 256, 256, (512, 1024, 2048, 4096), 7),
-    "UNet2DModel, 3 x 32 x 32": lambda: Case(unet(), (3, 32, 32), 8, 64, (16, 32, 64), 3),
+    "UNet2DModel, 3 x 32 x 32": lambda: Case(unet(), (3, 32, 32), 8, 64, (16, 32), 2),
 }
 
 

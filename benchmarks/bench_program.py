@@ -45,7 +45,7 @@ def test_program(benchmark, table, name):
         spent.append(seconds(lambda: densities[False].estimate(x, nfe=NFE, **cond)))
 
     run = benchmark.pedantic
-    run(lambda: densities[True].estimate(x, nfe=NFE, **cond), setup=without, rounds=9, warmup_rounds=1)
+    run(lambda: densities[True].estimate(x, nfe=NFE, **cond), setup=without, rounds=5, warmup_rounds=1)
     row = {"network": name, "rows": SAMPLES * NFE, "module, s": statistics.median(spent[1:])}
     row |= {"program, s": benchmark.stats.stats.median}
     row["ratio"] = row["module, s"] / row["program, s"]
@@ -71,7 +71,7 @@ def trained_estimator(d: int):
     theta = torch.randn(20_000, d)
     y = theta + 0.5 * torch.randn_like(theta)
     estimator = builders.build_vector_field_estimator(theta, y, "flow", net="ada_mlp")
-    steps = 1500
+    steps = 1000
     optimizer = torch.optim.AdamW(estimator.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

@@ -33,7 +33,7 @@ TARGETS = {
     "mixture of 5, d = 2": lambda name: exact_problem(name, five(2), 128, ERRORS),
     "mixture of 5, d = 16": lambda name: exact_problem(name, five(16), 128, ERRORS),
     "mixture of 5, d = 64": lambda name: exact_problem(name, five(64), 128, ERRORS),
-    "mixture of 5, d = 784": lambda name: exact_problem(name, five(784), 16, ERRORS, fit_evaluations=120_000, cap=2.0),
+    "mixture of 5, d = 784": lambda name: exact_problem(name, five(784), 16, ERRORS, fit_evaluations=40_000),
     "two spirals, d = 2": lambda name: exact_problem(name, spirals(), 128, ERRORS),
     "digits, learned, d = 64": lambda name: digits_problem(32, 16_384),
 }

@@ -18,7 +18,7 @@ from race_targets import Problem
 
 SEEDS = 3
 QUICK = 0.2  # seconds; a longer run is not repeated
-RUNS = 4  # so many times the problem's cap is what all efforts of a method may take together
+RUNS = 3  # so many times the problem's cap is what all efforts of a method may take together
 STOPPED_BIAS = "error no longer falls"
 STALLED = 0.9  # of the error of two efforts before: a method whose error falls less has a bias and stops
 
