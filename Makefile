@@ -77,7 +77,8 @@ bench: .venv/bench
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
 	$(MAKE) report
 
-# Trains some dozens of small networks, and evaluates images by a dozen ways, which takes half an hour each.
+# Trains some dozens of small networks, and evaluates images by a dozen ways, which takes half an hour each; a loop of a
+# plain classifier, MONAI's likelihood and coverages take some minutes each.
 bench-long: .venv/bench
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m long
 	$(MAKE) report
