@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -163,6 +164,19 @@ def test_float32_data_get_float32_answers_and_no_gradient_is_kept():
     assert float((found.log_prob - exact).abs().max()) < 2e-3
     with torch.no_grad():
         assert torch.equal(probability_flow_log_prob(matched(TARGET, RANGE), x).log_prob, found.log_prob)
+
+
+@pytest.mark.parametrize(
+    ("d", "trace", "warns"), [(256, "exact", True), (255, "exact", False), (256, "hutchinson", False)]
+)
+def test_an_exact_trace_of_an_image_says_what_it_takes(d, trace, warns):
+    density = fs.ScoreDensity(ExactNet(mixture(d), RANGE, "eps"), RANGE, "eps")
+    with pytest.warns() if warns else nullcontext() as told:
+        probability_flow_log_prob(density, torch.randn(1, d), trace=trace, method="midpoint", steps=1)
+    if warns:
+        (said,) = [str(warning.message) for warning in told]
+        assert "takes 256 vector-Jacobian products of the network at every evaluation" in said
+        assert 'trace="hutchinson", probes=8' in said
 
 
 def test_what_cannot_work_gets_one_clear_error(monkeypatch):

@@ -58,6 +58,7 @@ DEFAULTS = {"error": 0.01, "steps": 1, "rtol": 1e-5, "atol": 1e-5}
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
 STUDENT = {2: 12.71, 3: 4.30}  # the 97.5 % quantile for few probes, where its expansion fails
+MANY = 256  # products an evaluation, minutes a sample of an image network on a CPU
 MOST = 1 << 17  # steps, or probes: what is known of every one beforehand takes a gigabyte at most
 
 
@@ -126,8 +127,8 @@ def probability_flow_log_prob(
             between timesteps, which it is asked once.
         x: data, shape (B, *shape).
         trace: "exact" (by tangents in one pass where the network is a row program in up to 64 dimensions, as
-            `fastscore.explain` says, and by d vector-Jacobian products an evaluation else) or "hutchinson" (one product
-            a probe, Rademacher signs).
+            `fastscore.explain` says, and by d vector-Jacobian products an evaluation else, with a warning from 256
+            dimensions on) or "hutchinson" (one product a probe, Rademacher signs).
         probes: number of Hutchinson probes, averaged; one has no standard error (NaN), more have, by Student's t. In up
             to 13 dimensions a sample's probes are drawn without repetition; all 2^(d-1) of them give the exact trace.
         seed: key of the probes.
@@ -182,11 +183,20 @@ def probability_flow_log_prob(
         program = program_for(core, samples, trace) if method in OWN else None
         flow = Flow(core, samples, trace, probes, seed, program if isinstance(program, RowProgram) else None)
         refuse_cut_graph(network_of(core), flow.samples, flow.frame.scale)
+        if trace == "exact" and flow.course is None and flow.samples.x.shape[1] >= MANY:
+            _warn_of_many_products(flow.samples.x.shape[1])
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
     if method == "auto" or not deferred(found.log_prob.device):
         _warn_of_what_is_missing(found, error if method == "auto" else None)
     return found
+
+
+def _warn_of_many_products(d: int) -> None:
+    warn(
+        f"the exact trace takes {d} vector-Jacobian products of the network at every evaluation, in {d} dimensions; "
+        'trace="hutchinson", probes=8 takes 8, and has a standard error'
+    )
 
 
 def _options(method: str, given: dict[str, object]) -> dict[str, object]:
