@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from .estimator.graphs import Graphs
 from .estimator.methods import DENSITY
 from .estimator.network_density import NetworkDensity, check_parts, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
-from .estimator.pilot import PILOT_DRAWS, PilotPlan, run_pilot, warn_if_worse_than_reference
+from .estimator.pilot import PILOT_DRAWS, PilotPlan, calibrate_noise, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
@@ -348,7 +349,7 @@ class ScoreDensity(NetworkDensity):
             programs = network.find_programs(samples)
             wanted = self.wanted(None, seed, samples, memory)
             kept = evaluations_of_own(self.noise, samples, wanted, evaluations)
-            plan = PilotPlan(evaluations - kept, seed, chunks, step)
+            plan = PilotPlan(evaluations - kept, seed, chunks, step, waits=kept > 0)
             fitted = run_pilot(network, samples, reference, plan)
             for cond in samples.conds:
                 cond.remember(self.model, len(samples))
@@ -359,10 +360,13 @@ class ScoreDensity(NetworkDensity):
             self.nodes, self._ends, self.fitted_shape = nodes, ScheduleEnds(self.schedule, nodes), samples.shape
             self.planner.forget_reference()
             pilot_of_own(self, samples, wanted, left, step)
+            if plan.waits and not self.nodes.own_pays:  # else noise is independent
+                plan = replace(plan, evaluations=left)
+                self.nodes.calibration = calibrate_noise(network_of(self), samples, fitted, plan).calibration
             bar.total = bar.n  # not all that was allowed had to be spent
         if not degenerate:
             warn_if_out_of_range(samples.x[:, everywhere], fitted.reference, self.log_snr_range)
-            warn_if_worse_than_reference(fitted.nodes, samples)
+            warn_if_worse_than_reference(fitted, samples)
         return self
 
     def with_reference(self, reference: Reference | None) -> ScoreDensity:

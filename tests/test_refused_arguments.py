@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from mixtures import MIXTURES, ExactEps
 from test_refusals import CALLS, Net, X, density
 from torch import nn
 
@@ -233,10 +234,22 @@ def test_fit_warns_of_a_network_that_explains_its_data_worse_than_a_gaussian(rec
     data = 0.5 * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     fs.ScoreDensity(Gaussian(), fs.VP(), "eps").fit(data, progress=False)
     assert [str(warning.message) for warning in recwarn] == []
-    message = r"nats per sample below that of the fitted reference: is predicts=, the time .* or the scale of the data"
+    message = (
+        r"nats per sample below that of a reference fitted to them: is predicts=, the time .* or the scale of the data"
+    )
     for wrong, scale in (
         (fs.ScoreDensity(Gaussian(), fs.VP(), "x0"), 1),
         (fs.ScoreDensity(Gaussian(), fs.VP(), "eps"), 10),
     ):
         with pytest.warns(UserWarning, match=message):
             wrong.fit(scale * data, progress=False)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_fit_warns_of_another_scale_whichever_reference_leaves_least(scale, recwarn):
+    """Near a network that is wrong lies a reference that is: it was chosen, and said nothing of the network."""
+    mixture = MIXTURES["isotropic, d = 16"]
+    data = scale * mixture.sample(2000, torch.Generator().manual_seed(0)).float()
+    fs.ScoreDensity(ExactEps(mixture, fs.VP()), fs.VP(), "eps").fit(data, evaluations=30_000, progress=False)
+    said = [str(warning.message) for warning in recwarn if "of a reference fitted to them" in str(warning.message)]
+    assert len(said) == (scale > 1)

@@ -65,23 +65,29 @@ Step = Callable[[str, int], None]  # what was done, and how many evaluations it 
 class Fitted:
     """What a pilot found: reference, nodes, the calibration of low-discrepancy noise, and the nodes for one Gaussian.
 
-    `gaussian` is None where the reference is one Gaussian itself, or nothing was measured.
+    `gaussian` is None where the reference is one Gaussian itself, or nothing was measured. `likelier` is by how many
+    nats the likeliest of the references that were fitted explains held-out samples better than the chosen one.
     """
 
     reference: Reference
     nodes: NodeDensity
     calibration: Tensor
     gaussian: NodeDensity | None = None
+    likelier: float = 0.0
 
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell."""
+    """How much a pilot may spend: network evaluations, how to cut them for a reference, and whom to tell.
+
+    With `waits` low-discrepancy noise is not calibrated yet: `calibrate_noise` does it where it will be used.
+    """
 
     evaluations: int
     seed: int
     chunks: Callable[[Reference], Chunks]
     step: Step
+    waits: bool = False
 
 
 def choose(count: int, dims: int, seed: int) -> Tensor:
@@ -130,11 +136,27 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
         nodes = NodeDensity.uniform(*network.log_snr_range)
         return Fitted(found[0], nodes, calibration.uncalibrated())
     fitted = pilot(network, *strata(held, found[0], count), found, plan)
-    if mask is not None:  # masks differ, and so does what low-discrepancy noise gains
+    fitted = replace(fitted, likelier=_likelier(found, fitted.reference, held))
+    if plan.waits:
         return fitted
-    per_replicate = REPLICATES * sum(CALIBRATION_NFE)
-    count = min(len(held), CALIBRATION_SAMPLES, (plan.evaluations - count * per_sample) // per_replicate)
-    if count < MIN_CALIBRATION_SAMPLES or samples.x.shape[1] > noise.SOBOL_MAX_DIM:
+    return calibrate_noise(network, samples, fitted, replace(plan, evaluations=plan.evaluations - count * per_sample))
+
+
+def _likelier(references: list[Reference], chosen: Reference, held: Samples) -> float:
+    """Return by how many nats a sample the likeliest reference explains held-out samples better than the chosen one.
+
+    The choice is by the variance that is left, and near a wrong network lies a wrong reference.
+    """
+    best = max(float(q.log_prob(held.x, held.mask).mean()) for q in references)
+    return best - float(chosen.log_prob(held.x, held.mask).mean())
+
+
+def calibrate_noise(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
+    """Calibrate low-discrepancy noise as far as the evaluations go, by samples that `choose` names, in its order."""
+    held, d = samples.select(slice(0, held_out(len(samples)))), samples.x.shape[1]
+    count = min(len(held), CALIBRATION_SAMPLES, plan.evaluations // (REPLICATES * sum(CALIBRATION_NFE)))
+    # Masks differ, and so does what low-discrepancy noise gains.
+    if samples.mask is not None or count < MIN_CALIBRATION_SAMPLES or d > noise.SOBOL_MAX_DIM:
         return fitted
     typical = round(count * TYPICAL_SHARE)
     odd = odd_points(held.select(slice(typical, count)), plan.seed)
@@ -286,17 +308,17 @@ def _network_flops(network: Network, samples: Samples) -> int:
     return max(2 * SMALL * (2 * d + SMALL), counter.get_total_flops() // 2)
 
 
-def warn_if_worse_than_reference(nodes: NodeDensity, samples: Samples) -> None:
-    """Warn where a network explains the data that it is fitted to worse than the fitted reference does, by far.
+def warn_if_worse_than_reference(fitted: Fitted, samples: Samples) -> None:
+    """Warn where a network explains the data that it is fitted to worse than the likeliest fitted reference, by far.
 
-    Its mean log-density on the pilot's samples is then below the reference's by more than half a nat a dimension.
+    Its mean log-density on the pilot's samples is then below that by more than half a nat a dimension.
     """
     dims = samples.x.shape[1] if samples.mask is None else float(samples.mask.sum(1).double().mean())
-    below = 0.5 * nodes.curve_integral()
+    below = 0.5 * fitted.nodes.curve_integral() + fitted.likelier
     if below > max(1.0, 0.5 * dims):
         warn(
-            f"on these data the network's log-density is {below:.3g} nats per sample below that of the fitted "
-            "reference: is predicts=, the time that the network gets (schedule=), or the scale of the data another "
+            f"on these data the network's log-density is {below:.3g} nats per sample below that of a reference fitted "
+            "to them: is predicts=, the time that the network gets (schedule=), or the scale of the data another "
             "than in training, or is it not trained to the end, at the clean end above all, as by a flow's loss? There "
             "density_loss trains, and probability_flow_log_prob asks less of it"
         )
