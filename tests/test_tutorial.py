@@ -47,14 +47,17 @@ def test_what_it_says_of_the_numbers(run):
     found = [
         (name, float(mean), float(error or "nan")) for text, _ in told for name, mean, error in re.findall(line, text)
     ]
-    assert [name for name, *_ in found] == [*["log_prob"] * 5, "difference"]
-    (bound, error), (fitted, less), (_, asked), (ode, _), (trained, _), (gain, of_gain) = (rest for _, *rest in found)
+    assert [name for name, *_ in found] == [*["log_prob"] * 6, "difference"]
+    (bound, error), (fitted, less), (_, asked), (ode, _), (trained, _), (after, _), (gain, of_gain) = (
+        rest for _, *rest in found
+    )
     assert fitted == pytest.approx(bound, abs=0.3)  # 500 samples of 1.6 nats: four standard errors
     assert less < error / 7  # "a tenth"
     assert less < asked < 0.3  # with fewer evaluations
-    assert -3 < fitted - truth < -2  # "two and a half nats"
+    assert -3 < bound - truth < -2  # "two and a half nats"
     assert fitted < ode < truth
     assert fitted + 1 < trained < truth
+    assert ode < after < ode + gain / 2  # "has risen by less"
     assert gain == pytest.approx(trained - fitted, abs=0.1)  # 500 samples of 0.39 nats: five standard errors
     assert of_gain < error  # of the network before, evaluated as often without a fit, alone
     assert float(names["result"].mean()[0]) == pytest.approx(trained, abs=1e-3)

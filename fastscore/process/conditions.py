@@ -298,6 +298,7 @@ def _refuse_misspelt(call: str, named: Iterable[str], options: set[str], owner: 
                 f"give cond={{{name!r}: ...}} if the network takes it"
             )
         near = difflib.get_close_matches(name, options, 1, cutoff=0.75)
+        near = near or [option for option in options if sorted(option) == sorted(name)]  # letters in another order
         if near:
             raise ValueError(
                 f"{name} is no option of {call}, did you mean {near[0]}? The network gets it by cond={{{name!r}: ...}}"
