@@ -130,6 +130,7 @@ def test_a_call_that_was_refused_says_nothing_of_the_next_one():
     ("name", "message"),
     [
         ("nfee", "nfee is no option of estimate, did you mean nfe"),
+        ("nef", "nef is no option of estimate, did you mean nfe"),
         ("max_nfes", "max_nfes is no option of estimate, did you mean max_nfe"),
         ("target_sterr", "did you mean target_stderr"),
         ("samples", None),  # not near enough
