@@ -148,7 +148,7 @@ def test_options_that_are_misspelt_do_not_go_to_the_network(name, message):
     made.estimate(X, nfe=16, cond={name: 1})  # said to be the network's
 
     class Spells(Labelled):
-        def forward(self, x, t, nfee=0, backend="", predicts="", max_nfes=0, target_sterr=0):
+        def forward(self, x, t, nfee=0, nef=0, backend="", predicts="", max_nfes=0, target_sterr=0):
             return torch.tanh(x)
 
     fs.ScoreDensity(Spells(), fs.VP(), "eps").estimate(X, **{"nfe": 16, name: 1})
