@@ -319,7 +319,7 @@ class ScoreDensity(NetworkDensity):
                 diagonal in cosines, for data of shape (N, C, H, W) or (N, C, L); with a mask the first two alone.
             evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
                 fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
-                stays independent.
+                stays independent; so it does for images to which `control="self"` pays, which takes 31,000.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`, beside some copies of the samples that are looked at, in float64.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).

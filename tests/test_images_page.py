@@ -31,6 +31,13 @@ class Uniform(nn.Module):
         return ((x_t - alpha * x0) / sigma).to(x_t.dtype)
 
 
+def count_rows(net: nn.Module) -> list[int]:
+    """Return a list to which every call of the network adds its rows."""
+    rows = []
+    net.register_forward_hook(lambda module, given, found: rows.append(len(found)))
+    return rows
+
+
 @pytest.mark.parametrize(
     ("schedule", "bits", "of_levels"), [(fs.VP(), 7.0, 7.93), (fs.DDPM.linear(1000), 7.02, 7.02)], ids=["VP", "DDPM"]
 )
@@ -40,8 +47,11 @@ def test_the_bits_of_pixels_with_seven(schedule, bits, of_levels, capsys):
     ends = (float(levels.values(torch.tensor(end)) - levels.width / 2) for end in (LOW, HIGH))
     names = {"fs": fs, "schedule": schedule, "unet": Uniform(schedule, *ends)}
     names |= {"train_levels": k[:-16], "test_levels": k[-16:]}
+    rows = count_rows(names["unet"])
     recipe, discrete = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
     exec(recipe, names)
+    # The page's 31,000 of the fit, a few for checks and traces, and the estimate's own.
+    assert 31_000 * 0.95 < sum(rows) - 16 * 256 < 31_000 * 1.05
     found, error = names["result"].mean_bits_per_dim(levels)
     assert found == pytest.approx(bits, abs=0.01)  # as the page says it, with an error of the mean of 0.003
     # The truth is within what the truncation says, in nats, and the noise.
