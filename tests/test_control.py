@@ -95,6 +95,16 @@ def test_fit_measures_whether_it_pays(own, pays, monkeypatch):
         assert each.estimate(X, nfe=64).control == ("self" if pays else "reference")
 
 
+@pytest.mark.parametrize(("own", "pays"), [(1.2, True), (1.3, False)])
+def test_noise_is_calibrated_where_it_will_be_used(own, pays, monkeypatch):
+    measured = {"reference": torch.ones(8), "self": torch.full((8,), own)}
+    monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: measured[control])
+    # 24,576 of them for the pilot, 6,144 for both controls, and what sixteen samples take at all numbers of draws.
+    density = make().fit(images(TARGET, 400), reference="images", evaluations=120_000, progress=False)
+    assert (density.nodes.calibration.shape[1] == 0) is pays
+    assert density.estimate(X, nfe=64, control="reference").noise == ("independent" if pays else "sobol")
+
+
 def test_what_fit_measures_is_the_variance_of_both():
     data, found = images(TARGET, 400), {}
     density = make().fit(data, reference="isotropic", evaluations=20_000, progress=False)
