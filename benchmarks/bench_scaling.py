@@ -23,8 +23,8 @@ from fastscore.support.memory import peak_bytes
 
 SAMPLES, NFE, D, WIDTH = 64, 128, 64, 256
 SIZES = {
-    "samples": [256, 512, 1024, 2048],
-    "evaluations": [512, 1024, 2048, 4096],
+    "samples": [512, 1024, 2048, 4096],
+    "evaluations": [1024, 2048, 4096, 8192],
     "dimensions": [64, 128, 256, 512],
     "width": [128, 256, 512, 1024],
 }
