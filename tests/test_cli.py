@@ -155,7 +155,10 @@ def test_fit(folder):
         (("zoo:Net", "data.pt:y", *ARGUMENTS[2:]), r"data\.pt has no 'y'; it holds labels, x"),
         (("zoo:Net", "none.npy", *ARGUMENTS[2:]), r"there is no data file 'none\.npy'"),
         (("zoo:Net", "wide.npy", *ARGUMENTS[2:]), r"the network does not take data of shape \(3,\) a sample"),
-        (("zoo:Net", "data.npy"), "zoo:Net is a network; say with --schedule and --predicts how it was trained"),
+        (
+            ("zoo:Net", "data.npy"),
+            "zoo:Net is a network; say with --schedule and --predicts how it was trained [(]both are missing",
+        ),
         (("zoo:ready", *ARGUMENTS[1:]), "zoo:ready returns a ready ScoreDensity, which brings its own; drop"),
         ((*ARGUMENTS, "--schedule", "quadratic"), "schedule must be one of ddpm-linear.*got 'quadratic'$"),
         ((*ARGUMENTS, "--schedule", "ddpm_linear:100"), "got 'ddpm_linear:100'; did you mean 'ddpm-linear'[?]"),

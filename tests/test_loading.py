@@ -288,10 +288,10 @@ def test_factory_errors(zoo, spec, error, message):
         load_density(spec, "vp", "eps", CPU)
 
 
-@pytest.mark.parametrize(("schedule", "predicts"), [(None, "eps"), ("vp", None)])
-def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts):
+@pytest.mark.parametrize(("schedule", "predicts", "missing"), [(None, "eps", "--schedule"), ("vp", None, "--predicts")])
+def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts, missing):
     with pytest.raises(
         ValueError,
-        match=r"zoo:Net is a network; say with --schedule and --predicts .*'v' \(alpha eps - sigma x\).*ddpm-linear",
+        match=rf"zoo:Net is a network; say with --schedule and --predicts .*\({missing} is missing\).*'v' \(alpha eps - sigma x\).*ddpm-linear",
     ):
         load_density("zoo:Net", schedule, predicts, CPU)

@@ -185,9 +185,9 @@ def load_density(
             )
         return model.to(device), {"model": identity}
     if schedule is None or predicts is None:
-        missing = "--schedule" if predicts else "--predicts" if schedule else "each"
+        missing = "--schedule is" if predicts else "--predicts is" if schedule else "both are"
         raise ValueError(
-            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} is missing): "
+            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): "
             f"{what_it_must_say('--predicts')}. Schedules: {schedule_usage()}. Where another library's "
             "objects say both, the factory may return fastscore.from_model(...) of them instead"
         )

@@ -147,8 +147,8 @@ def _likelier(references: list[Reference], chosen: Reference, held: Samples) -> 
 
     The choice is by the variance that is left, and near a wrong network lies a wrong reference.
     """
-    best = max(float(q.log_prob(held.x, held.mask).mean()) for q in references)
-    return best - float(chosen.log_prob(held.x, held.mask).mean())
+    found = {q: float(q.log_prob(held.x, held.mask).mean()) for q in references}
+    return max(found.values()) - found[chosen]
 
 
 def calibrate_noise(network: Network, samples: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:

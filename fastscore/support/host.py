@@ -21,11 +21,9 @@ def as_tensor(value: object) -> Tensor:
 
 def as_float64(value: object) -> Tensor:
     """Return a tensor in float64 where it is, numbers and arrays on the CPU: Python's are not float32 on the way."""
-    return (
-        value.to(torch.float64)
-        if isinstance(value, Tensor)
-        else torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    )
+    if isinstance(value, Tensor):
+        return value.to(torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
