@@ -292,6 +292,7 @@ def test_factory_errors(zoo, spec, error, message):
 def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts, missing):
     with pytest.raises(
         ValueError,
-        match=rf"zoo:Net is a network; say with --schedule and --predicts .*\({missing} is missing\).*'v' \(alpha eps - sigma x\).*ddpm-linear",
+        match=rf"zoo:Net is a network; say with --schedule and --predicts .*\({missing} is missing\)"
+        r".*'v' \(alpha eps - sigma x\).*ddpm-linear",
     ):
         load_density("zoo:Net", schedule, predicts, CPU)
