@@ -9,6 +9,7 @@ import pytest
 import torch
 from nested_conditions import MEAN, NESTED, SCHEDULE, D, Moved, close, data, truth
 from torch import nn
+from torch.nn import functional as F
 
 import fastscore as fs
 from fastscore.metrics import NegativeLogLikelihood
@@ -121,7 +122,7 @@ def test_what_is_shared_is_not_taken_apart_when_the_batch_has_its_length():
 def test_the_other_way_round():
     density = fs.ScoreDensity(Moved(lambda a, more: a), SCHEDULE, "eps")
     density.estimate(data(6), nfe=16, added=MEAN[:6])
-    with pytest.raises(ValueError, match=r"'added' is ambiguous: \(6,\) with 5 samples looks shared by all samples"):
+    with pytest.raises(ValueError, match=r"'added' is ambiguous: \(6,\) with 5 samples looks .* give 5 entries"):
         density.estimate(data(5), nfe=16, added=MEAN[:6])
 
 
@@ -169,6 +170,24 @@ def test_a_good_call_before_changes_nothing():
     for value, message in bad:
         with pytest.raises(ValueError, match=message):
             density.estimate(data(), nfe=16, added=value)
+
+
+@pytest.mark.parametrize("label", [10, -11])
+def test_a_label_that_an_embedding_lacks_is_named_after_good_calls_too(label):
+    class Labelled(nn.Module):  # which is a row program, whose embedding is looked up outside of its rows
+        def __init__(self):
+            super().__init__()
+            self.table, self.first, self.last = nn.Embedding(10, 16), nn.Linear(D + 17, 16), nn.Linear(16, D)
+
+        def forward(self, x, t, y):
+            return self.last(F.silu(self.first(torch.cat([x, t[:, None], self.table(y)], 1))))
+
+    density = fs.ScoreDensity(Labelled(), SCHEDULE, "eps")
+    density.estimate(data(7), nfe=16, y=torch.arange(7))
+    for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, label]), fs.shared(torch.tensor(label))):
+        for call in (density.estimate, density.log_prob):
+            with pytest.raises(ValueError, match=r"condition.* y.*: IndexError: index out of range|'y' of these values"):
+                call(data(7), nfe=16, y=wrong)
 
 
 def test_a_missing_condition_names_what_the_network_said():

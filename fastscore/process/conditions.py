@@ -250,9 +250,11 @@ def _compare_with_earlier(model: nn.Module, path: str, value: object, own: bool,
     was, size, samples = _TAKEN.get(model, {}).get(path, (own, len(value), batch))
     if was != own:
         says = {True: "one entry a sample", False: "shared by all samples"}
+        remedy = f"give {batch} entries, one a sample, or " if was else ""
         raise ValueError(
             f"condition {path!r} is ambiguous: {tuple(value.shape)} with {batch} samples looks {says[own]}, and size "
-            f"{size} with {samples} samples looked {says[was]}; mark it with fs.shared(...) or fs.per_sample(...)"
+            f"{size} with {samples} samples looked {says[was]}; {remedy}mark it with fs.shared(...) or "
+            "fs.per_sample(...)"
         )
 
 

@@ -114,9 +114,18 @@ class Hoisted:
                 kind, name = self.leaves[node]
                 known[node] = sources[kind](name)
             else:
-                known[node] = self._compute(values, node, level)
+                try:
+                    known[node] = self._compute(values, node, level)
+                except IndexError as error:
+                    raise ValueError(self._out_of_range(error)) from error
             for n in unneeded:
                 del known[n]
+
+    def _out_of_range(self, error: IndexError) -> str:
+        """Return the sentence about a label that an embedding lacks; torch names neither."""
+        names = [repr(name) for kind, name in self.leaves.values() if kind in ("sample", "shared")]
+        about = f"condition {', '.join(names)}" if names else "its times"
+        return f"the network does not take {about} of these values: IndexError: {error}; give labels that it knows"
 
     def _compute(self, values, node, level):
         looked_at, (args, kwargs, plain) = self.looked_at.get(node), self._arguments[node]
