@@ -186,7 +186,9 @@ def test_a_label_that_an_embedding_lacks_is_named_after_good_calls_too(label):
     density.estimate(data(7), nfe=16, y=torch.arange(7))
     for wrong in (torch.tensor([0, 1, 2, 3, 4, 5, label]), fs.shared(torch.tensor(label))):
         for call in (density.estimate, density.log_prob):
-            with pytest.raises(ValueError, match=r"condition.* y.*: IndexError: index out of range|'y' of these values"):
+            with pytest.raises(
+                ValueError, match=r"condition.* y.*: IndexError: index out of range|'y' of these values"
+            ):
                 call(data(7), nfe=16, y=wrong)
 
 
