@@ -24,7 +24,7 @@ from .process.conditional_flow import ConditionalFlow
 from .process.conditions import per_sample, shared
 from .process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from .process.table_twin import ContinuousDDPM
-from .program.explain import explain
+from .program.explain import explain, explain_program
 from .reference.gaussians import Reference
 from .training.diffusion_loss import DiffusionLoss
 from .training.gan import score_regularization
@@ -73,6 +73,7 @@ __all__ = [
     "elbo_weights",
     "evaluate_dataset",
     "explain",
+    "explain_program",
     "from_model",
     "per_sample",
     "probability_flow_log_prob",

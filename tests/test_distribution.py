@@ -172,6 +172,7 @@ def test_a_monte_carlo_divergence_is_that_of_the_targets():
     ("call", "error", "message"),
     [
         (lambda: fs.as_distribution(torch.nn.Linear(2, 2), (2,)), TypeError, "density must be a ScoreDensity"),
+        (lambda: made().log_prob([[0.0] * D]), TypeError, r"value must be a tensor, got list; torch.as_tensor"),
         (lambda: fs.as_distribution(density(), ()), ValueError, r"event_shape must be .*got \(\); .*shape \(1,\)"),
         (lambda: fs.as_distribution(density(), 4), ValueError, "event_shape must be .*got 4; "),
         (lambda: made(seed=0.5), ValueError, "seed must be an integer, got 0.5"),

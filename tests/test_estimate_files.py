@@ -223,3 +223,43 @@ def test_on_a_device_joining_waits_for_nothing_and_forgets_no_fault(tmp_path):
         assert fs.Estimate.load(tmp_path / "x.npz").log_prob.device.type == "cpu"
         with pytest.raises(ValueError, match="must have the same devices, got cuda:0, cpu"):
             fs.Estimate.cat([parts[0], fs.Estimate.load(tmp_path / "x.npz")])
+
+
+CHANGED = {
+    "log_prob as texts": ("log_prob", lambda v: v.astype(str), "log_prob must be floating point numbers"),
+    "log_prob as integers": ("log_prob", lambda v: v.astype(np.int64), "log_prob must be floating point numbers"),
+    "too few": ("log_prob", lambda v: v[:3], r"stderr must be .* of shape \(3,\), got float64 of \(40,\)"),
+    "a single number": ("log_prob", lambda v: v[0], "log_prob must be|stderr must be"),
+    "dims of others": ("dims", lambda v: np.array([1, 2]), r"dims must be integers of shape \(40,\)"),
+    "a method of nobody": ("method", lambda v: np.array("foo"), "method must be one of density, discrete, elbo"),
+    "noise of nobody": ("noise", lambda v: np.array("white"), "noise must be one of sobol, independent"),
+    "ends without their columns": ("ends", lambda v: v[..., 0], "ends must be"),
+    "a curve cut off": ("curve_total", lambda v: v[:-1], "curve_total must be"),
+    "a fraction of evaluations": ("nfe", lambda v: v + 0.5, "nfe must be integers"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_file_that_somebody_changed_is_refused_with_what_is_wrong_in_it(what, tmp_path):
+    name, change, message = CHANGED[what]
+    exact().estimate(X, nfe=16).save(tmp_path / "saved.npz")
+    with np.load(tmp_path / "saved.npz") as stored:
+        arrays = {**stored}
+    arrays[name] = change(arrays[name])
+    np.savez(tmp_path / "changed.npz", **arrays)
+    with pytest.raises(ValueError, match=f"changed.npz is no file of Estimate.save, or was changed: ({message})"):
+        fs.Estimate.load(tmp_path / "changed.npz")
+
+
+def test_results_are_equal_to_themselves_alone_and_can_be_kept_in_sets():
+    density = exact()
+    one, other = density.estimate(X, nfe=16), density.estimate(X, nfe=16)
+    assert one == one and one != other and len({one, other, one}) == 2
+    compared = density.compare(X, {}, {}, nfe=16)
+    assert compared == compared and compared != density.compare(X, {}, {}, nfe=16)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x"])
+def test_what_is_no_list_of_estimates_cannot_be_joined(wrong):
+    with pytest.raises(TypeError, match="Estimate.cat takes a list of estimates, got a (single|list)"):
+        fs.Estimate.cat(wrong)

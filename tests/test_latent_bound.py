@@ -233,6 +233,11 @@ def test_bits_and_words():
     mean, error = found.mean()
     assert mean == pytest.approx(float(found.log_prob.mean()))
     assert error == pytest.approx(float(found.log_prob.std()) / 20**0.5, rel=0.2)  # and a little by common nodes
+    again = case.made().estimate(x, nfe=64, sample_index=torch.zeros(20, dtype=torch.int64))
+    repr(again)  # says nothing of it
+    for mean in (again.mean, again.mean_bits_per_dim):
+        with pytest.warns(UserWarning, match="19 of 20 samples have the sample_index of another one"):
+            mean()
     in_bits = found.mean_bits_per_dim(fs.Levels(256))
     assert in_bits[0] == pytest.approx(float(found.bits_per_dim(fs.Levels(256)).mean()), rel=1e-6)
     assert in_bits[1] == pytest.approx(error / D / math.log(2), rel=1e-4)  # float32 values

@@ -186,10 +186,13 @@ def load_density(
         return model.to(device), {"model": identity}
     if schedule is None or predicts is None:
         missing = "--schedule is" if predicts else "--predicts is" if schedule else "both are"
+        needed = ". ".join(
+            [what_it_must_say("--predicts")] * (predicts is None)
+            + [f"Schedules: {schedule_usage()}"] * (schedule is None)
+        )
         raise ValueError(
-            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): "
-            f"{what_it_must_say('--predicts')}. Schedules: {schedule_usage()}. Where another library's "
-            "objects say both, the factory may return fastscore.from_model(...) of them instead"
+            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): {needed}. "
+            "Where another library's objects say both, the factory may return fastscore.from_model(...) of them instead"
         )
     process = parse_schedule(schedule)
     if time is not None and not time.is_floating_point and not process.discrete:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..estimator.bins import HIGH, LOW, Bins, log_width
 from ..estimator.calibration import NORMAL_95
+from ..estimator.common_noise import warn_of_common_noise
 from ..estimator.estimate import Estimate
 from ..estimator.rules import group_of
 from ..estimator.statistics import GroupSums, widened
@@ -19,7 +20,7 @@ from ..estimator.statistics import GroupSums, widened
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundEstimate:
     r"""The result of `LatentBound.estimate`: a lower bound of log p(x), which is `reconstruction` less `rate`.
 
@@ -121,19 +122,27 @@ class BoundEstimate:
         As `Estimate.mean`. What samples with the same nodes have in common differs from draw to draw.
         """
         self.check()
-        return GroupSums.of(self.log_prob, self._jump(), group_of(self.sample_index)).told()
+        self._warn()
+        return self._mean()
 
     def mean_bits_per_dim(self, bins: Bins = None, low: float = LOW, high: float = HIGH) -> tuple[float, float]:
         """Return the batch mean of `bits_per_dim` and its standard error, as `Estimate.mean_bits_per_dim`."""
         self.check()
+        self._warn()
         jump = self._jump() / (self.dims * math.log(2))
         return GroupSums.of(self.bits_per_dim(bins, low, high), jump, group_of(self.sample_index)).told()
+
+    def _mean(self) -> tuple[float, float]:
+        return GroupSums.of(self.log_prob, self._jump(), group_of(self.sample_index)).told()
+
+    def _warn(self) -> None:
+        warn_of_common_noise(self.sample_index, self.latents[0].seed)
 
     def _jump(self) -> Tensor:
         return torch.stack([each.jump for each in self.latents]).mean(0) / math.sqrt(len(self.latents))
 
     def __repr__(self) -> str:
-        mean, error = self.mean()
+        mean, error = self.check()._mean()
         spread = f" +- {error:.2g}" if len(self.log_prob) > 1 else ""
         terms = ", ".join(f"{name} {float(getattr(self, name).mean()):.4g}" for name in ("reconstruction", "rate"))
         return (

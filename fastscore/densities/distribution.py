@@ -123,6 +123,8 @@ class DensityDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats, shape (*sample, *batch), of values (*sample, *batch, *event)."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"value must be a tensor, got {type(value).__name__}; torch.as_tensor(value) makes one")
         if self._validate_args and value.numel():  # torch's constraints do not look at nothing
             self._validate_sample(value)
         dims = len(self.event_shape)

@@ -10,13 +10,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .common_noise import warn_of_common_noise
 from .curve import ends, truncation
 from .part import Part
+from .rules import group_of
 from .samples import Samples
 from .statistics import GroupSums, draw_jump, draw_sum, draw_variance, shift_variance, widened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """A paired difference of log-densities, and its standard error: `difference, stderr = density.compare(...)`.
 
@@ -25,7 +27,7 @@ class Comparison:
     Attributes:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,).
-        jump, group: as in `Estimate`.
+        jump, sample_index: as in `Estimate`.
         ends: each of the two integrands at the ends of its range, as in `Estimate`, shape (B, 4, 7).
 
     What lies beyond the ranges of log-SNR is the references' and in no error here; `truncation_per_sample` estimates
@@ -35,15 +37,22 @@ class Comparison:
     difference: Tensor
     stderr: Tensor
     jump: Tensor
-    group: Tensor
+    sample_index: Tensor
     ends: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.difference, self.stderr))
 
     def mean(self) -> tuple[float, float]:
-        """Return the batch mean of the difference and its standard error as an estimate of the data's, nats."""
-        return GroupSums.of(self.difference, self.jump, self.group).told()
+        """Return the batch mean of the difference and its standard error as an estimate of the data's, nats.
+
+        As `Estimate.mean`, it warns of samples that were given the same `sample_index`.
+        """
+        warn_of_common_noise(self.sample_index)
+        return self._mean()
+
+    def _mean(self) -> tuple[float, float]:
+        return GroupSums.of(self.difference, self.jump, group_of(self.sample_index)).told()
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:
@@ -67,7 +76,7 @@ class Comparison:
         return float(self.truncation_per_sample.max())
 
     def __repr__(self) -> str:
-        mean, error = self.mean()
+        mean, error = self._mean()
         known = math.isfinite(self.truncation)
         beyond = f"largest truncation about {self.truncation:.2g}" if known else "truncation unknown with so few draws"
         return (
@@ -112,4 +121,4 @@ class Differences:
         """Return the comparison, with what two log-densities differ by beside their integrals."""
         difference, variance, jump = self._sums
         told = torch.stack([difference + outside, (variance + shift_variance(jump)).sqrt()]).to(self.samples.x.dtype)
-        return Comparison(*told, jump, self.samples.group, self._ends)
+        return Comparison(*told, jump, self.samples.index, self._ends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,23 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..support.files import read_arrays, write_arrays
-from ..support.warn import warn
+from . import saved
 from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
+from .common_noise import refuse_common_noise, warn_of_common_noise
 from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
 from .rules import group_of
+from .saved import PER_SAMPLE, WORDS
 from .statistics import GroupSums
 from .trapezoids import size_of_error
 
-PER_SAMPLE = ("log_prob", "stderr", "variance", "jump", "nfe", "seed", "sample_index", "ends", "rule_error")
 IN_NUMPY = ("log_prob", "stderr", "variance", "nfe", "seed", "sample_index")
-WORDS = "method", "noise", "control"  # files of before had no control
-OF_A_DATA_SET = "sample_index", "log_prob", "stderr", "nfe"  # what `evaluate_dataset` writes
-IN_A_FILE = {*PER_SAMPLE, *WORDS[:2], *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "offset"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors are compared entry by entry: an estimate equals itself alone
 class Estimate:
     """The result of `ScoreDensity.estimate`.
 
@@ -96,13 +93,13 @@ class Estimate:
             ValueError: for none, for estimates that differ in these, and where samples of two batches have the same
                 noise, since each began to count at 0: no error of their mean would know of it.
         """
-        parts = [] if isinstance(estimates, Estimate) else list(estimates)
+        parts = list(estimates) if isinstance(estimates, Iterable) else []
         others = [type(each).__name__ for each in parts if not isinstance(each, Estimate)]
-        if isinstance(estimates, Estimate) or others:
-            got = f"a list with {others[0]}" if others else "a single Estimate"
+        if others or not isinstance(estimates, Iterable):
+            got = f"a list with {others[0]}" if others else f"a single {type(estimates).__name__}"
             raise TypeError(f"Estimate.cat takes a list of estimates, got {got}; give [first, second, ...]")
         _refuse_unlike(parts)
-        _refuse_common_noise(parts)
+        refuse_common_noise(parts)
         counts = [len(part.log_prob) for part in parts]
         alike = len({part.dims if isinstance(part.dims, int) else None for part in parts}) == 1
         one = parts[0].dims if alike else None
@@ -126,12 +123,7 @@ class Estimate:
             ValueError: for another kind of file, or numbers that are not finite (`check`).
             FileNotFoundError: if there is no such folder.
         """
-        path = Path(path)
-        if path.suffix != ".npz":
-            raise ValueError(f"an estimate is saved to a .npz file, got {str(path)!r}")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name}; make it first")
-        write_arrays(path, to_arrays(self))
+        saved.write(Path(path), to_arrays(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Estimate:
@@ -142,23 +134,7 @@ class Estimate:
             ValueError: for a file that `save` did not write, such as a result of `fastscore evaluate`, or that is
                 damaged.
         """
-        try:
-            arrays = read_arrays(Path(path))
-        except OSError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{path} is no .npz file of Estimate.save, or damaged ({type(error).__name__}); a .csv or .npz result "
-                "of fastscore evaluate is read with numpy"
-            ) from error
-        if set(OF_A_DATA_SET) <= set(arrays) and "variance" not in arrays:
-            raise ValueError(
-                f"{path} is a result of fastscore evaluate or evaluate_dataset, which holds one number a sample and "
-                "not all of an Estimate; read it with numpy.load"
-            )
-        if missing := sorted(IN_A_FILE - set(arrays)):
-            raise ValueError(f"{path} is no file of Estimate.save: it has no {', '.join(missing)}")
-        return from_arrays(arrays)
+        return from_arrays(saved.read(Path(path)))
 
     def check(self) -> Estimate:
         """Return the estimate itself, once the device has said that all numbers are finite.
@@ -265,7 +241,7 @@ class Estimate:
         Arguments, bits and errors raised are those of `bits_per_dim`; the standard error is that of `mean`.
         """
         self.check()
-        _warn_of_common_noise(self)
+        warn_of_common_noise(self.seed, self.sample_index)
         in_bits = 1 / (self.dims * math.log(2))
         return GroupSums.of(self.bits_per_dim(bins, low, high), self.jump * in_bits, self.group).told()
 
@@ -284,7 +260,7 @@ class Estimate:
         same `sample_index` have the same noise, of which it knows nothing; it warns of them.
         """
         self.check()
-        _warn_of_common_noise(self)
+        warn_of_common_noise(self.seed, self.sample_index)
         return GroupSums.of(self.log_prob, self.jump, self.group).told()
 
     @property
@@ -324,7 +300,12 @@ def to_arrays(estimate: Estimate) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
-    """Return the estimate that `to_arrays` made these of, on the CPU."""
+    """Return the estimate that `to_arrays` made these of, on the CPU.
+
+    Raises:
+        ValueError: if it made no such arrays, with the first one that it did not.
+    """
+    saved.check(arrays)
     dims = torch.from_numpy(np.asarray(arrays["dims"]))
     sums = (torch.from_numpy(arrays[f"curve_{name}"]) for name in SUMS)
     return Estimate(
@@ -355,32 +336,6 @@ def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
                 f"estimates that are joined must have the same {name}, got {got}; call one density for all, with the "
                 "same arguments but the samples and their own"
             )
-
-
-def _with_common_noise(estimates: Sequence[Estimate]) -> tuple[int, int]:
-    """Return how many samples have the same seed and index as another one, and so the same noise, and of how many."""
-    keys = torch.stack([torch.cat([getattr(each, name) for each in estimates]) for name in ("seed", "sample_index")])
-    return keys.shape[1] - keys.unique(dim=1).shape[1], keys.shape[1]
-
-
-def _refuse_common_noise(estimates: Sequence[Estimate]) -> None:
-    """Raise ValueError where samples of two estimates have the same noise."""
-    again, count = _with_common_noise(estimates)
-    if again:
-        raise ValueError(
-            f"{again} of {count} samples have the seed and the sample_index of another one, and so the same "
-            "noise, of which the error of their mean would know nothing; give every batch its place among all samples, "
-            "sample_index=torch.arange(start, start + len(x))"
-        )
-
-
-def _warn_of_common_noise(estimate: Estimate) -> None:
-    again, count = _with_common_noise([estimate])
-    if again:
-        warn(
-            f"{again} of {count} samples have the sample_index of another one, and so the same noise, of which the "
-            "error of the mean knows nothing: it may be several times too small; give every sample its own sample_index"
-        )
 
 
 def mean_in_words(name: str, value: Tensor, stderr: Tensor) -> str:

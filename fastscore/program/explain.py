@@ -74,6 +74,9 @@ def explain(
     return "\n".join([*text, _trace(program, shape), _kernel(program, time, conditions.shared, math.prod(shape))])
 
 
+explain_program = explain  # the same by a longer name, for those who read it away from the package's
+
+
 def _batch_of(cond: dict[str, object]) -> int:
     """Return the number of samples that conditions are of: what was marked says it, or the longest."""
     leaves = [leaf for leaf in flatten(cond)[0].values() if isinstance(leaf.value, Tensor) and leaf.value.ndim > 0]

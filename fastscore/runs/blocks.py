@@ -17,7 +17,8 @@ from torch import Tensor
 from ..density import ScoreDensity
 from ..estimator.bins import count_outside
 from ..estimator.control import check_control
-from ..estimator.estimate import IN_A_FILE, to_arrays
+from ..estimator.estimate import to_arrays
+from ..estimator.saved import IN_A_FILE
 from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules

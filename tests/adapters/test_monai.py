@@ -128,6 +128,36 @@ def test_log_prob_of_an_exact_network(name):
     assert_exact(from_monai(exact_on(scheduler), scheduler, program=False))
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_its_own_inferer_sums_up_the_same_terms(kind):
+    """Every term of `DiffusionInferer.get_likelihood` is that of the bound, by the density's own table and prediction.
+
+    Between two normals with the posterior's variance it is (snr_(t-1) - snr_t) / 2 of the squared error of x_0.
+    """
+    inferers = pytest.importorskip("monai.inferers")
+    scheduler = schedulers.DDPMScheduler(40, prediction_type=kind, clip_sample=False, beta_end=0.3)
+    model, x = unet(), torch.rand(3, 1, 8, 8) - 0.5
+    torch.manual_seed(3)
+    options = {"save_intermediates": True, "verbose": False}
+    _, terms = inferers.DiffusionInferer(scheduler).get_likelihood(x, model, scheduler, **options)
+    torch.manual_seed(3)
+    eps = torch.randn_like(x)
+    density = from_monai(model, scheduler, program=False)
+    snr = density.schedule.log_snr(torch.arange(40)).exp()
+    for t, own in zip(scheduler.timesteps.tolist(), terms, strict=True):
+        if t == 0:  # the decoder of levels
+            continue
+        times = torch.full((len(x),), t)
+        alpha, sigma = (column(v, x) for v in density.schedule.alpha_sigma(times))
+        x_t = alpha * x + sigma * eps
+        with torch.no_grad():
+            output = density.model(x_t, times)
+        c_f, c_x = (column(c, x) for c in eps_from(density.predicts, density.schedule, times))
+        error = (sigma / alpha * (eps - (c_f * output + c_x * x_t))).double()
+        expected = 0.5 * (snr[t - 1] - snr[t]) * error.square()
+        assert relative(own.double().flatten(1), expected.flatten(1)) < 1e-3  # differences of float32
+
+
 @pytest.mark.parametrize(
     ("give", "error", "message"),
     [
