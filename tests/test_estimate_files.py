@@ -254,12 +254,15 @@ def test_a_file_that_somebody_changed_is_refused_with_what_is_wrong_in_it(what, 
 def test_results_are_equal_to_themselves_alone_and_can_be_kept_in_sets():
     density = exact()
     one, other = density.estimate(X, nfe=16), density.estimate(X, nfe=16)
-    assert one == one and one != other and len({one, other, one}) == 2
+    assert one == one
+    assert one != other
+    assert len({one, other, one}) == 2
     compared = density.compare(X, {}, {}, nfe=16)
-    assert compared == compared and compared != density.compare(X, {}, {}, nfe=16)
+    assert compared == compared
+    assert compared != density.compare(X, {}, {}, nfe=16)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "x"])
 def test_what_is_no_list_of_estimates_cannot_be_joined(wrong):
-    with pytest.raises(TypeError, match="Estimate.cat takes a list of estimates, got a (single|list)"):
+    with pytest.raises(TypeError, match=r"Estimate.cat takes a list of estimates, got a (single|list)"):
         fs.Estimate.cat(wrong)

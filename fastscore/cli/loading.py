@@ -191,8 +191,8 @@ def load_density(
             + [f"Schedules: {schedule_usage()}"] * (schedule is None)
         )
         raise ValueError(
-            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): {needed}. "
-            "Where another library's objects say both, the factory may return fastscore.from_model(...) of them instead"
+            f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): {needed}"
+            ". Where another library's objects say both, the factory may return fastscore.from_model(...) of them instead"
         )
     process = parse_schedule(schedule)
     if time is not None and not time.is_floating_point and not process.discrete:

@@ -18,10 +18,10 @@ from ..density import ScoreDensity
 from ..estimator.bins import count_outside
 from ..estimator.control import check_control
 from ..estimator.estimate import to_arrays
-from ..estimator.saved import IN_A_FILE
 from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules
+from ..estimator.saved import IN_A_FILE
 from ..process.network import model_dtype
 from ..support.host import positive, whole
 from .answers import answers
