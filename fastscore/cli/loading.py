@@ -192,7 +192,7 @@ def load_density(
         )
         raise ValueError(
             f"{spec} is a network; say with --schedule and --predicts how it was trained ({missing} missing): {needed}"
-            ". Where another library's objects say both, the factory may return fastscore.from_model(...) of them instead"
+            ". Where another library's objects say both, the factory may return fastscore.from_model(...) of them"
         )
     process = parse_schedule(schedule)
     if time is not None and not time.is_floating_point and not process.discrete:
