@@ -103,13 +103,22 @@ def from_sbi(estimator: nn.Module, x: Tensor | None = None, **options: Any) -> T
             name,
             got,
             f"one observation of shape {shape}",
-            SEVERAL,
+            _remedy(x, shape),
         )
         x = x.detach().reshape(1, *shape)
     options.setdefault("reference", _reference(estimator))
     density = ScoreDensity(SbiNet(estimator, x), schedule, predicts=predicts, **options)
     shift, scale = (_buffer(estimator, name, default) for name, default in (("_theta_shift", 0), ("_theta_scale", 1)))
     return Transformed(density, zscore(shift, scale))
+
+
+def _remedy(x: object, shape: tuple[int, ...]) -> str:
+    """Return what to do with what is no single observation."""
+    if not isinstance(x, Tensor):
+        return "torch.as_tensor(x) makes a tensor of it"
+    if tuple(x.shape[1:]) != shape:
+        return "the estimator was trained on simulations of that shape"
+    return f"one a sample go to the call, from_sbi(estimator).estimate(theta, condition=x); {SEVERAL}"
 
 
 def _process(estimator: nn.Module) -> tuple[Schedule, str]:

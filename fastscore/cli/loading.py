@@ -57,10 +57,6 @@ ELSEWHERE = {
 }
 
 _ARRAY = re.compile(r"(?P<path>.+\.(?P<kind>npy|npz|pt|safetensors))(?::(?P<key>.+))?")
-_EXPORT = (
-    "torch.export.export(model, (x_t, t), dynamic_shapes=({0: torch.export.Dim('batch')}, "
-    "{0: torch.export.Dim('batch')}))"
-)
 
 
 def schedule_usage() -> str:
@@ -232,10 +228,14 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
     for name, value in zip(names[:2], inputs):
         batch = value.shape[0] if value.ndim else 0
         if isinstance(batch, int):
-            raise ValueError(f"{path} was exported for {name} of the fixed shape {tuple(value.shape)}; use {_EXPORT}")
+            raise ValueError(
+                f"{path} was exported for {name} of the fixed shape {tuple(value.shape)}; use {_export(names)}"
+            )
         highest = program.range_constraints[batch.node.expr].upper
         if highest < 2**31:
-            raise ValueError(f"{path} was exported for at most {highest} rows at once; use {_EXPORT}, without a max")
+            raise ValueError(
+                f"{path} was exported for at most {highest} rows at once; use {_export(names)}, without a max"
+            )
     random = [str(node.target) for node in program.graph.nodes if _in_train_mode(node)]
     if random:
         raise ValueError(
@@ -245,6 +245,19 @@ def _load_exported(path: str, device: torch.device) -> tuple[nn.Module, torch.dt
     if inputs[0].device != device:
         program = move_to_device_pass(program, device)
     return program.module(), inputs[1].dtype
+
+
+def _export(names: tuple[str, ...]) -> str:
+    """Return the call of torch.export that leaves the number of rows open, for inputs of these names."""
+    if len(names) == 2:
+        each = "{0: torch.export.Dim('batch')}"
+        return f"torch.export.export(model, (x_t, t), dynamic_shapes=({each}, {each}))"
+    given = ", ".join(f"{name!r}: {name}" for name in names[2:])
+    shapes = ", ".join(f"{name!r}: {{0: batch}}" for name in names)
+    return (
+        f"torch.export.export(model, (x_t, t), {{{given}}}, dynamic_shapes={{{shapes}}}) with batch = "
+        "torch.export.Dim('batch')"
+    )
 
 
 def _in_train_mode(node: torch.fx.Node) -> bool:
@@ -266,9 +279,11 @@ def _call_factory(spec: str) -> nn.Module:
         factory = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"there is no module {error.name!r} for the model {spec}; it must lie in {os.getcwd()} or be installed"
-            ) from None
+            named = module_name.removesuffix(".py")
+            remedy = (
+                f"write {named}:{name}" if named != module_name else f"it must lie in {os.getcwd()} or be installed"
+            )
+            raise ValueError(f"there is no module {error.name!r} for the model {spec}; {remedy}") from None
         raise ModuleNotFoundError(f"{spec} imports {error.name!r}, which is not installed; install it") from error
     except Exception as error:
         raise ValueError(f"the module of {spec} cannot be imported: {raised_as(error)}") from error

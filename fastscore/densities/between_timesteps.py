@@ -19,6 +19,7 @@ from ..process.network import model_dtype, predict
 from ..process.table_twin import ContinuousDDPM
 from ..support.untouched import uncompiled
 
+FRACTION = "; round it first"  # the remedy of a table, which is none here
 PLACES = 9  # of the table, from end to end
 ROWS = 8
 OFF = 0.35  # most distance from the middle of the neighbours, in units of theirs
@@ -64,7 +65,10 @@ def _check(density: ScoreDensity, twin: ScoreDensity, samples: Samples) -> None:
         try:
             as_fraction, half = (_answer(twin, rows, x_t, float(k)) for k in (i, i + 0.5))
         except ValueError as problem:
-            raise ValueError(_refusal(density, str(problem))) from problem
+            reason = str(problem).removesuffix(FRACTION)
+            if reason != str(problem):
+                reason += " (where the network itself asks it, fs.ContinuousDDPM of the same table answers at any time)"
+            raise ValueError(_refusal(density, reason)) from problem
         if not bool(torch.isfinite(before).all()):
             raise ValueError(f"the network returned NaN or inf at t = {i}; check its weights and the scale of the data")
         if not bool((as_fraction - before).norm() <= rounding * before.norm()):

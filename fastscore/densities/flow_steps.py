@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from ..estimator.samples import deferred
+from ..estimator.statistics import student_quantile
+from .flow_field import kinds
 from .flow_frame import Course
 from .flow_path import Flow
 
 FIRST_STEPS, MAX_STEPS = 4, 2048  # of "auto"
+STUDENT = {2: 12.71, 3: 4.30}  # the 97.5 % quantile for few probes, where its expansion fails
 ROUNDED = 1.0  # nats: larger moves are none of roundings, but of a path that the grid does not follow yet
 
 Chosen = slice | Tensor
@@ -63,8 +66,10 @@ def once(solver: Callable[[Flow], Course], flow: Flow, fixed: bool = True) -> So
     return Solved(_or_nan(found.log_prob), found.end, nfe, unknown, again, found.beyond)
 
 
-def doubling(flow: Flow, error: float) -> Solved:
+def doubling(flow: Flow, error: float, share: float = 0.0) -> Solved:
     """Double the steps of the samples whose answer still moves by more than `error`, up to `MAX_STEPS`.
+
+    A larger move is enough where it is below a `share` of the standard error that the probes of the trace leave.
 
     The rule is of second order, so a third of the last move is what is left, and is taken off the answer. The whole
     move is the estimate of its error, or a quarter of the move before, if that is larger: two coarse grids may agree
@@ -89,7 +94,8 @@ def doubling(flow: Flow, error: float) -> Solved:
         log_prob[active], coarse[active] = _extrapolated(fine, coarse[active]), fine
         spent[active], finest[active] = spent[active] + calls, steps
         discretization = torch.maximum(move, before / 4)
-        moving = on_host[~(discretization[active] <= error).cpu()]  # the one question to the device
+        wanted = enough(error, share, standard_error(some, fine)) if share else error
+        moving = on_host[~(discretization[active] <= wanted).cpu()]  # the one question to the device
         if len(moving) < len(on_host):
             on_host, active = moving, moving.to(device)
     if len(active):
@@ -103,6 +109,25 @@ def doubling(flow: Flow, error: float) -> Solved:
                 "the density to them, or give float64 data"
             )
     return Solved(log_prob, end, spent, discretization, lambda flow, chosen: _on_two_grids(flow, finest[chosen]))
+
+
+def standard_error(flow: Flow, log_prob: Tensor) -> Tensor:
+    """Return the standard error of the mean over probes, (B, columns) -> (B,), as wide as Student's t has it.
+
+    It is 0 where the trace is exact, and NaN for a single probe.
+    """
+    n = flow.probes
+    if flow.trace == "exact" or n == kinds(flow.samples.x.shape[1]):
+        return torch.zeros_like(log_prob[:, 0])
+    if n == 1:
+        return torch.full_like(log_prob[:, 0], math.nan)
+    quantile = STUDENT.get(n) or float(student_quantile(0.025, torch.tensor(n - 1.0, device="cpu")))
+    return log_prob.std(1) * (quantile / 1.96 / n**0.5)
+
+
+def enough(error: float, share: float, stderr: Tensor) -> Tensor:
+    """Return how far off each sample's grid may leave its answer, nats, (B,), given the probes' standard error."""
+    return (share * stderr.nan_to_num(0.0)).clamp(min=error)
 
 
 def _left(move: Tensor, before: Tensor, earlier: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from ..estimator.estimate import mean_in_words
 from ..estimator.network_density import network_of
 from ..estimator.protocol import Density, check_density
 from ..estimator.samples import deferred
-from ..estimator.statistics import student_quantile
 from ..process.conditions import takes_conditions
 from ..process.network import warn_if_training
 from ..program.row_program import RowProgram
@@ -42,10 +41,10 @@ from ..support.untouched import undisturbed
 from ..support.warn import warn
 from .between_timesteps import between_timesteps
 from .cut_graph import refuse_cut_graph
-from .flow_field import kinds, learned
+from .flow_field import learned
 from .flow_path import ADAPTIVE, Flow
 from .flow_program import program_for
-from .flow_steps import MAX_STEPS, Solved, doubling, not_finite, once
+from .flow_steps import MAX_STEPS, Solved, doubling, enough, not_finite, once, standard_error
 
 # The options that a method reads. Without steps, those of a solver follow the answer.
 READ = {
@@ -57,7 +56,7 @@ READ = {
 DEFAULTS = {"error": 0.01, "steps": 1, "rtol": 1e-5, "atol": 1e-5}
 OWN = ("auto", "midpoint")
 TRACES = ("exact", "hutchinson")
-STUDENT = {2: 12.71, 3: 4.30}  # the 97.5 % quantile for few probes, where its expansion fails
+OF_PROBES = 0.1  # of their standard error: what a grid may leave that nobody gave an error for
 MANY = 256  # products an evaluation, minutes a sample of an image network on a CPU
 MOST = 1 << 17  # steps, or probes: what is known of every one beforehand takes a gigabyte at most
 
@@ -134,9 +133,10 @@ def probability_flow_log_prob(
         seed: key of the probes.
         method: "midpoint" on a grid of `steps`; "auto", the same with twice the steps, sample by sample, until the
             answer moves by less than `error`; or the name of a solver of torchdiffeq.
-        error: nats, 0.01 by default, of "auto", on the safe side: 99 % of samples are nearer in
-            `tests/test_probability_flow.py`. Samples that do not get there in 2,048 steps keep what they reached, with
-            a `discretization` above it and a warning; NaN stands where the answer does not settle.
+        error: nats, of "auto", on the safe side: 99 % of samples are nearer in `tests/test_probability_flow.py`. By
+            default 0.01, or a tenth of what the probes leave as a standard error where that is more. Samples that do
+            not get there in 2,048 steps keep what they reached, with a `discretization` above it and a warning; NaN
+            stands where the answer does not settle.
         steps: of a method with a fixed grid ("midpoint", "rk4", ...), which needs them; others choose their own.
         rtol, atol: of torchdiffeq's solvers that are adaptive or implicit, 1e-5 by default.
         mask: which entries count, as in `ScoreDensity.estimate`: the ODE is that of these, the others stand still and
@@ -151,6 +151,7 @@ def probability_flow_log_prob(
             has a number: all are NaN or inf, or do not settle. On a GPU a fixed grid gives NaN without an error or a
             warning, since asking would wait for the device; FASTSCORE_CHECK=now in the environment asks.
     """
+    share = OF_PROBES if error is None and trace == "hutchinson" and probes > 1 else 0.0
     options = _options(method, {"error": error, "steps": steps, "rtol": rtol, "atol": atol})
     steps, error = options["steps"], positive("error", options["error"], "nats")
     rtol, atol = (positive(name, options[name], "of torchdiffeq's step control") for name in ("rtol", "atol"))
@@ -173,7 +174,7 @@ def probability_flow_log_prob(
 
     def solve(flow: Flow) -> Solved:
         if method == "auto":
-            return doubling(flow, error)
+            return doubling(flow, error, share)
         if method == "midpoint":
             return once(lambda flow: flow.midpoint(steps, beyond=True), flow)
         return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, fixed="steps" in READ[method])
@@ -188,7 +189,8 @@ def probability_flow_log_prob(
         log_prob, *constants = _Solution.apply(flow, solve, flow.samples.x, *learned(core, flow.samples))
     found = _result(flow, log_prob - log_det.to(log_prob)[:, None], *constants)
     if method == "auto" or not deferred(found.log_prob.device):
-        _warn_of_what_is_missing(found, error if method == "auto" else None)
+        wanted = enough(error, share, found.stderr) if share else error
+        _warn_of_what_is_missing(found, wanted if method == "auto" else None)
     return found
 
 
@@ -224,16 +226,10 @@ def _options(method: str, given: dict[str, object]) -> dict[str, object]:
 
 def _result(flow: Flow, log_prob: Tensor, *constants: Tensor) -> FlowLogProb:
     """Return the mean over probes with its standard error, as wide as Student's t wants it for so few."""
-    mean, log_prob, n = log_prob.mean(1), log_prob.detach(), flow.probes
-    if flow.trace == "exact" or n == kinds(flow.samples.x.shape[1]):
-        return FlowLogProb(mean, torch.zeros_like(log_prob[:, 0]), *constants)
-    if n == 1:
-        return FlowLogProb(mean, torch.full_like(log_prob[:, 0], math.nan), *constants)
-    quantile = STUDENT.get(n) or float(student_quantile(0.025, torch.tensor(n - 1.0, device="cpu")))
-    return FlowLogProb(mean, log_prob.std(1) * (quantile / 1.96 / n**0.5), *constants)
+    return FlowLogProb(log_prob.mean(1), standard_error(flow, log_prob.detach()), *constants)
 
 
-def _warn_of_what_is_missing(found: FlowLogProb, error: float | None) -> None:
+def _warn_of_what_is_missing(found: FlowLogProb, error: float | Tensor | None) -> None:
     """Warn of samples without a number and, where an error was asked for, of those that are beyond it."""
     count, none = len(found.log_prob), found.log_prob.isnan()
     missing = none if error is None else ~(found.discretization <= error)
@@ -243,12 +239,13 @@ def _warn_of_what_is_missing(found: FlowLogProb, error: float | None) -> None:
     if error is None:
         warn(f"the ODE gives NaN or inf for {of_them}, and their log_prob is NaN: {not_finite(found.log_prob)}")
         return
+    least = error if isinstance(error, float) else float(error[missing].min())
     reached = found.discretization[missing & ~none]
     said = [f"up to {float(reached.max()):.2g} nats are left by their discretization"] if len(reached) else []
     if int(none.sum()):
         said.append(f"{int(none.sum())} do not settle, and their log_prob is NaN")
     warn(
-        f"error={error:g} nats is not reached with {MAX_STEPS} steps by {of_them}: {'; '.join(said)}; give a larger "
+        f"error={least:.3g} nats is not reached with {MAX_STEPS} steps by {of_them}: {'; '.join(said)}; give a larger "
         "error or float64 data, fit the density to data if it is not, or take method='midpoint' with more steps"
     )
 

@@ -216,7 +216,10 @@ class Conditions:
             return str(self.given)
         own = [f"{name} {tuple(v.shape[1:])} a sample" for name, v in self.per_sample.items()]
         tensors = {name: v for name, v in self.shared.items() if has_shape(v)}
-        return ", ".join(own + [f"{name} {tuple(v.shape)} shared by all" for name, v in tensors.items()])
+        own += [f"{name} {tuple(v.shape)} shared by all" for name, v in tensors.items()]
+        return ", ".join(
+            own + [f"{name} = {v!r}" for name, v in self.shared.items() if isinstance(v, int | float | str)]
+        )
 
 
 def _is_per_sample(path: str, leaf: Leaf, batch: int) -> bool:
