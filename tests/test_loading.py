@@ -288,11 +288,16 @@ def test_factory_errors(zoo, spec, error, message):
         load_density(spec, "vp", "eps", CPU)
 
 
-@pytest.mark.parametrize(("schedule", "predicts", "missing"), [(None, "eps", "--schedule"), ("vp", None, "--predicts")])
-def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts, missing):
-    with pytest.raises(
-        ValueError,
-        match=rf"zoo:Net is a network; say with --schedule and --predicts .*\({missing} is missing\)"
-        r".*'v' \(alpha eps - sigma x\).*ddpm-linear",
-    ):
+@pytest.mark.parametrize(
+    ("schedule", "predicts", "missing", "told", "not_told"),
+    [
+        (None, "eps", "--schedule is", "Schedules: ddpm-linear", "--predicts must say"),
+        ("vp", None, "--predicts is", r"'v' \(alpha eps - sigma x\)", "Schedules:"),
+        (None, None, "both are", r"'v' \(alpha eps - sigma x\).*Schedules: ddpm-linear", None),
+    ],
+)
+def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts, missing, told, not_told):
+    message = rf"zoo:Net is a network; say with --schedule and --predicts .*\({missing} missing\): .*{told}"
+    with pytest.raises(ValueError, match=message) as refused:
         load_density("zoo:Net", schedule, predicts, CPU)
+    assert not_told is None or not_told not in str(refused.value)
