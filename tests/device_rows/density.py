@@ -214,10 +214,10 @@ def with_reference_and_parts(on):
     return summary(made.estimate(on(X), nfe=NFE)), parts
 
 
-@row("ScoreDensity.extra_repr", "explain")
+@row("ScoreDensity.extra_repr", "explain", "explain_program")
 def words(on):
     made = of(on)
-    texts = [fs.explain(made.model, (D,)), fs.explain(made.model, (D,), label=on(LABELS))]
+    texts = [fs.explain(made.model, (D,)), fs.explain_program(made.model, (D,), label=on(LABELS))]
     return [repr(made), *(text.replace(f"on {on(X).device}", "") for text in texts)]
 
 
