@@ -5,7 +5,8 @@ Needs lightning (or pytorch-lightning): `pip install lightning torchmetrics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from .metrics import NegativeLogLikelihood
 
@@ -18,6 +19,9 @@ except ImportError:
         raise ImportError(
             "fastscore.lightning needs the package lightning; install it with: pip install lightning"
         ) from error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LogDensity(Callback):
@@ -74,7 +78,13 @@ class LogDensity(Callback):
         self.metric.to(pl_module.device).reset()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._is_due(trainer) and self.loader in (None, dataloader_idx):
             found = self.unpack(batch)
@@ -93,5 +103,5 @@ class LogDensity(Callback):
         return not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every == 0
 
 
-def _first(batch):
+def _first(batch: Any) -> Any:
     return batch[0] if isinstance(batch, tuple | list) else batch

@@ -58,10 +58,10 @@ class Logit(Transform):
         self.low, self.high = float(low), float(high)
         self.codomain = constraints.interval(self.low, self.high)
 
-    def _call(self, z):
+    def _call(self, z: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * torch.sigmoid(z)
 
-    def _inverse(self, x):
+    def _inverse(self, x: Tensor) -> Tensor:
         return torch.log(x - self.low) - torch.log(self.high - x)
 
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
@@ -107,11 +107,11 @@ class Whitening(Transform):
         self.mean, self.basis, self.std = mean, basis, std
         self.domain = self.codomain = constraints.independent(constraints.real, max(mean.ndim, 1))
 
-    def _call(self, z):
+    def _call(self, z: Tensor) -> Tensor:
         flat = (z.flatten(-self.mean.ndim) * self.std.to(z)) @ self.basis.T.to(z)
         return flat.unflatten(-1, self.mean.shape) + self.mean.to(z)
 
-    def _inverse(self, x):
+    def _inverse(self, x: Tensor) -> Tensor:
         flat = (x - self.mean.to(x)).flatten(-self.mean.ndim) @ self.basis.to(x) / self.std.to(x)
         return flat.unflatten(-1, self.mean.shape)
 

@@ -25,7 +25,7 @@ PREDICTIONS = ("flow", "x0", "eps")
 class SchedulerClock(AlphaSigma):
     """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time."""
 
-    def __init__(self, scheduler) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
         self.time_range = tuple(float(end) for end in self.time(ends))

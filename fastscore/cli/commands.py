@@ -64,7 +64,9 @@ def _warnings_in_a_line() -> Iterator[None]:
     """Print a warning of which the command itself is the caller without the place, which is in click's files."""
     usual = warnings.formatwarning
 
-    def formatted(message, category, filename, lineno, line=None) -> str:
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         ours = filename.startswith(str(Path(click.__file__).parent))
         return f"fastscore: warning: {message}\n" if ours else usual(message, category, filename, lineno, line)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..process.conditions import Conditions
 from ..process.network import predict
 from ..process.predictions import eps_from
 from .problems import Problem
+
+if TYPE_CHECKING:
+    from ..support.generic import Result
 
 PROBES = 8
 GRID_ERROR = 0.1  # nats: below what the probes leave
@@ -82,7 +85,7 @@ def plain_monte_carlo(density: ScoreDensity, x: Tensor, nfe: int, seed: int) -> 
     return -0.5 * d * math.log(2 * math.pi * math.e) - 0.5 * torch.cat(integral)
 
 
-def _timed(run: Callable):
+def _timed(run: Callable[[], Result]) -> tuple[Result, float]:
     start = time.perf_counter()
     result = run()
     return result, time.perf_counter() - start

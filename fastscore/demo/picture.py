@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,10 @@ from ..density import ScoreDensity
 from ..estimator.estimate import Curve
 from ..reference.gaussians import Reference
 from .problems import Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GRID = 110
 GRID_NFE = 64
@@ -35,7 +40,7 @@ def draw(path: Path, moons: tuple[Problem, ScoreDensity], digits: tuple[Problem,
     plt.close(figure)
 
 
-def _draw_moons(figure, axes, problem: Problem, density: ScoreDensity) -> None:
+def _draw_moons(figure: Figure, axes: np.ndarray, problem: Problem, density: ScoreDensity) -> None:
     side_x, side_y = torch.linspace(-1.6, 2.6, GRID), torch.linspace(-1.1, 1.6, GRID)
     points = torch.cartesian_prod(side_y, side_x).flip(1)
     found = density.estimate(points, nfe=GRID_NFE).log_prob
@@ -54,7 +59,7 @@ def _draw_moons(figure, axes, problem: Problem, density: ScoreDensity) -> None:
     figure.colorbar(image, ax=list(axes[1:]), label="nats", shrink=0.8)
 
 
-def _draw_integrand(ax, title: str, problem: Problem, density: ScoreDensity) -> None:
+def _draw_integrand(ax: Axes, title: str, problem: Problem, density: ScoreDensity) -> None:
     plain = density.with_reference(Reference.isotropic())
     for (label, colour), which in zip(COLOURS.items(), (plain, density)):
         found = which.estimate(problem.test, nfe=256)
@@ -75,7 +80,7 @@ def _binned(curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return at.numpy(), mean.numpy(), error.numpy()
 
 
-def _draw_digits(ax, problem: Problem, density: ScoreDensity) -> None:
+def _draw_digits(ax: Axes, problem: Problem, density: ScoreDensity) -> None:
     found = density.estimate(problem.test, nfe=256)
     order = found.log_prob.argsort(descending=True)
     rows = [order[:5], order[len(order) // 2 - 2 : len(order) // 2 + 3], order[-5:]]

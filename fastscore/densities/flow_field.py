@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,7 +148,7 @@ class _Rate(torch.autograd.Function):
     """`Field.at`: a trace and its gradient, one part of the columns after the other."""
 
     @staticmethod
-    def forward(ctx, field: Field, time: Time, y: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, field: Field, time: Time, y: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
         ctx.field, ctx.time = field, time
         ctx.save_for_backward(y, *learned)
         with torch.enable_grad():
@@ -161,7 +161,7 @@ class _Rate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_velocity: Tensor, grad_rate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_velocity: Tensor, grad_rate: Tensor) -> tuple[Tensor | None, ...]:
         y, *_ = ctx.saved_tensors  # raises where a weight has changed since
         field = ctx.field
         with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 
@@ -79,7 +80,9 @@ class Flow:
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
         return Course(self.frame.log_prob(self.samples, change), y, field.nfe)
 
-    def solve(self, odeint, method: str, steps: int, rtol: float, atol: float) -> Course:
+    def solve(
+        self, odeint: Callable[..., tuple[Tensor, Tensor]], method: str, steps: int, rtol: float, atol: float
+    ) -> Course:
         """Integrate by a solver of torchdiffeq."""
         grid, field = self.frame.steps(steps).to(self.samples.x), self._field()
         # An adaptive solver would step past the end and interpolate, where no network was trained.

@@ -254,7 +254,9 @@ class _Solution(torch.autograd.Function):
     """The integral without a graph; the backward pass solves again, on the grid that was found."""
 
     @staticmethod
-    def forward(ctx, flow: Flow, solve: Callable[[Flow], Solved], x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, flow: Flow, solve: Callable[[Flow], Solved], x: Tensor, *learned: Tensor
+    ) -> tuple[Tensor, ...]:
         found = solve(flow)
         ctx.flow, ctx.again, ctx.log_prob = flow, found.again, found.log_prob.detach()
         ctx.save_for_backward(x, *learned)
@@ -264,7 +266,7 @@ class _Solution(torch.autograd.Function):
         return found.log_prob, *constants
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors  # raises where a weight has changed since
         none = ctx.log_prob.isnan().any(1)
         every = not bool(none.any())
@@ -294,7 +296,7 @@ def _once_differentiable(gradients: tuple[Tensor, ...], sources: tuple[Tensor, .
     return refused if isinstance(refused, tuple) else (refused,)
 
 
-def _torchdiffeq():
+def _torchdiffeq() -> Callable[..., tuple[Tensor, Tensor]]:
     try:
         from torchdiffeq import odeint
     except ImportError as problem:

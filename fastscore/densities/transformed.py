@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -180,7 +181,7 @@ class Transformed(Density):
         inner, inner_log_det = self.density.to_network(z.to(x.dtype), mask)
         return inner, inner_log_det + log_det.sum(1)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformed:
         super()._apply(fn, recurse)
         self.transform = moved(self.transform, fn(torch.zeros((), device="cpu")).device)
         return self

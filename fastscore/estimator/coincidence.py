@@ -55,7 +55,9 @@ def refuse_coincidences(
 
 
 @torch.no_grad()
-def _means_both(model, samples: Samples, cond: Conditions, path: str, times: Tensor, time_dtype) -> bool | None:
+def _means_both(
+    model: nn.Module, samples: Samples, cond: Conditions, path: str, times: Tensor, time_dtype: torch.dtype | None
+) -> bool | None:
     """Return whether the network takes a condition in both ways; None where it answers the same, for now."""
     # Fewer rows than entries where possible, since a loop over the entries takes more; and no sample in its own place.
     rows = min(ROWS, len(samples) - 1) if len(samples) > 2 else 3

@@ -8,6 +8,7 @@ linear between the centres of the bins; it is integrated exactly, and draws meas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -231,7 +232,7 @@ class FittedNodes(FittedBuffers):
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float64, device="cpu"))
         self.register_buffer("home", torch.tensor(home or (lo, hi), dtype=torch.float64, device="cpu"))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedNodes:
         return self
 
     @property

@@ -10,6 +10,9 @@ computes; `fastscore/ops/torch.py` is what each kernel is tested against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,17 +51,20 @@ def perturb(
 
 
 @perturb.register_fake
-def _(x, keys, points, sign, alpha, sigma, keep_eps=True, dtype=None, backend="torch"):
+def _(
+    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, keep_eps: bool = True,
+    dtype: torch.dtype | None = None, backend: str = "torch",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (x.shape[0], points.shape[0], x.shape[1])
     return x.new_empty(shape, dtype=dtype or x.dtype), x.new_empty(shape if keep_eps else (0,))
 
 
-def _perturb_setup(ctx, inputs, output):
+def _perturb_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[4])
     ctx.mark_non_differentiable(output[1])
 
 
-def _perturb_backward(ctx, grad_x_t, grad_eps):
+def _perturb_backward(ctx: Any, grad_x_t: Tensor, grad_eps: Tensor) -> tuple[Tensor | None, ...]:
     (alpha,) = ctx.saved_tensors
     return torch.einsum("brd,r->bd", grad_x_t.to(alpha.dtype), alpha), *(None,) * 8
 
@@ -95,16 +101,19 @@ def residual(
 
 
 @residual.register_fake
-def _(prediction, x, eps, keys, points, sign, a, b, c, backend="torch"):
+def _(
+    prediction: Tensor, x: Tensor, eps: Tensor, keys: Tensor, points: Tensor, sign: Tensor,
+    a: Tensor, b: Tensor, c: Tensor, backend: str = "torch",
+) -> Tensor:  # fmt: skip
     return prediction.new_empty(prediction.shape[:2])
 
 
-def _residual_setup(ctx, inputs, output):
+def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _residual_backward(ctx, grad):
+def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_prediction, grad_x = implementation(ctx.backend).residual_backward(grad, *ctx.saved_tensors)
     return grad_prediction, grad_x, *(None,) * 8
 
@@ -128,7 +137,10 @@ def control(
 
 
 @control.register_fake
-def _(x, keys, points, sign, alpha, sigma, reference, backend="torch"):
+def _(
+    x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor],
+    backend: str = "torch",
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], points.shape[0])
 
 
@@ -164,7 +176,10 @@ def density_mlp(
 
 
 @density_mlp.register_fake
-def _(x, keys, points, rows, alpha, sigma, code, weights, tables, reference, backend):
+def _(
+    x: Tensor, keys: Tensor, points: Tensor, rows: Tensor, alpha: Tensor, sigma: Tensor, code: str,
+    weights: list[Tensor], tables: list[Tensor], reference: list[Tensor], backend: str,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], points.shape[0])
 
 
@@ -190,17 +205,20 @@ def density_mlp_dx(
 
 
 @density_mlp_dx.register_fake
-def _(grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference, backend):
+def _(
+    grad: Tensor, x: Tensor, keys: Tensor, points: Tensor, rows: Tensor, alpha: Tensor, sigma: Tensor, code: str,
+    weights: list[Tensor], tables: list[Tensor], reference: list[Tensor], backend: str,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
-def _density_mlp_setup(ctx, inputs, output):
+def _density_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference, ctx.backend = inputs
     ctx.counts = len(weights), len(tables)
     ctx.save_for_backward(x, keys, points, rows, alpha, sigma, *weights, *tables, *reference)
 
 
-def _density_mlp_backward(ctx, grad):
+def _density_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | Sequence[Tensor | None] | None, ...]:
     x, keys, points, rows, alpha, sigma, *rest = ctx.saved_tensors
     n, m = ctx.counts[0], sum(ctx.counts)
     weights, tables, reference = rest[:n], rest[n:m], rest[m:]

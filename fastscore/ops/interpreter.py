@@ -51,7 +51,9 @@ def run_differentiably(
 
 
 @torch.no_grad()
-def _run_in_place(code, weights, tables, h):
+def _run_in_place(
+    code: Sequence[Instruction], weights: Sequence[Tensor], tables: Sequence[Tensor], h: Tensor
+) -> Tensor:
     saved: dict[int, Tensor] = {}
     owned = False  # whether h is a buffer that nobody else reads
     done = 0
@@ -83,7 +85,9 @@ def _run_in_place(code, weights, tables, h):
     return h
 
 
-def _constant(then, tables, scaled):
+def _constant(
+    then: Instruction | None, tables: Sequence[Tensor], scaled: bool
+) -> tuple[Tensor | None, ...] | Tensor | None:
     """Return the vectors of the next instruction if the one before can take them along, else None.
 
     A matrix product takes a shift (w,), a norm a scale (w,) with or without a shift.
@@ -97,7 +101,7 @@ def _constant(then, tables, scaled):
     return tuple(vectors) if scaled else vectors[0]
 
 
-def _affine(op, tables, h, owned):
+def _affine(op: Affine, tables: Sequence[Tensor], h: Tensor, owned: bool) -> Tensor:
     if op.scale < 0:
         return h.add_(tables[op.shift]) if owned else h + tables[op.shift]
     if op.shift < 0:
@@ -106,7 +110,7 @@ def _affine(op, tables, h, owned):
     return torch.addcmul(tables[op.shift], h, tables[op.scale], out=out)
 
 
-def _add(op, tables, h, saved, owned):
+def _add(op: Add, tables: Sequence[Tensor], h: Tensor, saved: Tensor, owned: bool) -> Tensor:
     if op.scale < 0:
         return h.add_(saved) if owned else h + saved
     return h.addcmul_(saved, tables[op.scale]) if owned else torch.addcmul(h, saved, tables[op.scale])

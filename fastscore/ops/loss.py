@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ def loss_rows(
 
 
 @loss_rows.register_fake
-def _(x, words, numbers, signs, reference, backend):
+def _(
+    x: Tensor, words: Tensor, numbers: Tensor, signs: int, reference: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x_t = x.new_empty(signs, *words.shape[:2], x.shape[1])
     eps = x.new_empty(0) if backend != "torch" else torch.empty_like(x_t)
     return x_t, eps, x.new_empty(x_t.shape[:3]), numbers.new_empty(len(x))
@@ -84,7 +87,9 @@ def loss_difference(
 
 
 @loss_difference.register_fake
-def _(prediction, x, words, eps, control, numbers, backend):
+def _(
+    prediction: Tensor, x: Tensor, words: Tensor, eps: Tensor, control: Tensor, numbers: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(prediction.shape[1:3]), x.new_empty(prediction.shape[1:3])
 
 
@@ -97,17 +102,17 @@ def loss_gradient(
 
 
 @loss_gradient.register_fake
-def _(grad, prediction, x, words, eps, numbers, backend):
+def _(grad: Tensor, prediction: Tensor, x: Tensor, words: Tensor, eps: Tensor, numbers: Tensor, backend: str) -> Tensor:
     return torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     prediction, x, words, eps, _, numbers, ctx.backend = inputs
     ctx.save_for_backward(prediction, x, words, eps, numbers)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # the gradient shall have one in its turn: PyTorch's operations have it
         return torch_backend.loss_gradient(grad, *ctx.saved_tensors), *(None,) * 6
     return loss_gradient(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6

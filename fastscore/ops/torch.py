@@ -152,5 +152,5 @@ def _eps(eps: Tensor, x: Tensor, keys: Tensor, points: Tensor, sign: Tensor) -> 
     return eps if eps.numel() else noise.normal(noise.combine(keys, points), sign[:, None], x.dtype)
 
 
-def _error(prediction, x, eps, a, b):
+def _error(prediction: Tensor, x: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addcmul(a[:, None] * eps, b[:, None], x[:, None]) - prediction

@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def keys(seed: int, index: Tensor, draw: int, streams: range, d: int, kept: int)
 Bars = summary_kernel.Bars
 
 
-def summary(f: Tensor, *given) -> Tensor:
+def summary(f: Tensor, *given: Any) -> Tensor:
     """Do what `fastscore.estimator.summary` does by torch; arguments as `kernels.summary.summary` takes them."""
     return summary_kernel.summary(f, *given)
 

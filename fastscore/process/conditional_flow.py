@@ -46,15 +46,15 @@ class ConditionalFlow(AlphaSigma, FlowMatching):
     def time(self, log_snr: Tensor) -> Tensor:
         return self._from_time(self._share(log_snr))
 
-    def _from_time(self, t):
+    def _from_time(self, t: Tensor) -> Tensor:
         """Return s at time t, and the time at s: the same map."""
         t = as_float64(t)
         return t if self.data_at == 1 else 1 - t
 
-    def _parts(self, s):
+    def _parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
         return s, torch.sqrt((1 - s) ** 2 + self.sigma**2)
 
-    def _share(self, log_snr):
+    def _share(self, log_snr: Tensor) -> Tensor:
         """Return s: the root in (0, 1] of (1 - s)^2 + sigma^2 = exp(-log_snr) s^2, in the form that cancels least."""
         ratio, square = torch.exp(-as_float64(log_snr)), 1 + self.sigma**2
         return square / (1 + torch.sqrt((ratio * square - self.sigma**2).clamp(min=self.sigma**4)))

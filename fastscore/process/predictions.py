@@ -37,23 +37,25 @@ class Coefficients(NamedTuple):
     c: Tensor
 
 
-def _eps(alpha, sigma, d_alpha, d_sigma):
+def _eps(alpha: Tensor, sigma: Tensor, d_alpha: Tensor | None, d_sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ones_like(sigma), torch.zeros_like(sigma), torch.ones_like(sigma)
 
 
-def _x0(alpha, sigma, d_alpha, d_sigma):
+def _x0(alpha: Tensor, sigma: Tensor, d_alpha: Tensor | None, d_sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(sigma), torch.ones_like(sigma), -alpha / sigma
 
 
-def _v(alpha, sigma, d_alpha, d_sigma):
+def _v(alpha: Tensor, sigma: Tensor, d_alpha: Tensor | None, d_sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return alpha, -sigma, alpha / (alpha**2 + sigma**2)
 
 
-def _score(alpha, sigma, d_alpha, d_sigma):
+def _score(
+    alpha: Tensor, sigma: Tensor, d_alpha: Tensor | None, d_sigma: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return -1 / sigma, torch.zeros_like(sigma), -sigma
 
 
-def _flow(alpha, sigma, d_alpha, d_sigma):
+def _flow(alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d_sigma, d_alpha, alpha / (alpha * d_sigma - d_alpha * sigma)
 
 

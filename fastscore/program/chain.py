@@ -104,12 +104,12 @@ def emit(last: Core) -> Matched:
     slots: list[int] = [-1] * SLOTS  # until when each is taken
     slot_of: dict[Core, int] = {}
 
-    def table(value, width):
+    def table(value: Table, width: int) -> int:
         if (value, width) not in tables:
             tables.append((value, width))
         return tables.index((value, width))
 
-    def optional(value, neutral, width):
+    def optional(value: Table, neutral: float, width: int) -> int:
         return -1 if is_number(value, neutral) else table(value, width)
 
     for i, core in enumerate(chain):

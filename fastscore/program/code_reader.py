@@ -29,7 +29,7 @@ import time
 import types
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -282,7 +282,7 @@ class _Reader:
         if type(mapping) is not dict:
             self._attributes(place, mapping)
 
-    def _sequence(self, place: str, entries) -> None:
+    def _sequence(self, place: str, entries: Collection) -> None:
         if isinstance(entries, list | collections.deque):
             self.watch.sequence(place, entries)
         elif isinstance(entries, set):
@@ -301,14 +301,14 @@ class _Reader:
             self.watch.learned[tensor.untyped_storage().data_ptr()] = place
         self.watch.tensor(place, tensor)
 
-    def _bound(self, place: str, method) -> None:
+    def _bound(self, place: str, method: types.MethodType | types.BuiltinFunctionType) -> None:
         self.waiting.append((place, getattr(method, "__self__", None)))
         self.waiting.append((place, getattr(method, "__func__", None)))
 
     def _partial(self, place: str, partial: functools.partial) -> None:
         self.waiting += [(place, part) for part in (partial.func, partial.args, partial.keywords)]
 
-    def _descriptor(self, place: str, descriptor) -> None:
+    def _descriptor(self, place: str, descriptor: object) -> None:
         parts = ("fget", "__func__", "func", "__wrapped__")
         self.waiting += [(place, getattr(descriptor, part)) for part in parts if hasattr(descriptor, part)]
         if hasattr(descriptor, "cache_info"):

@@ -6,14 +6,19 @@ times, a value of one entry a sample with each entry R times in a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .tracing import SAMPLE, SHAPE_ONLY, TIME, Traced, X, operation_of
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 BOTH = TIME | SAMPLE
 
@@ -107,7 +112,7 @@ class Hoisted:
         """Return an output, on the rows of its own level."""
         return self._fetch(values, node, node.meta["level"])
 
-    def _evaluate(self, level, values, sources):
+    def _evaluate(self, level: int, values: Values, sources: dict[str, Callable[[Any], object]]) -> None:
         known = values.known[level]
         for node, unneeded in self._steps[level]:
             if node.op == "placeholder":
@@ -127,7 +132,7 @@ class Hoisted:
         about = f"condition {', '.join(names)}" if names else "its times"
         return f"the network does not take {about} of these values: IndexError: {error}; give labels that it knows"
 
-    def _compute(self, values, node, level):
+    def _compute(self, values: Values, node: fx.Node, level: int) -> Any:
         looked_at, (args, kwargs, plain) = self.looked_at.get(node), self._arguments[node]
         given = list(args)
         for i, arg in enumerate(args):
@@ -139,7 +144,7 @@ class Hoisted:
                 given[i] = _fetch_all(self, values, arg, level)
         return node.target(*given, **(kwargs if plain else _fetch_all(self, values, kwargs, level)))
 
-    def _fetch(self, values, node, level):
+    def _fetch(self, values: Values, node: fx.Node, level: int) -> Any:
         """Return a node's value on the rows of a level that contains its own."""
         known, own = values.known[level], node.meta["level"]
         if node in known:
@@ -155,7 +160,7 @@ class Hoisted:
         known[node] = value
         return value
 
-    def _stand_in(self, values, node, level):
+    def _stand_in(self, values: Values, node: fx.Node, level: int) -> Tensor:
         """Return a tensor of a node's shape and dtype for operations that look at nothing else."""
         like = node.meta["val"]
         shape = [values.rows[level] if isinstance(size, torch.SymInt) else size for size in like.shape]
@@ -167,7 +172,7 @@ def _floats(node: fx.Node) -> bool:
     return node.meta["level"] == 0 and node.meta["rows"]
 
 
-def _fetch_all(hoisted, values, arg, level):
+def _fetch_all(hoisted: Hoisted, values: Values, arg: Argument, level: int) -> Any:
     return map_arg(arg, lambda n: hoisted._fetch(values, n, level))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..ops.activations import ACTIVATIONS
 from ..ops.instructions import Act, Add, Instruction, Linear, NoProgram, Norm
-from .chain import Concat, Core, Matched, Split, Value, emit
+from .chain import Concat, Core, Matched, Split, Table, Value, emit
 from .tables import Tables
 from .tracing import Traced, X, layer_of, operation_of, refuse
 
@@ -107,7 +107,7 @@ class Matcher:
             raise refuse(node, "only beta = 1 and threshold = 20 are an instruction")
         return self._activate(node, Act("softplus"))
 
-    def _activate(self, node, act):
+    def _activate(self, node: fx.Node, act: Act) -> Value | Concat:
         value = self.values[node.args[0]]
         if isinstance(value, Concat):
             parts = [
@@ -145,12 +145,12 @@ class Matcher:
 
     on_matmul = on_mm
 
-    def _transposed(self, node, weight):
+    def _transposed(self, node: fx.Node, weight: fx.Node) -> fx.Node:
         if weight.meta["level"] & X or weight.meta["val"].ndim != 2:
             raise refuse(node, "is no product of x with a matrix")
         return self.tables.transposed(weight)
 
-    def _multiply(self, node, x, weight, bias):
+    def _multiply(self, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> Value:
         if weight.meta["level"] or (bias is not None and bias.meta["level"] & X):
             raise refuse(node, "its weights depend on x, t or a condition")
         if x not in self.values:
@@ -251,22 +251,22 @@ class Matcher:
 
     # Their parts.
 
-    def _depends(self, arg):
+    def _depends(self, arg: Table) -> bool:
         return arg in self.values
 
-    def _plain(self, node, x):
+    def _plain(self, node: fx.Node, x: fx.Node) -> Value:
         if isinstance(self.values[x], Value):
             return self.values[x]
         raise refuse(node, "takes a concatenation; only activations, tables and linear layers do")
 
-    def _operand(self, node, x, table):
+    def _operand(self, node: fx.Node, x: fx.Node, table: Table) -> Table:
         if isinstance(table, int | float):
             return table
         if node.meta["val"].shape != x.meta["val"].shape:
             raise refuse(node, "broadcasts x to a larger shape")
         return self.tables.of(table, _inner(x))
 
-    def _sum(self, node, a, b):
+    def _sum(self, node: fx.Node, a: Value, b: Value) -> Value:
         shift = self.tables.plus(a.shift, b.shift)
         if a.core is b.core:
             return Value(a.core, self.tables.plus(a.scale, b.scale), shift)
@@ -277,21 +277,21 @@ class Matcher:
         parent = Value(a.core, a.scale, shift).settled()
         return Value(Core(Add, parent, parent.width, layer_of(node), node, scale=b.scale, saved=b.core))
 
-    def _gated(self, node, a, b):
+    def _gated(self, node: fx.Node, a: Value, b: Value) -> Value:
         for x, gate in ((a, b), (b, a)):
             plain = gate == Value(gate.core) and x == Value(x.core)
             if plain and gate.core.op == Act("sigmoid") and gate.core.parent is x.core:
                 return Value(self.next(Act("silu"), x, node))
         raise refuse(node, "multiplies two values that both depend on x")
 
-    def _flat_range(self, node, x, dim, start, stop):
+    def _flat_range(self, node: fx.Node, x: fx.Node, dim: int, start: int, stop: int) -> tuple[int, int]:
         shape = x.meta["val"].shape
         if dim % len(shape) != 1:
             raise refuse(node, f"cuts dimension {dim} of {_inner(x)}")
         size = math.prod(shape[2:])
         return start * size, stop * size
 
-    def _cut(self, node, value, start, stop):
+    def _cut(self, node: fx.Node, value: Value, start: int, stop: int) -> Value:
         found = self.tables.cut(value, start, stop)
         if found is None:
             raise refuse(node, "takes some columns of a value that is no linear layer's")

@@ -28,7 +28,7 @@ from ..process.network import model_dtype
 from ..support.compiled import Compiled
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
-from .chain import Matched
+from .chain import Matched, Table
 from .code_reader import watch_code, watch_global_hooks
 from .hoisting import BOTH, Hoisted, Values
 from .matching import match
@@ -216,7 +216,7 @@ class Timed:
         evaluate = self.program.compiled if compiled else partial(run, self.program.code)
         return evaluate(weights, tables, x_t.to(self.program.dtype)).to(x_t.dtype)
 
-    def _table(self, values, table, width):
+    def _table(self, values: Values, table: Table, width: int) -> Tensor:
         level = _level(table)
         if isinstance(table, int | float):
             return torch.full((1, 1, width), table, dtype=self.program.dtype, device=self.device)
@@ -233,7 +233,7 @@ class Timed:
         return value.expand(batch, draws, width)
 
 
-def _level(table) -> int:
+def _level(table: Table) -> int:
     return 0 if isinstance(table, int | float) else table.meta["level"]
 
 
@@ -321,7 +321,16 @@ class Programs:
             raise NoProgram("most of its work depends on time and a sample's condition together")
         return found.program
 
-    def _look_up(self, model, shape, dtype, device, cond, times, time_dtype):
+    def _look_up(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        cond: Conditions,
+        times: Callable[[], Tensor],
+        time_dtype: torch.dtype,
+    ) -> _Found:
         training = tuple(layer.training for layer in layers_of(model))
         where = (time_dtype, device, torch.is_grad_enabled(), torch.get_default_dtype())
         key = (id(model), shape, dtype, where, training, _structure(cond))
@@ -336,7 +345,7 @@ class Programs:
                 self._keep(key, found)
         return found
 
-    def _keep(self, key, found):
+    def _keep(self, key: object, found: _Found) -> None:
         """Keep an entry, and of older networks those of the last one alone."""
         models = list({id(entry.model): entry.model for entry in self._found.values()}.values())
         kept = [found.model, *[model for model in models if model is not found.model][-1:]]
@@ -344,7 +353,15 @@ class Programs:
         self._found = entries | {key: found}
 
     @staticmethod
-    def _trace(model, shape, time, cond, dtype, before, stale) -> _Found:
+    def _trace(
+        model: nn.Module,
+        shape: tuple[int, ...],
+        time: Tensor,
+        cond: Conditions,
+        dtype: torch.dtype,
+        before: _Found | None,
+        stale: tuple[str, object] | None,
+    ) -> _Found:
         traces = before.traces + 1 if before else 1
         try:
             if traces > MOST_TRACES:

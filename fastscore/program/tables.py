@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -91,11 +92,17 @@ class Tables:
         """Return the operation of a node on another first argument."""
         return self.add(node.target, part, *node.args[1:], **node.kwargs)
 
-    def _cut_tables(self, value, scale, shift, start, stop):
+    def _cut_tables(self, value: Value, scale: Table, shift: Table, start: int, stop: int) -> Value:
         scaled = self.scaled(value, self.columns(scale, start, stop))
         return self.shifted(scaled, self.columns(shift, start, stop))
 
-    def _on_parts(self, value, table, on_node, on_value):
+    def _on_parts(
+        self,
+        value: Concat,
+        table: Table,
+        on_node: Callable[[Table, Table], Table],
+        on_value: Callable[[Value, Table], Value | Concat],
+    ) -> Concat:
         parts = []
         for part, (start, stop) in zip(value.parts, value.ranges()):
             own = self.columns(table, start, stop)

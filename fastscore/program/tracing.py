@@ -21,10 +21,11 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +40,12 @@ from ..support.host import layout_of
 from ..support.untouched import hooks_of_all_modules_kept
 from .module_state import refuse_changes
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from torch.fx.node import Argument
+    from torch.utils.hooks import RemovableHandle
 
 TIME, SAMPLE, X = 1, 2, 4
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -87,7 +94,7 @@ class Traced:
     leaves: dict[fx.Node, tuple[str, object]]
     output: fx.Node
 
-    def add(self, function, *args, **kwargs) -> fx.Node:
+    def add(self, function: Callable[..., object], *args: Argument, **kwargs: Argument) -> fx.Node:
         """Append an operation on nodes that do not depend on x; its level follows from theirs."""
         with self.graph.inserting_before(self.graph.output_node()):
             node = self.graph.call_function(function, args, kwargs)
@@ -106,7 +113,7 @@ class _Call(nn.Module):
         super().__init__()
         self.network, self.constants, self.build, self.watch = model, constants, build, watch
 
-    def forward(self, x_t, time, own, shared):
+    def forward(self, x_t: Tensor, time: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
         with _Numbers(self.watch.unseen):
             output = self.network(x_t, time, **self.build(own | shared | self.constants))
         refuse_changes(self.watch)
@@ -120,7 +127,13 @@ class _Numbers(TorchFunctionMode):
         super().__init__()
         self.unseen = unseen
 
-    def __torch_function__(self, function, types, args=(), kwargs=None) -> object:
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         first = args[0] if args else None
         name = getattr(function, "__name__", "")
         if name == "__get__" and (read := getattr(function.__self__, "__name__", "")) in _HISTORY:
@@ -207,7 +220,7 @@ def _refuse_kept_weights(program: torch.export.ExportedProgram, model: nn.Module
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Keep to itself what the tracer warns of and logs: a network without a program is nothing to worry about."""
     levels = {logger: logger.level for logger in map(logging.getLogger, _TRACERS)}
     stderr = _Muted(sys.stderr)
@@ -226,7 +239,7 @@ def _quiet():
 class _Muted:
     """A text stream that leaves out what the thread that made it writes."""
 
-    def __init__(self, stream) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream, self.muted = stream, threading.get_ident()
 
     def write(self, text: str) -> int:
@@ -240,8 +253,8 @@ def refuse_layers(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions)
     """Raise NoProgram for a layer that never fits and depends on x: NaN in x reaches its output."""
     found: list[str] = []
 
-    def hook(name, layer):
-        def look(_, args, output):
+    def hook(name: str, layer: nn.Module) -> RemovableHandle:
+        def look(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, Tensor) and bool(output.isnan().any()) and not found:
                 found.append(f"layer {name!r} is a {type(layer).__name__}, which no row program holds")

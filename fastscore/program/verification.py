@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,30 @@ from ..ops.interpreter import run
 from ..process.conditions import Conditions
 from ..process.network import read_output
 from .tracing import layer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from torch import fx
+
+    from ..ops.instructions import Bound, Instruction
+    from .chain import Matched
+    from .hoisting import Hoisted
+    from .tracing import Traced
+
+    class _Program(Protocol):  # a `RowProgram`, which is made of what is here
+        model: nn.Module
+        traced: Traced
+        matched: Matched
+        dtype: torch.dtype
+        code: list[Instruction]
+        hoisted: Hoisted
+
+        def bind(
+            self, time: Tensor, own: dict[str, Tensor] | None = None, shared: dict[str, object] | None = None
+        ) -> Bound: ...
+
 
 SIZES = ((2, 3), (5, 4))  # samples, draws
 # Program and network do the same sums in another order: a few roundings a layer, of values that may cancel.
@@ -27,7 +52,7 @@ class ProgramMismatch(RuntimeError):
 
 
 @torch.no_grad()
-def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> None:
+def check(program: _Program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> None:
     """Compare a program with its network at two sizes of batch.
 
     Arguments:
@@ -73,7 +98,7 @@ def check(program, shape: tuple[int, ...], time: Tensor, cond: Conditions) -> No
         )
 
 
-def _samples(own):
+def _samples(own: dict[str, Tensor]) -> int:
     return len(next(iter(own.values()))) if own else 1
 
 
@@ -88,10 +113,10 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((same | (found == expected)).all())
 
 
-def _own_rounding(model: nn.Module, args, kwargs, expected: Tensor) -> float:
+def _own_rounding(model: nn.Module, args: tuple[Tensor, Tensor], kwargs: dict[str, object], expected: Tensor) -> float:
     """Return how far answers are from the network's in float64; zero where it has none, or others at every call."""
 
-    def double(value):
+    def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     try:
@@ -103,12 +128,14 @@ def _own_rounding(model: nn.Module, args, kwargs, expected: Tensor) -> float:
         return 0.0
 
 
-def _outputs_of_layers(model: nn.Module, args, kwargs) -> list[tuple[str, Tensor]]:
+def _outputs_of_layers(
+    model: nn.Module, args: tuple[Tensor, Tensor], kwargs: dict[str, object]
+) -> list[tuple[str, Tensor]]:
     """Return the tensors that a network's layers return, in the order of their calls."""
     layers: list[tuple[str, Tensor]] = []
 
-    def keep(name):
-        def hook(_, args, output):
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if isinstance(output, Tensor):
                 layers.append((name, output.clone()))
 
@@ -123,7 +150,13 @@ def _outputs_of_layers(model: nn.Module, args, kwargs) -> list[tuple[str, Tensor
             handle.remove()
 
 
-def _first_difference(program, bound, args, leaves, layers) -> str:
+def _first_difference(
+    program: _Program,
+    bound: tuple[list[Tensor], list[Tensor], Tensor],
+    args: tuple[Tensor, Tensor],
+    leaves: dict[str, object],
+    layers: list[tuple[str, Tensor]],
+) -> str:
     """Return the first layer whose value in the exported graph is not the network's, or not the program's."""
     values = _values_of_graph(program, args, leaves)
     by_layer = {}
@@ -142,7 +175,7 @@ def _first_difference(program, bound, args, leaves, layers) -> str:
     return "forward"
 
 
-def _values_of_graph(program, args, leaves):
+def _values_of_graph(program: _Program, args: tuple[Tensor, Tensor], leaves: dict[str, object]) -> dict[fx.Node, Any]:
     sources = {"x": lambda _: args[0], "time": lambda _: args[1], "constant": lambda value: value}
     sources |= dict.fromkeys(("sample", "shared"), leaves.__getitem__)
     sources["state"] = lambda name: program.hoisted.state(program.model, name)

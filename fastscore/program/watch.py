@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence
 from functools import cached_property
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ..support.structure import is_plain
+
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
 
 FEW_BYTES = 1 << 12  # of a tensor whose values are compared, in a few microseconds
 _MISSING = object()
@@ -144,7 +147,7 @@ class Watch:
         """Watch what a function returns: a tuple of things."""
         self._read.append((place, name, read, read()))
 
-    def sequence(self, place: str, now) -> None:
+    def sequence(self, place: str, now: MutableSequence) -> None:
         """Watch the entries of a list or deque, also to put them back."""
         self.reading(place, "entries", lambda: tuple(now))
         self._copies.append((now, list(now)))
@@ -169,7 +172,7 @@ class Watch:
         """Watch an array's values."""
         self.reading(place, "values", lambda: (now.shape, now.dtype.str, now.tobytes()))
 
-    def cache(self, function) -> None:
+    def cache(self, function: _lru_cache_wrapper[Any]) -> None:
         """Clear the cache of a function, when things are put back, if it has kept more since."""
         self._caches.append((function, function.cache_info().misses))
 

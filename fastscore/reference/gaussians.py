@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Reference(FittedBuffers):
         for name, value in zip(FACTORS, factors or [empty] * len(FACTORS)):
             self.register_buffer(name, _kept(value))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "basis" in state_dict:  # of a version that knew no factors
             for name in FACTORS:
                 state_dict.setdefault(prefix + name, self.mean.new_empty(0))
@@ -228,7 +229,7 @@ class Reference(FittedBuffers):
     def _turn_back(self, x: Tensor) -> Tensor:
         return turning.turn_back(x, self.factors) if self.turned else x
 
-    def _gaussian_residual(self, x, eps, alpha, sigma, mask):
+    def _gaussian_residual(self, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
         """For one Gaussian eps - eps_q = keep eps - pull (x - m), with keep = alpha^2 C / (alpha^2 C + sigma^2)."""
         y = inside(x - self.mean[0].to(x.dtype), mask)
         if self.full:  # the norm is the same in the eigenbasis
@@ -245,7 +246,7 @@ class Reference(FittedBuffers):
         cross = torch.bmm(eps, y[:, :, None])[..., 0]
         return (keep * eps_norm).square() - 2 * keep * pull * cross + pull**2 * y.square().sum(1, keepdim=True)
 
-    def _diagonal_eps(self, x_t, alpha, sigma, mask):
+    def _diagonal_eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
         """Posterior mean of the noise by four batched matrix products; nothing of size rows x K x d x B is stored."""
         alpha, sigma = alpha[:, None, None], sigma[:, None, None]
         own_mean, variance = (v.expand(-1, x_t.shape[-1]) for v in (self.mean, self.variance))
@@ -265,7 +266,7 @@ class Reference(FittedBuffers):
         eps_q = sigma.to(x_t.dtype) * (y * (posterior @ gain) - posterior @ gain_mean)
         return inside(eps_q, seen).transpose(0, 1)
 
-    def _full_eps(self, x_t, alpha, sigma):
+    def _full_eps(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Posterior mean of the noise, one component after the other with a running softmax."""
         dtype, top, mass, mean_eps = x_t.dtype, None, 0.0, 0.0
         for k in range(self.components):
@@ -315,13 +316,13 @@ class Reference(FittedBuffers):
         r"""Return :math:`\int_{lo}^{hi} E\|\epsilon - \epsilon_q\|^2 d\lambda`, float64, (B,); one Gaussian only."""
         y2, c = self._centred(x, mask)
 
-        def primitive(log_snr):
+        def primitive(log_snr: float) -> Tensor:
             sc1 = 1 + math.exp(log_snr) * c
             return summed(sc1.log() + 1 / sc1, mask) - y2 @ (1 / (c * sc1))
 
         return primitive(hi) - primitive(lo)
 
-    def _centred(self, x, mask):
+    def _centred(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.components != 1:
             raise ValueError(
                 f"closed-form residuals need one Gaussian, got {self.components} components; use .gaussian()"

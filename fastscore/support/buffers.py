@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +50,14 @@ class FittedBuffers(nn.Module):
             kept = self._on_host[name] = buffer, version, buffer.cpu()
         return kept[2]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FittedBuffers:
         precise = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             self._buffers[name] = precise[name].to(buffer.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, buffer in self._buffers.items():
             stored = state_dict.get(prefix + name)
             if stored is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +46,13 @@ class _LiveBytes(TorchDispatchMode):
         self.live = self.peak = self.made = self.written = 0
         self._seen = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         for storage in _storages((args, kwargs)):  # weights and inputs were there before
             self._seen.add(storage)
@@ -56,7 +62,7 @@ class _LiveBytes(TorchDispatchMode):
                 self._watch(storage)
         return out
 
-    def _watch(self, storage):
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         self._seen.add(storage)
         size = storage.nbytes()
         self.made += 1
@@ -65,11 +71,11 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._release, size)
 
-    def _release(self, size):
+    def _release(self, size: int) -> None:
         self.live -= size
 
 
-def _storages(tree):
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()

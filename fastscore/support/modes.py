@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .generic import Arguments, Result
+
+if TYPE_CHECKING:
+    from torch._functorch.autograd_function import VmapInfo
 
 
 def ordinary(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -45,7 +49,7 @@ def ordinary(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
             return call(*args, **kwargs)
 
     @wraps(call)
-    def called(*args, **kwargs):
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if torch.compiler.is_compiling():  # a step around it: its trace stops here, and goes on with the result
             return torch.compiler.disable(outside)(*args, **kwargs)
         return outside(*args, **kwargs)
@@ -66,7 +70,7 @@ def differentiable(call: Callable[Arguments, Result]) -> Callable[Arguments, Res
     plain = ordinary(call)
 
     @wraps(call)
-    def called(density, x, *args, **kwargs):
+    def called(density: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Result:
         if not torch._C._are_functorch_transforms_active():
             return plain(density, x, *args, **kwargs)
         orders = [level.key() for level in get_interpreter_stack()]
@@ -120,7 +124,7 @@ class _WithSlope(torch.autograd.Function):
         return value.detach(), gradient, *rest
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Callable, bool], output: tuple[Tensor, ...]) -> None:
         _, gradient, *rest = output
         ctx.constants = 1 + len(rest)
         ctx.mark_non_differentiable(gradient, *rest)
@@ -128,17 +132,17 @@ class _WithSlope(torch.autograd.Function):
         ctx.save_for_forward(gradient)
 
     @staticmethod
-    def backward(ctx, cotangent, *_) -> tuple:
+    def backward(ctx: Any, cotangent: Tensor, *_: Tensor) -> tuple:
         (gradient,) = ctx.saved_tensors
         return cotangent.reshape(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_) -> tuple:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple:
         (gradient,) = ctx.saved_tensors
         return (tangent * gradient).flatten(1).sum(1), *[None] * ctx.constants
 
     @staticmethod
-    def vmap(info, in_dims, x, parts, slope) -> tuple:
+    def vmap(info: VmapInfo, in_dims: tuple[int, None, None], x: Tensor, parts: Callable, slope: bool) -> tuple:
         calls = [_WithSlope.apply(each, parts, slope) for each in x.movedim(in_dims[0], 0)]
         outputs = tuple(torch.stack(each) for each in zip(*calls))
         return outputs, (0,) * len(outputs)

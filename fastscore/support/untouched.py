@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def evaluation(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     """
 
     @wraps(call)
-    def evaluated(owner, *args, **kwargs):
+    def evaluated(owner: Any, *args: Any, **kwargs: Any) -> Result:
         density = owner
         while hasattr(density, "density"):
             density = density.density
