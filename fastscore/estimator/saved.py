@@ -52,13 +52,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if missing := sorted(IN_A_FILE - set(arrays)):
         raise ValueError(f"{path} is no file of Estimate.save: it has no {', '.join(missing)}")
     try:
-        check(arrays)
+        _check(arrays)
     except ValueError as error:
         raise ValueError(f"{path} is no file of Estimate.save, or was changed: {error}") from error
     return arrays
 
 
-def check(arrays: Mapping[str, np.ndarray]) -> None:
+def _check(arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError for the first array that is not what `to_arrays` makes."""
     count, draws = (arrays[name].shape[:1] for name in ("log_prob", "curve_log_snr"))
     expected = {name: ("i" if name in WHOLE else "f", count + SHAPES.get(name, ())) for name in PER_SAMPLE}
