@@ -192,6 +192,12 @@ def test_a_label_that_an_embedding_lacks_is_named_after_good_calls_too(label):
                 call(data(7), nfe=16, y=wrong)
 
 
+def test_a_number_that_a_network_cannot_take_is_named():
+    density = fs.ScoreDensity(Added(), SCHEDULE, "eps")
+    with pytest.raises(ValueError, match="and conditions added = 3: "):
+        density.estimate(data(), nfe=16, added=3)
+
+
 def test_a_missing_condition_names_what_the_network_said():
     net = Moved(lambda a, more: a["mean"])
     with pytest.raises(ValueError, match=r"does not take data of shape \(4,\) a sample: TypeError: 'NoneType'"):

@@ -301,3 +301,26 @@ def test_a_network_needs_schedule_and_predicts(zoo, schedule, predicts, missing,
     with pytest.raises(ValueError, match=message) as refused:
         load_density("zoo:Net", schedule, predicts, CPU)
     assert not_told is None or not_told not in str(refused.value)
+
+
+def test_a_module_that_is_named_as_a_file_is_told_how_to_name_it(zoo):
+    with pytest.raises(ValueError, match=r"there is no module .*zoo\.py:Net; write zoo:Net$"):
+        load_density("zoo.py:Net", "vp", "eps", CPU)
+
+
+def test_the_call_that_a_refused_export_names_is_one_that_works(tmp_path):
+    """Of a network with a condition: the dictionary of shapes names all of its inputs."""
+
+    class Labelled(nn.Module):
+        def forward(self, x, t, y):
+            return x * t[:, None] + y[:, None]
+
+    inputs, y = (torch.randn(3, 2), torch.rand(3)), torch.randn(3)
+    torch.export.save(torch.export.export(Labelled(), inputs, {"y": y}), tmp_path / "fixed.pt2")
+    with pytest.raises(ValueError, match=r"fixed shape \(3, 2\); use ") as refused:
+        load_density(str(tmp_path / "fixed.pt2"), "vp", "eps", CPU)
+    call, _, batch = str(refused.value).partition("; use ")[2].partition(" with batch = ")
+    known = {"torch": torch, "model": Labelled(), "x_t": inputs[0], "t": inputs[1], "y": y}
+    torch.export.save(eval(call, known | {"batch": eval(batch, known)}), tmp_path / "open.pt2")
+    density, _ = load_density(str(tmp_path / "open.pt2"), "vp", "eps", CPU)
+    assert density.log_prob(torch.randn(5, 2), y=torch.randn(5)).shape == (5,)

@@ -155,3 +155,17 @@ def test_a_time_dtype_that_the_user_set_stays():
         density = fs.ScoreDensity(Joined(), TABLE, "eps", time_dtype=given)
         fs.probability_flow_log_prob(density, X.float(), method="midpoint", steps=2)
         assert seen == expected
+
+
+def test_a_network_that_looks_its_levels_up_in_the_table_is_told_of_the_twin():
+    """Rounding a time, the table's own remedy, would make another network of it, which the ODE refuses too."""
+    table, target = fs.DDPM.linear(100), mixture(2)
+    density = fs.ScoreDensity(ExactNet(target, table), table, "eps", program=False)
+    message = (
+        r"knows only whole .* between them \(where the network itself asks it, fs.ContinuousDDPM .*\); use estimate"
+    )
+    with pytest.raises(ValueError, match=message) as refused:
+        fs.probability_flow_log_prob(density, target.sample(3).float())
+    assert "round it first" not in str(refused.value)
+    twin = fs.ScoreDensity(ExactNet(target, fs.ContinuousDDPM(table)), table, "eps", program=False)
+    assert fs.probability_flow_log_prob(twin, target.sample(3).float()).log_prob.shape == (3,)
