@@ -24,6 +24,7 @@ REPORTS = "FASTSCORE_STEP_REPORTS"  # names the file that a step's reports go to
 POLL = 0.05  # seconds between two looks at a step
 GRACE = 3.0  # seconds that an interrupted step has to say where it was, and a killed one to be gone
 INTERRUPTED = "interrupted"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a job before its time
 LAST_LINE = 300  # characters of the last line that an outcome quotes
 MOST_OUTPUT = 16 << 20  # bytes that a step may print, or report: one that floods its output is stopped
 TOLD = 70  # exit code of a part that has reported itself why it failed
@@ -160,10 +161,13 @@ class _Running:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             self.output, self.reports = (_Tail(Path(folder) / name) for name in ("output", "reports"))
-            self.pid = self.group = _fork(self.step.run, lambda: _lead(self.output.path, self.reports.path))
+            # Python drops what a handler raises within the functions that it calls after a fork: none comes there.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            self.pid = self.group = _fork(self.step.run, lambda: _lead(self.output.path, self.reports.path, mask))
             with contextlib.suppress(OSError):  # it has done so itself, or is gone
                 os.setpgid(self.group, self.group)
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # raises what has come in the meantime
                 code = self._wait(self.limit)
                 state, why = ("passed" if code == 0 else "failed"), _cause(code)
                 last = self._last_line() if code != 0 or self.step.sums_up else ""
@@ -280,11 +284,12 @@ def _fork(run: Callable[[], object], before: Callable[[], None] = lambda: None) 
         os._exit(code)  # nothing that belongs to the parent is cleaned up here
 
 
-def _lead(output: Path, reports: Path) -> None:
+def _lead(output: Path, reports: Path, mask: set[signal.Signals]) -> None:
     """Make this process the leader of a group of its own that prints and reports to files, and that Ctrl-C stops."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     writes = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(writes, 1)

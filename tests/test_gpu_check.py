@@ -168,6 +168,7 @@ sys.path[:0] = [{str(ROOT / "benchmarks")!r}]
 import gpu_job
 from steps import Step
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup, which the job would heed
+os.register_at_fork(after_in_parent=lambda: time.sleep(0.5))  # Python drops what is raised in here, as in torch's own
 hang = Step("hang", lambda: [os.kill(os.getppid(), signal.SIGHUP), time.sleep(600)], 20)
 talk = Step("talk", lambda: [print("x" * 10**6), time.sleep(0.5), print("x")], 20)
 sys.exit(gpu_job.main("gpu-check", "A test.", lambda: [{"hang" if end == "hang up" else "talk"}]))
