@@ -124,7 +124,7 @@ class DiffusionClassifier(nn.Module):
         spread, log_snr_range = [], range_of(self.density.core)
         for paired in (False, True):
             draws = Draws(pilot_rules(self.density.core, log_snr_range, paired, seed), "independent", seed)
-            f, _ = self._integrand(samples, pairs, draws, self.density.core.reference, chunks)
+            f, *_ = self._integrand(samples, pairs, draws, self.density.core.reference, chunks)
             noise = (f[::2] - f[1::2]).reshape(len(x), PILOT_BINS, PILOT_DRAWS).diff(dim=2)
             spread.append((noise.square().mean((0, 2)) / 2).sqrt().cpu())
         edges = torch.linspace(*log_snr_range, PILOT_BINS + 1, dtype=torch.float64, device="cpu")
@@ -200,16 +200,20 @@ class DiffusionClassifier(nn.Module):
             pairs = rounds.open()
             if not len(pairs):
                 break
-            f, weight = self._integrand(samples, pairs, draws, reference, plan.chunks)
-            rounds.add(pairs, (-0.5 * f * weight).to(samples.x.dtype), draws.rules.nfe)
+            f, weight, even, ends = self._integrand(samples, pairs, draws, reference, plan.chunks)
+            total, terms = -0.5 * (f * weight).sum(1), (-0.5 * f * even).to(samples.x.dtype)
+            rounds.add(pairs, total, terms, ends, draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
         return rounds.result(self._common(samples, log_det, reference, plan.weighting), samples.x.dtype)
 
     def _integrand(
         self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks
-    ) -> tuple[Tensor, Tensor]:
-        """Return f of every (sample, class) pair, (P, N), and its weights: a pair's class is a condition."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return f of every (sample, class) pair, (P, N), with `weight`, `even` and `ends` of its rule for it.
+
+        The class of a pair is a condition.
+        """
         which, label = pairs.unbind(1)
         given = samples.conds[0].select(which)
         own = {path: rows.to(which.device)[label] for path, rows in self.classes.per_sample.items()}
@@ -217,12 +221,14 @@ class DiffusionClassifier(nn.Module):
         # The index of the sample keys the noise: all its classes see the same.
         x, mask = samples.entries(which)
         paired = Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
-        f, weight = torch.empty(2, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
+        f, weight, even, ends = torch.empty(4, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
         network = network_of(self.density.core)
         for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
-            own = part.block(part.f.double())
-            f[part.samples], weight[part.samples] = part.f.double(), part.flat(part.rule.weight.expand_as(own))
-        return f, weight
+            f[part.samples] = own = part.f.double()
+            block = part.block(own)
+            for told, of_rule in ((weight, part.rule.weight), (even, part.rule.even), (ends, part.rule.ends)):
+                told[part.samples] = part.flat(of_rule.expand_as(block))
+        return f, weight, even, ends
 
     def _prepare(
         self,

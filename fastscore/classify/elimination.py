@@ -1,11 +1,11 @@
 r"""Rounds of paired draws: which classes are still in, and what all rounds together say.
 
-Round r gives a term :math:`g_{c s}` to class c and draw s whose sum over s is a whole estimate; every class still in
-sees the same noise, so classes are compared by the terms' differences. Rounds are averaged with their evaluations as
+Round r gives a whole estimate :math:`S_{c r}` to class c, the sum of a term for every draw; every class still in sees
+the same noise, so classes are compared by the terms' differences. Rounds are averaged with their evaluations as
 weights. A class that was dropped keeps the rounds in which it took part: its log-likelihood is that of the best class
 plus their paired difference over these rounds,
 
-.. math:: L_c = \sum_r \big[ a_{c r}\, S_{c r} + (a_{b r} - a_{c r})\, S_{b r} \big], \qquad S_{c r} = \sum_s g_{c s}
+.. math:: L_c = \sum_r \big[ a_{c r}\, S_{c r} + (a_{b r} - a_{c r})\, S_{b r} \big]
 
 with :math:`a_{c r}` the share of round r in the rounds of class c, zero after the last, and b the best class.
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..estimator.statistics import student_quantile, successive_variance, widened
+from ..estimator.statistics import shift_variance, student_quantile, successive_variance, widened
 
 # Evaluations per class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
@@ -36,7 +36,9 @@ class Classification:
         log_likelihood: log p(x | y), nats, shape (B, C); with weighting "uniform" minus the mean squared error.
         stderr: its standard error, shape (B, C). Differences between classes are far more accurate than that.
         log_posterior: log p(y | x), shape (B, C).
-        log_posterior_stderr: its standard error, from paired differences, shape (B, C).
+        log_posterior_stderr: its standard error, from paired differences, shape (B, C). What lies beyond the range of
+            log-SNR, and how far a table's sum is from the integral, is in no error here; `ScoreDensity.estimate` tells
+            it for a class.
         prediction: the class of the highest posterior, int64, shape (B,).
         active: classes that were not dropped, bool, shape (B, C).
         nfe: network evaluations spent on each sample, all classes together, int64, shape (B,).
@@ -85,7 +87,9 @@ class Rounds:
         self.log_prior = log_prior
         self.active = torch.ones(samples, len(log_prior), dtype=torch.bool, device=log_prior.device)
         self.nfe = torch.zeros(samples, dtype=torch.int64, device=log_prior.device)
-        self._terms: list[Tensor] = []  # one round each, (B, C, N), zero where a class took no part
+        self._totals: list[Tensor] = []  # one round each, float64, (B, C), zero where a class took no part
+        self._terms: list[Tensor] = []  # the same with the draws last, (B, C, N): they say how noisy the totals are
+        self._ends: list[Tensor] = []
         self._cost: list[int] = []
         self._took_part: list[Tensor] = []
 
@@ -107,16 +111,24 @@ class Rounds:
         """Return what the next round has to evaluate: (sample, class) in rows, shape (P, 2)."""
         return (self.active & (self.active.sum(1, keepdim=True) > 1)).nonzero()
 
-    def add(self, pairs: Tensor, terms: Tensor, nfe: int) -> None:
-        """Add a round: the terms (P, N) of these (sample, class) pairs, at `nfe` evaluations a pair."""
-        filled = terms.new_zeros(*self.active.shape, terms.shape[1])
-        took_part = torch.zeros_like(self.active)
-        filled[pairs[:, 0], pairs[:, 1]] = terms
-        took_part[pairs[:, 0], pairs[:, 1]] = True
-        self._terms.append(filled)
-        self._took_part.append(took_part)
+    def add(self, pairs: Tensor, totals: Tensor, terms: Tensor, ends: Tensor, nfe: int) -> None:
+        """Add a round of these (sample, class) pairs.
+
+        Arguments:
+            totals: of each pair, shape (P,).
+            terms: of each draw, whose noise is that of the total, shape (P, N).
+            ends: 1 at the last draw that the nodes' shift decides, -1 at the first, else 0, shape (P, N).
+            nfe: evaluations of a pair.
+        """
+        own = pairs.unbind(1)
+        self._totals.append(totals.new_zeros(self.active.shape).index_put(own, totals))
+        self._terms.append(terms.new_zeros(*self.active.shape, terms.shape[1]).index_put(own, terms))
+        ends_of = terms.new_zeros(len(self.active), 1, terms.shape[1])
+        ends_of[own[0], 0] = ends.to(terms.dtype)
+        self._ends.append(ends_of)
+        self._took_part.append(torch.zeros_like(self.active).index_put(own, self.active.new_ones(())))
         self._cost.append(nfe)
-        self.nfe += nfe * took_part.sum(1)
+        self.nfe += nfe * self._took_part[-1].sum(1)
 
     def drop(self, level: float) -> None:
         """Drop every class whose posterior is below the best one's, each at a one-sided error of `level`.
@@ -128,7 +140,8 @@ class Rounds:
         best = self.best()[:, None]
         share, log_odds = self._share(), self.log_likelihood() + self.log_prior
         log_odds = log_odds - log_odds.gather(1, best)
-        variance, nu = self._variance(lambda r, g: share[r][..., None] * (g - _of(g, best)))
+        variance, nu, shift = self._variance(lambda r, g: share[r][..., None] * (g - _of(g, best)))
+        variance = variance + shift
         others = self.active.scatter(1, best, False)
         mean = (variance * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
         spread = torch.maximum(variance, mean).sqrt()
@@ -136,17 +149,15 @@ class Rounds:
 
     def best(self) -> Tensor:
         """Return the class of the highest posterior among those still in, shape (B,)."""
-        share = self._share()
-        own = sum(a * g.sum(2, dtype=torch.float64) for a, g in zip(share, self._terms)) + self.log_prior
+        own = sum(a * total for a, total in zip(self._share(), self._totals)) + self.log_prior
         return own.masked_fill(~self.active, -torch.inf).argmax(1)
 
     def log_likelihood(self) -> Tensor:
         """Return L_c, without what is common to all classes, nats, float64, shape (B, C)."""
-        best, share, total = self.best()[:, None], self._share(), 0.0
-        for a, g in zip(share, self._terms):
-            own = g.sum(2, dtype=torch.float64)
-            total = total + a * own + (a.gather(1, best) - a) * own.gather(1, best)
-        return total
+        best, found = self.best()[:, None], 0.0
+        for a, total in zip(self._share(), self._totals):
+            found = found + a * total + (a.gather(1, best) - a) * total.gather(1, best)
+        return found
 
     def stderr(self) -> Tensor:
         """Return the standard error of each L_c, shape (B, C)."""
@@ -156,7 +167,7 @@ class Rounds:
             a = share[r]
             return a[..., None] * g + (a.gather(1, best) - a)[..., None] * _of(g, best)
 
-        return widened(*self._variance(contrast)).sqrt()
+        return self._stderr(contrast)
 
     def log_posterior_stderr(self, posterior: Tensor) -> Tensor:
         r"""Return the standard error of each log-posterior, shape (B, C), to first order in the terms' noise.
@@ -170,7 +181,7 @@ class Rounds:
             p = p / p.sum(1, keepdim=True).clamp(min=1e-300)
             return share[r][..., None] * (g - (p[:, None] @ g.to(torch.float64)))
 
-        return widened(*self._variance(contrast)).sqrt()
+        return self._stderr(contrast)
 
     def _share(self) -> list[Tensor]:
         """Return a_{c r} of every round, float64, shape (B, C)."""
@@ -178,14 +189,20 @@ class Rounds:
         total = sum(spent)
         return [s / total for s in spent]
 
-    def _variance(self, contrast: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _stderr(self, contrast: Callable[[int, Tensor], Tensor]) -> Tensor:
+        variance, nu, shift = self._variance(contrast)
+        return (widened(variance, nu) + shift).sqrt()
+
+    def _variance(self, contrast: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the variance of a sum of contrasts over all rounds, and its degrees of freedom, (B, C) each."""
-        variance = spread = 0.0
-        for r, g in enumerate(self._terms):
-            of_round, nu = successive_variance(contrast(r, g))
+        variance = spread = shift = 0.0
+        for r, (g, ends) in enumerate(zip(self._terms, self._ends)):
+            c = contrast(r, g)
+            of_round, nu = successive_variance(c)
             variance = variance + of_round
             spread = spread + of_round.square() / nu
-        return variance, (variance.square() / spread.clamp(min=1e-300)).clamp(min=1.0)
+            shift = shift + shift_variance((c * ends).sum(-1))
+        return variance, (variance.square() / spread.clamp(min=1e-300)).clamp(min=1.0), shift
 
 
 def round_sizes(nfe: int) -> list[int]:
