@@ -11,7 +11,7 @@ from ..estimator.graphs import Run
 from ..estimator.samples import Samples
 from ..program.row_program import RowProgram
 from ..support import memory
-from .flow_ends import truncation_by_program
+from .flow_ends import truncation_by_jacobians
 from .flow_frame import Course, Frame
 from .flow_program import Grid, ProgramField
 from .flow_replay import depends_on, why_not
@@ -32,7 +32,7 @@ class ProgramCourse(NamedTuple):
             steps: how long they are.
             beyond: whether the course has what lies beyond its ends.
         """
-        clean, noisy = torch.tensor(self.frame.ends, dtype=torch.float64, device="cpu").split(1)
+        clean, noisy = self.frame.both_ends().split(1)
         grid = self.frame.grid(torch.cat([clean, times, noisy]) if beyond else times)
 
         def run(samples: Samples) -> tuple[Tensor, ...]:
@@ -43,12 +43,12 @@ class ProgramCourse(NamedTuple):
 
     def truncation(self, samples: Samples, rows: int, end: Tensor) -> tuple[Tensor, int]:
         """Return what lies beyond both ends of paths that end there, (B,), and how often the network was called."""
-        grid = self.frame.grid(torch.tensor(self.frame.ends, dtype=torch.float64, device="cpu"))
+        grid = self.frame.grid(self.frame.both_ends())
 
         def run(samples: Samples, end: Tensor) -> tuple[Tensor, ...]:
             field = self._field(samples)
             at_clean, at_noisy = field.points(grid)
-            return (truncation_by_program(field, at_clean, at_noisy, self.frame.start(samples), end).to(end.dtype),)
+            return (truncation_by_jacobians(field, at_clean, at_noisy, self.frame.start(samples), end).to(end.dtype),)
 
         (found,) = self._replayed(run, samples, rows, grid, ("ends",), end)
         return found, len(grid)
@@ -65,7 +65,7 @@ class ProgramCourse(NamedTuple):
         log_prob = self.frame.log_prob(samples, change)
         if clean is None:
             return log_prob, y
-        return log_prob, y, truncation_by_program(field, clean, next(points), first, y).to(y.dtype)
+        return log_prob, y, truncation_by_jacobians(field, clean, next(points), first, y).to(y.dtype)
 
     def _field(self, samples: Samples) -> ProgramField:
         return ProgramField(self.frame.density, samples, self.program, self.frame.scale)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..process.masks import inside
-from .flow_field import COLUMNS, Field, dot, vjp
+from .flow_field import COLUMNS, Field, Time, dot, vjp
 from .flow_program import Point, ProgramField
 
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
@@ -50,34 +50,36 @@ class _Shape(NamedTuple):
         return _Shape(self.square, first, second, 1 - self.seen, 1 - 2 * self.seen + self.seen_square)
 
 
-def truncation(field: Field, clean: Tensor, noisy: Tensor) -> Tensor:
+def truncation(field: Field, at_clean: Time, at_noisy: Time, clean: Tensor, noisy: Tensor) -> Tensor:
     """Estimate what the ends of the path leave out of log p, nats, float64, shape (B,): of both, their sizes' sum.
 
     It takes two evaluations of the network with their traces.
 
     Arguments:
         field: the right-hand side of the ODE.
+        at_clean, at_noisy: the ends of the path.
         clean, noisy: where the path of each sample starts and ends, (B, d).
     """
-    at_clean, at_noisy = field.table(torch.tensor(field.ends, dtype=torch.float64, device="cpu"))
+    if field.exact and clean.shape[1] <= COLUMNS:
+        return truncation_by_jacobians(field, at_clean, at_noisy, clean, noisy)
     d, mask = field.samples.dims, field.samples.mask
     with torch.enable_grad():
         y = clean.detach().requires_grad_()
-        noise = _shape(field, inside(y, mask) + (1 - at_clean.t) * field.velocity(at_clean, y), y, at_clean.t)
+        noise = _shape(field, field.noise(at_clean, y), y, at_clean.t)
         y = noisy.detach().requires_grad_()
-        p = _shape(field, inside(y, mask) + (1 - at_noisy.t) * field.velocity(at_noisy, y), y, at_noisy.t)
-        eps_q, _ = field.reference.eps_and_divergence(y, 1 - at_noisy.t, at_noisy.t, mask)
+        p = _shape(field, field.noise(at_noisy, y), y, at_noisy.t)
+        eps_q, _ = at_noisy.level.eps_and_divergence(y, mask)
         q = _shape(field, eps_q, y, at_noisy.t)
     return _beyond(noise, p, q, d)
 
 
-def truncation_by_program(
-    field: ProgramField, at_clean: Point, at_noisy: Point, clean: Tensor, noisy: Tensor
+def truncation_by_jacobians(
+    field: Field | ProgramField, at_clean: Time | Point, at_noisy: Time | Point, clean: Tensor, noisy: Tensor
 ) -> Tensor:
-    """Return `truncation` by a row program's Jacobians, at the clean and the noisy end."""
+    """Return `truncation` by whole Jacobians, at the clean and the noisy end."""
     d, mask = field.samples.dims, field.samples.mask
-    noise = _shape_of(*field.noise(at_clean, clean), at_clean.t, d)
-    p = _shape_of(*field.noise(at_noisy, noisy), at_noisy.t, d)
+    noise = _shape_of(*field.noise_and_jacobian(at_clean, clean), at_clean.t, d)
+    p = _shape_of(*field.noise_and_jacobian(at_noisy, noisy), at_noisy.t, d)
     q = _shape_of(*at_noisy.level.eps_and_jacobian(noisy, mask), at_noisy.t, d)
     return _beyond(noise, p, q, d)
 
@@ -106,17 +108,21 @@ def _node(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
     """Return what is known of a Gaussian from the noise seen in y, (B, d)."""
-    mask = field.samples.mask
+    mask, first = field.samples.mask, 0
     mean, mean_square = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
+    product, noise = torch.zeros_like(y), eps.detach()
     for v in field.cotangents.split(COLUMNS):
         v = v.expand(-1, *y.shape)
-        product = inside(vjp(eps, y, v, create_graph=False), mask)
-        mean += dot(product, v).sum(0)
-        mean_square += product.square().sum((0, 2))
-    product = inside(torch.autograd.grad(eps, y, eps.detach())[0], mask)
-    dims = field.samples.dims
+        found, last = inside(vjp(eps, y, v, create_graph=False), mask), first + len(v)
+        mean += dot(found, v).sum(0)
+        mean_square += found.square().sum((0, 2))
+        if field.exact:  # row i of the Jacobian, by y
+            product += torch.einsum("bi,ibj->bj", noise[:, first:last], found)
+        first = last
+    if not field.exact:
+        product = inside(torch.autograd.grad(eps, y, noise)[0], mask)
     copies = 1 if field.exact else len(field.cotangents)
-    return _seen(eps.detach(), product, mean / copies, mean_square / copies, t, dims)
+    return _seen(noise, product, mean / copies, mean_square / copies, t, field.samples.dims)
 
 
 def _shape_of(eps: Tensor, jacobian: Tensor, t: float, dims: int | Tensor) -> _Shape:

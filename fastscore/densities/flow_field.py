@@ -32,19 +32,21 @@ from ..ops import noise
 from ..process.masks import inside
 from ..process.network import predict
 from ..process.predictions import eps_from
+from ..reference.levels import Level
 from ..support.autocast import own_dtypes
 from ..support.host import whole
 from ..support.untouched import uncompiled
 
+TABLES = 1 << 22  # numbers that the tables of some times take together, at most
 COLUMNS = 32  # backward passes in one call; it bounds their memory
 FEW_DIM = 13  # where probes are drawn without repetition; beyond, two of sixteen agree in one of 68 samples at most
 dot = own_dtypes(torch.linalg.vecdot)
 
 
 class Time(NamedTuple):
-    """What the field needs to know of a time t of the path: numbers that it decides, and the schedule's own time.
+    """What the field needs to know of a time t of the path: the numbers that it decides, and more.
 
-    x_t = scale y, and v = c_f output + c_y y.
+    x_t = scale y, and v = c_f output + c_y y. `own` is the schedule's own time, `level` what the reference is there.
     """
 
     t: float
@@ -52,6 +54,7 @@ class Time(NamedTuple):
     c_f: float
     c_y: float
     own: Tensor
+    level: Level
 
 
 class Field:
@@ -75,7 +78,7 @@ class Field:
     ) -> None:
         self.density, self.samples, self.ends, self.scale, self.nfe = density, samples, ends, scale, 0
         self.learned = learned(density, samples)
-        self.reference = density.reference.scaled(1 / scale)
+        self.reference = density.reference.scaled(1 / scale).tensors()
         self.exact = signs is None
         self.cotangents = signs
         if signs is None:
@@ -83,12 +86,19 @@ class Field:
             self.cotangents = torch.eye(d, dtype=samples.x.dtype, device=samples.device)[:, None]
 
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.at(self.table(t[None])[0], state[0])
+        return self.at(next(self.times(t[None])), state[0])
 
-    def table(self, t: Tensor) -> list[Time]:
-        """Return the times of a grid, all evaluated at once."""
-        rows, time = numbers_of(self.density, self.scale, self.ends, t)
-        return [Time(*row, own) for row, own in zip(rows.tolist(), time.to(self.samples.x.device).split(1))]
+    def times(self, t: Tensor) -> Iterator[Time]:
+        """Yield what is known of times t (T,) in their order, some evaluated at once (`TABLES` bounds their memory)."""
+        x, mask = self.samples.x, self.samples.mask
+        numbers, own = numbers_of(self.density, self.scale, self.ends, t)
+        here = torch.stack([numbers[:, 0], own.double()]).to(x.device)
+        size = max(1, TABLES // (4 * x.shape[1] * len(self.reference[0]) * (1 if mask is None else len(x))))
+        for start in range(0, len(numbers), size):
+            rows, (there, own) = numbers[start : start + size].tolist(), here[:, start : start + size]
+            sigmas = [row[0] for row in rows]
+            levels = Level.each(self.reference, 1 - there, there, sigmas, x.shape[1], x.dtype, mask)
+            yield from (Time(*row, *of_row) for row, of_row in zip(rows, zip(own.split(1), levels)))
 
     def at(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity (B, d) and the rate of log(p / q) (B, columns), differentiable.
@@ -106,6 +116,18 @@ class Field:
             output = predict(density.model, x_t[:, None], time.own, samples.conds[0], samples.shape, density.time_dtype)
         return inside(torch.add(time.c_f * output[:, 0], y, alpha=time.c_y), samples.mask)
 
+    def noise(self, time: Time, y: Tensor) -> Tensor:
+        """Return the noise that the network sees in y, (B, d)."""
+        return inside(y, self.samples.mask) + (1 - time.t) * self.velocity(time, y)
+
+    def noise_and_jacobian(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `noise` and its Jacobian, entry (j, i) by y_i, (B, i, j), without a graph; of the exact trace."""
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            eps = self.noise(time, y)
+        found = vjp(eps, y, self.cotangents.expand(-1, *y.shape), create_graph=False)
+        return eps.detach(), inside(found, self.samples.mask).permute(1, 2, 0)
+
     def terms(self, time: Time, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,).
 
@@ -114,7 +136,7 @@ class Field:
         """
         velocity = self.velocity(time, y)
         mask = self.samples.mask
-        eps_q, divergence_q = self.reference.eps_and_divergence(at, 1 - time.t, time.t, mask)
+        eps_q, divergence_q = time.level.eps_and_divergence(at, mask)
         gap = velocity - inside(eps_q - at, mask) / (1 - time.t)
         rest = -dot(gap, eps_q) / time.t
         # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.

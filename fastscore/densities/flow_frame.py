@@ -49,6 +49,10 @@ class Frame(NamedTuple):
         clean, noisy = time_of(torch.tensor([hi, lo], dtype=torch.float64, device="cpu"), scale).tolist()
         return cls(density, scale, (clean, noisy), math.exp(-hi))
 
+    def both_ends(self) -> Tensor:
+        """Return the times of both ends, float64, on the host."""
+        return torch.tensor(self.ends, dtype=torch.float64, device="cpu")
+
     def steps(self, count: int) -> Tensor:
         """Return the times that a path is cut at into so many steps, float64, on the host."""
         first, last = (math.sqrt(end) for end in self.ends)

@@ -15,7 +15,7 @@ from ..estimator.samples import Samples
 from ..program.row_program import RowProgram
 from .flow_course import ProgramCourse
 from .flow_ends import truncation
-from .flow_field import Field, kinds, rademacher
+from .flow_field import Field, Time, kinds, rademacher
 from .flow_frame import Course, Frame
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")  # of torchdiffeq
@@ -65,20 +65,24 @@ class Flow:
         All that the times decide is evaluated once, before the first step.
 
         Arguments:
-            beyond: whether the course should have `truncation` where that comes with it.
+            beyond: whether the course should have `truncation`, which no gradient goes through.
         """
         cuts = self.frame.steps(steps)
         times, lengths = torch.stack([cuts[:-1], (cuts[:-1] + cuts[1:]) / 2], 1).flatten(), cuts.diff().tolist()
+        beyond = beyond and not torch.is_grad_enabled()
         if self.course is not None and not torch.is_grad_enabled():
             return self.course.midpoint(self.samples, self.rows, times, lengths, beyond)
         field = self._field()
-        table = field.table(times)
-        y, change = self._start()
-        for step, at_start, at_middle in zip(lengths, table[::2], table[1::2]):
-            velocity = checkpoint(field.velocity, at_start, y, use_reentrant=False)
+        (first, change), (at_clean, at_noisy) = self._start(), self.frame.both_ends().split(1)
+        points = field.times(torch.cat([at_clean, times, at_noisy]) if beyond else times)
+        y, clean = first, next(points) if beyond else None
+        for step, at_start, at_middle in zip(lengths, points, points):
+            velocity = self._velocity(field, at_start, y)
             velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
-        return Course(self.frame.log_prob(self.samples, change), y, field.nfe)
+        log_prob = self.frame.log_prob(self.samples, change)
+        left = None if clean is None else truncation(field, clean, next(points), first, y).to(y.dtype)
+        return Course(log_prob, y, field.nfe, left)
 
     def solve(
         self, odeint: Callable[..., tuple[Tensor, Tensor]], method: str, steps: int, rtol: float, atol: float
@@ -95,7 +99,15 @@ class Flow:
         if self.course is not None:
             return self.course.truncation(self.samples, self.rows, end)
         field = self._field()
-        return truncation(field, self._start()[0], end).to(end.dtype), field.nfe
+        left = truncation(field, *field.times(self.frame.both_ends()), self._start()[0], end)
+        return left.to(end.dtype), field.nfe
+
+    @staticmethod
+    def _velocity(field: Field, time: Time, y: Tensor) -> Tensor:
+        """Return the velocity alone; for a backward pass nothing but y is kept of it."""
+        if not torch.is_grad_enabled():
+            return field.velocity(time, y)
+        return checkpoint(field.velocity, time, y, use_reentrant=False)
 
     def _of(self, samples: Samples) -> Flow:
         found = copy(self)

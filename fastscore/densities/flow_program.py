@@ -24,9 +24,7 @@ from ..process.network import cast_time, model_dtype
 from ..program.row_program import RowProgram
 from ..program.verification import ProgramMismatch
 from ..reference.levels import Level
-from .flow_field import dot, numbers_of
-
-TABLES = 1 << 22  # numbers that the tables of some times take together, at most
+from .flow_field import TABLES, dot, numbers_of
 
 
 @torch.no_grad()
@@ -137,7 +135,7 @@ class ProgramField:
         rate = torch.add(constant, trace, alpha=point.c_f * point.scale)
         return velocity, torch.sub(rate, dot(gap, eps_q), alpha=1 / point.t)
 
-    def noise(self, point: Point, y: Tensor) -> tuple[Tensor, Tensor]:
+    def noise_and_jacobian(self, point: Point, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise that the network sees in y, (B, d), and its Jacobian, entry (j, i) by y_i, (B, i, j)."""
         mask, rest = self.samples.mask, 1 - point.t
         velocity, jacobian = self._with_jacobian(point, y)
