@@ -21,6 +21,7 @@ def of_densities(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     assert_type(density.estimate(x, nfe=64, y=labels), fs.Estimate)
     assert_type(density.compare(x, {"y": labels}, {"y": 1}), fs.Comparison)
     assert_type(fs.compare_densities(density, density, x, nfe=64, y=labels), fs.Comparison)
+    assert_type(fs.Comparison.cat([density.compare(x, {"y": labels}, {"y": 1})]), fs.Comparison)
     assert_type(density.log_snr_range, tuple[float, float])
     assert_type(fs.Transformed(density, transforms.zscore(0.0, 2.0)).estimate(x), fs.Estimate)
     assert_type(fs.ZeroMeanDensity(model, fs.VP(), "eps").estimate(x), fs.Estimate)

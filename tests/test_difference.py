@@ -189,6 +189,34 @@ def test_conditions_masks_and_batches_are_those_of_an_estimate():
     assert float((plain.difference - whole.difference).abs().min()) > 0
 
 
+def test_comparisons_of_batches_are_joined_to_that_of_all_samples():
+    a, b = checkpoints()
+    whole = fs.compare_densities(a, b, X, nfe=64)
+    batches = list(zip(X.split(50), torch.arange(len(X)).split(50)))
+    joined = fs.Comparison.cat([fs.compare_densities(a, b, x, nfe=64, sample_index=index) for x, index in batches])
+    for found, expected in zip((*joined, joined.truncation_per_sample), (*whole, whole.truncation_per_sample)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # of float32
+    assert joined.mean() == pytest.approx(whole.mean(), rel=1e-4, abs=1e-5)
+    with pytest.raises(ValueError, match=r"50 of 100 samples have the .*sample_index of another one"):
+        fs.Comparison.cat([fs.compare_densities(a, b, x, nfe=16) for x, _ in batches[:2]])
+    with pytest.raises(TypeError, match=r"Comparison.cat takes a list of comparisons, got a single Comparison"):
+        fs.Comparison.cat(whole)
+    with pytest.raises(ValueError, match="there are no comparisons to join"):
+        fs.Comparison.cat([])
+
+
+def test_arrays_of_a_comparison_are_copies():
+    a, b = checkpoints()
+    found = fs.compare_densities(a, b, X[:5], nfe=16, sample_index=torch.arange(3, 8))
+    arrays, kept = found.numpy(), found.difference.clone()
+    assert {name: array.shape for name, array in arrays.items()} == dict.fromkeys(
+        ("difference", "stderr", "sample_index", "truncation"), (5,)
+    )
+    assert arrays["sample_index"].tolist() == [3, 4, 5, 6, 7]
+    arrays["difference"][:] = 0
+    assert torch.equal(found.difference, kept)
+
+
 def test_many_samples_go_in_slices_and_little_memory():
     a, b = (fs.ScoreDensity(Nearly(nn.Identity(), size), fs.VP(), "eps", program=False) for size in (0.1, 0.2))
 

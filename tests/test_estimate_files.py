@@ -158,7 +158,7 @@ def test_what_cannot_be_one_estimate_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"estimates that are joined {message}; call one density"):
             fs.Estimate.cat([found, other])
-    with pytest.raises(ValueError, match="there is no estimate to join"):
+    with pytest.raises(ValueError, match="there are no estimates to join"):
         fs.Estimate.cat([])
     with pytest.raises(ValueError, match=r"an estimate is saved to a \.npz file, got .*x\.csv"):
         found.save(tmp_path / "x.csv")

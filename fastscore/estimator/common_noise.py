@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,22 +10,12 @@ from torch import Tensor
 from ..support.warn import warn
 
 
-class Noised(Protocol):
-    """What has a seed and an index of the noise of each of its samples, int64, shape (B,)."""
-
-    @property
-    def seed(self) -> Tensor: ...
-
-    @property
-    def sample_index(self) -> Tensor: ...
-
-
-def refuse_common_noise(estimates: Sequence[Noised]) -> None:
-    """Raise ValueError where samples of two estimates have the same noise."""
-    keys = (torch.cat([each.seed for each in estimates]), torch.cat([each.sample_index for each in estimates]))
-    if again := _repeated(*keys):
+def refuse_common_noise(*keys: Sequence[Tensor]) -> None:
+    """Raise ValueError where samples of several batches have the same keys: of every batch the index, and the seed."""
+    joined = [torch.cat(list(each)) for each in keys]
+    if again := _repeated(*joined):
         raise ValueError(
-            f"{again} of {len(keys[0])} samples have the seed and the sample_index of another one, and so the same "
+            f"{again} of {len(joined[0])} samples have the seed and the sample_index of another one, and so the same "
             "noise, of which the error of their mean would know nothing; give every batch its place among all samples, "
             "sample_index=torch.arange(start, start + len(x))"
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .common_noise import warn_of_common_noise
+from .common_noise import refuse_common_noise, warn_of_common_noise
 from .curve import ends, truncation
+from .joining import list_of
 from .part import Part
 from .rules import group_of
 from .samples import Samples
@@ -40,6 +42,25 @@ class Comparison:
     sample_index: Tensor
     ends: Tensor
 
+    @classmethod
+    def cat(cls, comparisons: Sequence[Comparison]) -> Comparison:
+        """Return the comparison of the samples of several, in their order, as one call on all of them has it.
+
+            >>> batches = zip(data.split(100), torch.arange(len(data)).split(100))
+            >>> parts = [density.compare(x, a, b, sample_index=index) for x, index in batches]
+            >>> Comparison.cat(parts).mean()
+
+        Arguments:
+            comparisons: one at least, on one device, of the same two things with one `nfe` and one `seed`.
+
+        Raises:
+            TypeError: for what is no list of comparisons.
+            ValueError: for none, and where samples of two batches have one `sample_index`, as they have without one.
+        """
+        parts = list_of(Comparison, "comparisons", comparisons)
+        refuse_common_noise([part.sample_index for part in parts])
+        return cls(**{each.name: torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)})
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.difference, self.stderr))
 
@@ -53,6 +74,15 @@ class Comparison:
 
     def _mean(self) -> tuple[float, float]:
         return GroupSums.of(self.difference, self.jump, group_of(self.sample_index)).told()
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Return what is known of each sample in copies on the host, each of shape (B,).
+
+        difference, stderr and truncation in nats, sample_index int64.
+        """
+        found = {name: getattr(self, name) for name in ("difference", "stderr", "sample_index")}
+        found["truncation"] = self.truncation_per_sample
+        return {name: value.detach().cpu().numpy().copy() for name, value in found.items()}
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
 from .common_noise import refuse_common_noise, warn_of_common_noise
 from .curve import SUMS, Curve, CurveSum, table_error, truncation
 from .faults import Faults
+from .joining import list_of
 from .rules import group_of
 from .saved import PER_SAMPLE, WORDS
 from .statistics import GroupSums
@@ -93,13 +94,9 @@ class Estimate:
             ValueError: for none, for estimates that differ in these, and where samples of two batches have the same
                 noise, since each began to count at 0: no error of their mean would know of it.
         """
-        parts = list(estimates) if isinstance(estimates, Iterable) else []
-        others = [type(each).__name__ for each in parts if not isinstance(each, Estimate)]
-        if others or not isinstance(estimates, Iterable):
-            got = f"a list with {others[0]}" if others else f"a single {type(estimates).__name__}"
-            raise TypeError(f"Estimate.cat takes a list of estimates, got {got}; give [first, second, ...]")
+        parts = list_of(Estimate, "estimates", estimates)
         _refuse_unlike(parts)
-        refuse_common_noise(parts)
+        refuse_common_noise([part.seed for part in parts], [part.sample_index for part in parts])
         counts = [len(part.log_prob) for part in parts]
         alike = len({part.dims if isinstance(part.dims, int) else None for part in parts}) == 1
         one = parts[0].dims if alike else None
@@ -315,8 +312,6 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Estimate:
 
 def _refuse_unlike(estimates: Sequence[Estimate]) -> None:
     """Raise ValueError where estimates cannot be one, with what differs."""
-    if not estimates:
-        raise ValueError("there is no estimate to join, expected one at least")
     for name, values in {
         "methods": [each.method for each in estimates],
         "kinds of noise": [each.noise for each in estimates],

@@ -125,10 +125,10 @@ def log_prob_with_gradients(on, name):
     return value, x.grad, [p.grad for p in made.model.parameters() if p.grad is not None]
 
 
-@row("ScoreDensity.compare", "Comparison", "Comparison.mean")
+@row("ScoreDensity.compare", "Comparison", "Comparison.mean", "Comparison.cat", "Comparison.numpy")
 def compare(on):
     found = of(on).compare(on(X), {"label": on(LABELS)}, {"label": on(LABELS.flip(0))}, nfe=NFE)
-    return *found, *found.mean()
+    return *found, *found.mean(), *fs.Comparison.cat([found]), [v.tolist() for v in found.numpy().values()]
 
 
 @row("ScoreDensity.fit", each=[f"kind {kind}" for kind in candidates.KINDS if kind != "images"])
