@@ -152,8 +152,9 @@ def ends(f: Tensor, table: EndTable, slowest: tuple[float, float]) -> Tensor:
     pairs = torch.stack([means, spreads], -1).unflatten(-2, (2, 2)).flatten(-2)
     shape = pairs.shape[:-1]
     found = torch.cat([pairs, table.at.expand(*shape, 2), pairs.new_empty(*shape, 1)], -1)
+    rates = found[..., 6]
     for end, rate in enumerate(slowest):
-        found[..., end, 6] = rate
+        rates[..., end].fill_(rate)
     return found
 
 

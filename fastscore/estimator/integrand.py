@@ -30,6 +30,7 @@ from ..process.network import model_dtype, predict
 from ..program.row_program import RowProgram, Timed
 from ..reference.gaussians import Reference
 from ..support import memory
+from ..support.host import all_finite
 from ..support.untouched import uncompiled
 from .network import PROBE_ROWS, Network
 from .rows import Draws, Rows
@@ -194,9 +195,9 @@ def _fused(samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> 
 
 def check_finite(f: Tensor, samples: Samples, rule: Rule) -> None:
     """Raise ValueError for NaN or inf, naming the first sample and its log-SNR."""
-    finite = torch.isfinite(f)
-    if bool(finite.all()):
+    if all_finite(f):
         return
+    finite = torch.isfinite(f)
     if finite.dim() == 3:
         finite = finite.all(1)
     b, s = (int(i) for i in (~finite).nonzero()[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..process.conditions import Conditions
 from ..process.masks import mask_rows
 from ..process.network import model_device
-from ..support.host import as_tensor, dense_form, layout_of
+from ..support.host import all_finite, as_tensor, dense_form, layout_of
 from .rules import group_of
 
 MOST_SAMPLES = 1 << 60  # whose noise is each its own: 60 bits of the counter are the index
@@ -124,9 +124,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 def refuse_not_finite(x: Tensor, masked: bool = False) -> None:
     """Raise ValueError if rows have NaN or inf, also in entries that a mask leaves out; this waits for the device."""
-    finite = torch.isfinite(x)
-    if bool(finite.all()):
+    if all_finite(x):
         return
+    finite = torch.isfinite(x)
     bad = (~finite).any(1).nonzero()
     remedy = "remove them" + ", or give entries that the mask leaves out a number: torch.nan_to_num(x)" * masked
     raise ValueError(f"x has NaN or inf in {len(bad)} of {len(x)} samples, first in sample {int(bad[0])}; {remedy}")

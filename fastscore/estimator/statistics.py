@@ -109,17 +109,19 @@ class Spread(NamedTuple):
                 its slope and its bends have to be left out.
         """
         terms = _terms(f, rule)
+        first = terms.diff(dim=-1)
+        second = first.diff(dim=-1)
         if own is None:
-            variance, nu = successive_variance(terms)
+            variance, nu = _successive(first, second)
             draws, missed = 1.5 * nu, torch.zeros_like(variance)  # nu is 2N/3 where all draws count alike
         else:
-            variance, nu = third_variance(terms)
+            variance, nu = _third(second)
             variance, draws = own.inflation * variance, nu / 0.43
             missed = unseen(terms[..., : own.coarse], rule.even[..., : own.coarse])
-        third = bends(terms).pow(3).sum(-1) / 0.75  # of a bend's third moment: 1 - 2 / 8 of a term's
+        third = torch.linalg.vecdot(second.square(), second) / 6  # 2^3 - 2 times a term's third moment
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
-        share = KNOWN / (KNOWN + draws)
-        return cls(variance, nu, share * 8 / (dims * draws) + (1 - share) * seen, _jump(terms, rule), missed)
+        skewness = (8 * KNOWN / (dims * draws) + draws * seen) / (KNOWN + draws)
+        return cls(variance, nu, skewness, _jump(terms, rule), missed)
 
     def widened(self) -> Tensor:
         r"""Return variances such that +- 1.96 standard errors cover 95 % under Student's t, with skewness and jump.
@@ -156,40 +158,47 @@ def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     Arguments:
         terms: float64, shape (..., N), ascending in log-SNR.
     """
-    n = terms.shape[-1]
-    variance, nu = _mean_square(terms.diff(dim=-1), n, 2.0, 2.0)
+    first = terms.diff(dim=-1)
+    return _successive(first, first.diff(dim=-1))
+
+
+def _successive(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `successive_variance` from the terms' differences, and those of these."""
+    n = first.shape[-1] + 1
+    variance, nu = _mean_square(first, n, 2.0, 2.0)
     if n < FEWEST_BENDS:
         return variance, nu
-    straight, own_nu = _mean_square(bends(terms), n, 1.5, 1.54)
-    steep = variance > (1 + STEEP / own_nu.sqrt()) * straight
+    straight, own_nu = _mean_square(second, n, 6.0, 1.54)
+    steep = variance > (1 + STEEP * own_nu.rsqrt()) * straight
     return torch.where(steep, straight, variance), torch.where(steep, own_nu, nu)
 
 
-def third_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return what `successive_variance` does by third differences, which see neither a slope nor a parabola.
+def _third(second: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return what `_successive` does by third differences, which see neither a slope nor a parabola.
 
     They have :math:`1.3 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom, 0.43 N for even noise.
     """
-    return _mean_square(terms.diff(n=3, dim=-1), terms.shape[-1], 20.0, 1.3)
+    return _mean_square(second.diff(dim=-1), second.shape[-1] + 2, 20.0, 1.3)
 
 
 def bends(terms: Tensor) -> Tensor:
     """Return how far each inner term lies above the mean of its neighbours, shape (..., N - 2)."""
-    return terms[..., 1:-1] - 0.5 * (terms[..., :-2] + terms[..., 2:])
+    return -0.5 * terms.diff(n=2, dim=-1)
 
 
 def _mean_square(differences: Tensor, n: int, share: float, freedom: float) -> tuple[Tensor, Tensor]:
     """Return the variance of a sum of n terms by differences that have `share` times a term's, with their freedom."""
     square = differences.square()
-    total = square.sum(-1)
+    total, fourth = square.sum(-1), torch.linalg.vecdot(square, square)
     # At least one degree of freedom, also where there is no noise at all.
-    nu = (freedom * total.square() / square.square().sum(-1).clamp(min=1e-300)).clamp(min=1.0)
-    return total * n / (share * differences.shape[-1]), nu
+    nu = (freedom * total.square() / fourth.clamp(min=1e-300)).clamp(min=1.0)
+    return total * (n / (share * differences.shape[-1])), nu
 
 
 def widened(variance: Tensor, nu: Tensor) -> Tensor:
     """Return a variance such that +- 1.96 standard errors cover 95 % under Student's t with nu degrees of freedom."""
-    return (1 + 1.21 / nu + 1.44 / nu**2).square() * variance
+    rest = 1 / nu
+    return (1 + rest * (1.21 + 1.44 * rest)).square() * variance
 
 
 def student_quantile(tail: float, nu: Tensor) -> Tensor:

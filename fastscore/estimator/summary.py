@@ -54,7 +54,8 @@ class Summary:
             self._by_torch(part, samples, found)
 
     def _by_torch(self, part: Part, samples: Samples, found: Round) -> None:
-        chosen, rule, f = part.samples, part.rule, part.block(part.f)
+        chosen, rule, flat = part.samples, part.rule, part.f.to(torch.float64)
+        f = part.block(flat)
         x, mask = samples.entries(chosen)
         value = self.method.base(self.reference, x, self.schedule, mask) + part.flat(draw_sum(f, rule))
         found.value[chosen] = value
@@ -63,7 +64,7 @@ class Summary:
         spread = Spread(*map(part.flat, spread))
         found.variance[:, chosen], found.jump[chosen] = calibrated(spread, self.nfe, self.calibration), spread.jump
         found.ends[chosen] = part.flat(ends(f, part.ends, self.nodes.slowest_decay))
-        found.curve_sum.add(part.f, rule.log_snr)
+        found.curve_sum.add(flat, rule.log_snr)
         if rule.trapezoids.error.numel():
             found.rule_error[chosen] = part.flat(error_of_rule(f, rule.curve, rule.trapezoids))
         if self.method is not DENSITY:

@@ -235,9 +235,10 @@ class Reference(FittedBuffers):
         if self.full:  # the norm is the same in the eigenbasis
             basis = self.basis[0].to(x.dtype)
             y, eps = y @ basis, eps @ basis
-        signal = (alpha**2)[:, None] * self.variance  # (R, d) or (R, 1)
-        total = signal + (sigma**2)[:, None]
-        keep, pull = (signal / total).to(x.dtype), ((alpha * sigma)[:, None] / total).to(x.dtype)
+        alpha, sigma = alpha[:, None], sigma[:, None]
+        signal = alpha**2 * self.variance  # (R, d) or (R, 1)
+        total = torch.addcmul(signal, sigma, sigma)
+        keep, pull = (signal / total).to(x.dtype), (alpha * sigma / total).to(x.dtype)
         if keep.shape[1] > 1:
             return torch.linalg.vector_norm(keep * eps - pull * y[:, None], dim=-1).square()
         # Isotropic, the default: inner products instead of passes over the rows.

@@ -103,3 +103,9 @@ def positive(name: str, value: object, unit: str) -> float:
     if isinstance(value, str) or not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive ({unit}), got {value!r}")
     return number
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return whether no number is NaN or inf; this waits for the device."""
+    # Their sum tells it in one pass, unless numbers are so large that it is not finite though they are.
+    return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x).all())
