@@ -233,9 +233,10 @@ class ScoreDensity(NetworkDensity):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
         if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
-            warn_if_unresolved(network, samples, self.reference, plan.chunks.per_call or plan.chunks.rows)
+            at_once = plan.chunks.per_call or plan.chunks.rows
+            warn_if_unresolved(network, samples, self.reference, at_once)
             if self.fitted_shape is None:  # fit has compared the network with what it saw of the data
-                warn_if_implausible(network, samples, self.reference)
+                warn_if_implausible(network, samples, self.reference, at_once)
         estimator = Estimator(network, reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             replay = self.replays.find(parts, estimator, samples, plan, wanted) if target_stderr is None else None

@@ -97,7 +97,7 @@ def test_a_network_of_many_small_operators_is_called_with_more_rows():
     density.estimate(x, nfe=16)
     # An output is 128 bytes and 200 of them live at once: 5 MiB are 200 rows and would write 26 KB an operator. 384 KiB
     # are 3,072 rows, and the whole chunk of 36 MiB has 1,400.
-    calls = net.rows[7:]  # without the probes of memory, of rows and of the least noise
+    calls = net.rows[8:]  # without the probes of memory, of rows, of the least noise and of both ends
     assert sum(calls) == 2048 * 16
     assert max(calls) <= (36 << 20) // (200 * 128)
     assert min(calls) > 1000
@@ -109,7 +109,7 @@ def test_calls_of_a_chunk_are_equal(monkeypatch):
     chunks = Chunks(rows=21 * 16, per_call=15 * 16)
     monkeypatch.setattr("fastscore.estimator.planner.plan_chunks", lambda *_: chunks)
     fs.ScoreDensity(net, fs.VP(), "eps", program=False).estimate(torch.randn(42, 32), nfe=16)
-    assert net.rows[7:] == [11 * 16, 10 * 16] * 2  # and not 15 and 6
+    assert net.rows[8:] == [11 * 16, 10 * 16] * 2  # and not 15 and 6
 
 
 class Wide(nn.Module):
@@ -121,6 +121,16 @@ class Wide(nn.Module):
 
     def forward(self, x, t):
         return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(("schedule", "predicts"), [(fs.VP(), "eps"), (fs.FlowMatching(), "flow")])
+@pytest.mark.parametrize("rows", [4, 6, 40])
+def test_a_first_call_asks_the_network_within_the_budget(schedule, predicts, rows):
+    # A row writes 4,096 floats twice. Nothing asks for fewer than the four rows that the memory of one is measured on;
+    # the checks of the network, which want 24 and more, take as many at once as the budget has.
+    budget = rows * 2 * 4096 * 4 + 100_000  # weights of the draws and sums
+    density = fs.ScoreDensity(Wide(), schedule, predicts, program=False)
+    assert peak_bytes(lambda: density.estimate(torch.randn(3, 8), nfe=16, memory=budget)) < budget
 
 
 class Identity(nn.Module):

@@ -31,11 +31,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..process.network import predict
 from ..process.predictions import coefficients
 from ..process.schedules import FlowMatching
 from ..reference.gaussians import Reference
 from ..support.warn import warn
+from .asking import ask
 from .network import Network
 from .samples import Samples
 
@@ -56,13 +56,13 @@ def may_be_coupled(network: Network, samples: Samples) -> bool:
     return flow and samples.x.numel() >= ENOUGH
 
 
-def warn_if_coupled(network: Network, samples: Samples, reference: Reference) -> None:
+def warn_if_coupled(network: Network, samples: Samples, reference: Reference, rows_at_once: int) -> None:
     """Warn where a flow's predictions follow the noise at the noisy end, and the data at the clean one.
 
     The network is called for at most 4 samples with 8 rows each (more below d = 32), and once for two rows of at most
     16 samples where that looks coupled.
     """
-    shares = coupled_shares(network, samples, reference)
+    shares = coupled_shares(network, samples, reference, rows_at_once)
     if shares is not None:
         warn(
             "this flow looks trained with coupled noise (optimal transport, reflow), or not trained to the end: where "
@@ -75,38 +75,43 @@ def warn_if_coupled(network: Network, samples: Samples, reference: Reference) ->
 
 
 @torch.no_grad()
-def coupled_shares(network: Network, samples: Samples, reference: Reference) -> tuple[float, float] | None:
+def coupled_shares(
+    network: Network, samples: Samples, reference: Reference, rows_at_once: int = 1 << 30
+) -> tuple[float, float] | None:
     """Return the shares of the data's and of the noise's variance, None where nothing looks coupled."""
     total, variance = _scales(samples.x, reference)
     lo, hi = network.schedule.log_snr_range
     noisiest = min(max(math.log(SIGNAL / total), lo), hi)
     if math.exp(noisiest) * variance > REACHED:
         return None
-    moved = _moved_by_noise(network, samples, noisiest)
+    moved = _moved_by_noise(network, samples, noisiest, rows_at_once)
     share = float(moved.square().sum(-1).sum(1).median() / (moved.shape[1] - 1) / variance)
     if not SHARES[0] < share < SHARES[1] or _alignment(moved.flatten(0, 1), samples.x) < ALIGNED:
         return None
-    noise = _of_the_data(network, samples.select(slice(0, MANY if samples.x.shape[1] <= VALUES else FEW)))
+    some = samples.select(slice(0, MANY if samples.x.shape[1] <= VALUES else FEW))
+    noise = _of_the_data(network, some, rows_at_once)
     return (share, noise) if SHARES[0] < noise < SHARES[1] else None
 
 
-def _moved_by_noise(network: Network, samples: Samples, log_snr: float) -> Tensor:
+def _moved_by_noise(network: Network, samples: Samples, log_snr: float, rows_at_once: int) -> Tensor:
     """Return how far the predicted data of some samples lie from their mean over rows of noise, (samples, rows, d)."""
     rows, moved = max(LEAST_ROWS, math.ceil(VALUES / samples.x.shape[1])), []
     for i in range(min(FEW, len(samples))):
-        x_hat, _ = _split(network, samples.select(slice(i, i + 1)), log_snr, rows, seed=i)
+        x_hat, _ = _split(network, samples.select(slice(i, i + 1)), log_snr, rows, i, rows_at_once)
         moved.append(x_hat - x_hat.mean(1, keepdim=True))
     return torch.cat(moved).double()
 
 
-def _of_the_data(network: Network, samples: Samples) -> float:
+def _of_the_data(network: Network, samples: Samples, rows_at_once: int) -> float:
     """Return the share of the predicted noise that two rows of one data point have in common, near the clean end."""
     lo, hi = network.log_snr_range
-    _, eps = _split(network, samples, lo + CLEAN * (hi - lo), rows=2, seed=FEW)
+    _, eps = _split(network, samples, lo + CLEAN * (hi - lo), 2, FEW, rows_at_once)
     return float(eps.double().prod(1).mean())
 
 
-def _split(network: Network, samples: Samples, log_snr: float, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+def _split(
+    network: Network, samples: Samples, log_snr: float, rows: int, seed: int, rows_at_once: int
+) -> tuple[Tensor, Tensor]:
     """Return the data and the noise, (B, R, d), that the network sees in rows x_t, by prediction = a eps + b x."""
     time = network.schedule.time(torch.tensor([log_snr], dtype=torch.float64, device="cpu"))
     size, generator = (len(samples), rows, samples.x.shape[1]), torch.Generator().manual_seed(seed)
@@ -114,7 +119,7 @@ def _split(network: Network, samples: Samples, log_snr: float, rows: int, seed: 
     alpha, sigma = network.schedule.alpha_sigma(time)
     x_t = alpha.to(noise) * samples.x[:, None] + sigma.to(noise) * noise
     times = time.expand(rows).to(samples.device)
-    prediction = predict(network.model, x_t, times, samples.conds[0], samples.shape, network.time_dtype)
+    prediction = ask(network, samples, x_t, times, rows_at_once)
     a, b, _ = coefficients(network.predicts, network.schedule, time)
     whole = (sigma * b - a * alpha).to(x_t)
     x_hat = (sigma.to(x_t) * prediction - a.to(x_t) * x_t) / whole

@@ -171,7 +171,7 @@ class Planner:
                 probe.warn_of_coupling(network.model, samples, *options, most)
             if may_be_coupled(network, samples) and self.first("noise", network, samples):
                 with uncompiled(), undisturbed(network.model):
-                    warn_if_coupled(network, samples, reference)
+                    warn_if_coupled(network, samples, reference, most)
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         self._plans.pop(key, None)

@@ -18,11 +18,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..process.network import predict
 from ..process.predictions import coefficients
 from ..reference.gaussians import Reference
 from ..support.untouched import uncompiled
 from ..support.warn import warn
+from .asking import ask
 from .network import Network
 from .samples import Samples
 
@@ -30,10 +30,10 @@ WORSE = 0.25  # by which m may be above m_q; of trained networks it is by 0.02 a
 NUMBERS, LEAST_ROWS = 64, 4  # that a mean square is taken of, rows of a sample at least
 
 
-def warn_if_implausible(network: Network, samples: Samples, reference: Reference) -> None:
-    """Warn where the network misses far more of the noise than the reference; it is called once, for two samples."""
+def warn_if_implausible(network: Network, samples: Samples, reference: Reference, rows_at_once: int) -> None:
+    """Warn where the network misses far more of the noise than the reference, of which two samples are asked."""
     with uncompiled():
-        missed = missed_shares(network, samples, reference)
+        missed = missed_shares(network, samples, reference, rows_at_once)
     for end, (own, other) in zip(("noisiest", "least noisy"), missed.tolist()):
         if own - other > WORSE:
             warn(
@@ -46,7 +46,7 @@ def warn_if_implausible(network: Network, samples: Samples, reference: Reference
 
 
 @torch.no_grad()
-def missed_shares(network: Network, samples: Samples, reference: Reference) -> Tensor:
+def missed_shares(network: Network, samples: Samples, reference: Reference, rows_at_once: int = 1 << 30) -> Tensor:
     """Return m and m_q at the noisy end and at the clean one, float64, shape (2, 2)."""
     two = samples.select(torch.tensor(sorted({0, len(samples) - 1}), device=samples.device))
     rows = max(LEAST_ROWS, math.ceil(NUMBERS / two.x.shape[1]))
@@ -57,7 +57,7 @@ def missed_shares(network: Network, samples: Samples, reference: Reference) -> T
     alpha, sigma = (v.to(eps) for v in network.schedule.alpha_sigma(time))
     x_t = alpha[:, None] * x + sigma[:, None] * eps
     x_t = x_t if mask is None else torch.where(mask, x_t, x)
-    answer = predict(network.model, x_t, time.to(x.device), two.conds[0], two.shape, network.time_dtype)
+    answer = ask(network, two, x_t, time.to(x.device), rows_at_once)
     a, b, c = (v.to(eps)[:, None] for v in coefficients(network.predicts, network.schedule, time))
     of_reference = eps - reference.eps(x_t, alpha, sigma, mask)
     missed = torch.stack([c * (a * eps + b * x - answer), of_reference]).double().square()

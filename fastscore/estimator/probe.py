@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..process.network import predict
 from ..process.schedules import Schedule
+from ..support.memory import even
 from ..support.untouched import uncompiled, undisturbed
 from ..support.warn import warn
 from .samples import Samples
@@ -56,7 +57,7 @@ def warn_of_coupling(
         most: rows that fit into memory at once.
     """
     with uncompiled(), undisturbed(model), torch.no_grad():
-        found = _Asked(model, samples, schedule, span, time_dtype).what_differs(most)
+        found = _Asked(model, samples, schedule, span, time_dtype, most).what_differs()
     if found is not None:
         warn(f"the network {found}", NetworkWarning)
 
@@ -64,7 +65,8 @@ def warn_of_coupling(
 class _Asked:
     """A network with eight rows, two samples at four times, that are put together into batches.
 
-    Row k is of sample k % 2, at time k // 2.
+    Row k is of sample k % 2, at time k // 2. Where memory holds `most` rows at once, a batch that has more goes in
+    several calls, as it does in an estimate: what rows that never meet do to each other is no matter.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class _Asked:
         schedule: Schedule,
         span: tuple[float, float],
         time_dtype: torch.dtype | None,
+        most: int,
     ) -> None:
-        self.model, self.time_dtype = model, time_dtype
+        self.model, self.time_dtype, self.most = model, time_dtype, max(1, most)
         self.two = samples.select(torch.tensor([0, len(samples) - 1], device=samples.device))
         # As noised as they will be, and apart even where both are the same sample.
         noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
@@ -88,7 +91,11 @@ class _Asked:
         self.tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
     def call(self, kind: Tensor) -> Tensor:
-        """Return the answers for a batch of such rows, as one sample with many rows, each with a time of its own."""
+        """Return the answers for a batch of such rows."""
+        return torch.cat([self._call(part) for part in kind.split(even(len(kind), self.most))])
+
+    def _call(self, kind: Tensor) -> Tensor:
+        """Return them from one call, as of one sample with many rows, each with a time of its own."""
         kind = kind.to(self.noise.device)
         which, when = kind % 2, kind // 2
         rows = self.two.select(which)
@@ -97,7 +104,7 @@ class _Asked:
         answer = predict(self.model, x_t[None], self.times[when], cond, rows.shape, self.time_dtype)[0]
         return answer.clone()  # the network may write every answer into the same memory
 
-    def what_differs(self, most: int) -> str | None:
+    def what_differs(self) -> str | None:
         eval_mode = "call model.eval(), or " if any(layer.training for layer in self.model.modules()) else ""
         kind = torch.arange(8, device="cpu").repeat(COPIES)
         batch = self.call(kind)
@@ -109,7 +116,7 @@ class _Asked:
                     "on the rows of an expert; make every row independent"
                 )
             return f"answers differently for the same row in one batch: {RANDOM}; {eval_mode}turn them off"
-        many = max(FEWEST_ROWS, min(most, MOST_ROWS, MOST_NUMBERS // self.noise.shape[1]))
+        many = max(FEWEST_ROWS, min(self.most, MOST_ROWS, MOST_NUMBERS // self.noise.shape[1]))
         company = torch.arange(8 * COPIES, device="cpu") % 2 + 2  # rows 2 and 3, at the second time
         noisiest, cleanest = torch.arange(many, device="cpu") % 2 + 4, torch.tensor([7, 7, 7], device="cpu")
         others = [company, noisiest, cleanest]

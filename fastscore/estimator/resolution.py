@@ -21,11 +21,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ..process.network import predict
 from ..process.predictions import coefficients
 from ..reference.gaussians import Reference
 from ..support.untouched import uncompiled
 from ..support.warn import warn
+from .asking import ask
 from .network import Network
 from .samples import Samples
 
@@ -86,13 +86,9 @@ def count_unresolved(network: Network, one: Samples, reference: Reference, rows_
     time = network.schedule.time(torch.full((count,), highest, dtype=torch.float64, device="cpu"))
     alpha, sigma = (v.to(one.device) for v in network.schedule.alpha_sigma(time))
     x_t = torch.where(seen, alpha.to(one.x)[:, None] * one.x[:, None] + sigma.to(one.x)[:, None] * eps, one.x[:, None])
-    parts = [slice(i, i + max(1, rows_at_once)) for i in range(0, count, max(1, rows_at_once))]
-    times = time.to(one.device)
-    answers = [
-        predict(network.model, x_t[:, part], times[part], one.conds[0], one.shape, network.time_dtype) for part in parts
-    ]
+    answers = ask(network, one, x_t, time.to(one.device), rows_at_once)
     a, b, c = (v.to(one.x)[:, None] for v in coefficients(network.predicts, network.schedule, time))
-    missed = (c * (a * eps + b * one.x[:, None] - torch.cat(answers, 1)))[0, :, seen].double()
+    missed = (c * (a * eps + b * one.x[:, None] - answers))[0, :, seen].double()
     # All rows are at one time, of which the reference needs one table.
     rows_mask = None if one.mask is None else one.mask[:, None]
     of_reference = reference.eps(x_t[0, :, None].double(), alpha[:1], sigma[:1], rows_mask)[:, 0]
