@@ -71,7 +71,9 @@ def test_small_images_and_long_samples_have_the_reference(monkeypatch):
     monkeypatch.setattr(control, "LEAST_DIMS", 192)
     monkeypatch.setattr(control, "MOST_BYTES", 2 * 64 * 192 * 4)
     assert make().estimate(X[:2], nfe=64).control == "self"
-    assert make().estimate(X[:2], nfe=65).control == "reference"
+    with pytest.warns(UserWarning, match=r'so that control="auto" is "reference".*give control="self"'):
+        assert make().estimate(X[:2], nfe=65).control == "reference"
+    assert make().estimate(X[:2], nfe=65, control="self").control == "self"
 
 
 def test_the_memory_is_no_reason_for_another_number():

@@ -208,3 +208,26 @@ def test_a_layer_that_learns_in_train_mode_sees_no_nan():
     with pytest.warns(UserWarning, match="train mode"):
         fs.ScoreDensity(net, SCHEDULE, "eps").log_prob(X, nfe=16)
     assert bool(torch.isfinite(net.norm.running_mean).all())
+
+
+class Expanded(nn.Module):
+    """A layer whose buffer is one number that stands for many, and counts its calls elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((2, 1), 2.0).expand(2, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t):
+        self.calls += 1
+        self._buffers["scale"][:, :1] += 1  # as one of its numbers
+        return self.linear(x) * self.scale[0]
+
+
+def test_an_expanded_buffer_is_put_back_as_any_other():
+    net = Expanded().train()
+    before = net.scale.clone()
+    fs.ScoreDensity(net, SCHEDULE, "eps").estimate(X, nfe=16)
+    assert torch.equal(net.scale, before)
+    assert float(net.calls) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..support.warn import warn
 from .nodes import FittedNodes
 from .planner import Wanted
 from .samples import Samples
@@ -13,6 +14,7 @@ LEAST_DIMS = 192
 # That residuals and noise of one sample may take in an estimate that did not ask for them. A number of its own, and not
 # a share of the memory, since the same call has to give the same answer whatever the memory is.
 MOST_BYTES = 1 << 28
+TOO_MANY = f"residuals and noise of one sample may take more than {MOST_BYTES >> 20} MiB"
 
 
 def check_control(control: str, method: str, nfe: int, masked: bool) -> None:
@@ -47,7 +49,13 @@ def control_of(control: str, noise: str, nodes: FittedNodes, samples: Samples, w
     check_control(control, wanted.method.name, wanted.nfe, samples.mask is not None)
     if control != "auto":
         return control
-    return "reference" if why_reference(noise, nodes, samples, wanted) else "self"
+    reason = why_reference(noise, nodes, samples, wanted)
+    if reason == TOO_MANY:
+        warn(
+            f'{TOO_MANY} at so many evaluations, so that control="auto" is "reference", whose errors on images are '
+            'several times larger; give control="self", which keeps them, or average fewer evaluations over seeds'
+        )
+    return "self" if reason is None else "reference"
 
 
 def why_reference(noise: str, nodes: FittedNodes, samples: Samples, wanted: Wanted) -> str | None:
@@ -67,5 +75,5 @@ def why_not_tried(noise: str, samples: Samples, wanted: Wanted) -> str | None:
     if noise == "sobol":
         return 'noise="sobol" was asked for, and draws that are fitted to each other have independent noise'
     if 2 * max(wanted.nfe, wanted.most) * d * samples.x.element_size() > MOST_BYTES:
-        return f"residuals and noise of one sample may take more than {MOST_BYTES >> 20} MiB"
+        return TOO_MANY
     return None

@@ -99,7 +99,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def contents(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return tensors with a copy of each, for `put_back`; those of inference mode nobody writes to."""
-    return [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
+    writable = (_once(tensor.detach()) for tensor in tensors if not tensor.is_inference())
+    return [(tensor, tensor.clone()) for tensor in writable]
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Return the numbers of an expanded tensor once, which are written through one place alone."""
+    if tensor.layout is torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())):
+            if size > 1 and stride == 0:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 @torch.no_grad()
