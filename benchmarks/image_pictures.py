@@ -9,6 +9,7 @@ from pictures import FASTSCORE, ODE, PEER, PLAIN
 
 NETWORK = "unet, 32 x 32 x 3"
 STYLES = {
+    "plain, all timesteps": (PLAIN, ""),
     "plain, importance-sampled times": (PLAIN, ":"),
     "plain, low-discrepancy times": (PLAIN, "--"),
     "plain, learned schedule": (PLAIN, "-"),
@@ -28,12 +29,13 @@ def images(rows: list[dict], variance: list[dict], ranked: list[dict]) -> Figure
     for name, (colour, line) in STYLES.items():
         own = [row for row in rows if (row["network"], row["method"]) == (NETWORK, name)]
         error = [(row["variance x evaluations"] / row["evaluations"]) ** 0.5 for row in own]
-        style = {"color": colour, "linestyle": line, "marker": ".", "label": name}
+        style = {"color": colour, "linestyle": line, "marker": "." if line else "s", "label": name}
         evaluations.plot([row["evaluations"] for row in own], error, **style)
         seconds.plot([row["ms a sample"] / 1000 for row in own], error, **style)
         for row in variance:
             if (row["network"], row["method"]) == (NETWORK, name):
-                place.plot(row["log-SNR"], row["density"], color=colour, linestyle=line)
+                density = [value or np.nan for value in row["density"]]  # no draw was there
+                place.plot(row["log-SNR"], density, color=colour, linestyle=line)
     for row in (row for row in rows if row["network"] == NETWORK and row["method"].startswith("ODE")):
         error = (row["variance x evaluations"] / row["evaluations"]) ** 0.5
         mark = {
@@ -46,7 +48,7 @@ def images(rows: list[dict], variance: list[dict], ranked: list[dict]) -> Figure
         seconds.plot(row["ms a sample"] / 1000, error, **mark)
     evaluations.set(xscale="log", yscale="log", xlabel="evaluations per sample", ylabel="standard deviation, nats")
     seconds.set(xscale="log", yscale="log", xlabel="seconds per sample, one thread", ylabel="standard deviation, nats")
-    place.set(yscale="log", xlabel="log-SNR", ylabel="nats² per unit of log-SNR", title="variance x evaluations")
+    place.set(yscale="log", xlabel="log-SNR", ylabel="nats² per unit of log-SNR", title="variance x 256 evaluations")
     evaluations.set_title(NETWORK)
     for ax in (evaluations, seconds, place):
         ax.grid(alpha=0.25)
