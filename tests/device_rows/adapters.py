@@ -217,6 +217,7 @@ def from_model(on):
 
 @row(each=adapters.__all__)
 def adapter(on, name):
+    assert name in globals(), f"the adapter {name} needs a function of its name in {__file__}, such as from_torchcfm's"
     found = []
     for made in globals()[name](on):
         inner = getattr(made, "density", made)
