@@ -42,7 +42,7 @@ def test_conditions_of_a_data_set(tmp_path):
 def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
     def stop(added, more):
         calls.append(1)
-        if len(calls) > 9:  # seven calls or eight are the probes
+        if len(calls) > 10:  # eight calls or nine are the probes
             raise KeyboardInterrupt
         return added + more["shift"] if "shift" in more else added
 

@@ -114,9 +114,10 @@ def test_data_outside_of_the_levels_are_warned_of_once(tmp_path, recwarn, mask):
     evaluate_dataset(density(), x, tmp_path / "inside.npz", **options)
     x[3], x[9, 0], x[15] = 1.0, -1.0, -1.5  # high is outside, low inside
     evaluate_dataset(density(), x, tmp_path / "none.npz", **options | {"bins": None})
-    assert [str(warning.message) for warning in recwarn] == []
+    untrained = "the noise that the network predicts is off"
+    assert [str(warning.message) for warning in recwarn if untrained not in str(warning.message)] == []
     evaluate_dataset(density(), x, tmp_path / "r.npz", **options)
-    (warning,) = recwarn
+    (warning,) = (warning for warning in recwarn if untrained not in str(warning.message))
     outside, entries = (4, 40) if mask is None else (2, 20)
     assert str(warning.message).startswith(
         f"{outside} of {entries} entries of the data lie outside [low, high) = [-1, 1), where the 256 levels are"
@@ -158,7 +159,7 @@ def interrupted(tmp_path):
     """An unfinished run with some blocks, and the bytes of an uninterrupted one."""
     evaluate_dataset(density(), samples(), tmp_path / "whole.npz", **OPTIONS)
     with pytest.raises(Interrupted, match=r"3 of 7 blocks are kept in .*r\.npz\.partial"):
-        evaluate_dataset(density(calls=11), samples(), tmp_path / "r.npz", **OPTIONS)  # eight calls are the probes
+        evaluate_dataset(density(calls=12), samples(), tmp_path / "r.npz", **OPTIONS)  # nine calls are the probes
     return tmp_path / "r.npz", (tmp_path / "whole.npz").read_bytes()
 
 

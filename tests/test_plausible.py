@@ -20,7 +20,7 @@ SAID = r"off by .* of the noise's mean square, where a Gaussian's is by .*does i
 def shares(net, schedule, predicts, x=X, **options):
     density = fs.ScoreDensity(net, schedule, predicts, program=False)
     samples = density.check(x, None, {}, **options)
-    return missed_shares(network_of(density), samples, density.reference)
+    return missed_shares(network_of(density), samples, density.reference).mean(1)
 
 
 @pytest.mark.parametrize("schedule", [fs.VP(), fs.DDPM.linear(1000), fs.FlowMatching(), fs.EDM()], ids=str)

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from ..process.masks import inside
+from ..support.autocast import own_dtypes
 from .flow_field import COLUMNS, Field, Time, dot, vjp
 from .flow_program import Point, ProgramField
 
+einsum = own_dtypes(torch.einsum)
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
 
 
@@ -117,7 +119,7 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
         mean += dot(found, v).sum(0)
         mean_square += found.square().sum((0, 2))
         if field.exact:  # row i of the Jacobian, by y
-            product += torch.einsum("bi,ibj->bj", noise[:, first:last], found)
+            product += einsum("bi,ibj->bj", noise[:, first:last], found)
         first = last
     if not field.exact:
         product = inside(torch.autograd.grad(eps, y, noise)[0], mask)
@@ -125,6 +127,7 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
     return _seen(noise, product, mean / copies, mean_square / copies, t, field.samples.dims)
 
 
+@own_dtypes
 def _shape_of(eps: Tensor, jacobian: Tensor, t: float, dims: int | Tensor) -> _Shape:
     """Return `_shape` from the noise (B, d) and its whole Jacobian, entry (j, i) by y_i at (b, i, j), or one of all."""
     exact = jacobian.double()

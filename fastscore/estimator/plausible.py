@@ -27,15 +27,17 @@ from .network import Network
 from .samples import Samples
 
 WORSE = 0.25  # by which m may be above m_q; of trained networks it is by 0.02 at the noisy end, and below at the other
+FAR = 5.0  # standard deviations of the reference
 NUMBERS, LEAST_ROWS = 64, 4  # that a mean square is taken of, rows of a sample at least
 
 
 def warn_if_implausible(network: Network, samples: Samples, reference: Reference, rows_at_once: int) -> None:
-    """Warn where the network misses far more of the noise than the reference, of which two samples are asked."""
+    """Warn where the network misses far more of the noise than the reference, whichever of two samples is asked."""
     with uncompiled():
         missed = missed_shares(network, samples, reference, rows_at_once)
-    for end, (own, other) in zip(("noisiest", "least noisy"), missed.tolist()):
-        if own - other > WORSE:
+    for end, shares in zip(("noisiest", "least noisy"), missed.tolist()):
+        own, other = min(shares, key=lambda share: share[0] - share[1])  # of an outlier both may be anything
+        if own - other > WORSE * max(1.0, other):  # which is large where x lies far from the reference
             warn(
                 f"at the {end} time the noise that the network predicts is off by {own:.3g} of the noise's mean "
                 f"square, where a Gaussian's is by {other:.3g}: does it predict {network.predicts!r} (predicts=), does "
@@ -47,7 +49,10 @@ def warn_if_implausible(network: Network, samples: Samples, reference: Reference
 
 @torch.no_grad()
 def missed_shares(network: Network, samples: Samples, reference: Reference, rows_at_once: int = 1 << 30) -> Tensor:
-    """Return m and m_q at the noisy end and at the clean one, float64, shape (2, 2)."""
+    """Return m and m_q of the first and the last sample at the noisy and at the clean end, float64, (2, samples, 2).
+
+    They are zero of a sample far outside of the reference, of which right networks may miss any share.
+    """
     two = samples.select(torch.tensor(sorted({0, len(samples) - 1}), device=samples.device))
     rows = max(LEAST_ROWS, math.ceil(NUMBERS / two.x.shape[1]))
     ends = torch.tensor(network.log_snr_range, dtype=torch.float64, device="cpu").repeat_interleave(rows)
@@ -62,5 +67,6 @@ def missed_shares(network: Network, samples: Samples, reference: Reference, rows
     of_reference = eps - reference.eps(x_t, alpha, sigma, mask)
     missed = torch.stack([c * (a * eps + b * x - answer), of_reference]).double().square()
     if mask is not None:
-        missed = torch.where(mask, missed, 0) / two.mask.double().mean()
-    return missed.unflatten(2, (2, rows)).mean((1, 3, 4)).T
+        missed = torch.where(mask, missed, 0) / two.mask.double().mean(1)[:, None, None]
+    near = two.x.double().square().mean(1) < (FAR * reference.scales()[1]) ** 2
+    return (missed.unflatten(2, (2, rows)).mean((3, 4)) * near[:, None]).permute(2, 1, 0)
