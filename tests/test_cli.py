@@ -147,6 +147,39 @@ def test_fit(folder):
     np.testing.assert_allclose(np.load("r.npz")["stderr"], whole.stderr, rtol=1e-5)
 
 
+def test_a_network_that_misses_a_condition_in_the_fit_says_where_it_comes_from(folder):
+    (folder / "picky.py").write_text(
+        "import zoo\n"
+        "class Net(zoo.Net):\n"
+        "    def forward(self, x, t, y=None):\n"
+        "        if y is None:\n"
+        "            raise ValueError('y should be provided')\n"
+        "        return super().forward(x, t)\n"
+    )
+    np.save("y.npy", np.zeros(N, np.int64))
+    command = ["evaluate", "picky:Net", "data.npy", "--schedule", "vp", "--predicts", "eps", "--cond", "y=y.npy"]
+    done = CliRunner().invoke(main, [*command, "--fit", "data.npy", "--out", "r.npz"])
+    assert "y should be provided" in done.stderr
+    assert "--cond is of DATA alone, and the training data have --fit-cond" in done.stderr
+
+
+def test_a_fit_says_what_it_may_spend_and_takes_a_bound(folder):
+    np.save("train.npy", torch.randn(40, 2, generator=torch.Generator().manual_seed(1)).numpy())
+    command = ["evaluate", *map(str, ARGUMENTS), "--fit", "train.npy", "--out", "r.npz"]
+    done = CliRunner().invoke(main, [*command, "--fit-evaluations", "1000"])
+    assert done.stderr.startswith("fitting first, unless that was done: at most 1,000 evaluations of the network")
+    train = torch.from_numpy(np.load("train.npy"))
+    import zoo
+
+    density = fs.ScoreDensity(zoo.Net(), fs.VP(), "eps").fit(train, evaluations=1000, seed=3, progress=False)
+    whole = density.estimate(torch.from_numpy(np.load("data.npy")), nfe=32, seed=3)
+    np.testing.assert_allclose(np.load("r.npz")["stderr"], whole.stderr, rtol=1e-5)
+    done = CliRunner().invoke(main, [*command, "--restart"])
+    assert "at most 400,000 evaluations of the network, which --fit-evaluations bounds" in done.stderr
+    done = CliRunner().invoke(main, [*command[:-4], "--fit-evaluations", "1000", "--out", "other.npz"])
+    assert "fit_evaluations=1000 (--fit-evaluations) bounds a fit and there is no training data" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import platform
@@ -19,6 +20,7 @@ from typing import Any
 import click
 import torch
 
+from ..density import ScoreDensity
 from ..estimator.control import CONTROLS
 from ..estimator.estimate import Estimate
 from ..estimator.methods import METHODS
@@ -92,6 +94,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 @click.option("--target-stderr", type=float, metavar="NATS", help="Go on until every standard error is below.")
 @click.option("--max-nfe", type=click.IntRange(min=1), default=16384, show_default=True, help="Bound of that.")
 @click.option("--fit", metavar="FILE", help="Training data; fitting to some thousand samples makes errors smaller.")
+@click.option("--fit-evaluations", type=click.IntRange(min=1), help="Bound of the evaluations of the network for it.")
 @click.option("--cond", multiple=True, metavar="NAME=FILE", help="Condition: an entry a sample, or a number.")
 @click.option("--shared", multiple=True, metavar="NAME=FILE", help="Condition that all samples share.")
 @click.option("--mask", metavar="FILE", help="1 where an entry counts: of shape (N, ...), or one for all samples.")
@@ -142,6 +145,7 @@ def evaluate(
             check_conditions(model, density.core.model, arrays["cond"], "--cond")
             if fit is not None:
                 check_conditions(model, density.core.model, arrays["fit_cond"], "--fit-cond")
+                _say_what_a_fit_takes(options["fit_evaluations"], rank)
             elif fit_cond:
                 raise ValueError(f"--fit-cond {fit_cond[0]} is of training data, which --fit FILE gives; add it")
             result = evaluate_dataset(density, **arrays, identity=identity, ranks=ranks, **options)
@@ -151,7 +155,9 @@ def evaluate(
             click.echo(saved, err=True)
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+        alone = fit is not None and cond and not fit_cond and str(error).startswith("the network does not take data")
+        remedy = "; --cond is of DATA alone, and the training data have --fit-cond" if alone else ""
+        raise click.ClickException(f"{error}{remedy}") from error
     except click.ClickException:
         raise
     except Exception as error:  # of a network's code, mostly
@@ -184,6 +190,17 @@ def demo(out: str, seed: int) -> None:
     from ..demo import run_demo
 
     run_demo(out, seed=seed)
+
+
+def _say_what_a_fit_takes(evaluations: int | None, rank: int) -> None:
+    """Tell on stderr that a fit comes first, which takes minutes where nothing is seen of it."""
+    most = evaluations or inspect.signature(ScoreDensity.fit).parameters["evaluations"].default
+    if rank == 0:
+        click.echo(
+            f"fitting first, unless that was done: at most {most:,} evaluations of the network, which "
+            "--fit-evaluations bounds",
+            err=True,
+        )
 
 
 def _device(name: str, local_rank: int = 0) -> torch.device:

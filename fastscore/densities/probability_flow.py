@@ -92,6 +92,8 @@ class FlowLogProb(NamedTuple):
             value = getattr(self, name)[known]
             if bool(value.isfinite().any()):
                 parts.append(f"largest {name} about {float(value[value.isfinite()].max()):.2g}")
+            elif len(value):  # of a grid that nobody compared with a finer one
+                parts.append(f"{name} unknown")
         return f"FlowLogProb({', '.join(parts)})"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ def evaluate_dataset(
     fit: Array | None = None,
     fit_cond: dict[str, object] | None = None,
     fit_mask: Array | None = None,
+    fit_evaluations: int | None = None,
     bins: Bins = None,
     low: float = LOW,
     high: float = HIGH,
@@ -86,6 +87,7 @@ def evaluate_dataset(
         fit: training data, shape (M, *shape), for `ScoreDensity.fit` with this seed.
         fit_cond: keyword arguments of the network for these, as `cond`, with M entries.
         fit_mask: which entries of these count; it has to be given with a mask, unless that is one for all.
+        fit_evaluations: bound of the network evaluations that the fit spends; that of `ScoreDensity.fit` by default.
         bins, low, high: as in `Estimate.bits_per_dim`; data outside [low, high) are warned of.
         indices: which samples, all by default.
         identity: further names and values that a resumed run must share, such as the hash of a model file.
@@ -124,6 +126,11 @@ def evaluate_dataset(
         "max_nfe": max_nfe,
     }
     refuse_not_dense("fit data", fit)
+    if fit is None and fit_evaluations is not None:
+        raise ValueError(
+            f"fit_evaluations={fit_evaluations} (--fit-evaluations) bounds a fit and there is no training data; give "
+            "fit (--fit), or leave it out"
+        )
     fit_conditions = DataConditions.of("fit_cond", fit_cond, 0 if fit is None else len(fit))
     fitted_mask = _mask_of_fit(mask, data, fit_mask, fit)
     bins, low, high = in_numbers(bins, low, high)
@@ -139,9 +146,11 @@ def evaluate_dataset(
 
             def begin() -> tuple[str, list[int]]:
                 found = work.fingerprint(digests, fit, fit_conditions, fitted_mask)
+                found["fit evaluations"] = fit_evaluations
                 key = run.open({**(identity or {}), **found}, restart)
                 if fit is not None:
-                    _fit(work, fit, fit_conditions, fitted_mask, run, progress)
+                    spent = {} if fit_evaluations is None else {"evaluations": fit_evaluations}
+                    _fit(work, fit, fit_conditions, fitted_mask, run, progress=progress, **spent)
                 return key, [i for i in range(len(work.blocks)) if work.read(run, i, key) is None]
 
             if ranks.first and bins is not None:
@@ -212,15 +221,15 @@ def _fit(
     conditions: DataConditions,
     mask: DataMask | None,
     run: RunFolder,
-    progress: bool | None,
+    **options: Any,
 ) -> None:
     """Fit the density, or load what this run fitted before."""
     if not _load_fit(work.density.core, run):
         # Where they are: `fit` takes those that it uses to the network's device.
         x, where = take(data, slice(None)), torch.device("cpu")
         cond = conditions.at(slice(None), where, model_dtype(work.density.model, torch.float32))
-        given = {"cond": cond, "mask": None if mask is None else mask.at(slice(None), x.device)}
-        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], progress=progress, **given)
+        given = {"cond": cond, "mask": None if mask is None else mask.at(slice(None), x.device)} | options
+        work.density.fit(x, seed=work.options["seed"], memory=work.options["memory"], **given)
         stored = {name: value.cpu().numpy() for name, value in fitted_state(work.density.core).items()}
         run.write_arrays(run.fitted, stored)
 
