@@ -30,7 +30,7 @@ def evaluate(network, out):
 
 def interrupted(out, **options):
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Scaled(calls=9, **options), out)
+        evaluate(Scaled(calls=10, **options), out)
     assert RunFolder(out).blocks()
 
 
