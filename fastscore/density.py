@@ -34,9 +34,7 @@ from .estimator.network_density import NetworkDensity, check_parts, network_of, 
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, calibrate_noise, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
-from .estimator.plausible import warn_if_implausible
 from .estimator.replay import Replays
-from .estimator.resolution import clean_end_is_asked, warn_if_unresolved
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
 from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
@@ -232,11 +230,8 @@ class ScoreDensity(NetworkDensity):
         if target_stderr is None and (last := self.replays.again(parts, samples, wanted)):
             return last(samples)
         network, (plan, programs) = network_of(self), self._plan(samples, wanted, reference=reference)
-        if wanted.method is DENSITY and clean_end_is_asked() and self.planner.first("resolution", network, samples):
-            at_once = plan.chunks.per_call or plan.chunks.rows
-            warn_if_unresolved(network, samples, self.reference, at_once)
-            if self.fitted_shape is None:  # fit has compared the network with what it saw of the data
-                warn_if_implausible(network, samples, self.reference, at_once)
+        if wanted.method is DENSITY:
+            self._ask_at_the_ends(network, samples, plan)
         estimator = Estimator(network, reference, self.nodes, programs, wanted.method)
         with progress_bar(progress, total=len(samples), unit="sample", desc=method) as bar:
             replay = self.replays.find(parts, estimator, samples, plan, wanted) if target_stderr is None else None

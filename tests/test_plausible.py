@@ -9,7 +9,7 @@ from torch import nn
 
 import fastscore as fs
 from fastscore.estimator.network_density import network_of
-from fastscore.estimator.plausible import missed_shares
+from fastscore.estimator.plausible import WORSE, missed_shares
 
 D = 8
 TARGET = mixture(D)
@@ -77,6 +77,17 @@ def test_another_network_than_was_said_is_warned_of_once(name):
         density.estimate(X, nfe=16)
 
 
+def test_most_wrong_pairs_of_predictions_are_told():
+    told = []
+    for schedule in (fs.VP(), fs.DDPM.linear(1000), fs.FlowMatching()):
+        kinds = [kind for kind in ("eps", "v", "x0", "score", "flow") if kind != "flow" or not schedule.discrete]
+        for own in kinds:
+            for said in {*kinds, "denoiser"} - {own}:
+                noisy, clean = shares(ExactNet(TARGET, schedule, own), schedule, said).tolist()
+                told.append(any(own - other > WORSE * max(1, other) for own, other in (noisy, clean)))
+    assert (sum(told), len(told)) == (54, 66)  # as docs/limits.md has it
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
 def test_a_right_network_is_not_warned_of_whatever_the_data(scale):
     with warnings.catch_warnings():
@@ -102,7 +113,9 @@ def test_entries_outside_of_a_mask_do_not_count():
 
 def test_nothing_is_asked_after_fit(monkeypatch):
     asked = []
-    monkeypatch.setattr("fastscore.density.warn_if_implausible", lambda network, *_: asked.append(network))
+    monkeypatch.setattr(
+        "fastscore.estimator.network_density.warn_if_implausible", lambda network, *_: asked.append(network)
+    )
     density = fs.ScoreDensity(ExactNet(TARGET, VP), VP, "eps", program=False)
     density.estimate(X, nfe=16)
     assert len(asked) == 1

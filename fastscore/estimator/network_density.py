@@ -37,8 +37,10 @@ from .nodes import FittedNodes
 from .pilot import choose
 from .plan import Plan
 from .planner import Planner, Wanted
+from .plausible import warn_if_implausible
 from .protocol import Density
 from .replay import Replays
+from .resolution import clean_end_is_asked, warn_if_unresolved
 from .samples import Samples, check_batch, check_samples, deferred, refuse_not_finite_at
 from .schedule_ends import ScheduleEnds
 
@@ -157,6 +159,15 @@ class NetworkDensity(Density):
         for cond in samples.conds:  # with which the network has answered, if it never had before
             cond.remember(self.model, len(samples))
         return plan, programs
+
+    def _ask_at_the_ends(self, network: Network, samples: Samples, plan: Plan) -> None:
+        """Ask the network once how it answers at the ends of the range, and warn of what no density has there."""
+        if not (clean_end_is_asked() and self.planner.first("resolution", network, samples)):
+            return
+        at_once = plan.chunks.per_call or plan.chunks.rows
+        warn_if_unresolved(network, samples, self.reference, at_once)
+        if self.fitted_shape is None:  # fit has compared the network with what it saw of the data
+            warn_if_implausible(network, samples, self.reference, at_once)
 
     def _noise_kind(self, samples: Samples) -> str:
         d = samples.x.shape[1]
