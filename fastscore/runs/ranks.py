@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -41,6 +43,18 @@ def of_default_group() -> tuple[int, int]:
 
 class OtherRankFailed(RuntimeError):
     """Another process of the run failed, and says why itself."""
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End the run as Ctrl-C does, once."""
+    _ignore_sigterm()
+    raise KeyboardInterrupt
+
+
+def _ignore_sigterm() -> None:
+    """Let no SIGTERM interrupt what is said at the end of a run: torchrun sends one because the run ends."""
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass
@@ -81,7 +95,7 @@ class Ranks:
                 "of them with one torchrun"
             ) from error
         # torchrun ends the others with SIGTERM when one has failed: what is kept is said as after Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _end)
         try:
             yield ranks
         finally:
@@ -114,6 +128,7 @@ class Ranks:
         try:
             dist.all_gather_object(found, (result, own is not None), group=self.group)
         except RuntimeError as error:
+            _ignore_sigterm()
             raise own or OtherRankFailed(f"rank {self.rank}: another process is gone") from error
         failed = [rank for rank, (_, failed) in enumerate(found) if failed]
         if own is not None and failed[0] == self.rank:
