@@ -29,13 +29,13 @@ def start_and_stop(folder, how):
         # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list(folder.glob("r.npz.partial/block-*.npz"))) < 2:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, how)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     (folder / "slow").unlink()
     assert not (folder / "r.npz").exists()
     return process.returncode, stderr
