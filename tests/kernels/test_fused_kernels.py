@@ -228,7 +228,7 @@ def test_a_refused_launch_gives_way_to_a_smaller_one_once(refusing):
         assert close(*run(case, net, "diagonal"))
     assert asked == [32, 32, 16]  # with a stage ahead, without, smaller
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)  # alone: Triton's interpreter may use what numpy will drop
         run(case, net, "diagonal")
     assert asked == [32, 32, 16, 16]
 
