@@ -195,6 +195,18 @@ def test_no_alarm_where_differences_tell_nothing(kind):
     ask(Odd(kind), torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
 
 
+def test_a_network_is_asked_again_when_a_switch_of_it_has_changed():
+    """ScoreDensity(lucidrains' network).model.self_condition = True, after a first call: 8 nats off without a word."""
+    net = Cut(ExactNet(mixture(3), SCHEDULE), lambda *given: (self_conditioning if net.on else plain)(*given))
+    net.on = False
+    ask(net, x := torch.randn(5, 3))
+    net.on = True
+    with pytest.raises(ValueError, match="autograd knows of"):
+        ask(net, x)
+    net.on = False
+    ask(net, x)
+
+
 def test_a_network_is_asked_once_with_few_rows():
     class Counting(Trained):
         rows = 0

@@ -215,12 +215,7 @@ class DiffusionClassifier(nn.Module):
         The class of a pair is a condition.
         """
         which, label = pairs.unbind(1)
-        given = samples.conds[0].select(which)
-        own = {path: rows.to(which.device)[label] for path, rows in self.classes.per_sample.items()}
-        conditions = replace(given, per_sample=given.per_sample | own)
-        # The index of the sample keys the noise: all its classes see the same.
-        x, mask = samples.entries(which)
-        paired = Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
+        paired = self._paired(samples, which, label)
         f, weight, even, ends = torch.empty(4, len(which), len(draws), dtype=torch.float64, device=samples.x.device)
         network = network_of(self.density.core)
         for part in Plan(network, draws, chunks).run(paired, network.find_programs(paired), reference):
@@ -229,6 +224,13 @@ class DiffusionClassifier(nn.Module):
             for told, of_rule in ((weight, part.rule.weight), (even, part.rule.even), (ends, part.rule.ends)):
                 told[part.samples] = part.flat(of_rule.expand_as(block))
         return f, weight, even, ends
+
+    def _paired(self, samples: Samples, which: Tensor, label: Tensor) -> Samples:
+        """Return samples with classes. The index of the sample keys the noise: all its classes see the same."""
+        given, (x, mask) = samples.conds[0].select(which), samples.entries(which)
+        own = {path: rows.to(which.device)[label] for path, rows in self.classes.per_sample.items()}
+        conditions = replace(given, per_sample=given.per_sample | own)
+        return Samples(x, samples.index[which.cpu()], samples.shape, (conditions,), mask)
 
     def _prepare(
         self,
@@ -240,15 +242,19 @@ class DiffusionClassifier(nn.Module):
         cond: dict[str, Any],
         mask: Tensor | None,
     ) -> tuple[Samples, Tensor, Chunks]:
-        """Check the data with the first class; return what the network sees, log|det dx/dz|, and half of the memory."""
+        """Check the data, classes in turns; return what the network sees, log|det dx/dz|, and half of the memory."""
         twice = sorted(set(cond) & set(self.classes.structure.arguments))
         if twice:
             raise ValueError(f"{', '.join(twice)} names the class and is set by the classifier; drop it")
         z, log_det = self.density.to_network(x, mask)
         rows = self.classes.to(z.device, next(iter(self.classes.per_sample.values())).device)
-        first = rows.select(torch.zeros(len(z), dtype=torch.long, device=z.device)).marked()
-        mask, given = self.density.network_arguments(x, mask, cond | first)
+        turns = torch.arange(len(z), device=z.device) % len(self.log_prior)
+        mask, given = self.density.network_arguments(x, mask, cond | rows.select(turns).marked())
         samples, plan, _ = prepare(self.density.core, z, nfe, seed, index, memory, given, mask)
+        if len(samples) == 1:  # no two classes have met in a batch yet
+            label = torch.arange(2, device=samples.device)
+            both, core = self._paired(samples, torch.zeros_like(label), label), self.density.core
+            core.planner.ask_rows(network_of(core), both, plan.chunks.rows)
         return samples, log_det, plan.chunks._replace(rows=max(1, plan.chunks.rows // 2))
 
     def _rules(self, sizes: list[int], weighting: str, seed: int) -> list[Rules | FixedRules]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..estimator.network import Network
 from ..estimator.samples import Samples
 from ..process.masks import inside
-from ..process.network import model_dtype, predict
+from ..process.network import model_dtype, predict, switches_of
 from ..support.untouched import uncompiled
 from .flow_field import log_snr_of
 
@@ -36,7 +36,8 @@ GAP = 0.1  # least share of the derivative that is called missing, or made up
 RESOLVED = 2**-7  # least change, of the answer, that shows a gap: what a network in bfloat16 within does not lose
 ROUNDINGS = 32  # of the network's dtype: the least change that is judged at all, of the answer, and the least gap
 
-_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Networks that have passed, by their switches (`switches_of`).
+_WHOLE: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 
 
 class _Slopes(NamedTuple):
@@ -57,19 +58,20 @@ class _Slopes(NamedTuple):
 def refuse_cut_graph(network: Network, samples: Samples, scale: float) -> None:
     """Raise ValueError where autograd knows only a part of how a network's answer depends on x_t.
 
-    A network that has passed is not asked again. At each of three times it is called for 8 rows, once with its graph
-    and twice a step, of which the first or the second is enough for most; each time answers for itself, since a branch
-    may be taken at some of them only.
+    A network that has passed is not asked again until a switch of it changes. At each of three times it is called for 8
+    rows, once with its graph and twice a step, of which the first or the second is enough for most; each time answers
+    for itself, since a branch may be taken at some of them only.
 
     Arguments:
         scale: of the data, so that half of the path's times have more noise than data.
     """
-    if network.model in _WHOLE:
+    passed, now = _WHOLE.setdefault(network.model, set()), switches_of(network.model)
+    if now in passed:
         return
     with uncompiled(), torch.enable_grad():
         for log_snr in log_snr_of(torch.tensor(TIMES, dtype=torch.float64, device="cpu"), scale)[:, None]:
             _check(network, samples, network.schedule.time(log_snr.clamp(*network.log_snr_range)))
-    _WHOLE.add(network.model)
+    passed.add(now)
 
 
 def _check(network: Network, samples: Samples, time: Tensor) -> None:

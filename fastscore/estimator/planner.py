@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.noise import POINT_BYTES
+from ..process.network import switches_of
 from ..program.row_program import ONE_AT_A_TIME, RowProgram
 from ..reference.gaussians import Reference
 from ..support.host import whole
@@ -25,7 +26,7 @@ from .nodes import FittedNodes
 from .plan import Plan
 from .rows import Draws
 from .rules import make_rules
-from .samples import Samples
+from .samples import Samples, deferred
 from .self_fitted import self_fit_cost, self_fitted
 
 PLANS = 8
@@ -132,13 +133,36 @@ class Planner:
         return chunks
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
-        """Return whether something is asked of a network for the first time with such data and conditions."""
-        asked = self._asked.setdefault(network.model, set())
-        key = question, samples.shape, samples.x.dtype, tuple(cond.options() for cond in samples.conds)
+        """Return whether something is asked of a network for the first time with such data, conditions and switches."""
+        asked, key = self._asked.setdefault(network.model, set()), _question(question, network, samples)
         if key in asked or len(asked) >= MOST_ASKED:
             return False
         asked.add(key)
         return True
+
+    def ask_rows(self, network: Network, samples: Samples, most: int = probe.MOST_ROWS) -> None:
+        """Ask the network once, for each shape of data, whether its answers are its rows' own, and warn if not.
+
+        Where all samples had one condition it is asked once more when they do not: on a GPU, where looking for that
+        would wait, no later than at the first call.
+
+        Arguments:
+            most: rows that fit into memory at once.
+        """
+        with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
+            if self._first_rows(network, samples):
+                options = network.schedule, network.log_snr_range, network.time_dtype
+                probe.warn_of_coupling(network.model, samples, *options, most)
+
+    def _first_rows(self, network: Network, samples: Samples) -> bool:
+        if not any(cond.per_sample for cond in samples.conds):
+            return self.first("rows", network, samples)
+        if _question("unlike rows", network, samples) in self._asked.get(network.model, ()):
+            return False
+        first = self.first("rows", network, samples)
+        if (first or not deferred(samples.device)) and probe.unlike_first(samples) is not None:
+            return self.first("unlike rows", network, samples) or first
+        return first
 
     def forget_reference(self) -> None:
         """Measure rows, and ask about the reference, anew: another one was fitted."""
@@ -164,14 +188,11 @@ class Planner:
         )
 
     def _ask(self, network: Network, samples: Samples, reference: Reference, most: int) -> None:
-        """Ask the network once, for each shape of data, whether its answers are its rows' own, and its noise too."""
-        with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
-            if self.first("rows", network, samples):
-                options = network.schedule, network.log_snr_range, network.time_dtype
-                probe.warn_of_coupling(network.model, samples, *options, most)
-            if may_be_coupled(network, samples) and self.first("noise", network, samples):
-                with uncompiled(), undisturbed(network.model):
-                    warn_if_coupled(network, samples, reference, most)
+        """Ask the network once whether its answers are its rows' own, and its noise too."""
+        self.ask_rows(network, samples, most)
+        if may_be_coupled(network, samples) and self.first("noise", network, samples):
+            with ONE_AT_A_TIME, uncompiled(), undisturbed(network.model):
+                warn_if_coupled(network, samples, reference, most)
 
     def _keep(self, key: Hashable, plan: Plan) -> None:
         self._plans.pop(key, None)
@@ -180,3 +201,8 @@ class Planner:
         self._plans[key] = plan
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
+
+
+def _question(question: str, network: Network, samples: Samples) -> tuple:
+    options = tuple(cond.options() for cond in samples.conds)
+    return question, samples.shape, samples.x.dtype, options, switches_of(network.model)

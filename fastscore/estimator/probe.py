@@ -4,9 +4,10 @@ The density formula evaluates every row by itself, at a time of its own. Network
 time of the first row alone, choose one expert for all rows, take statistics over the batch, or drop labels at random;
 their numbers look like any others. Four calls tell: a batch of eight rows (two samples at four times) in many copies,
 as many rows of the second time, many of the noisiest, and three of the cleanest; what one of them reads of its batch,
-be it the first, the largest or the mean, is another thing in the others. Some of the second call's rows stand where
-they stood in the first, which is of the same size: their answers are the same to the bit, so that a coupling shows
-there however weak it is. Where something differs, more calls name it.
+be it the first, the largest or the mean, is another thing in the others. Where conditions differ, a fifth begins with
+the other sample. Some of the second call's rows stand where they stood in the first, which is of the same size: their
+answers are the same to the bit, so that a coupling shows there however weak it is. Where something differs, more calls
+name it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ MOST_ROWS, MOST_NUMBERS, FEWEST_ROWS = 128, 8192, 3
 SAME_PLACE = 1e-5
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
+LOOKED_AT = 32  # samples, for two whose conditions differ
+
 RANDOM = "it draws random numbers, as dropout and label dropout (class_dropout_prob, cond_drop_prob) do"
 
 
@@ -52,7 +55,7 @@ def warn_of_coupling(
     """Warn if a network answers differently for the same rows, and say what differs and what to do.
 
     Arguments:
-        samples: data; the first and the last sample are used, with their conditions.
+        samples: data; the first is used and one whose conditions are others, the last one where all have the same.
         span: the range of log-SNR; four times within it are used.
         most: rows that fit into memory at once.
     """
@@ -79,7 +82,10 @@ class _Asked:
         most: int,
     ) -> None:
         self.model, self.time_dtype, self.most = model, time_dtype, max(1, most)
-        self.two = samples.select(torch.tensor([0, len(samples) - 1], device=samples.device))
+        unlike = unlike_first(samples)
+        self.conditions_differ = unlike is not None
+        other = len(samples) - 1 if unlike is None else unlike
+        self.two = samples.select(torch.tensor([0, other], device=samples.device))
         # As noised as they will be, and apart even where both are the same sample.
         noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
         self.noise = noise.to(samples.x)
@@ -120,6 +126,8 @@ class _Asked:
         company = torch.arange(8 * COPIES, device="cpu") % 2 + 2  # rows 2 and 3, at the second time
         noisiest, cleanest = torch.arange(many, device="cpu") % 2 + 4, torch.tensor([7, 7, 7], device="cpu")
         others = [company, noisiest, cleanest]
+        if self.conditions_differ:  # but for the cleanest, where they matter least, all begin with the first sample
+            others.append(torch.tensor([3, 2, 2, 1, 0, 0], device="cpu"))
         answers = [self.call(few) for few in others]
         stayed = kind == company
         apart = not all(_same(found, batch[few], self.tolerance) for found, few in zip(answers, others))
@@ -134,10 +142,15 @@ class _Asked:
                 f"answers differently when the same batch is evaluated again: {RANDOM}, or it keeps something from "
                 f"call to call, as a cache of features does; {eval_mode}turn them off"
             )
-        if self._by_the_first_row(batch):
+        if self._by_the_first_row(batch, (2, 4, 6)):  # the first sample at other times
             return (
                 "answers for the time of the first row alone (t[0]) where a batch mixes times, as densities do; "
                 "make it use one time a row, t of shape (rows,)"
+            )
+        if self.conditions_differ and self._by_the_first_row(batch, (1, 3, 5)):
+            return (
+                "answers for the condition of the first row alone (such as y[0]) where a batch mixes conditions; make "
+                "it use one a row, or call it with samples of one condition at a time"
             )
         return (
             "lets the rows of a batch see each other (statistics over the batch, attention across it, one choice for "
@@ -145,10 +158,10 @@ class _Asked:
             f"{eval_mode}make every row independent"
         )
 
-    def _by_the_first_row(self, batch: Tensor) -> bool:
+    def _by_the_first_row(self, batch: Tensor, others: tuple[int, ...]) -> bool:
         """Return whether batches that start as the first did answer as it did, and some that start otherwise do not."""
         starts, turned = [], []
-        for other in (3, 5, 7):
+        for other in others:
             starts += [[0, other, other], [0, 0, 0, other]]
             turned += [[other, 0, 0], [other, other, other, 0]]
 
@@ -157,6 +170,18 @@ class _Asked:
             return _same(self.call(few), batch[few], self.tolerance)
 
         return all(map(same, starts)) and not all(map(same, turned))
+
+
+def unlike_first(samples: Samples) -> int | None:
+    """Return the last of some samples, `LOOKED_AT` at most, whose conditions are not the first's; None without one."""
+    at = torch.linspace(0, len(samples) - 1, min(len(samples), LOOKED_AT), device="cpu").round().long()
+    apart = torch.zeros(len(at), dtype=torch.bool, device=samples.device)
+    for cond in samples.conds:
+        for value in cond.per_sample.values():
+            some = value.detach()[at.to(value.device)]
+            apart |= (some != some[:1]).reshape(len(at), -1).any(1).to(apart.device)
+    found = apart.nonzero()
+    return int(at[int(found[-1])]) if len(found) else None
 
 
 def _same(found: Tensor, expected: Tensor, tolerance: float) -> bool:

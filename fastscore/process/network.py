@@ -19,6 +19,7 @@ from .schedules import Schedule
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
+_SWITCHES = frozenset((bool, str, float))
 _NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -243,3 +244,13 @@ def _tensor_of(output: object) -> Tensor:
         f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {kind}; "
         "put a module around it that returns the tensor"
     )
+
+
+def switches_of(model: nn.Module) -> int:
+    """Return a number that changes where a flag, a text or a fraction of any layer does.
+
+    With another `self_condition` or `cond_drop_prob` a network may answer in another way. Whole numbers are left out,
+    since some count calls, and so are modes, which `warn_if_training` looks at.
+    """
+    found = (item for layer in model.modules() for item in vars(layer).items() if type(item[1]) in _SWITCHES)
+    return hash(tuple(item for item in found if item[0] != "training"))
