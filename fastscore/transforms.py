@@ -14,7 +14,7 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, Transform, constraints
+from torch.distributions import AffineTransform, SigmoidTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from .support.host import as_float64
@@ -67,6 +67,13 @@ class Logit(Transform):
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         width = torch.log(z.new_tensor(self.high - self.low))
         return width + torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z)
+
+
+class _Sigmoid(Logit):
+    """torch's `SigmoidTransform`, by its name, without its clamps, which give data on either end a number."""
+
+    def __repr__(self) -> str:
+        return "SigmoidTransform()"
 
 
 class Whitening(Transform):
@@ -139,7 +146,12 @@ def whiten(data: Tensor, floor: float = 0.0) -> Whitening:
 
 
 def moved(transform: Transform, device: torch.device) -> Transform:
-    """Return a transform with its tensors, and those of its parts, on a device: itself, or a copy if they are not."""
+    """Return a transform with its tensors, and those of its parts, on a device: itself, or a copy if they are not.
+
+    A `SigmoidTransform` among them is one that does not clamp.
+    """
+    if type(transform) is SigmoidTransform:
+        return _Sigmoid()
     if isinstance(transform, _InverseTransform):
         forward = moved(transform.inv, device)
         return transform if forward is transform.inv else forward.inv

@@ -11,6 +11,7 @@ from torch.distributions import (
     ExpTransform,
     Independent,
     Normal,
+    SigmoidTransform,
     TanhTransform,
     TransformedDistribution,
 )
@@ -46,6 +47,7 @@ TRANSFORMS = {
     "logit": lambda: Logit(-1.0, 3.0),
     "whiten": whitening,
     "exp": ExpTransform,
+    "sigmoid": SigmoidTransform,
     "tanh, then affine": lambda: ComposeTransform([TanhTransform(), AffineTransform(2.0, 3.0)]),
     "affine event": lambda: AffineTransform(MEAN, STD, event_dim=1),
     "negative scale": lambda: AffineTransform(MEAN, -STD),
@@ -190,6 +192,16 @@ def test_half_precision_networks_leave_the_transform_alone():
             "1 of 2 samples outside or on its edge, first sample 1",
         ),
         (Logit(0, 1), torch.full((1, D), 1.5), "1 of 1 samples outside"),
+        (
+            SigmoidTransform(),
+            torch.tensor([[0.5] * D, [0.5, 0.2, 1.0, 0.1]]),
+            "SigmoidTransform.*first sample 1",
+        ),
+        (
+            ComposeTransform([SigmoidTransform(), AffineTransform(-1.0, 2.0)]),
+            torch.tensor([[-1.0] + [0.5] * (D - 1)]),
+            "outside or on its edge, first sample 0",
+        ),
         (ExpTransform(), torch.tensor([[1.0, -1.0, 1.0, 1.0]]), "outside or on its edge, first sample 0"),
         (zscore(0.0, 1.0), torch.zeros(2, D, dtype=torch.int64), "floating point, got torch.int64"),
         (zscore(0.0, 1.0), torch.zeros(D), r"got \(4,\); a single sample is x\[None\]"),
