@@ -231,3 +231,20 @@ def test_an_expanded_buffer_is_put_back_as_any_other():
     fs.ScoreDensity(net, SCHEDULE, "eps").estimate(X, nfe=16)
     assert torch.equal(net.scale, before)
     assert float(net.calls) == 0
+
+
+def test_a_graph_that_was_made_before_an_estimate_goes_backwards_after_it():
+    net = nn.Sequential(nn.Linear(X.shape[1], 8), nn.BatchNorm1d(8), nn.Linear(8, X.shape[1])).train()
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    answer = net(X)
+    fs.ScoreDensity(Timed(), SCHEDULE, "eps").estimate(X, nfe=16)
+    answer.sum().backward()  # raises where a buffer's version has moved
+    assert net[0].weight.grad is not None

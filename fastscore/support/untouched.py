@@ -98,8 +98,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def contents(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return tensors with a copy of each, for `put_back`; those of inference mode nobody writes to."""
-    writable = (_once(tensor.detach()) for tensor in tensors if not tensor.is_inference())
+    """Return tensors with a copy of each, for `put_back`; those of inference mode nobody writes to.
+
+    They are written through `data`, which counts versions of its own: a graph that the caller has kept of an earlier
+    forward stays good, since its numbers are what they were.
+    """
+    writable = (_once(tensor.data) for tensor in tensors if not tensor.is_inference())
     return [(tensor, tensor.clone()) for tensor in writable]
 
 
