@@ -98,6 +98,13 @@ def test_error_bars_cover_whatever_the_reference_was_fitted_to(masked_fit):
     assert abs(float(torch.cat(inside).double().mean()) - 0.95) < 4 * (0.95 * 0.05 / 600) ** 0.5
 
 
+def test_a_fit_says_nothing_where_no_entry_counts_in_every_sample(recwarn):
+    data, mask = MIXTURE.sample(200, torch.Generator().manual_seed(30)), torch.zeros(200, 6, dtype=torch.bool)
+    mask[:100, :3] = mask[100:, 3:] = True
+    density().fit(data, mask=mask, evaluations=4000, cond=seen(mask))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_full_covariances_are_refused_unless_everything_counts():
     full = fs.ScoreDensity(MarginalEps(MIXTURE), SCHEDULE, "eps", reference=FULL, program=False)
     with pytest.raises(ValueError, match=r"a reference that is diagonal in the entries.*reference='diagonal'"):

@@ -37,13 +37,14 @@ def warn_if_out_of_range(x: Tensor, reference: Reference, log_snr_range: tuple[f
     """
     (smallest, largest), (most, least) = reference.scales(), (math.exp(-end / 2) for end in log_snr_range)
     across, d = narrowest_direction(x), x.shape[1]
-    spread, remedy = x.detach().double().std(0), "scale the data as they were in training"
+    spread, remedy = x.detach().double().std(0) if d else x.new_empty(0), "scale the data as they were in training"
+    where = "in {} of {} dimensions" if d else "in dimensions that do not count in every sample"
     if largest > most:
         wide = max(int((spread > most).sum()), 1)  # the reference's widest is one of them
-        _warn_of_range(largest, "above the most noise", most, f"in {wide} of {d} dimensions", remedy)
+        _warn_of_range(largest, "above the most noise", most, where.format(wide, d), remedy)
     if smallest < least or across < least / FAR:
         narrow = int((spread < least).sum())
-        where = f"in {narrow} of {d} dimensions" if narrow else f"in a direction across the {d} dimensions"
+        where = where.format(narrow, d) if narrow or not d else f"in a direction across the {d} dimensions"
         of_levels = ", or, where they are dequantized 8-bit levels, take fastscore.discrete_log_prob of the levels"
         _warn_of_range(min(smallest, across), "below the least noise", least, where, remedy + of_levels)
     elif reference.components > 1:
