@@ -60,5 +60,5 @@ def test_what_it_says_of_the_numbers(run):
     assert ode < after < ode + gain / 2  # "has risen by less"
     assert gain == pytest.approx(trained - fitted, abs=0.1)  # 500 samples of 0.39 nats: five standard errors
     assert of_gain < error  # of the network before, evaluated as often without a fit, alone
-    assert float(names["result"].mean()[0]) == pytest.approx(trained, abs=1e-3)
+    assert float(names["result"].mean()[0]) == pytest.approx(trained, abs=6e-3)  # printed with two decimals
     assert 0.3 < float((names["noisy"] < names["normal"].quantile(0.01)).float().mean()) < 0.7
