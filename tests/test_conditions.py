@@ -145,6 +145,7 @@ SIZE = r"must have the shape \(12, \.\.\.\) for 12 samples, got"
         ({"mean": MEAN.numpy()}, rf"\"added\['mean'\]\" {ARRAY}"),
         (MEAN.tolist(), LIST),
         (["text"] * 12, LIST),
+        (("text",) * 12, LIST),
         ([torch.zeros(3)] * 12, LIST),
         (MEAN[:5], r"does not take data of shape \(4,\) .*added \(5,\) shared.*: RuntimeError.*; fs.per_sample or"),
         (MEAN[:5], "condition 'added' has 5 entries and counts as shared, with one a sample it has 12"),

@@ -77,6 +77,11 @@ def is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
+def _is_number(value: object) -> bool:
+    """Return whether a value is plain and no text: a tuple of such is a size, one of texts may have one a sample."""
+    return is_plain(value) and not isinstance(value, str)
+
+
 def flatten(given: Mapping[str, object]) -> tuple[dict[str, Leaf], Structure]:
     """Return the leaves of keyword arguments by path, such as ``added['mean']`` or ``tokens[0].mask``.
 
@@ -114,7 +119,7 @@ class _Walk:
         if any(container is value for container in self.around):
             raise _of_circle(path, value)
         like, names, children = opened
-        if said is None and (type(value) is list or (type(value) is tuple and not all(map(is_plain, value)))):
+        if said is None and (type(value) is list or (type(value) is tuple and not all(map(_is_number, value)))):
             self.lists[path] = len(value)
         self.key.append((path, type(value), len(children)))
         self.around.append(value)
