@@ -377,7 +377,26 @@ def test_the_ode_asks_too(wrong, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", NetworkWarning)
         fs.probability_flow_log_prob(density, x, y=y, **options)
-        density.estimate(x, nfe=8, y=y)
+
+
+@pytest.mark.parametrize("wrong", ["first time", "largest time", "smallest time"])
+def test_the_ode_has_one_time_a_batch(wrong):
+    density, x = fs.ScoreDensity(Net(wrong), SCHEDULE, "eps"), torch.randn(6, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NetworkWarning)
+        fs.probability_flow_log_prob(density, x, method="midpoint", steps=4)
+    with pytest.warns(NetworkWarning):
+        density.estimate(x, nfe=8)
+
+
+def test_what_an_estimate_has_asked_the_ode_does_not_ask_again():
+    net = Net("a weak mean")
+    density, x = fs.ScoreDensity(net, SCHEDULE, "eps", program=False), torch.randn(6, 3)
+    with pytest.warns(NetworkWarning, match="see each other"):
+        density.estimate(x, nfe=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NetworkWarning)
+        fs.probability_flow_log_prob(density, x, method="midpoint", steps=4)
 
 
 def test_a_network_is_asked_again_when_a_switch_of_it_has_changed():

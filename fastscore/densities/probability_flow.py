@@ -181,7 +181,7 @@ def probability_flow_log_prob(
             return once(lambda flow: flow.midpoint(steps, beyond=True), flow)
         return once(lambda flow: flow.solve(odeint, method, steps, rtol, atol), flow, fixed="steps" in READ[method])
 
-    core.planner.ask_rows(network_of(core), samples)
+    core.planner.ask_rows(network_of(core), samples, times="alike")
     with undisturbed(core.model):
         core = between_timesteps(core, samples) if core.schedule.discrete else core
         program = program_for(core, samples, trace) if method in OWN else None

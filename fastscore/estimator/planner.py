@@ -140,7 +140,7 @@ class Planner:
         asked.add(key)
         return True
 
-    def ask_rows(self, network: Network, samples: Samples, most: int = probe.MOST_ROWS) -> None:
+    def ask_rows(self, network: Network, samples: Samples, most: int = probe.MOST_ROWS, times: str = "mixed") -> None:
         """Ask the network once, for each shape of data, whether its answers are its rows' own, and warn if not.
 
         Where all samples had one condition it is asked once more when they do not: on a GPU, where looking for that
@@ -148,20 +148,24 @@ class Planner:
 
         Arguments:
             most: rows that fit into memory at once.
+            times: "mixed" in a batch, as estimates do, or "alike", as the ODE has them.
         """
         with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
-            if self._first_rows(network, samples):
+            if _question("mixed", network, samples) in self._asked.get(network.model, ()):
+                times = "mixed"  # which tells more, and has been asked
+            if self._first_rows(times, network, samples):
                 options = network.schedule, network.log_snr_range, network.time_dtype
-                probe.warn_of_coupling(network.model, samples, *options, most)
+                probe.warn_of_coupling(network.model, samples, *options, most, times)
 
-    def _first_rows(self, network: Network, samples: Samples) -> bool:
+    def _first_rows(self, times: str, network: Network, samples: Samples) -> bool:
         if not any(cond.per_sample for cond in samples.conds):
-            return self.first("rows", network, samples)
-        if _question("unlike rows", network, samples) in self._asked.get(network.model, ()):
+            return self.first(times, network, samples)
+        unlike = f"{times}, unlike conditions"
+        if _question(unlike, network, samples) in self._asked.get(network.model, ()):
             return False
-        first = self.first("rows", network, samples)
+        first = self.first(times, network, samples)
         if (first or not deferred(samples.device)) and probe.unlike_first(samples) is not None:
-            return self.first("unlike rows", network, samples) or first
+            return self.first(unlike, network, samples) or first
         return first
 
     def forget_reference(self) -> None:

@@ -51,6 +51,7 @@ def warn_of_coupling(
     span: tuple[float, float],
     time_dtype: torch.dtype | None,
     most: int = MOST_ROWS,
+    times: str = "mixed",
 ) -> None:
     """Warn if a network answers differently for the same rows, and say what differs and what to do.
 
@@ -58,9 +59,10 @@ def warn_of_coupling(
         samples: data; the first is used and one whose conditions are others, the last one where all have the same.
         span: the range of log-SNR; four times within it are used.
         most: rows that fit into memory at once.
+        times: "mixed" in a batch, or "alike": then all rows have the first of the four.
     """
     with uncompiled(), undisturbed(model), torch.no_grad():
-        found = _Asked(model, samples, schedule, span, time_dtype, most).what_differs()
+        found = _Asked(model, samples, schedule, span, time_dtype, most, times == "mixed").what_differs()
     if found is not None:
         warn(f"the network {found}", NetworkWarning)
 
@@ -80,8 +82,9 @@ class _Asked:
         span: tuple[float, float],
         time_dtype: torch.dtype | None,
         most: int,
+        mixed: bool,
     ) -> None:
-        self.model, self.time_dtype, self.most = model, time_dtype, max(1, most)
+        self.model, self.time_dtype, self.most, self.mixed = model, time_dtype, max(1, most), mixed
         unlike = unlike_first(samples)
         self.conditions_differ = unlike is not None
         other = len(samples) - 1 if unlike is None else unlike
@@ -89,7 +92,11 @@ class _Asked:
         # As noised as they will be, and apart even where both are the same sample.
         noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
         self.noise = noise.to(samples.x)
-        at = torch.tensor(TIMES, dtype=torch.float64, device="cpu") * (span[1] - span[0]) + span[0]
+        at = (
+            torch.tensor(TIMES if mixed else TIMES[:1] * len(TIMES), dtype=torch.float64, device="cpu")
+            * (span[1] - span[0])
+            + span[0]
+        )
         times = schedule.time(at)
         self.alpha, self.sigma = (v.to(samples.x) for v in schedule.alpha_sigma(times))
         self.times = times.to(samples.device)
@@ -124,6 +131,8 @@ class _Asked:
             return f"answers differently for the same row in one batch: {RANDOM}; {eval_mode}turn them off"
         many = max(FEWEST_ROWS, min(self.most, MOST_ROWS, MOST_NUMBERS // self.noise.shape[1]))
         company = torch.arange(8 * COPIES, device="cpu") % 2 + 2  # rows 2 and 3, at the second time
+        if not self.mixed:  # one sample alone, since the rows of all times are the same
+            company = torch.full_like(company, 2)
         noisiest, cleanest = torch.arange(many, device="cpu") % 2 + 4, torch.tensor([7, 7, 7], device="cpu")
         others = [company, noisiest, cleanest]
         if self.conditions_differ:  # but for the cleanest, where they matter least, all begin with the first sample
