@@ -41,12 +41,11 @@ def test_conditions_of_a_data_set(tmp_path):
 @pytest.mark.parametrize("change", ["a sample's", "shared", "name"])
 def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
     def stop(added, more):
-        calls.append(1)
-        if len(calls) > 10:  # eight calls or nine are the probes
+        if first and list(tmp_path.glob("out.npz.partial/block-*.npz")):  # however many calls the probes take
             raise KeyboardInterrupt
         return added + more["shift"] if "shift" in more else added
 
-    calls = []
+    first = [True]
     density = fs.ScoreDensity(Moved(stop), SCHEDULE, "eps", nfe=16)
     cond = {"added": MEAN, "shift": fs.shared(torch.zeros(1))}
     with pytest.raises(KeyboardInterrupt):
@@ -56,7 +55,7 @@ def test_a_run_is_resumed_with_its_own_conditions_alone(tmp_path, change):
         "shared": cond | {"shift": fs.shared(torch.ones(1))},
         "name": {"added": MEAN},
     }[change]
-    calls.clear()
+    first.clear()
     with pytest.raises(ValueError, match="conditions"):
         evaluate_dataset(density, data(), tmp_path / "out.npz", batch=3, cond=other)
 
