@@ -92,11 +92,8 @@ class _Asked:
         # As noised as they will be, and apart even where both are the same sample.
         noise = torch.randn(2, samples.x.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
         self.noise = noise.to(samples.x)
-        at = (
-            torch.tensor(TIMES if mixed else TIMES[:1] * len(TIMES), dtype=torch.float64, device="cpu")
-            * (span[1] - span[0])
-            + span[0]
-        )
+        shares = TIMES if mixed else TIMES[:1] * len(TIMES)
+        at = torch.tensor(shares, dtype=torch.float64, device="cpu") * (span[1] - span[0]) + span[0]
         times = schedule.time(at)
         self.alpha, self.sigma = (v.to(samples.x) for v in schedule.alpha_sigma(times))
         self.times = times.to(samples.device)
