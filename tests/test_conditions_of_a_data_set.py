@@ -11,8 +11,8 @@ from nested_conditions import MEAN, SCHEDULE, D, Moved, close, data, truth
 from torch import nn
 
 import fastscore as fs
+from fastscore.cli.arrays import load_conditions
 from fastscore.cli.commands import main
-from fastscore.cli.loading import load_conditions
 from fastscore.runs.condition_data import DataConditions
 from fastscore.runs.evaluate import evaluate_dataset
 

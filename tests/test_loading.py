@@ -11,7 +11,9 @@ from torch import nn
 from torch.export import Dim
 
 import fastscore as fs
-from fastscore.cli.loading import SCHEDULES, load_array, load_density, parse_schedule
+from fastscore.cli.arrays import load_array
+from fastscore.cli.loading import load_density
+from fastscore.cli.schedules import SCHEDULES, parse_schedule
 
 CPU = torch.device("cpu")
 

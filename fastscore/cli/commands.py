@@ -29,8 +29,11 @@ from ..ops.select import BACKENDS, native
 from ..process.predictions import PREDICTIONS, check_prediction
 from ..runs.evaluate import Interrupted, evaluate_dataset
 from ..runs.ranks import OtherRankFailed, Ranks
+from .arrays import load_array, load_conditions
 from .keywords import check_conditions
-from .loading import SCHEDULES, load_array, load_conditions, load_density, raised_as
+from .loading import load_density
+from .schedules import SCHEDULES
+from .words import raised_as
 
 EXTRAS = ("torchdiffeq", "scikit-learn", "matplotlib", "safetensors", "torchmetrics", "lightning")
 DEMO_NEEDS = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
