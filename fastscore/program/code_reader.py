@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import builtins
 import collections
-import ctypes
-import datetime
 import dis
 import enum
 import functools
-import gc
 import inspect
 import logging
 import operator
 import os
-import random
 import sys
-import threading
-import time
 import types
-import uuid
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -38,40 +31,25 @@ from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
 from ..support.host import layout_of
+from .bytecode import content, root, slots_of, words_of
+from .code_kinds import (
+    DYNAMIC,
+    FILES,
+    FIXED,
+    FIXED_CALLS,
+    FOREIGN_MEMORY,
+    HARMLESS,
+    HIDDEN,
+    LIFECYCLE,
+    OUTSIDE,
+    RANDOM,
+)
 from .settings import SETTINGS
 from .watch import Watch, is_value
 
 MOST = 20_000  # things to look at; a network that reaches more reaches a framework
 LARGEST = 1 << 16  # bytes of an array that is compared at every call
-# Code of these is not read: it is fixed, or has no state that steers a network.
-FIXED = frozenset({"torch", "numpy", "scipy", "einops", "triton", "functorch", "_pytest"} | sys.stdlib_module_names)
-# Through these, code reads attributes that it does not name.
-DYNAMIC = frozenset({"getattr", "vars", "__dict__", "attrgetter", "eval", "exec", "globals", "locals"})
-# What gives another answer at every call.
-OUTSIDE = (open, input, time.time, time.perf_counter, time.monotonic, time.process_time)
-OUTSIDE += (sys._getframe, sys.getrefcount, inspect.currentframe, gc.get_count, gc.get_objects, gc.get_referrers)
-OUTSIDE += (datetime.datetime, datetime.date, torch.get_rng_state, os.urandom, uuid.uuid4)
-# Whose methods give another answer at every call.
-RANDOM = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
-# Through these, code reads names that stand in texts, or files.
-HIDDEN = (eval, exec, globals)
-FILES = frozenset({"load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes"})
-_LIFECYCLE = frozenset({"__init__", "__new__", "__del__", "__repr__", "__str__", "__reduce__", "__reduce_ex__"})
-_LIFECYCLE |= frozenset({"__init_subclass__", "__class_getitem__", "__set_name__", "__getstate__", "__setstate__"})
-_FIXED_CALLS = (types.MethodWrapperType, types.WrapperDescriptorType, np.ufunc)
-_FIXED_CALLS += (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType)
-_FIXED_CALLS += (
-    torch.qscheme,
-    torch.finfo,
-    torch.iinfo,
-    types.MemberDescriptorType,
-    types.UnionType,
-    torch._ops.OpOverload,
-    torch._ops.OpOverloadPacket,
-)
-_FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has
 _BUILTIN = vars(builtins)
-_HARMLESS = (logging.LoggerAdapter, type(NotImplemented), type(threading.Lock()), type(threading.RLock()))
 
 
 def watch_code(model: nn.Module) -> Watch:
@@ -209,11 +187,11 @@ class _Reader:
             if base is not kind and id(base) in self.seen:
                 continue
             self.seen[id(base)] = base
-            if _root(type(base).__module__) not in FIXED:
+            if root(type(base).__module__) not in FIXED:
                 self._class(place, type(base))
-            if _root(base.__module__) not in FIXED:
+            if root(base.__module__) not in FIXED:
                 self.names.append(_Names(f"class {base.__qualname__}", vars(base)))
-                own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in _LIFECYCLE]
+                own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in LIFECYCLE]
                 self.words.update(k for k in own if inspect.isfunction(vars(base)[k]))
             elif issubclass(base, nn.Module) and inspect.isfunction(vars(base).get("forward")):
                 self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
@@ -221,7 +199,7 @@ class _Reader:
 
     def _fixed_code(self, function: types.FunctionType) -> None:
         """Watch which functions a layer of PyTorch calls, not what these do."""
-        words, read = _words(function.__code__)
+        words, read = words_of(function.__code__)
         known = [name for name in read if name in function.__globals__]
         self.watch.space(f"function {function.__qualname__}", function.__globals__, known, whole=False)
         for value in map(function.__globals__.get, known):
@@ -232,11 +210,11 @@ class _Reader:
     def _function(self, place: str, function: types.FunctionType) -> None:
         place = f"function {function.__qualname__}"
         cells = function.__closure__ or ()
-        self.watch.reading(place, "variables", lambda: tuple(map(_content, cells)))
-        self.waiting += [(f"{name!r} of {place}", _content(c)) for name, c in zip(function.__code__.co_freevars, cells)]
+        self.watch.reading(place, "variables", lambda: tuple(map(content, cells)))
+        self.waiting += [(f"{name!r} of {place}", content(c)) for name, c in zip(function.__code__.co_freevars, cells)]
         if hasattr(function, "__wrapped__"):
             self.waiting.append((place, function.__wrapped__))
-        if _root(function.__globals__.get("__name__", "")) in FIXED:
+        if root(function.__globals__.get("__name__", "")) in FIXED:
             return
         defaults = lambda: (function.__code__, function.__defaults__, function.__kwdefaults__)  # noqa: E731
         self.watch.reading(place, "code and defaults", defaults)
@@ -245,7 +223,7 @@ class _Reader:
         self._code(place, function.__code__, function.__globals__)
 
     def _code(self, place: str, code: types.CodeType, known: dict[str, object]) -> None:
-        words, read = _words(code)
+        words, read = words_of(code)
         self.words |= words
         self.every |= bool(words & DYNAMIC)
         if "getenv" in words:
@@ -259,7 +237,7 @@ class _Reader:
             raise NoProgram(f"{place} calls {name}, which reads a file that may change")
         self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
         self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
-        put = [k for k in sorted(read - known.keys()) if _root(getattr(_BUILTIN.get(k), "__module__", "")) not in FIXED]
+        put = [k for k in sorted(read - known.keys()) if root(getattr(_BUILTIN.get(k), "__module__", "")) not in FIXED]
         self.watch.space("builtins", _BUILTIN, put, whole=False)  # what a program has put there
         self.waiting += [(f"{name!r} of builtins", _BUILTIN[name]) for name in put if name in _BUILTIN]
         package = known.get("__package__") or ""
@@ -272,7 +250,7 @@ class _Reader:
     def _module(self, place: str, module: types.ModuleType) -> None:
         place = f"module {module.__name__}"
         self.seen[id(vars(module).get("__builtins__"))] = builtins
-        own = _root(module.__name__) not in FIXED
+        own = root(module.__name__) not in FIXED
         self.names.append(_Names(place, vars(module), whole=False, dynamic=own))
         if own and "__getattr__" in vars(module):  # makes what the module does not have
             self.waiting.append((f"'__getattr__' of {place}", vars(module)["__getattr__"]))
@@ -330,19 +308,19 @@ class _Reader:
 
     def _object(self, place: str, thing: object) -> None:
         kind = type(thing)
-        if isinstance(thing, _FOREIGN_MEMORY) or (kind is not object and not self._attributes(place, thing)):
+        if isinstance(thing, FOREIGN_MEMORY) or (kind is not object and not self._attributes(place, thing)):
             name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
             raise NoProgram(f"{place} is a {name}, whose changes cannot be followed")
 
     def _attributes(self, place: str, thing: object) -> bool:
         """Follow an object's attributes and its class; return whether it has any."""
         kind = type(thing)
-        slots = [s for base in kind.__mro__ for s in _slots(base) if s not in ("__dict__", "__weakref__")]
+        slots = [s for base in kind.__mro__ for s in slots_of(base) if s not in ("__dict__", "__weakref__")]
         if not hasattr(thing, "__dict__") and not slots:
             return False
         self.watch.reading(place, "class", lambda: (type(thing),))
         if hasattr(thing, "__dict__"):
-            self.names.append(_Names(place, vars(thing), every=_root(kind.__module__) in FIXED))
+            self.names.append(_Names(place, vars(thing), every=root(kind.__module__) in FIXED))
         if slots:
             values = lambda: tuple(getattr(thing, slot, None) for slot in slots)  # noqa: E731
             self.watch.reading(place, "attributes", values)
@@ -357,7 +335,7 @@ class _Reader:
         ((types.MethodType, types.BuiltinFunctionType), _bound),
         (logging.Logger, _logger),
         (operator.attrgetter, _getter),
-        ((*_FIXED_CALLS, *_HARMLESS), _nothing),
+        ((*FIXED_CALLS, *HARMLESS), _nothing),
         (types.ModuleType, _module),
         (type, _class),
         ((dict, types.MappingProxyType), _mapping),
@@ -367,34 +345,3 @@ class _Reader:
         ((property, staticmethod, classmethod, functools.cached_property, type(functools.cache(len))), _descriptor),
         (weakref.ref, _reference),
     )
-
-
-def _words(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return names in some code and the functions inside, texts that could be names too, and which are globals."""
-    words, read = {*code.co_names, *code.co_freevars}, set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            read.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, str) and constant.isidentifier():
-            words.add(constant)
-        elif isinstance(constant, types.CodeType):
-            inner = _words(constant)
-            words, read = words | inner[0], read | inner[1]
-    return words, read
-
-
-def _content(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _root(module: str | None) -> str:
-    return module.partition(".")[0] if isinstance(module, str) else ""  # some built in another way have descriptors
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    found = vars(kind).get("__slots__", ())
-    return (found,) if isinstance(found, str) else tuple(found)
