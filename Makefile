@@ -31,7 +31,7 @@ COVERAGE ?= --cov --cov-report=term:skip-covered
 test: lint docs
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(COVERAGE)
 
-# Under a minute on two cores; the rest is for `make test`.
+# A minute or so on two cores; the rest is for `make test`.
 test-fast: .venv/dev
 	$(MAKE) test-fast-here PYTHON=$(BIN)/python
 

@@ -22,7 +22,8 @@ from .estimator.comparison import Comparison
 from .estimator.estimate import Curve, Estimate
 from .process.conditional_flow import ConditionalFlow
 from .process.conditions import per_sample, shared
-from .process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from .process.ddpm import DDPM
+from .process.schedules import EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from .process.table_twin import ContinuousDDPM
 from .program.explain import explain, explain_program
 from .reference.gaussians import Reference

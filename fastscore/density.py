@@ -30,7 +30,7 @@ from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
 from .estimator.graphs import Graphs
 from .estimator.methods import DENSITY
-from .estimator.network_density import NetworkDensity, check_parts, network_of, prepare
+from .estimator.network_density import NetworkDensity, check_nfe, check_parts, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, calibrate_noise, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
@@ -77,7 +77,8 @@ class ScoreDensity(NetworkDensity):
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program; for a schedule whose ends are the other way
-            round, or whose time() is not the inverse of its log_snr(), and a time_dtype that does not hold its times.
+            round, or whose time() is not the inverse of its log_snr(), a time_dtype that does not hold its times, and
+            an nfe below 1.
         TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
@@ -104,7 +105,7 @@ class ScoreDensity(NetworkDensity):
         super().__init__()
         check_parts(model, schedule, reference, noise, backend, time_dtype, compile)
         self.model, self.schedule, self.predicts = model, schedule, check_prediction(predicts)
-        self.noise, self.nfe, self.backend, self.time_dtype = noise, nfe, backend, time_dtype
+        self.noise, self.nfe, self.backend, self.time_dtype = noise, check_nfe(nfe), backend, time_dtype
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         ends = range_of(schedule, scales)

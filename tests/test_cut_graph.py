@@ -236,3 +236,24 @@ def test_it_works_without_gradients_and_under_transforms(call):
     run(of(net))
     with pytest.raises(ValueError, match="autograd knows of"):
         run(of(Cut(net, detached)))
+
+
+class Still(nn.Module):
+    """A velocity that is zero, with a graph to its weights alone: the density stays where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x, t):
+        return torch.zeros_like(x) + 0 * self.weight.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"trace": "hutchinson", "probes": 2}])
+def test_an_answer_that_does_not_depend_on_the_data_has_a_derivative_of_zero(options):
+    density = fs.ScoreDensity(Still(), fs.FlowMatching(), "flow")
+    x = torch.linspace(-1, 1, 6).reshape(3, 2)
+    found = fs.probability_flow_log_prob(density, x, **options).log_prob
+    # The velocity on the path of noise alone, x_1 = x_0, whose density is the prior's.
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)

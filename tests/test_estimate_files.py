@@ -235,6 +235,19 @@ CHANGED = {
     "noise of nobody": ("noise", lambda v: np.array("white"), "noise must be one of sobol, independent"),
     "ends without their columns": ("ends", lambda v: v[..., 0], "ends must be"),
     "a curve cut off": ("curve_total", lambda v: v[:-1], "curve_total must be"),
+    "log_prob of NaN": ("log_prob", lambda v: v * np.nan, r"log_prob must be numbers, got \[nan"),
+    "errors below zero": ("stderr", lambda v: -v, "stderr must be 0 or more, got"),
+    "variances below zero": ("variance", lambda v: -v, "variance must be 0 or more, got"),
+    "no evaluations": ("nfe", lambda v: 0 * v, "nfe must be 1 or more, got"),
+    "no dimensions": ("dims", lambda v: 0 * v, "dims must be 1 or more, got"),
+    "fewer samples than none": ("curve_count", lambda v: -v, "curve_count must be 0 or more, got"),
+    "an offset of NaN": ("offset", lambda v: v * np.nan, "offset must be numbers, got"),
+    "bytes in another order": (
+        "log_prob",
+        lambda v: v.astype(v.dtype.newbyteorder()),
+        "log_prob must be numbers of this",
+    ),
+    "wide numbers": ("variance", lambda v: v.astype(np.longdouble), "variance must be numbers of this machine"),
     "a fraction of evaluations": ("nfe", lambda v: v + 0.5, "nfe must be integers"),
 }
 
@@ -266,3 +279,9 @@ def test_results_are_equal_to_themselves_alone_and_can_be_kept_in_sets():
 def test_what_is_no_list_of_estimates_cannot_be_joined(wrong):
     with pytest.raises(TypeError, match=r"Estimate.cat takes a list of estimates, got a (single|list)"):
         fs.Estimate.cat(wrong)
+
+
+def test_a_folder_is_no_file_to_save_to(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match="an estimate is saved to a file, got the folder"):
+        exact().estimate(X, nfe=16).save(tmp_path / "folder.npz")

@@ -93,3 +93,10 @@ def test_demo_names_what_it_misses(monkeypatch):
     result = CliRunner().invoke(cli.main, ["demo"])
     assert result.exit_code == 1
     assert result.stderr == "Error: the demo needs scikit-learn and matplotlib; pip install scikit-learn matplotlib\n"
+
+
+def test_demo_wants_a_folder(tmp_path):
+    (tmp_path / "x.npy").touch()
+    result = CliRunner().invoke(cli.main, ["demo", "--out", str(tmp_path / "x.npy")])
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: out must be a folder, got the file '{tmp_path / 'x.npy'}'; give another name\n"

@@ -299,3 +299,28 @@ def test_an_activation_with_arguments_says_that_they_are_the_reason(monkeypatch)
     known = activations.Activation(F.hardtanh, F.hardtanh_)
     monkeypatch.setitem(activations.ACTIVATIONS, "hardtanh", known)
     assert "hardtanh: has arguments beside x, -1.0, 1.0, and no rule for them" in fs.explain(net, (3,))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((fs.ScoreDensity(Plain(), fs.VP(), "eps"), (3,)), r"got ScoreDensity; give density.model"),
+        ((lambda x, t: x, (3,)), r"model must be a network, a torch.nn.Module, got function; wrap"),
+        ((Plain, (3,)), r"got the class Plain and no object of it; wrap"),
+        ((Plain(), 3), r"shape must be that of one sample, a tuple of integers, got 3; give"),
+        ((Plain(), fs.VP()), r"shape must be that of one sample, a tuple of integers, got VP"),
+        ((Plain(), (3,), "vp"), r"schedule must be a fastscore Schedule such as VP\(\), got str"),
+    ],
+)
+def test_explain_says_what_it_wants(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fs.explain_program(*arguments)

@@ -34,6 +34,14 @@ def test_counts_and_seeds_are_integers(value):
             call()
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [(-1, "4 or more for an error bar, got -1"), (True, "must be an integer")]
+)
+def test_evaluations_of_a_density_are_refused_where_it_is_made(value, message):
+    with pytest.raises(ValueError, match=f"nfe .*{message}"):
+        fs.ScoreDensity(Net(), fs.VP(), "eps", nfe=value)
+
+
 @pytest.mark.parametrize("value", [np.int64(3), torch.tensor(3)], ids=["numpy", "tensor"])
 def test_seeds_are_integers_of_any_kind(value):
     x, d = X[:2], density()

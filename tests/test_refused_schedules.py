@@ -121,3 +121,20 @@ def test_dtypes_that_hold_every_timestep_are_taken():
         made(fs.DDPM.linear(1000), time_dtype=time_dtype)
     made(fs.DDPM.linear(100), time_dtype=torch.uint8)
     made(fs.VP(), time_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fs.DDPM.linear(-1), "DDPM needs at least 2 timesteps, got steps=-1"),
+        (lambda: fs.DDPM.cosine(1), "DDPM needs at least 2 timesteps, got steps=1"),
+        (lambda: fs.DDPM.linear(1.5), "steps of DDPM must be an integer, got 1.5"),
+        (lambda: fs.DDPM.scaled_linear(10, -1.0, 0.5), "DDPM needs beta_start and beta_end above 0, got -1, 0.5"),
+        (lambda: fs.DDPM.linear(10, "a"), "beta_start of DDPM must be a finite number, got 'a'"),
+        (lambda: fs.ConditionalFlow("a"), "sigma of ConditionalFlow must be a finite number, got 'a'"),
+        (lambda: fs.FlowMatching("1"), "FlowMatching needs data_at = 0 or 1 .*, got '1'"),
+    ],
+)
+def test_arguments_that_make_no_schedule_are_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

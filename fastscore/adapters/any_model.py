@@ -97,8 +97,6 @@ def _opened(x: object) -> tuple[object, ...]:
                 "denoises the data, and pipeline.scheduler"
             )
         return *held.values(), x.scheduler
-    if "flow_matching" in package and isinstance(getattr(x, "velocity_model", None), nn.Module):
-        return (x.velocity_model,)
     return (x,)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..process.alpha_sigma import AlphaSigma
-from ..process.schedules import DDPM, LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, FlowMatching, Schedule
+from ..process.ddpm import DDPM
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, FlowMatching, Schedule
 from ..support.host import as_tensor
 
 

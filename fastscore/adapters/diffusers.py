@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.schedules import FlowMatching, Schedule
+from ..support.host import kind_of
 from .averaged import averaged
 from .checks import adapter, expect, expect_attributes, expect_key, expect_module
 from .clocks import Preconditioned, table
@@ -50,8 +51,7 @@ class DiffusersNet(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.time, self.sign, self.argument, self.output = model, time, sign, argument, output
-        parameters = inspect.signature(model.forward).parameters
-        self.by_name = argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.by_name = _takes_by_name(bare(model), argument)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
         offset, slope = self.time
@@ -61,6 +61,15 @@ class DiffusersNet(nn.Module):
         found = found[0] if isinstance(found, tuple) else found
         prediction = found if isinstance(found, Tensor) else getattr(found, self.output)
         return prediction if self.sign == 1 else -prediction
+
+
+def _takes_by_name(model: nn.Module, argument: str) -> bool:
+    """Return whether a network's time goes by this name: it has it, or has no second argument and takes any name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if argument in (p.name for p in parameters):
+        return True
+    in_order = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(in_order) < 2 and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class NoiseLabel(nn.Module):
@@ -107,7 +116,7 @@ def from_diffusers(
         `ScoreDensity` of the model's own input.
 
     Raises:
-        TypeError: if either is something else.
+        TypeError: if either is something else, or time no text.
         ValueError: for a model class that cannot be called with x_t and t alone; for a flow network whose convention is
             neither known nor said; for a scheduler that is neither kind or not the one that the class is called with;
             for an unknown prediction type, time or sign.
@@ -117,6 +126,11 @@ def from_diffusers(
     wanted = "a diffusers scheduler with a config"
     expect_attributes(scheduler, ("config",), "scheduler", wanted, "give pipeline.scheduler")
     if time is not None:
+        if not isinstance(time, str):
+            raise TypeError(
+                f"time must be one of {', '.join(map(repr, TIMES))}, got {kind_of(time)}; an EMAModel goes as "
+                "ema=, and a pipeline brings its own scheduler"
+            )
         expect_key(TIMES, time, "time", "it is what the network gets of the scheduler's timestep t")
     expect(sign in (None, 1, -1), "sign", sign, "1 or -1", "-1 is for networks that return data - noise")
     if ema is not None:

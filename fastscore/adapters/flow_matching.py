@@ -45,6 +45,23 @@ class SchedulerClock(AlphaSigma):
         return f"SchedulerClock({type(self.scheduler).__name__})"
 
 
+def velocity_of(model: object) -> object:
+    """Return the velocity that an `ODESolver` holds; another object as it is.
+
+    Raises:
+        ValueError: for a solver of another kind, of paths on a manifold or of discrete states.
+    """
+    names = [base.__name__ for base in type(model).__mro__]
+    if "ODESolver" in names:
+        return model.velocity_model
+    if "Solver" in names and type(model).__module__.startswith("flow_matching"):
+        raise ValueError(
+            f"model must be a velocity in flat space, or an ODESolver of one, got {type(model).__name__}, whose paths "
+            "have no density by this formula; take the solver's own likelihood, if it has one"
+        )
+    return model
+
+
 @adapter
 def from_flow_matching(
     model: nn.Module, scheduler: object | None = None, predicts: str = "flow", **options: Any
@@ -55,7 +72,7 @@ def from_flow_matching(
     transport, reflow) has no density by the formula; take `probability_flow_log_prob` of what this returns.
 
     Arguments:
-        model: a `ModelWrapper` or any module; a velocity by default.
+        model: a `ModelWrapper` or any module; a velocity by default. Of an `ODESolver` it is the one that this holds.
         scheduler: of its affine path, such as `CosineScheduler()`; by default the straight path (`CondOTScheduler`,
             `CondOTProbPath`).
         predicts: "flow" (velocity), "x0" (the library's x_1 prediction) or "eps" (its x_0 prediction).
@@ -66,8 +83,9 @@ def from_flow_matching(
 
     Raises:
         TypeError: if model is not a module, or scheduler not a scheduler.
-        ValueError: for another prediction.
+        ValueError: for another prediction, and for solvers on manifolds or of discrete states.
     """
+    model = velocity_of(model)
     expect_module(
         model, "model", "a torch module such as a flow_matching ModelWrapper", "wrap the function in a Module"
     )

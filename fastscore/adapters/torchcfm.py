@@ -9,7 +9,9 @@ References:
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,43 @@ from .checks import adapter, expect, expect_attributes, expect_module
 from .clocks import TargetFlow, Trigonometric
 from .wrappers import bare
 
+PARTS = "sigma", "compute_mu_t", "compute_sigma_t", "compute_conditional_flow"  # of a matcher
 CALLS = ("t, x", "x, t", "cat")
 TIMES = {"t", "time", "times", "timestep", "timesteps"}
 COUPLED = ("ExactOptimalTransportConditionalFlowMatcher", "SchrodingerBridgeConditionalFlowMatcher")
+
+
+class Path(NamedTuple):
+    """A matcher's path: factors of noise and data in the mean at t, their rates, and the noise by (t, sigma)."""
+
+    mean: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rate: Callable[[Tensor], tuple[Tensor, Tensor]]
+    noise: Callable[[Tensor, float], Tensor]
+
+
+def _constant(t: Tensor, sigma: float) -> Tensor:
+    return torch.full_like(t, sigma)
+
+
+def _straight(t: Tensor) -> tuple[Tensor, Tensor]:
+    return 1 - t, t
+
+
+def _turn(t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+
+
+PATHS = {
+    "ConditionalFlowMatcher": Path(_straight, lambda t: (-torch.ones_like(t), torch.ones_like(t)), _constant),
+    "TargetConditionalFlowMatcher": Path(
+        lambda t: (torch.zeros_like(t), t),
+        lambda t: (torch.zeros_like(t), torch.ones_like(t)),
+        lambda t, sigma: 1 - (1 - sigma) * t,
+    ),
+    "VariancePreservingConditionalFlowMatcher": Path(
+        _turn, lambda t: (-math.pi / 2 * _turn(t)[1], math.pi / 2 * _turn(t)[0]), _constant
+    ),
+}
 
 
 class CalledAs(nn.Module):
@@ -50,7 +86,7 @@ def from_torchcfm(
         matcher: of training. `ConditionalFlowMatcher(sigma)`, `TargetConditionalFlowMatcher(sigma)` and
             `VariancePreservingConditionalFlowMatcher(sigma)` each have their path, with the noise sigma in it.
         call: how the network is called: "t, x", "x, t", or "cat" for one tensor of x and t, as in
-            `MLP(time_varying=True)`. By default as the names of its arguments say.
+            `MLP(time_varying=True)`. By default as the names of its arguments say; a `torch_wrapper` is looked through.
         options: of `ScoreDensity`.
 
     Returns:
@@ -59,11 +95,14 @@ def from_torchcfm(
     Raises:
         TypeError: if model is not a module, or matcher no flow matcher.
         ValueError: for a matcher that couples noise and data (optimal transport, Schrödinger bridges), of which the
-            formula is wrong; for a network of which nothing says how it is called; unless 0 <= sigma < 1.
+            formula is wrong; for one whose paths are none of these three; for a network of which nothing says how it is
+            called; unless 0 <= sigma < 1.
     """
     expect_module(model, "model", "a torch module", "wrap the function in a Module")
     wanted = "a flow matcher of torchcfm such as ConditionalFlowMatcher(sigma=0.0)"
-    expect_attributes(matcher, ("sigma", "compute_mu_t"), "matcher", wanted, "give the one of training")
+    expect_attributes(matcher, PARTS, "matcher", wanted, "give the one of training")
+    if type(bare(model)).__name__ == "torch_wrapper":  # which torchdyn's solver wants: one time for all rows
+        model, call = bare(model).model, call or "cat"
     call = _way_of_calling(model) if call is None else call
     known = f"one of {', '.join(map(repr, CALLS))}"
     remedy = "say how the network gets x and the time t"
@@ -95,8 +134,28 @@ def _path(matcher: object) -> Schedule:
     )
     sigma = float(matcher.sigma)
     expect(0 <= sigma < 1, "sigma", sigma, "between 0 and 1", "give the matcher of training")
-    if "VariancePreservingConditionalFlowMatcher" in names:
+    kind = next((kind for kind, path in PATHS.items() if _follows(matcher, path)), None)
+    expect(
+        kind is not None,
+        "matcher",
+        f"{type(matcher).__name__} with another path",
+        f"one whose mean, noise and velocity are those of {', '.join(PATHS)}",
+        "build a ScoreDensity with a Schedule of that path",
+    )
+    if kind == "VariancePreservingConditionalFlowMatcher":
         return Trigonometric(sigma)
     if sigma == 0:
         return FlowMatching(data_at=1)
-    return TargetFlow(sigma) if "TargetConditionalFlowMatcher" in names else ConditionalFlow(sigma)
+    return TargetFlow(sigma) if kind == "TargetConditionalFlowMatcher" else ConditionalFlow(sigma)
+
+
+def _follows(matcher: Any, path: Path) -> bool:
+    """Return whether a matcher has the mean, the noise and, at the mean, the velocity of a path at some times."""
+    x_0, x_1 = torch.eye(2, device="cpu").repeat(3, 1, 1).unbind(1)
+    t = torch.tensor([0.2, 0.5, 0.9], device="cpu")
+    (a, b), (a_rate, b_rate) = path.mean(t), path.rate(t)
+    mean = a[:, None] * x_0 + b[:, None] * x_1
+    noise = torch.as_tensor(matcher.compute_sigma_t(t)).flatten()
+    given = matcher.compute_mu_t(x_0, x_1, t), noise, matcher.compute_conditional_flow(x_0, x_1, t, mean)
+    expected = mean, path.noise(t, float(matcher.sigma)), a_rate[:, None] * x_0 + b_rate[:, None] * x_1
+    return all(torch.allclose(found, wanted.to(found), atol=1e-4) for found, wanted in zip(given, expected))

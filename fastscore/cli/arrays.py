@@ -40,7 +40,10 @@ def load_array(spec: str) -> np.ndarray | Tensor:
     except (_KeyProblem, ModuleNotFoundError):
         raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a .{kind} file of plain numbers: {first_line(error)}") from error
+        reason = first_line(error)
+        if "pickle" in reason:  # which numpy goes on to recommend
+            reason = "it holds Python objects, or is none of these"
+        raise ValueError(f"{path} cannot be read as a .{kind} file of plain numbers: {reason}") from error
 
 
 def load_conditions(own: Sequence[str], all_share: Sequence[str]) -> dict[str, object]:

@@ -192,7 +192,10 @@ def demo(out: str, seed: int) -> None:
         raise click.ClickException(f"the demo needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     from ..demo import run_demo
 
-    run_demo(out, seed=seed)
+    try:
+        run_demo(out, seed=seed)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _say_what_a_fit_takes(evaluations: int | None, rank: int) -> None:

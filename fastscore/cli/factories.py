@@ -73,7 +73,7 @@ def _check_factory(spec: str, factory: object) -> None:
     """Raise ValueError for what is no function, or one that has to be given something."""
     if not callable(factory):
         raise ValueError(
-            f"{spec} is a {type(factory).__name__}, expected a function without arguments that returns the network"
+            f"{spec} is of type {type(factory).__name__}, expected a function without arguments that returns a network"
         )
     try:
         parameters = inspect.signature(factory).parameters.values()

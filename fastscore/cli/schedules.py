@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from ..process.schedules import DDPM, EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
+from ..process.ddpm import DDPM
+from ..process.schedules import EDM, VE, VP, Cosine, FlowMatching, LiYan, LogSNR, Schedule
 from ..support.host import as_tensor
 from ..support.spelling import did_you_mean
 from .arrays import ARRAY, load_array

@@ -18,8 +18,14 @@ NFE = 256
 
 
 def run_demo(out: str, seed: int = 0) -> None:
-    """Run both problems, print a table for each, and write `demo.png` and `demo.json` into the folder `out`."""
+    """Run both problems, print a table for each, and write `demo.png` and `demo.json` into the folder `out`.
+
+    Raises:
+        ValueError: if `out` is a file.
+    """
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {out!r}; give another name")
     folder.mkdir(parents=True, exist_ok=True)
     found = {problem.name: _solve(problem, seed) for problem in (two_moons(seed), digits(seed))}
     numbers = {name: [row._asdict() for row in rows] for name, (_, _, rows) in found.items()}

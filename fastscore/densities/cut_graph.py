@@ -26,7 +26,7 @@ from ..estimator.samples import Samples
 from ..process.masks import inside
 from ..process.network import model_dtype, predict, switches_of
 from ..support.untouched import uncompiled
-from .flow_field import log_snr_of
+from .flow_field import log_snr_of, vjp
 
 ROWS = 8
 TIMES = 0.2, 0.5, 0.8  # of the path
@@ -120,7 +120,7 @@ def _slopes(middle: Tensor, ends: tuple[Tensor, Tensor], x: Tensor, v: Tensor, h
     along = torch.linalg.vecdot(first, side)
     cotangents = first / length.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     cotangents = cotangents + torch.where(along < 0, -1.0, 1.0)[:, None] * side
-    (product,) = torch.autograd.grad(middle, x, cotangents.to(middle), retain_graph=True)
+    (product,) = vjp(middle, x, cotangents.to(middle)[None], create_graph=False)
     by_differences, by_autograd = length + along.abs(), torch.linalg.vecdot(product.double(), v.double())
     size = torch.maximum(by_differences, by_autograd.abs())
     change, answer = 2 * h[:, 0] * size, torch.linalg.vector_norm(at, dim=1)

@@ -116,7 +116,7 @@ class Levels:
     def _check(self, k: Tensor) -> None:
         if not isinstance(k, Tensor):
             raise ValueError(
-                f"levels must be a tensor of integers 0 .. {self.bins - 1}, got a {type(k).__name__}; give "
+                f"levels must be a tensor of integers 0 .. {self.bins - 1}, got {type(k).__name__}; give "
                 "torch.as_tensor(levels)"
             )
         if k.is_floating_point() or k.dtype == torch.bool:

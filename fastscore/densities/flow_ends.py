@@ -122,7 +122,7 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
             product += einsum("bi,ibj->bj", noise[:, first:last], found)
         first = last
     if not field.exact:
-        product = inside(torch.autograd.grad(eps, y, noise)[0], mask)
+        product = inside(vjp(eps, y, noise[None], create_graph=False)[0], mask)
     copies = 1 if field.exact else len(field.cotangents)
     return _seen(noise, product, mean / copies, mean_square / copies, t, field.samples.dims)
 

@@ -242,8 +242,10 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
 
 def vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
     """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
-    options = {"retain_graph": True, "create_graph": create_graph}
+    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
     try:
-        return torch.autograd.grad(field, y, cotangents, is_grads_batched=True, **options)[0]
+        found = torch.autograd.grad(field, y, cotangents, is_grads_batched=True, **options)[0]
     except RuntimeError:  # a network with an operation that vmap cannot batch
-        return torch.stack([torch.autograd.grad(field, y, v, **options)[0] for v in cotangents])
+        each = [torch.autograd.grad(field, y, v, **options)[0] for v in cotangents]
+        found = None if each[0] is None else torch.stack(each)
+    return torch.zeros_like(cotangents) if found is None else found  # the field may not depend on y

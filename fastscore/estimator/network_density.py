@@ -273,6 +273,13 @@ def check_parts(
     check_name(backend)
 
 
+def check_nfe(nfe: object) -> int:
+    """Return evaluations per sample as an integer; raise ValueError for what is none, or below 1."""
+    if (nfe := whole("nfe", nfe)) < 1:
+        raise ValueError(f"nfe must be the evaluations per sample, 4 or more for an error bar, got {nfe}")
+    return nfe
+
+
 def network_of(density: NetworkDensity) -> Network:
     """Return the network of a density with all that is needed to read it."""
     options = density.time_dtype, density._programs, density.backend, compiled_of(density)

@@ -16,6 +16,8 @@ WORDS = "method", "noise", "control"  # files of before had no control
 OF_A_DATA_SET = "sample_index", "log_prob", "stderr", "nfe"  # what `evaluate_dataset` writes
 IN_A_FILE = {*PER_SAMPLE, *WORDS[:2], *(f"curve_{name}" for name in (*SUMS, "count")), "dims", "offset"}
 WHOLE = "nfe", "seed", "sample_index"
+LEAST = {"stderr": 0, "variance": 0, "nfe": 1, "dims": 1, "curve_count": 0}
+NUMBERS = "log_prob", "offset", *LEAST  # never NaN
 SHAPES = {"ends": (2, 7), "rule_error": (2,)}  # a sample; of all others one number
 SAID = {
     "method": (*METHODS, "discrete_log_prob"),
@@ -28,6 +30,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays of an estimate to a .npz file, as `Estimate.save`."""
     if path.suffix != ".npz":
         raise ValueError(f"an estimate is saved to a .npz file, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"an estimate is saved to a file, got the folder {str(path)!r}; give another name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name}; make it first")
     write_arrays(path, arrays)
@@ -71,6 +75,13 @@ def _check(arrays: Mapping[str, np.ndarray]) -> None:
         if (found.dtype.kind, found.shape) != (kind, shape):
             said = {"i": "integers", "f": "floating point numbers"}[kind]
             raise ValueError(f"{name} must be {said} of shape {shape}, got {found.dtype} of {found.shape}")
+        if found.itemsize > 8 or not found.dtype.isnative:
+            raise ValueError(f"{name} must be numbers of this machine, 8 bytes at most, got {found.dtype.str}")
+    for name in NUMBERS:
+        least = LEAST.get(name)
+        if np.isnan(arrays[name]).any() or (least is not None and bool((arrays[name] < least).any())):
+            wanted = "numbers" if least is None else f"{least} or more"
+            raise ValueError(f"{name} must be {wanted}, got {np.ravel(arrays[name]).tolist()[:4]}")
     for name, words in SAID.items():
         if name in arrays and str(arrays[name]) not in words:
             raise ValueError(f"{name} must be one of {', '.join(words)}; got {str(arrays[name])!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.host import as_float64
+from ..support.host import as_float64, finite
 from .alpha_sigma import AlphaSigma
 from .schedules import FlowMatching
 
@@ -32,9 +32,9 @@ class ConditionalFlow(AlphaSigma, FlowMatching):
 
     def __init__(self, sigma: float, data_at: int = 1) -> None:
         super().__init__(data_at)
-        if not 0 < sigma < 1:
+        self.sigma = finite("sigma of ConditionalFlow", sigma)
+        if not 0 < self.sigma < 1:
             raise ValueError(f"ConditionalFlow needs 0 < sigma < 1, got {sigma}; without added noise use FlowMatching")
-        self.sigma = float(sigma)
         self.time_range = float(self.data_at), self.time_range[1]
 
     def scale(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:

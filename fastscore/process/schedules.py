@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..support.host import as_float64, as_tensor, finite, positive
+from ..support.host import as_float64, finite, positive
 
 # Where a schedule without ends of its own is cut, for data of standard deviation one.
 LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
@@ -101,7 +101,7 @@ class LogSNR(Schedule):
 
     def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL) -> None:
         lo, hi = finite("lo of LogSNR", lo), finite("hi of LogSNR", hi)
-        _require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
+        require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
         self.lo, self.hi = lo, hi
 
     @property
@@ -147,7 +147,7 @@ class VP(Schedule):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         beta_min, beta_max = finite("beta_min of VP", beta_min), finite("beta_max of VP", beta_max)
-        _require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min:g}, {beta_max:g}")
+        require(0 < beta_min < beta_max, f"VP needs 0 < beta_min < beta_max, got {beta_min:g}, {beta_max:g}")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -250,9 +250,9 @@ class FlowMatching(Schedule):
     """
 
     def __init__(self, data_at: int = 1) -> None:
-        _require(
+        require(
             data_at in (0, 1),
-            f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at}",
+            f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at!r}",
         )
         self.data_at = int(data_at)
         ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
@@ -268,120 +268,13 @@ class FlowMatching(Schedule):
         return torch.sigmoid((0.5 if self.data_at == 1 else -0.5) * as_float64(log_snr))
 
 
-class DDPM(Schedule):
-    r"""A table of timesteps 0 .. T-1 with cumulative products :math:`\bar\alpha_t`, variance-preserving.
-
-    The network is called with the integer timestep and evaluated nowhere between the table's entries.
-
-    Arguments:
-        alphas_cumprod: the table, shape (T,), strictly decreasing, inside (0, 1).
-
-    Raises:
-        ValueError: if the table is not one-dimensional, not strictly decreasing, or leaves (0, 1).
-
-    References:
-        Denoising Diffusion Probabilistic Models (Ho et al., 2020), https://arxiv.org/abs/2006.11239
-    """
-
-    discrete = True
-
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        table = as_float64(alphas_cumprod).detach().cpu().clone()
-        _require(
-            table.ndim == 1 and len(table) >= 2,
-            f"DDPM needs a table of at least 2 timesteps, shape (T,), got shape {tuple(table.shape)}",
-        )
-        inside = bool(((table > 0) & (table < 1)).all())
-        _require(
-            inside,
-            f"DDPM needs alphas_cumprod inside (0, 1), got values from {float(table.min())} to {float(table.max())}",
-        )
-        rises = (table.diff() >= 0).nonzero()
-        if len(rises):
-            i = int(rises[0])
-            raise ValueError(
-                f"DDPM needs a strictly decreasing alphas_cumprod, got {float(table[i]):.6g} then "
-                f"{float(table[i + 1]):.6g} at timesteps {i}, {i + 1}; if the table starts at the noise, flip it"
-            )
-        self.table = torch.logit(table)  # log-SNR of each timestep, decreasing
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        return 0, len(self.table) - 1
-
-    @time_range.setter
-    def time_range(self, ends: tuple[float, float]) -> None:
-        raise ValueError(
-            f"the range of a table is all of its timesteps, 0 to {len(self.table) - 1}, got time_range {ends!r}; give "
-            "ContinuousDDPM(table) other ends if the network takes real times"
-        )
-
-    @classmethod
-    def from_betas(cls, betas: Tensor) -> DDPM:
-        """Build the table from the variances beta_t, shape (T,)."""
-        return cls(torch.cumprod(1 - as_float64(betas), 0))
-
-    @classmethod
-    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
-        """Return the table with beta linear in t, the choice of DDPM."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu"))
-
-    @classmethod
-    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DDPM:
-        """sqrt(beta) linear in t, the choice of latent diffusion."""
-        root = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64, device="cpu")
-        return cls.from_betas(root**2)
-
-    @classmethod
-    def cosine(cls, steps: int = 1000, shift: float = 0.008, max_beta: float = 0.999) -> DDPM:
-        """The cosine table of Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672."""
-        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
-        bar = torch.cos((t + shift) / (1 + shift) * math.pi / 2) ** 2
-        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        t = as_tensor(t)
-        index = t.cpu()
-        if index.is_floating_point() and bool((index != index.round()).any()):
-            raise ValueError(f"{self!r} knows only whole timesteps, got a fraction between them; round it first")
-        index = index.long()
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.table)):
-            raise ValueError(
-                f"{self!r} knows timesteps 0 to {len(self.table) - 1}, got {int(index.min())} to {int(index.max())}"
-            )
-        return self.entries()[index].to(t.device)
-
-    def entries(self) -> Tensor:
-        """Return the table; raise ValueError where it was given another dtype, in which entries run together."""
-        _require(
-            self.table.dtype == torch.float64,
-            f"the table of DDPM must stay float64, got {self.table.dtype}; build the schedule anew and leave it out of "
-            "what is cast",
-        )
-        return self.table
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """Return the nearest timestep, int64."""
-        rising = self.entries().flip(0).contiguous()
-        middles = (rising[1:] + rising[:-1]) / 2
-        log_snr = as_float64(log_snr)
-        return (len(rising) - 1 - torch.searchsorted(middles, log_snr.cpu().contiguous())).to(log_snr.device)
-
-    def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
-        # The whole table counts, and nothing but it: a discrete network has no other nodes to offer.
-        return float(self.table[-1]), float(self.table[0])
-
-    def __repr__(self) -> str:
-        lo, hi = self.log_snr_range
-        return f"DDPM({len(self.table)} timesteps, log-SNR {lo:.2f} to {hi:.2f})"
-
-
 def _sigmas(kind: str, sigma_min: object, sigma_max: object) -> tuple[float, float]:
     low, high = finite(f"sigma_min of {kind}", sigma_min), finite(f"sigma_max of {kind}", sigma_max)
-    _require(0 < low < high, f"{kind} needs 0 < sigma_min < sigma_max, got {low:g}, {high:g}")
+    require(0 < low < high, f"{kind} needs 0 < sigma_min < sigma_max, got {low:g}, {high:g}")
     return low, high
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)

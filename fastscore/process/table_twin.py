@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..support.host import as_float64
-from .schedules import DDPM, Schedule
+from .ddpm import DDPM
+from .schedules import Schedule
 
 HALVINGS = 53  # of a cell, to the last bit of float64
 

@@ -16,6 +16,7 @@ from ..ops.task import Task
 from ..process.conditions import Conditions, takes_conditions
 from ..process.network import model_dtype, time_dtype_of
 from ..process.schedules import Schedule
+from ..support.host import kind_of
 from ..support.structure import flatten
 from .chain import Core
 from .row_program import Programs, RowProgram
@@ -47,12 +48,11 @@ def explain(
             go with their samples if their first size is that of the longest; one of shape (1, ...) alone is shared.
 
     Raises:
-        TypeError: if shape is no tuple of integers.
+        TypeError: if the model is no module, or a density and no network; if shape is no tuple of integers, or schedule
+            none.
         ProgramMismatch: if program and network differ, as when the network is random.
     """
-    if isinstance(shape, Tensor) or not all(isinstance(size, int) for size in shape):
-        given = f"a tensor {tuple(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
-        raise TypeError(f"shape must be that of one sample, a tuple of integers, got {given}; give tuple(x.shape[1:])")
+    _check(model, shape, schedule)
     conditions = Conditions.of(cond, _batch_of(cond))
     dtype = model_dtype(model, torch.get_default_dtype())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -75,6 +75,18 @@ def explain(
 
 
 explain_program = explain  # the same by a longer name, for those who read it away from the package's
+
+
+def _check(model: object, shape: object, schedule: object) -> None:
+    """Raise TypeError for what is none of these."""
+    if not isinstance(model, nn.Module) or hasattr(model, "core"):
+        remedy = "give density.model" if hasattr(model, "core") else "wrap a function in a Module"
+        raise TypeError(f"model must be a network, a torch.nn.Module, got {kind_of(model)}; {remedy}")
+    if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
+        given = f"a tensor {tuple(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
+        raise TypeError(f"shape must be that of one sample, a tuple of integers, got {given}; give tuple(x.shape[1:])")
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"schedule must be a fastscore Schedule such as VP(), got {kind_of(schedule)}")
 
 
 def _batch_of(cond: dict[str, object]) -> int:

@@ -39,12 +39,14 @@ def whole(name: str, value: object) -> int:
     """Return an integer of any kind (Python's, numpy's, a tensor of one element) as Python's.
 
     Raises:
-        ValueError: for anything else, a float with an integer's value included.
+        ValueError: for anything else, a float with an integer's value and a truth value included.
     """
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except (TypeError, RuntimeError):
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+        pass
+    raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def kind_of(value: object) -> str:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..density import ScoreDensity
 from ..estimator.estimate import Estimate
 from ..process.conditions import per_sample
+from ..process.ddpm import DDPM
 from ..process.predictions import must_say_what_it_predicts
-from ..process.schedules import DDPM, Schedule
+from ..process.schedules import Schedule
 from .losses import density_loss
 from .nodes import AdaptiveNodes
 

@@ -2,17 +2,20 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from adapters.exact import assert_exact, column, exact, noised, relative
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import fastscore as fs
 from fastscore.adapters import from_diffusers
 from fastscore.process.predictions import coefficients, eps_from
 
 diffusers = pytest.importorskip("diffusers")
+EMAModel = pytest.importorskip("diffusers.training_utils").EMAModel
 UNet2DOutput = pytest.importorskip("diffusers.models.unets.unet_2d").UNet2DOutput
 TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
@@ -275,6 +278,32 @@ def test_zero_terminal_snr_leaves_out_the_last_entry(kind, betas):
     assert relative(alpha, scheduler.alphas_cumprod[:-1].double().sqrt()) < 1e-12
 
 
+class Own(nn.Module):
+    """A network of nobody's library, which takes its time as the second argument."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.layer(x) + 1e-3 * t[:, None]
+
+
+class OwnWithMore(Own):
+    def forward(self, x, time=None, **cond):
+        return super().forward(x, time)
+
+
+@pytest.mark.parametrize("kind", [Own, OwnWithMore])
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel, AveragedModel, partial(torch.compile, backend="eager")])
+def test_a_network_of_another_origin_gets_its_time_in_second_place_however_it_is_wrapped(kind, wrap):
+    own = kind()
+    wrapped = own if wrap is nn.Identity else wrap(own)
+    x, t = torch.randn(4, 3), torch.tensor([0, 10, 500, 999])
+    assert torch.equal(from_diffusers(wrapped, ddpm()).model(x, t), own(x, t))
+
+
 @pytest.mark.parametrize(
     ("model", "scheduler", "error", "message"),
     [
@@ -295,3 +324,12 @@ def test_bad_input_is_explained(model, scheduler, error, message):
         scheduler = ddpm(scheduler[0], **scheduler[1])
     with pytest.raises(error, match=message):
         from_diffusers(*[each for each in (model, scheduler) if each is not None])
+
+
+@pytest.mark.parametrize("given", [EMAModel([nn.Parameter(torch.zeros(1))]), ddpm()], ids=["average", "scheduler"])
+def test_what_is_no_time_is_explained_in_a_line(given):
+    with pytest.raises(
+        TypeError, match=r"^time must be one of 't', .*, got \w+; an EMAModel goes as ema=, and a pipe"
+    ) as e:
+        fs.from_model(unet(), ddpm(), given)
+    assert len(str(e.value)) < 200  # and no configuration in it

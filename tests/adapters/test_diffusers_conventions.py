@@ -16,7 +16,8 @@ from torch import nn
 
 from fastscore.adapters import from_diffusers
 from fastscore.adapters.diffusers_conventions import FLOW, REFUSED, TABLE, TIMES, known_class
-from fastscore.process.schedules import DDPM, FlowMatching
+from fastscore.process.ddpm import DDPM
+from fastscore.process.schedules import FlowMatching
 
 diffusers = pytest.importorskip("diffusers")
 PACKAGES = [importlib.import_module(f"diffusers.models.{part}") for part in ("transformers", "unets")]

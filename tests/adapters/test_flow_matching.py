@@ -6,7 +6,7 @@ from adapters.exact import TARGET, assert_exact, column, exact, near, noised, re
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from fastscore.adapters import from_flow_matching
+from fastscore.adapters import from_flow_matching, from_model
 from fastscore.process.predictions import coefficients
 
 path = pytest.importorskip("flow_matching.path")
@@ -96,6 +96,20 @@ def test_likelihood_of_the_librarys_own_ode():
     # The library's solver is accurate to a few hundredths of a nat at these tolerances.
     assert float((own - TARGET.log_prob(x)).abs().max()) < 0.03
     assert bool(((found.log_prob - own).abs() < 4 * found.stderr + 0.03 + found.truncation).all())
+
+
+@pytest.mark.parametrize("make", [from_flow_matching, from_model])
+def test_solvers_whose_paths_have_no_density_are_refused(make):
+    net = nn.Linear(2, 2)
+    riemannian = solver.RiemannianODESolver.__new__(solver.RiemannianODESolver)
+    nn.Module.__init__(riemannian)
+    riemannian.velocity_model = net
+    for other in (riemannian, solver.MixtureDiscreteEulerSolver(net, path=None, vocabulary_size=3)):
+        with pytest.raises(
+            ValueError, match=f"a velocity in flat space, or an ODESolver of one, got {type(other).__name__}"
+        ):
+            make(other)
+    assert make(solver.ODESolver(net)).model is net
 
 
 def test_bad_input_is_explained():

@@ -134,6 +134,40 @@ def without_init(kind):
     return made
 
 
+class Cosine(matching.ConditionalFlowMatcher):
+    """A path of one's own under the name of a known one."""
+
+    def compute_mu_t(self, x0, x1, t):
+        t = t.reshape(-1, 1)
+        return torch.cos(torch.pi / 2 * t) ** 2 * x0 + torch.sin(torch.pi / 2 * t) ** 2 * x1
+
+
+class SameStraight(matching.ConditionalFlowMatcher):
+    """A class of one's own with the path of its base."""
+
+
+def test_the_path_is_what_a_matcher_does_and_not_its_name():
+    own, known = (from_torchcfm(Velocity(), kind(0.1)) for kind in (SameStraight, matching.ConditionalFlowMatcher))
+    assert repr(own.schedule) == repr(known.schedule)
+
+
+class torch_wrapper(nn.Module):  # as torchcfm.utils has it, whose import wants torchdyn
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, t, x, *args, **kwargs):
+        return self.model(torch.cat([x, t.repeat(x.shape[0])[:, None]], 1))
+
+
+def test_the_wrapper_for_torchdyn_is_looked_through():
+    net = nn.Linear(5, 4)
+    x, t = torch.randn(3, 4), torch.tensor([0.1, 0.5, 0.9])
+    density = from_torchcfm(torch_wrapper(net), MATCHERS["straight"]())
+    assert torch.equal(density.model(x, t), net(torch.cat([x, t[:, None]], 1)))
+    assert torch.equal(density.model(x[1:2], t[1:2]), torch_wrapper(net)(t[1], x[1:2]))  # one time, as it is called
+
+
 @pytest.mark.parametrize(
     ("give", "error", "message"),
     [
@@ -148,6 +182,11 @@ def without_init(kind):
             lambda: (Velocity(), without_init("SchrodingerBridgeConditionalFlowMatcher")),
             ValueError,
             "got SchrodingerBridgeConditionalFlowMatcher",
+        ),
+        (
+            lambda: (Velocity(), Cosine(0.0)),
+            ValueError,
+            r"matcher must be one whose mean, noise and velocity are those of Cond.*, got Cosine with another path;",
         ),
         (lambda: (Velocity(), matching.ConditionalFlowMatcher(1.5)), ValueError, "sigma must be between 0 and 1, got"),
     ],
