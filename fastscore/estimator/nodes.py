@@ -199,7 +199,8 @@ class FittedNodes(FittedBuffers):
     That is the node density, the calibration of low-discrepancy noise, the reference's scales, the range that the
     schedule had for these (`home`; a pilot's nodes may have that of another candidate), and for references that are
     fitted to each sample's own draws: the nodes, whether they begin with the fitted reference (`own_base`) or with
-    the schedule's N(0, std^2), and whether they pay.
+    the schedule's N(0, std^2), whether they pay (`own_pays`), and the variance that few draws show, nats squared times
+    draws (`own_missed`).
 
     Sums over a table take one Gaussian instead of a mixture, and what it leaves of the integrand lies elsewhere: nodes
     that suit the mixture cost the Gaussian several times its error. A pilot measures both (`gaussian`).
@@ -224,6 +225,7 @@ class FittedNodes(FittedBuffers):
         self.register_buffer("own_share", own.share)
         for name, value in (("own_base", own_base), ("own_pays", True)):
             self.register_buffer(name, torch.tensor(value, device="cpu"))
+        self.register_buffer("own_missed", torch.zeros((), dtype=torch.float64, device="cpu"))
         self.register_buffer("edges", nodes.edges)
         for name in ("share", "paired", "curve"):
             self.register_buffer(name, getattr(nodes, name))
@@ -272,7 +274,7 @@ class FittedNodes(FittedBuffers):
             gaussian=self.gaussian.moved_to(lo, hi),
             own=self._own_bins().moved_to(lo, hi).rebinned(len(self.own_share)),
         )
-        found.own_base, found.own_pays = self.own_base, self.own_pays
+        found.own_base, found.own_pays, found.own_missed = self.own_base, self.own_pays, self.own_missed
         return found
 
     @property

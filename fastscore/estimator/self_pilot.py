@@ -2,16 +2,27 @@
 
 Samples are evaluated at evenly spread draws. How far a draw's term lies off the mean of its neighbours says how much
 variance is left at its log-SNR, of the fitted reference and of the schedule's N(0, std^2), whichever leaves less. A
-fitted reference may be the worse one to begin with: what it has learned of other images, the draws unlearn.
+fitted reference may be the worse one to begin with: what it has learned of other images, the draws unlearn. It is taken
+in any case where the two differ beyond the range of log-SNR, in which the network is asked: there the fitted one
+stands for the network.
+
+A mixture knows where a network like itself decides between components. One component, which is what a sample picks to
+begin with, does not, and terms that the decision makes are large, and may be so rare that few samples show any. How
+much these add is measured where it costs no evaluation of the network: on the mixture's own density, whose estimates
+are made for many samples and seeds. It counts in the choice, and in the bars of single samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..process.schedules import Schedule
+from ..reference.gaussians import Reference
+from ..reference.picking import Picked
 from .control import why_not_tried
 from .estimator import Estimator
 from .methods import DENSITY
@@ -27,6 +38,10 @@ BINS, SAMPLES, DRAWS = 32, 16, 128
 COMPARED = 8  # samples, whose stated variances by both controls are compared
 EVALUATIONS = 2 * (SAMPLES + COMPARED) * DRAWS
 LARGE = 8  # times these evaluations has a fit that leaves them
+# Samples and seeds on the mixture's own density; four samples at least, and of all no more numbers than these.
+DECIDING, NUMBERS, SEEDS = 32, 100_000, 8
+# Nats, which the fitted reference and N(0, std^2) may differ by beyond the range, in the mean over the samples.
+BEYOND = 0.05
 # A reference is nearer to the data that it was fitted to than to others, and a few samples leave that much open.
 MOST_LOSS = 1.25
 
@@ -56,7 +71,7 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     even = NodeDensity.uniform(lo, hi, BINS)
     nodes.own_share = even.share
     found = []
-    for base in (True, False):
+    for base in (True, False)[: 1 + _alike_beyond(density, samples.select(_first(SAMPLES, samples)))]:
         nodes.own_base = torch.tensor(base, device="cpu")
         deviation = _deviation(density, samples.select(_first(SAMPLES, samples)), wanted, even.edges)
         found.append((float(deviation @ even.edges.diff()), base, deviation))
@@ -67,6 +82,9 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     nodes.own_base, nodes.own_share = torch.tensor(base, device="cpu"), best.half_uniform().share
     some = samples.select(_first(COMPARED, samples))
     reference, own = (_variance(density, control, some, wanted) for control in ("reference", "self"))
+    many = samples.select(_first(min(DECIDING, max(4, NUMBERS // samples.x.shape[1])), samples))
+    missed = _missed(density, many, wanted)
+    nodes.own_missed, own = torch.tensor(DRAWS * missed, dtype=torch.float64, device="cpu"), own + missed
     # By the mean of logarithms: of a few samples one that is far off would decide for all.
     loss = float((own / reference).log().mean().exp())
     nodes.own_pays = torch.tensor(loss < MOST_LOSS, device="cpu")
@@ -75,6 +93,50 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
 
 def _first(count: int, samples: Samples) -> Tensor:
     return torch.arange(min(count, len(samples)), device=samples.device)
+
+
+class _OfReference(nn.Module):
+    """The exact noise prediction of a reference's own density."""
+
+    def __init__(self, reference: Reference, schedule: Schedule) -> None:
+        super().__init__()
+        self.reference, self.schedule = reference, schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: object) -> Tensor:
+        alpha, sigma = (v.to(x_t.device) for v in self.schedule.alpha_sigma(t))
+        return self.reference.eps(x_t.flatten(1)[None], alpha, sigma)[0].reshape(x_t.shape)
+
+
+def _alike_beyond(density: NetworkDensity, samples: Samples) -> bool:
+    """Return whether both references that there are to begin with say the same beyond the range of log-SNR."""
+
+    def beyond(base: Reference) -> Tensor:
+        q = Picked.of(base.on(samples.device), samples.shape)
+        return q.log_prob(samples.x) + 0.5 * q.expected_integral(samples.x, *density.log_snr_range)
+
+    apart = beyond(density.reference) - beyond(Reference.isotropic(density.schedule.data_std))
+    return float(apart.abs().mean()) < BEYOND
+
+
+def _missed(density: NetworkDensity, samples: Samples, wanted: Wanted) -> float:
+    """Return what rare terms add to the variance of log p by draws on the reference's own density, nats squared.
+
+    That is by how much a sample's mean variance over seeds lies above what is typical of its seeds, averaged over
+    samples. Of even noise the two are the same but for a share of about the draws' number.
+    """
+    reference = density.reference.on(samples.device)
+    if reference.components == 1:
+        return 0.0
+    model = _OfReference(reference, density.schedule)
+    network = replace(network_of(density), model=model, predicts="eps", programs=None, compiled=None, time_dtype=None)
+    found = []
+    for seed in range(wanted.seed, wanted.seed + SEEDS):
+        own, base = density._controlled("self", wanted._replace(seed=seed), samples)
+        plan = density.planner.plan(network, density.nodes, base, samples, (None,), own)
+        estimator = Estimator(network, base, density.nodes, (None,), DENSITY)
+        found.append(estimator.evaluate(samples, plan, lambda count: None).variance[1])
+    variance = torch.stack(found)
+    return float((variance.mean(0) - variance.log().mean(0).exp()).mean())
 
 
 def _deviation(density: NetworkDensity, samples: Samples, wanted: Wanted, edges: Tensor) -> Tensor:

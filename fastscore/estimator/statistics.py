@@ -72,10 +72,12 @@ class SelfFitted(NamedTuple):
         inflation: of the variance, as these draws are not independent (`fastscore.estimator.self_fit.inflation`).
         coarse: how many of the draws, from the first one on, may show that the network switches between components
             (`fastscore.estimator.switching`).
+        missed: variance of their sum that `fit` found few draws to show (`fastscore.estimator.self_pilot`).
     """
 
     inflation: float
     coarse: int
+    missed: float = 0.0
 
 
 class Spread(NamedTuple):
@@ -117,7 +119,7 @@ class Spread(NamedTuple):
         else:
             variance, nu = _third(second)
             variance, draws = own.inflation * variance, nu / 0.43
-            missed = unseen(terms[..., : own.coarse], rule.even[..., : own.coarse])
+            missed = unseen(terms[..., : own.coarse], rule.even[..., : own.coarse]).clamp(min=own.missed)
         third = torch.linalg.vecdot(second.square(), second) / 6  # 2^3 - 2 times a term's third moment
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         skewness = (8 * KNOWN / (dims * draws) + draws * seen) / (KNOWN + draws)

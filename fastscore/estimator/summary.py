@@ -76,7 +76,8 @@ class Summary:
     def _of_own_draws(self, draws: int) -> SelfFitted:
         # By their number alone: the draws' own log-SNRs depend on their group's shift, and a stack has several.
         coarse = round(draws * self.nodes.own_coarse)
-        return SelfFitted(self_fit.inflation(draws, self.nodes.log_snr_range), coarse)
+        missed = float(self.nodes.own_missed) / draws
+        return SelfFitted(self_fit.inflation(draws, self.nodes.log_snr_range), coarse, missed)
 
     def _by_kernel(self, part: Part, samples: Samples, found: Round) -> None:
         x, rule, q = samples.x, part.rule, self.reference

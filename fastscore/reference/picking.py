@@ -65,6 +65,17 @@ class Picked(Reference):
         """Return the log-density of each sample's component, nats, float64, (B,)."""
         return self.pick(x)[1]
 
+    def expected_integral(self, x: Tensor, lo: float, hi: float, mask: Tensor | None = None) -> Tensor:
+        """Return the integral of each sample's component, as `Reference.expected_integral`, float64, (B,)."""
+        picked, _, y = self.pick(x)
+        variance = self.variance.expand(-1, x.shape[1])[picked]
+
+        def primitive(log_snr: float) -> Tensor:
+            sc1 = 1 + math.exp(log_snr) * variance
+            return (sc1.log() + 1 / sc1 - y.square() / (variance * sc1)).sum(1)
+
+        return primitive(hi) - primitive(lo)
+
     @own_dtypes
     def coordinates(self, vectors: Tensor, component: Tensor) -> Tensor:
         """Return vectors of the samples, (B, R, d), in the basis of their components, int64, (B,)."""
