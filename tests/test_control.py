@@ -89,6 +89,7 @@ def test_the_memory_is_no_reason_for_another_number():
 def test_fit_measures_whether_it_pays(own, pays, monkeypatch):
     measured = {"reference": torch.ones(8), "self": torch.full((8,), own)}
     monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: measured[control])
+    monkeypatch.setattr(self_pilot, "_missed", lambda *_: 0.0)
     density = make().fit(images(TARGET, 400), reference="images", evaluations=20_000, progress=False)
     assert bool(density.nodes.own_pays) is pays
     other = make()
@@ -101,6 +102,7 @@ def test_fit_measures_whether_it_pays(own, pays, monkeypatch):
 def test_noise_is_calibrated_where_it_will_be_used(own, pays, monkeypatch):
     measured = {"reference": torch.ones(8), "self": torch.full((8,), own)}
     monkeypatch.setattr(self_pilot, "_variance", lambda density, control, *_: measured[control])
+    monkeypatch.setattr(self_pilot, "_missed", lambda *_: 0.0)
     # 24,576 of them for the pilot, 6,144 for both controls, and what sixteen samples take at all numbers of draws.
     density = make().fit(images(TARGET, 400), reference="images", evaluations=120_000, progress=False)
     assert (density.nodes.calibration.shape[1] == 0) is pays

@@ -83,7 +83,7 @@ def test_dequantization_belongs_to_the_sample_and_not_to_its_batch():
 
 def test_levels_that_are_no_tensor_are_refused():
     for k in ([[0, 1]], torch.zeros(2, 3, dtype=torch.int64).numpy()):
-        with pytest.raises(ValueError, match=r"must be a tensor of integers 0 .. 255, got a \w+; give torch.as_tensor"):
+        with pytest.raises(ValueError, match=r"must be a tensor of integers 0 .. 255, got \w+; give torch.as_tensor"):
             Levels().dequantize(k)
 
 
