@@ -155,7 +155,7 @@ def _follows(matcher: Any, path: Path) -> bool:
     t = torch.tensor([0.2, 0.5, 0.9], device="cpu")
     (a, b), (a_rate, b_rate) = path.mean(t), path.rate(t)
     mean = a[:, None] * x_0 + b[:, None] * x_1
-    noise = torch.as_tensor(matcher.compute_sigma_t(t)).flatten()
+    noise = torch.as_tensor(matcher.compute_sigma_t(t), device="cpu").flatten()
     given = matcher.compute_mu_t(x_0, x_1, t), noise, matcher.compute_conditional_flow(x_0, x_1, t, mean)
     expected = mean, path.noise(t, float(matcher.sigma)), a_rate[:, None] * x_0 + b_rate[:, None] * x_1
     return all(torch.allclose(found, wanted.to(found), atol=1e-4) for found, wanted in zip(given, expected))

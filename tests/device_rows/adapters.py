@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fastscore as fs
 from fastscore import adapters
+from fastscore.adapters.torchcfm import PATHS
 
 from .common import NFE, D, Net, X, row, summary
 
@@ -204,8 +205,21 @@ def from_torchcfm(on):
 
     paths = [("ConditionalFlowMatcher", 0.0), ("ConditionalFlowMatcher", 0.1), ("TargetConditionalFlowMatcher", 0.1)]
     paths += [("VariancePreservingConditionalFlowMatcher", 0.1)]
-    matchers = [named(name, sigma=sigma, compute_mu_t=None) for name, sigma in paths]
-    return [adapters.from_torchcfm(on(TimeFirst()), each, **OPTIONS) for each in matchers]
+
+    def matcher(name, sigma):
+        path = PATHS[name]
+
+        def between(factors, x0, x1):
+            return factors[0][:, None] * x0 + factors[1][:, None] * x1
+
+        calls = {
+            "compute_mu_t": lambda self, x0, x1, t: between(path.mean(t), x0, x1),
+            "compute_sigma_t": lambda self, t: path.noise(t, sigma),
+            "compute_conditional_flow": lambda self, x0, x1, t, x_t: between(path.rate(t), x0, x1),
+        }
+        return named(name, sigma=sigma, **calls)
+
+    return [adapters.from_torchcfm(on(TimeFirst()), matcher(*path), **OPTIONS) for path in paths]
 
 
 def from_model(on):
