@@ -50,8 +50,8 @@ def test_the_bits_of_pixels_with_seven(schedule, bits, of_levels, capsys):
     rows = count_rows(names["unet"])
     recipe, discrete = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
     exec(recipe, names)
-    # The 31,000 of the page, 2,000 fewer where one reference alone can begin, a few for checks, and the estimate's own.
-    assert 31_000 * 0.9 < sum(rows) - 16 * 256 < 31_000 * 1.05
+    # The page's 31,000 of the fit, a few for checks and traces, and the estimate's own.
+    assert 31_000 * 0.95 < sum(rows) - 16 * 256 < 31_000 * 1.05
     found, error = names["result"].mean_bits_per_dim(levels)
     assert found == pytest.approx(bits, abs=0.01)  # as the page says it, with an error of the mean of 0.003
     # The truth is within what the truncation says, in nats, and the noise.

@@ -277,7 +277,11 @@ def test_density_from_a_factory(zoo):
         ),
         ("zoo:fails", ValueError, r"raised KeyError: 'weights\.bin' \(.*zoo\.py, line \d+\)"),
         ("zoo:demands", ValueError, "zoo:demands needs the argument path, expected a function without any; write one"),
-        ("zoo:value", ValueError, "zoo:value is a int, expected a function without arguments that returns the network"),
+        (
+            "zoo:value",
+            ValueError,
+            "zoo:value is of type int, expected a function without arguments that returns a",
+        ),
         ("hungry:Net", ModuleNotFoundError, "hungry:Net imports 'missing_dependency', which is not installed"),
         ("torn:Net", ValueError, r"the module of torn:Net cannot be imported: SyntaxError.*torn\.py, line 1\)"),
         (":Net", ValueError, r"must be a \.pt2 file of torch\.export or package\.module:factory, got ':Net'"),

@@ -65,8 +65,8 @@ def parse_schedule(text: str) -> Schedule:
         raise ValueError(wrong) from None
     try:
         return SCHEDULES[name](*numbers)
-    except TypeError:  # too many, or a fraction where a count belongs
-        raise ValueError(wrong) from None
+    except (TypeError, ValueError) as error:  # too many, a fraction where a count belongs, or what makes no schedule
+        raise ValueError(wrong if isinstance(error, TypeError) else f"{wrong}: {error}") from None
 
 
 def _usage(name: str) -> str:

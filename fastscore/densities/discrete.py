@@ -35,7 +35,6 @@ from ..density import ScoreDensity
 from ..estimator.calibration import uncalibrated
 from ..estimator.estimate import Estimate
 from ..estimator.methods import prior_kl
-from ..estimator.network_density import base_of
 from ..estimator.nodes import FittedNodes
 from ..estimator.protocol import Density, check_density
 from ..estimator.resolution import clean_end_counted
@@ -163,7 +162,7 @@ def discrete_log_prob(
     plain = _with_one_gaussian(core)
     with clean_end_counted():
         found = plain.estimate(z, mask=mask, **options)
-    gaussian = base_of(plain, found.control, z.device)
+    gaussian = plain.reference  # on the device of the data by now
     flat, counted = z.reshape(len(z), -1), None if mask is None else mask_rows(mask, z)
     lo, hi = core.log_snr_range
     expected = gaussian.expected_integral(flat, lo, hi, counted)

@@ -139,8 +139,11 @@ class NetworkDensity(Density):
         """
         if control_of(control, self.noise, self.nodes, samples, wanted) == "reference":
             return wanted, self.reference
-        base = base_of(self, "self", samples.device)
-        return wanted._replace(noise="independent", control="self"), Picked.of(base, samples.shape)
+        found = Picked.of(self.reference, samples.shape)
+        if not bool(self.nodes.own_base):
+            base = Reference.isotropic(self.schedule.data_std).on(samples.device)
+            found = Picked.of(base, samples.shape).told_by(found)
+        return wanted._replace(noise="independent", control="self"), found
 
     def _plan(
         self,
@@ -282,13 +285,6 @@ def network_of(density: NetworkDensity) -> Network:
     """Return the network of a density with all that is needed to read it."""
     options = density.time_dtype, density._programs, density.backend, compiled_of(density)
     return Network(density.model, density.schedule, density.predicts, density.log_snr_range, *options)
-
-
-def base_of(density: NetworkDensity, control: str, device: torch.device) -> Reference:
-    """Return the reference that estimates with a control, "reference" or "self", begin from: log q is its own."""
-    if control == "reference" or bool(density.nodes.own_base):
-        return density.reference.on(device)
-    return Reference.isotropic(density.schedule.data_std).on(device)
 
 
 def compiled_of(density: NetworkDensity) -> Compiled | None:

@@ -54,6 +54,8 @@ def self_fitted(
         of_block = some, entries
         own = noise[:, some, entries], residual[:, some, entries]
         f[:, some] += block_values(*own, y[of_block], variance[of_block], alpha, sigma, hats)
+    if reference.told is not None:
+        f -= reference.course_apart(x, alpha, sigma).to(f)
     return f[:draws].T
 
 

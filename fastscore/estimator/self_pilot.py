@@ -2,9 +2,8 @@
 
 Samples are evaluated at evenly spread draws. How far a draw's term lies off the mean of its neighbours says how much
 variance is left at its log-SNR, of the fitted reference and of the schedule's N(0, std^2), whichever leaves less. A
-fitted reference may be the worse one to begin with: what it has learned of other images, the draws unlearn. It is taken
-in any case where the two differ beyond the range of log-SNR, in which the network is asked: there the fitted one
-stands for the network.
+fitted reference may be the worse one to begin with: what it has learned of other images, the draws unlearn. Estimates
+are told by it all the same: beyond the range of log-SNR, in which the network is asked, it stands for the network.
 
 A mixture knows where a network like itself decides between components. One component, which is what a sample picks to
 begin with, does not, and terms that the decision makes are large, and may be so rare that few samples show any. How
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from ..process.schedules import Schedule
 from ..reference.gaussians import Reference
-from ..reference.picking import Picked
 from .control import why_not_tried
 from .estimator import Estimator
 from .methods import DENSITY
@@ -40,8 +38,6 @@ EVALUATIONS = 2 * (SAMPLES + COMPARED) * DRAWS
 LARGE = 8  # times these evaluations has a fit that leaves them
 # Samples and seeds on the mixture's own density; four samples at least, and of all no more numbers than these.
 DECIDING, NUMBERS, SEEDS = 32, 100_000, 8
-# Nats, which the fitted reference and N(0, std^2) may differ by beyond the range, in the mean over the samples.
-BEYOND = 0.05
 # A reference is nearer to the data that it was fitted to than to others, and a few samples leave that much open.
 MOST_LOSS = 1.25
 
@@ -71,7 +67,7 @@ def pilot_of_own(density: NetworkDensity, samples: Samples, wanted: Wanted, left
     even = NodeDensity.uniform(lo, hi, BINS)
     nodes.own_share = even.share
     found = []
-    for base in (True, False)[: 1 + _alike_beyond(density, samples.select(_first(SAMPLES, samples)))]:
+    for base in (True, False):
         nodes.own_base = torch.tensor(base, device="cpu")
         deviation = _deviation(density, samples.select(_first(SAMPLES, samples)), wanted, even.edges)
         found.append((float(deviation @ even.edges.diff()), base, deviation))
@@ -105,17 +101,6 @@ class _OfReference(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, **cond: object) -> Tensor:
         alpha, sigma = (v.to(x_t.device) for v in self.schedule.alpha_sigma(t))
         return self.reference.eps(x_t.flatten(1)[None], alpha, sigma)[0].reshape(x_t.shape)
-
-
-def _alike_beyond(density: NetworkDensity, samples: Samples) -> bool:
-    """Return whether both references that there are to begin with say the same beyond the range of log-SNR."""
-
-    def beyond(base: Reference) -> Tensor:
-        q = Picked.of(base.on(samples.device), samples.shape)
-        return q.log_prob(samples.x) + 0.5 * q.expected_integral(samples.x, *density.log_snr_range)
-
-    apart = beyond(density.reference) - beyond(Reference.isotropic(density.schedule.data_std))
-    return float(apart.abs().mean()) < BEYOND
 
 
 def _missed(density: NetworkDensity, samples: Samples, wanted: Wanted) -> float:

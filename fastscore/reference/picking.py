@@ -24,6 +24,8 @@ from ..support.autocast import own_dtypes
 from . import turning
 from .gaussians import Reference
 
+BLOCK = 1 << 18  # numbers of a tensor that there are several of at once
+
 
 class Picked(Reference):
     """A `Reference` whose every sample has the component that explains it best alone.
@@ -31,6 +33,22 @@ class Picked(Reference):
     `log_prob` is that of the component, without its weight: what stands before an integral along the component's own
     residuals. It is no density in x.
     """
+
+    @property
+    def told(self) -> Picked | None:
+        """Another one by which estimates are told, None for itself; draws are fitted beside this one.
+
+        Log q is of that one, and so is what lies beyond the range of log-SNR, where a reference stands for the network.
+        """
+        found = self._modules.get("told")
+        assert isinstance(found, Picked | None)
+        return found
+
+    def told_by(self, other: Picked) -> Picked:
+        """Return the same, by which draws are fitted, with another one by which estimates are told."""
+        found = Picked.from_tensors(self.tensors())
+        found._modules["told"] = other
+        return found
 
     @classmethod
     def of(cls, reference: Reference, shape: tuple[int, ...]) -> Picked:
@@ -62,19 +80,21 @@ class Picked(Reference):
         return picked, joint - self.weight.log()[picked], y
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the log-density of each sample's component, nats, float64, (B,)."""
-        return self.pick(x)[1]
+        """Return the log-density of each sample's component, nats, float64, (B,), by the one that tells."""
+        return (self.told or self).pick(x)[1]
 
-    def expected_integral(self, x: Tensor, lo: float, hi: float, mask: Tensor | None = None) -> Tensor:
-        """Return the integral of each sample's component, as `Reference.expected_integral`, float64, (B,)."""
+    def course_apart(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        r"""Return :math:`E\|e_{told}\|^2 - E\|e_q\|^2` of each sample at each level of noise, float64, (R, B)."""
+        return self.told._course(x, alpha, sigma) - self._course(x, alpha, sigma)
+
+    def _course(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the mean squared residual of each sample's component at each level, float64, (R, B)."""
         picked, _, y = self.pick(x)
-        variance = self.variance.expand(-1, x.shape[1])[picked]
-
-        def primitive(log_snr: float) -> Tensor:
-            sc1 = 1 + math.exp(log_snr) * variance
-            return (sc1.log() + 1 / sc1 - y.square() / (variance * sc1)).sum(1)
-
-        return primitive(hi) - primitive(lo)
+        variance, square, found = self.variance.expand(-1, x.shape[1])[picked], y.square(), []
+        for a, s in zip(*(v.square()[:, None, None].split(max(1, BLOCK // x.numel())) for v in (alpha, sigma))):
+            total = a * variance + s
+            found.append((((a * variance).square() + a * s * square) / total.square()).sum(-1))
+        return torch.cat(found)
 
     @own_dtypes
     def coordinates(self, vectors: Tensor, component: Tensor) -> Tensor:
