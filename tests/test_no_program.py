@@ -304,10 +304,14 @@ def test_an_activation_with_arguments_says_that_they_are_the_reason(monkeypatch)
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(3, 3)
+        self.core = nn.Linear(3, 3)
 
     def forward(self, x, t):
-        return self.layer(x)
+        return self.core(x)
+
+
+def test_explain_takes_a_network_whatever_its_layers_are_called():
+    assert fs.explain_program(Plain(), (3,)).startswith("row program of Plain")
 
 
 @pytest.mark.parametrize(

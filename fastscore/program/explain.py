@@ -79,8 +79,9 @@ explain_program = explain  # the same by a longer name, for those who read it aw
 
 def _check(model: object, shape: object, schedule: object) -> None:
     """Raise TypeError for what is none of these."""
-    if not isinstance(model, nn.Module) or hasattr(model, "core"):
-        remedy = "give density.model" if hasattr(model, "core") else "wrap a function in a Module"
+    is_density = hasattr(model, "network_arguments")
+    if not isinstance(model, nn.Module) or is_density:
+        remedy = "give density.model" if is_density else "wrap a function in a Module"
         raise TypeError(f"model must be a network, a torch.nn.Module, got {kind_of(model)}; {remedy}")
     if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
         given = f"a tensor {tuple(shape.shape)}" if isinstance(shape, Tensor) else repr(shape)
