@@ -24,12 +24,12 @@ from fastscore.support.memory import peak_bytes
 
 SAMPLES, NFE, D, WIDTH = 64, 128, 64, 256
 SIZES = {
-    "samples": [512, 1024, 2048, 4096],
-    "evaluations": [1024, 2048, 4096, 8192],
+    "samples": [256, 512, 1024, 2048],
+    "evaluations": [512, 1024, 2048, 4096],
     "dimensions": [64, 128, 256, 512],
     "width": [128, 256, 512, 1024],
 }
-REPEATS = 5
+REPEATS, OF_PROCESSES = 5, 2
 BUDGET = 64_000_000  # a quarter of it keeps what all draws share, at every size
 
 
@@ -113,7 +113,7 @@ def test_processes(benchmark, table):
         return [tuple(map(float, w.communicate()[0].split())) for w in workers]
 
     counts = [n for n in (1, 2, 4) if n <= (os.cpu_count() or 1)]
-    in_turns = [[shares(ranks) for ranks in counts] for _ in range(REPEATS)]
+    in_turns = [[shares(ranks) for ranks in counts] for _ in range(OF_PROCESSES)]
     for ranks, runs in zip(counts, zip(*in_turns)):
         longest = min(max(spent for spent, _ in run) for run in runs)
         rows.append((ranks, longest, sum(found for _, found in runs[0][:ranks])))
