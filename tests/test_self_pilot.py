@@ -47,7 +47,7 @@ def test_bars_cover_after_a_fit_where_the_network_rarely_decides_between_cluster
         found = [density.estimate(x, nfe=nfe, seed=seed, progress=False) for seed in range(seeds)]
         error = torch.stack([each.log_prob - network.log_prob(x) for each in found])
         covered = float((error.abs() < 1.96 * torch.stack([each.stderr for each in found])).double().mean())
-        # 192 intervals: a standard error of 1.6 %. Draws alone cover 84 % and 66 %, and are right in the mean.
+        # 192 intervals: a standard error of 1.6 %. Draws alone cover fewer, and are right in the mean.
         assert covered > 0.9, (nfe, covered)
 
 
