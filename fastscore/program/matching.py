@@ -126,8 +126,8 @@ class Matcher:
         weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:3]
         core = self.next(Norm(eps), value, node, exact=weight is None and bias is None)
         inner = tuple(shape)
-        scale = 1.0 if weight is None else self.tables.of(weight, inner)
-        return Value(core, scale, 0.0 if bias is None else self.tables.of(bias, inner))
+        scale = 1.0 if weight is None else self._table(weight, inner)
+        return Value(core, scale, 0.0 if bias is None else self._table(bias, inner))
 
     def on_linear(self, node: fx.Node) -> Value | Concat:
         x, weight, bias = (*node.args, None)[:3]
@@ -158,7 +158,7 @@ class Matcher:
         value, out = self.values[x], node.meta["val"].shape[-1]
         if x.meta["val"].shape[-1] != value.width:
             raise refuse(node, f"acts on the last dimension of {_inner(x)} alone")
-        shift = 0.0 if bias is None else self.tables.of(bias, (out,))
+        shift = 0.0 if bias is None else self._table(bias, (out,))
         if isinstance(value, Value):
             return Value(self.next(Linear, value, node, out, weight, exact=bias is None), 1.0, shift)
         columns = [(part, self.tables.columns(weight, *range_)) for part, range_ in zip(value.parts, value.ranges())]
@@ -181,7 +181,7 @@ class Matcher:
             if part in self.values:
                 parts.append(self._plain(node, part))
             else:
-                parts.append(self.tables.of(part, _inner(part)))
+                parts.append(self._table(part, _inner(part)))
         if sum(isinstance(part, Value) for part in parts) != 1:
             raise refuse(node, "concatenates two values that depend on x")
         return Concat(tuple(parts), tuple(starts), width)
@@ -254,6 +254,9 @@ class Matcher:
     def _depends(self, arg: Table) -> bool:
         return arg in self.values
 
+    def _table(self, table: Table, inner: tuple[int, ...]) -> Table:
+        return self.tables.of(table, inner, self.x_dtype)
+
     def _plain(self, node: fx.Node, x: fx.Node) -> Value:
         if isinstance(self.values[x], Value):
             return self.values[x]
@@ -264,7 +267,7 @@ class Matcher:
             return table
         if node.meta["val"].shape != x.meta["val"].shape:
             raise refuse(node, "broadcasts x to a larger shape")
-        return self.tables.of(table, _inner(x))
+        return self._table(table, _inner(x))
 
     def _sum(self, node: fx.Node, a: Value, b: Value) -> Value:
         shift = self.tables.plus(a.shift, b.shift)

@@ -21,9 +21,17 @@ class Tables:
     def __init__(self, traced: Traced) -> None:
         self.add = traced.add
 
-    def of(self, table: Table, inner: tuple[int, ...]) -> Table:
-        """Return a table for values (rows, *inner) as one that broadcasts to (rows, width)."""
-        return table if isinstance(table, int | float) or len(inner) == 1 else self.add(_flat, table, inner)
+    def of(self, table: Table, inner: tuple[int, ...], dtype: torch.dtype) -> Table:
+        """Return a table for values (rows, *inner) of a dtype as one that broadcasts to (rows, width).
+
+        It goes over to their dtype at once, as torch has it go over when both meet: what is made of it here, such as an
+        inverse, would else be rounded as they are not, or be a whole number.
+        """
+        if isinstance(table, int | float):
+            return table
+        if table.meta["val"].dtype != dtype:
+            table = self.add(torch.Tensor.to, table, dtype)
+        return table if len(inner) == 1 else self.add(_flat, table, inner)
 
     def times(self, a: Table, b: Table) -> Table:
         if isinstance(a, int | float) and isinstance(b, int | float):
