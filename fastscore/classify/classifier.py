@@ -6,7 +6,7 @@ All classes of a sample see the same nodes and the same noise, so what they shar
 one fitted to each class would not, and makes differences noisier. What remains of ||eps - eps_a||^2 - ||eps - eps_b||^2
 is mostly linear in eps: nodes are antithetic pairs, which cancel that. Evaluations come in rounds that double what was
 spent. After each, a class drops out whose posterior is below that of the best one at a stated level of error
-(Bonferroni over rounds and classes, Student's t from successive differences, see `Rounds.drop`).
+(Bonferroni over rounds and classes, Student's t from differences of the draws, see `Rounds.drop`).
 
 References:
     Your Diffusion Model is Secretly a Zero-Shot Classifier (Li et al., 2023), https://arxiv.org/abs/2303.16203

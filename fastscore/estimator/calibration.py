@@ -1,6 +1,6 @@
 r"""Error bars under low-discrepancy noise: as narrow as they may be for each sample, by what its own draws look like.
 
-Sobol points leave a smaller error than successive differences show, by a ratio that a pilot measures. It holds for
+Sobol points leave a smaller error than differences of the draws show, by a ratio that a pilot measures. It holds for
 samples like the pilot's. One that is odd (between modes, in a tail) has differences larger than theirs, and gains less.
 With v a sample's variance by differences, a = log v less its mean over typical samples, and q_60, q_95 quantiles of a,
 

@@ -10,7 +10,7 @@ r"""The pilot: what `ScoreDensity.fit` learns from data, so that later estimates
 
    where the integral is the standard error that the best nodes attain, and those nodes are kept with it.
 3. The mean of the integrand in each bin becomes the curve that estimates integrate exactly.
-4. Low-discrepancy noise is smoother than its successive differences show. Replicates of pilot samples, and of odd
+4. Low-discrepancy noise is smoother than differences of its draws show. Replicates of pilot samples, and of odd
    points made from them, measure by how much, so that its error bars are tight and still cover (`calibration`).
 """
 
@@ -244,7 +244,7 @@ class _Spread(NamedTuple):
 
 
 def calibrate(network: Network, typical: Samples, odd: Samples, fitted: Fitted, plan: PilotPlan) -> Fitted:
-    """Measure how much smaller the error of low-discrepancy noise is than its successive differences say."""
+    """Measure how much smaller the error of low-discrepancy noise is than the differences of its draws say."""
     samples, chunks, found, truth = typical.joined(odd), plan.chunks(fitted.reference), [], None
     programs = network.find_programs(samples)
     for nfe in sorted(CALIBRATION_NFE, reverse=True):

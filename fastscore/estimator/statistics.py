@@ -1,14 +1,15 @@
 r"""Sums over draws with their variances, and means over samples with theirs.
 
 With g_s = -w_s N (f_s - c_s) / 2 for draw s of N, log p = log q - 1/2 int c + mean(g), and its variance comes from
-successive differences, because neighbouring draws share almost the same log-SNR:
+second differences, because neighbouring draws share almost the same log-SNR:
 
-.. math:: \mathrm{Var} = \sum_s (g_s - g_{s-1})^2 \,/\, (2 (N-1) N)
+.. math:: \mathrm{Var} = \sum_s (g_{s+1} - 2 g_s + g_{s-1})^2 \,/\, (6 (N-2) N)
 
-The plain variance over draws would count the integrand's course over log-SNR as noise and be far too large. Student's
-t then widens it for the degrees of freedom that the differences have (`draw_variance`). Entries of a table that are
-drawn once or twice in turns have terms of unlike size whatever the integrand; differences are taken as if each were
-drawn as often as it deserves (`Rule.even`).
+The plain variance over draws would count the integrand's course over log-SNR as noise and be far too large. With few
+draws, or in hundreds of dimensions, a slope of that course is as large as their noise, and first differences would see
+it. Student's t then widens the variance for the degrees of freedom that the differences have (`draw_variance`). Entries
+of a table that are drawn once or twice in turns have terms of unlike size whatever the integrand; differences are taken
+as if each were drawn as often as it deserves (`Rule.even`).
 
 The shift U of all nodes has an error of its own. Between the ends it is as small as the integrand is smooth; at the
 ends it is, to first order in 1/N (Euler and Maclaurin),
@@ -35,8 +36,25 @@ from torch import Tensor
 from .rules import GROUPS, Rule, group_shifts
 from .switching import unseen
 
-KNOWN = 20  # draws, that a norm's skewness counts for
-STEEP, FEWEST_BENDS = 4.0, 8
+KNOWN = 12  # draws, that a norm's skewness counts for
+FEWEST_BENDS = 8  # draws, of which second differences have three degrees of freedom
+
+
+class _Differences(NamedTuple):
+    r"""What differences of one order say of even noise.
+
+    Attributes:
+        share: their mean square, in that of a term.
+        freedom: c in the degrees of freedom :math:`c (\sum d_s^2)^2 / \sum d_s^4`.
+        of_draw: how many of these a draw adds.
+    """
+
+    share: float
+    freedom: float
+    of_draw: float
+
+
+FIRST, SECOND, THIRD = _Differences(2, 2, 2 / 3), _Differences(6, 1.54, 0.51), _Differences(20, 1.3, 0.43)
 
 
 def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
@@ -51,7 +69,7 @@ def draw_sum(f: Tensor, rule: Rule, density: bool = False) -> Tensor:
 
 
 def draw_variance(f: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Return the variance of `draw_sum` from successive differences, and its degrees of freedom, float64, (B,) each."""
+    """Return the variance of `draw_sum` by its draws' differences, and its degrees of freedom, float64, (B,) each."""
     return successive_variance(_terms(f, rule))
 
 
@@ -84,7 +102,7 @@ class Spread(NamedTuple):
     """What the draws of each sample say of the error of their sum.
 
     Attributes:
-        variance: by successive differences, with its degrees of freedom `nu`.
+        variance: by differences of the draws, with its degrees of freedom `nu`.
         skewness: of the sum, squared.
         jump: from the first term to the last one.
         unseen: variance that these draws miss, and others have. Means have it in `variance` already, as that is right
@@ -108,18 +126,20 @@ class Spread(NamedTuple):
         Arguments:
             dims: d, how many entries of a sample count; one number, or one a sample.
             own: where references were fitted to the draws, which have so little noise beside the course of f then that
-                its slope and its bends have to be left out.
+                its slope and its bends have to be left out: third differences see neither.
         """
         terms = _terms(f, rule)
-        first = terms.diff(dim=-1)
-        second = first.diff(dim=-1)
+        second = terms.diff(n=2, dim=-1)
         if own is None:
-            variance, nu = _successive(first, second)
-            draws, missed = 1.5 * nu, torch.zeros_like(variance)  # nu is 2N/3 where all draws count alike
+            kind = _kind(terms.shape[-1])
+            variance, nu = _mean_square(terms.diff(dim=-1) if kind is FIRST else second, kind)
+            missed = torch.zeros_like(variance)
         else:
-            variance, nu = _third(second)
-            variance, draws = own.inflation * variance, nu / 0.43
+            kind = THIRD
+            variance, nu = _mean_square(second.diff(dim=-1), kind)
+            variance = own.inflation * variance
             missed = unseen(terms[..., : own.coarse], rule.even[..., : own.coarse]).clamp(min=own.missed)
+        draws = nu / kind.of_draw  # N where all draws count alike
         third = torch.linalg.vecdot(second.square(), second) / 6  # 2^3 - 2 times a term's third moment
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
         skewness = (8 * KNOWN / (dims * draws) + draws * seen) / (KNOWN + draws)
@@ -150,37 +170,20 @@ def _jump(terms: Tensor, rule: Rule) -> Tensor:
 def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the variance of the terms' sum along the last dimension, and its degrees of freedom.
 
-    Successive differences d_s have about :math:`\nu = 2 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom: 2N/3 for even
-    noise, fewer where a short stretch of log-SNR makes most of it.
-
-    In hundreds of dimensions few draws differ by the course of the integrand more than by their noise. Second
-    differences, of :math:`1.54 (\sum b_s^2)^2 / \sum b_s^4` degrees of freedom, do not see a slope: they are taken
-    where they say so much less, by 1 + 4 / sqrt(nu), as noise alone says once in a thousand times.
+    Second differences d_s have about :math:`\nu = 1.54 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom: 0.51 N for even
+    noise, fewer where a short stretch of log-SNR makes most of it. Fewer terms than `FEWEST_BENDS` have first ones
+    taken, of 2 N / 3 degrees.
 
     Arguments:
         terms: float64, shape (..., N), ascending in log-SNR.
     """
-    first = terms.diff(dim=-1)
-    return _successive(first, first.diff(dim=-1))
+    kind = _kind(terms.shape[-1])
+    return _mean_square(terms.diff(n=1 if kind is FIRST else 2, dim=-1), kind)
 
 
-def _successive(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `successive_variance` from the terms' differences, and those of these."""
-    n = first.shape[-1] + 1
-    variance, nu = _mean_square(first, n, 2.0, 2.0)
-    if n < FEWEST_BENDS:
-        return variance, nu
-    straight, own_nu = _mean_square(second, n, 6.0, 1.54)
-    steep = variance > (1 + STEEP * own_nu.rsqrt()) * straight
-    return torch.where(steep, straight, variance), torch.where(steep, own_nu, nu)
-
-
-def _third(second: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return what `_successive` does by third differences, which see neither a slope nor a parabola.
-
-    They have :math:`1.3 (\sum d_s^2)^2 / \sum d_s^4` degrees of freedom, 0.43 N for even noise.
-    """
-    return _mean_square(second.diff(dim=-1), second.shape[-1] + 2, 20.0, 1.3)
+def _kind(draws: int) -> _Differences:
+    """Return which differences the variance of so many draws is taken from."""
+    return FIRST if draws < FEWEST_BENDS else SECOND
 
 
 def bends(terms: Tensor) -> Tensor:
@@ -188,13 +191,14 @@ def bends(terms: Tensor) -> Tensor:
     return -0.5 * terms.diff(n=2, dim=-1)
 
 
-def _mean_square(differences: Tensor, n: int, share: float, freedom: float) -> tuple[Tensor, Tensor]:
-    """Return the variance of a sum of n terms by differences that have `share` times a term's, with their freedom."""
-    square = differences.square()
+def _mean_square(differences: Tensor, kind: _Differences) -> tuple[Tensor, Tensor]:
+    """Return the variance of a sum of terms by their differences, with its degrees of freedom."""
+    square, order = differences.square(), (FIRST, SECOND, THIRD).index(kind) + 1
     total, fourth = square.sum(-1), torch.linalg.vecdot(square, square)
     # At least one degree of freedom, also where there is no noise at all.
-    nu = (freedom * total.square() / fourth.clamp(min=1e-300)).clamp(min=1.0)
-    return total * (n / (share * differences.shape[-1])), nu
+    nu = (kind.freedom * total.square() / fourth.clamp(min=1e-300)).clamp(min=1.0)
+    count = differences.shape[-1]
+    return total * ((count + order) / (kind.share * count)), nu
 
 
 def widened(variance: Tensor, nu: Tensor) -> Tensor:
