@@ -28,6 +28,7 @@ from ..process.network import model_device
 from ..reference.gaussians import Reference
 from ..support.modes import differentiable, ordinary
 from ..transforms import moved
+from .bijection import believed, check_bijection
 
 FIT_BATCH = 4096
 
@@ -43,7 +44,8 @@ class Transformed(Density):
 
     Raises:
         TypeError: if either is something else.
-        ValueError: if the transform is not bijective, or the density one in a subspace.
+        ValueError: if the transform is not bijective, or the density one in a subspace; at the first data, if its
+            inverse does not undo it, or its log-determinant is not that of its derivative.
 
     Example:
         >>> density = ScoreDensity(model, VP(), predicts="eps")  # trained on (x - mean) / std
@@ -68,6 +70,7 @@ class Transformed(Density):
                 f"transform must be bijective, got {transform}; a map that loses information has no density"
             )
         self.density, self.transform = density, transform
+        self._checked: Transform | None = None  # which of the transforms was asked
 
     model, schedule, predicts = of_core("model"), of_core("schedule"), of_core("predicts")
     nfe, log_snr_range = of_core("nfe"), of_core("log_snr_range")
@@ -175,11 +178,20 @@ class Transformed(Density):
                 f"x must lie inside the range of {self.transform}, got {int((~inside).sum())} of {len(x)} samples "
                 f"outside or on its edge, first sample {first}; {remedy}"
             )
-        log_det = self.transform.log_abs_det_jacobian(z, wide).to(torch.float64).reshape(len(x), -1)
+        log_det = self.transform.log_abs_det_jacobian(z, wide).to(torch.float64)
+        if log_det.ndim == 0:  # the same for all that it is a number of
+            log_det = log_det.expand(z.shape[: z.ndim - self.transform.domain.event_dim])
+        log_det = log_det.reshape(len(x), -1)
+        self._check_once(z, wide, log_det)
         if mask is not None:
             log_det = masks.inside(log_det, masks.mask_rows(mask, x))
         inner, inner_log_det = self.density.to_network(z.to(x.dtype), mask)
         return inner, inner_log_det + log_det.sum(1)
+
+    def _check_once(self, z: Tensor, x: Tensor, log_det: Tensor) -> None:
+        if self._checked is not self.transform and len(x) and not believed(self.transform):
+            check_bijection(self.transform, z[:1], x[:1], log_det[:1])
+        self._checked = self.transform
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformed:
         super()._apply(fn, recurse)
