@@ -273,6 +273,9 @@ def test_top_classes_and_printing(fitted):
     torch.testing.assert_close(posterior, found.log_posterior.gather(1, classes).exp())
     assert bool((posterior[:, 0] >= posterior[:, 1]).all())
     assert str(found).startswith("Classification(20 samples, 4 classes, ")
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"topk takes 1 to 4 of 4 classes, got {k}"):
+            found.topk(k)
 
 
 def test_state_is_stored(fitted):

@@ -204,3 +204,17 @@ def test_training_with_it_learns_a_density_that_depends_on_the_condition():
     # What 300 steps leave of the 0.3 to 0.6 nats that ignoring the condition costs.
     assert abs(float((found - exact).mean().detach())) < 0.1
     assert float(found.mean() - loss.log_prob(x, z.roll(1, 0), nfe=64, seed=1).mean()) > 0.5
+
+
+def test_a_mask_leaves_the_other_tokens_what_they_are():
+    loss = fs.DiffusionLoss(head(), schedule=SCHEDULE, predicts="eps")
+    x, z = tokens(3, 4)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool()
+    own, every = loss.log_prob(x, z, mask=mask, nfe=32), loss.log_prob(x, z, nfe=32)
+    # The same noise, summed in other chunks.
+    torch.testing.assert_close(own, torch.where(mask, every, 0), rtol=1e-10, atol=1e-10)
+    found = loss.estimate(x, z, mask=mask, nfe=32, progress=False)
+    torch.testing.assert_close(found.log_prob, every[mask], rtol=1e-10, atol=1e-10)
+    for call in (loss.log_prob, loss.estimate):
+        with pytest.raises(ValueError, match=r"mask must be True for at least one token and of shape \(3, 4\)"):
+            call(x, z, mask=mask[:2])

@@ -332,6 +332,23 @@ def test_autoencoders_without_a_bound_are_refused(name):
         made.estimate(X, nfe=64)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_encoder_may_return_a_distribution_of_torch(wrapped):
+    def own(x):
+        mean, std = ZERO[: len(x)] + 0.3, ZERO[: len(x)] + 0.5
+        normal = torch.distributions.Normal(mean, std)
+        return mean, std, torch.distributions.Independent(normal, 3) if wrapped else normal
+
+    def decode(z):
+        return SimpleNamespace(sample=z.new_zeros(len(z), *SHAPE))
+
+    plain, found = (
+        fs.LatentBound(Case().density, answering(encode, decode), 0.3).estimate(X, nfe=16, progress=False)
+        for encode in (lambda x: gaussian(*own(x)[:2]), lambda x: SimpleNamespace(latent_dist=own(x)[2]))
+    )
+    assert torch.equal(plain.log_prob, found.log_prob)
+
+
 def test_wrong_arguments_are_refused():
     case = Case()
     with pytest.raises(TypeError, match="density must be a ScoreDensity"):

@@ -63,7 +63,14 @@ class Classification:
         return self.active.sum(1) == 1
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k highest posteriors p(y | x) in descending order and their classes, shape (B, k) each."""
+        """Return the k highest posteriors p(y | x) in descending order and their classes, shape (B, k) each.
+
+        Raises:
+            ValueError: for less than one class, or more than there are.
+        """
+        count = self.active.shape[1]
+        if not 1 <= k <= count:
+            raise ValueError(f"topk takes 1 to {count} of {count} classes, got {k}")
         log_posterior, classes = self.log_posterior.topk(k, dim=1)
         return log_posterior.exp(), classes
 

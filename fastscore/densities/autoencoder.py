@@ -110,7 +110,7 @@ def encode(autoencoder: nn.Module, x: Tensor, index: Tensor) -> tuple[Tensor, Te
     """
     output = _called(autoencoder.encode, x.to(model_dtype(autoencoder, x.dtype)))
     found = getattr(output, "latent_dist", None)
-    mean, std = (getattr(found, name, None) for name in ("mean", "std"))
+    mean, std = getattr(found, "mean", None), getattr(found, "std", getattr(found, "stddev", None))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor) or mean.ndim < 2 or mean.shape != std.shape:
         raise ValueError(_without_a_bound(f"{type(autoencoder).__name__} with {type(found or output).__name__}"))
     if len(mean) != len(x):

@@ -97,25 +97,30 @@ class DiffusionLoss(nn.Module):
             cond={self.condition: per_sample(z)},
         )
 
-    def log_prob(self, x: Tensor, z: Tensor, **options: Any) -> Tensor:
+    def log_prob(self, x: Tensor, z: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
         """Return log p(x | z) of every token in nats, shape (*tokens,), differentiable in x, z and the weights.
 
         Arguments:
-            x, z: as in `forward`.
+            x, z, mask: as in `forward`; tokens that do not count have 0, so that sums over tokens are a sequence's.
             options: as in `ScoreDensity.log_prob`.
         """
-        rows, conditions = self._rows(x, z, None)
-        return self.density.log_prob(rows, **self._with(conditions, options)).reshape(x.shape[:-1])
+        rows, conditions = self._rows(x, z, mask)
+        found = self.density.log_prob(rows, **self._with(conditions, _placed(options, mask)))
+        if mask is None:
+            return found.reshape(x.shape[:-1])
+        return found.new_zeros(x.shape[:-1]).masked_scatter(mask.bool(), found)
 
-    def estimate(self, x: Tensor, z: Tensor, **options: Any) -> Estimate:
-        """Return the `Estimate` of all tokens in their order, with standard errors.
+    def estimate(self, x: Tensor, z: Tensor, *, mask: Tensor | None = None, **options: Any) -> Estimate:
+        """Return the `Estimate` of the tokens that count, in their order, with standard errors.
+
+        Tokens have noise of their own: the variance of a sequence's log-density is the sum of its tokens' `variance`.
 
         Arguments:
-            x, z: as in `forward`.
+            x, z, mask: as in `forward`.
             options: as in `ScoreDensity.estimate`.
         """
-        rows, conditions = self._rows(x, z, None)
-        return self.density.estimate(rows, **self._with(conditions, options))
+        rows, conditions = self._rows(x, z, mask)
+        return self.density.estimate(rows, **self._with(conditions, _placed(options, mask)))
 
     def _with(self, z: Tensor, options: dict) -> dict:
         """Return the options of a density with z among the conditions."""
@@ -136,3 +141,8 @@ class DiffusionLoss(nn.Module):
                 f"{int(mask.sum())} True in {tuple(mask.shape)}"
             )
         return x[mask.bool()], z[mask.bool()]
+
+
+def _placed(options: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+    """Return the options of a density with the places of the tokens that count: they decide about a token's noise."""
+    return options if mask is None else {"sample_index": mask.flatten().nonzero()[:, 0], **options}
