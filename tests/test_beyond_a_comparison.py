@@ -129,7 +129,7 @@ def test_a_range_with_too_few_draws_is_told_with_the_evaluations_that_it_takes(o
         found = fs.compare_densities(a, b, x, nfe=8)
     assert len(told) == 1
     assert found.truncation == torch.inf
-    assert repr(found).endswith("truncation unknown with so few draws)")
+    assert repr(found).endswith("truncation unknown with so few draws in the range)")
     assert not bool(found.truncation_per_sample.isnan().any())
     enough = int(str(told[0].message).rsplit(" ", 1)[1])
     with warnings.catch_warnings():

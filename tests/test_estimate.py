@@ -159,3 +159,30 @@ def test_bins_of_a_log_probability_are_refused(bins):
     for call in (found.bits_per_dim, found.mean_bits_per_dim):
         with pytest.raises(ValueError, match=r"without bins, since .* got bins=.*256.*; call bits_per_dim\(\)"):
             call(bins)
+
+
+@pytest.mark.parametrize(("schedule", "scale"), [(fs.VE(0.01, 50.0), 1e-6), (fs.VP(), 1e6)])
+def test_truncation_is_unknown_where_all_noise_is_coarser_or_finer_than_the_data(schedule, scale):
+    """It was NaN, which compares as small; log_prob is the fitted reference's there."""
+    from mixtures import ExactEps, Mixture
+
+    generator = torch.Generator().manual_seed(5)
+    target = Mixture(scale * torch.randn(3, 3, generator=generator).double(), torch.tensor(0.4 * scale))
+    density = fs.ScoreDensity(ExactEps(target, schedule), schedule, "eps")
+    with pytest.warns(UserWarning, match="noise of the schedule"):
+        density.fit(target.sample(1000, generator), progress=False)
+    found = density.estimate(target.sample(20, generator), nfe=64, progress=False)
+    assert bool((found.truncation_per_sample == torch.inf).all())
+    assert "truncation unknown with so few draws in the range" in repr(found)
+
+
+def test_samples_whose_draws_say_nothing_of_the_ends_leave_the_others_what_they_are():
+    from fastscore.estimator.curve import truncation
+
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.rand(9, 2, 7, generator=generator, dtype=torch.float64)
+    some = ends.clone()
+    some[[2, 5], :, :4] = torch.nan
+    found, kept = truncation(some), [0, 1, 3, 4, 6, 7, 8]
+    assert bool(found[[2, 5]].isinf().all())
+    torch.testing.assert_close(found[kept], truncation(ends[kept]), rtol=1e-12, atol=0)

@@ -63,7 +63,7 @@ def test_whole_timesteps_and_labels_go_over_too(dtype):
 def test_x_that_goes_over_to_less_than_its_own_dtype_is_no_program():
     net = nn.Module()
     net.forward = lambda x, t: x.float() * t[:, None].float()
-    with pytest.raises(NoProgram, match="computes in torch.float32, not in the torch.float64 of x"):
+    with pytest.raises(NoProgram, match=r"computes in torch\.float32, not in the torch\.float64 of x"):
         RowProgram.trace(net, (4,), torch.linspace(0.1, 0.9, 4).double(), {}, {}, torch.float64)
 
 

@@ -38,7 +38,7 @@ def check_bijection(transform: Transform, z: Tensor, x: Tensor, log_det: Tensor)
     off = float((transform(z) - x).abs().max())
     if off > SHARE * float(x.abs().max()):
         raise ValueError(
-            f"the inverse of {transform} must undo it, got x that comes back {off:.3g} away, where it has entries up to "
+            f"the inverse of {transform} must undo it, got x that comes back {off:.3g} away, with entries up to "
             f"{float(x.abs().max()):.3g}; correct its _inverse, which makes z of x, or its _call"
         )
     found = _log_det(transform, z)

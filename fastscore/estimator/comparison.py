@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .common_noise import refuse_common_noise, warn_of_common_noise
-from .curve import ends, truncation
+from .curve import ends, truncation, truncation_in_words
 from .joining import list_of
 from .part import Part
 from .rules import group_of
@@ -92,13 +91,7 @@ class Comparison:
         cancels in the difference, so that the sum errs on the large side; their difference inside shows no rate at
         which it goes on. Infinite where a range holds fewer than four draws, of which `compare_densities` warns.
         """
-        found = self.ends.new_zeros(len(self.ends))
-        for side in self.ends.split(2, 1):
-            known = side[..., 0].isfinite().all(1)
-            found[~known] = math.inf
-            if bool(known.any()):
-                found[known] += truncation(side[known])
-        return found
+        return torch.stack([truncation(side) for side in self.ends.split(2, 1)]).sum(0)
 
     @cached_property
     def truncation(self) -> float:
@@ -107,11 +100,9 @@ class Comparison:
 
     def __repr__(self) -> str:
         mean, error = self._mean()
-        known = math.isfinite(self.truncation)
-        beyond = f"largest truncation about {self.truncation:.2g}" if known else "truncation unknown with so few draws"
         return (
             f"Comparison({len(self.difference)} samples, difference {mean:.4g} +- {error:.2g} nats, "
-            f"stderr {float(self.stderr.mean()):.2g} per sample, {beyond})"
+            f"stderr {float(self.stderr.mean()):.2g} per sample, {truncation_in_words(self.truncation)})"
         )
 
 

@@ -175,12 +175,18 @@ def truncation(ends: Tensor) -> Tensor:
     A sample's own v is known no better than its noise: it counts as far as the samples differ by more than that, and
     otherwise their mean stands for it; two standard errors are added. Rates and means are those of samples alike, whose
     integrand is of the same power of ten, so that an outlier says nothing of the others.
+
+    It is infinite where fewer than four draws lie within the range, which is upside down where all of the data's
+    structure is finer or coarser than the noise of the schedule.
     """
-    outer, outer_noise, inner, inner_noise, distance, inside, slowest = ends.unbind(-1)  # (B, 2) each
-    alike = _Alike(outer.square() + inner.square())
+    known = ends[..., 0].isfinite().all(1)
+    filled = torch.where(known[:, None, None], ends, torch.ones_like(ends))
+    outer, outer_noise, inner, inner_noise, distance, inside, slowest = filled.unbind(-1)  # (B, 2) each
+    alike = _Alike((outer.square() + inner.square()).masked_fill(~known[:, None], math.nan))
     noise = alike.mean(outer_noise)
     size = alike.mean(outer.square()) - noise
-    decay = ((alike.mean(inner.square()) - alike.mean(inner_noise)) / size).log() / (2 * distance.mean(0))
+    apart = (distance * known[:, None]).sum(0) / known.sum()
+    decay = ((alike.mean(inner.square()) - alike.mean(inner_noise)) / size).log() / (2 * apart)
     # Without a value that stands out of the noise there is no rate to be seen.
     seen = size > 3 * noise / alike.count.sqrt()
     rate = torch.where(seen, decay.nan_to_num(1.0, 1.0, FASTEST_GROWTH), 1.0).clamp(FASTEST_GROWTH, 1 - 1e-6)
@@ -190,18 +196,25 @@ def truncation(ends: Tensor) -> Tensor:
     own = ((spread - noise) / spread.clamp(min=1e-300)).clamp(0, 1).masked_fill(alike.count == 1, 1.0)
     error = own * outer_noise + (1 - own) ** 2 * spread / alike.count
     value = mean + own * (outer - mean)
-    return ((value.abs() + 2 * error.sqrt()) * tail).sum(1)
+    return torch.where(known, ((value.abs() + 2 * error.sqrt()) * tail).sum(1), math.inf)
+
+
+def truncation_in_words(largest: float) -> str:
+    """Return what is printed of the largest truncation, nats."""
+    if math.isinf(largest):
+        return "truncation unknown with so few draws in the range"
+    return f"largest truncation about {largest:.2g}"
 
 
 class _Alike:
     """Which samples are alike at an end: by how many powers of ten their integrand is above that of most, if it is.
 
     Attributes:
-        count: how many are like a sample, itself included, float64, shape (B, 2).
+        count: how many are like a sample, itself included, float64, shape (B, 2); none like one with NaN.
     """
 
     def __init__(self, squares: Tensor) -> None:
-        above = squares / squares.median(0).values.clamp(min=1e-300)
+        above = squares / squares.nanmedian(0).values.clamp(min=1e-300)
         power = (above.clamp(min=1.0).log10() / 2).round().clamp(max=MOST_POWERS)
         every = torch.arange(MOST_POWERS + 1, dtype=power.dtype, device=power.device)
         self._member = (power[..., None] == every).to(squares)  # (B, 2, powers)
@@ -209,7 +222,7 @@ class _Alike:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return for each sample the mean of values (B, 2) over those that are like it, shape (B, 2)."""
-        return self._total(values) / self.count
+        return self._total(values) / self.count.clamp(min=1)
 
     def _total(self, values: Tensor) -> Tensor:
         return torch.einsum("bek,ek->be", self._member, torch.einsum("bek,be->ek", self._member, values))

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import saved
 from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
 from .common_noise import refuse_common_noise, warn_of_common_noise
-from .curve import SUMS, Curve, CurveSum, table_error, truncation
+from .curve import SUMS, Curve, CurveSum, table_error, truncation, truncation_in_words
 from .faults import Faults
 from .joining import list_of
 from .rules import group_of
@@ -180,7 +180,10 @@ class Estimate:
 
     @cached_property
     def truncation_per_sample(self) -> Tensor:
-        """An estimate, for each sample, of what lies outside of the schedule's range, nats, shape (B,)."""
+        """An estimate, for each sample, of what lies outside of the schedule's range, nats, shape (B,).
+
+        Infinite where fewer than four draws lie within the range.
+        """
         return truncation(self.ends)
 
     @cached_property
@@ -274,7 +277,7 @@ class Estimate:
             f"Estimate({len(self.log_prob)} sample{'s' * (len(self.log_prob) > 1)}, {self.dims_in_words} dims, "
             f"log_prob {mean:.4g}{spread} nats, stderr {float(self.stderr.mean()):.2g} per sample, "
             f"{nfe:.0f} evaluations per sample, {self._of_the_rule()}"
-            f"largest truncation about {self.truncation:.2g})"
+            f"{truncation_in_words(self.truncation)})"
         )
 
     def _of_the_rule(self) -> str:
