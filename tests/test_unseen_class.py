@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mixtures import MIXTURES, ExactEps
 from torch import nn
 
 import fastscore as fs
@@ -56,3 +57,20 @@ def test_samples_of_a_class_that_fit_did_not_see_are_covered(w, m, rare):
         assert float((error.abs() < 1.96 * stderr + beyond).double().mean()) >= 0.87, nfe
         # No rarer than what one sample of a group says of the others, which share its nodes.
         assert abs(float(error.mean())) < 3 * float(stderr.square().mean().sqrt()) / 2, nfe
+
+
+def test_far_anomalies_are_covered_at_256_evaluations():
+    """Samples of a mixture moved three to ten times as far out: what fit knows of the data does not hold there."""
+    target = MIXTURES["unequal, d = 8"]
+    density = fs.ScoreDensity(ExactEps(target, SCHEDULE), SCHEDULE, "eps")
+    density.fit(target.sample(CLASS_SIZE, torch.Generator().manual_seed(3)), evaluations=60_000, progress=False)
+    data = target.sample(SAMPLES, torch.Generator().manual_seed(0))
+    for nfe, least in ((64, 0.6), (256, 0.87)):
+        for scale in (3, 6, 10):
+            x, inside = scale * data, []
+            for seed in range(SEEDS):
+                found = density.estimate(x, nfe=nfe, seed=seed, progress=False)
+                error = found.log_prob.double() - target.log_prob(x)
+                inside.append(error.abs() < 1.96 * found.stderr + found.truncation_per_sample)
+            # 256 intervals, as above.
+            assert float(torch.stack(inside).double().mean()) >= least, (nfe, scale)
