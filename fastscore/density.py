@@ -268,7 +268,8 @@ class ScoreDensity(NetworkDensity):
         r"""Return log p(x | a) - log p(x | b) with the standard error of the difference.
 
         Both conditions see the same nodes and the same noise, so what they share cancels: the error is that of the
-        difference, usually far below that of either density.
+        difference. It is below that of either density where both networks are alike; after a fit, whose reference takes
+        the noise out of each, two estimates may differ by less than this where they are not.
 
         Arguments:
             x: data, shape (B, *shape).

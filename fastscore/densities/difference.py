@@ -60,7 +60,8 @@ def compare_densities(
     r"""Return log p_a(x) - log p_b(x) of two densities, such as two checkpoints, with the error of the difference.
 
     Both see the same noise at the same nodes, and what they have in common cancels: the error is that of the
-    difference. `mean()` of the result has the error of paired differences too.
+    difference. `mean()` of the result has the error of paired differences too. Of two fitted densities that are not
+    alike two estimates may have the smaller error: nodes, reference and noise of a comparison are common to both.
 
     Arguments:
         a, b: `ScoreDensity`, `Transformed` or `ZeroMeanDensity` each, of the same data. Their schedules, predictions,

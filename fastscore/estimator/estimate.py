@@ -81,7 +81,8 @@ class Estimate:
 
         It is that of one call on all of these samples, to rounding, with its mean and the error of it, its curve and
         its truncation, if each call had the `seed`, the `nfe` and the method of that one, and its own samples'
-        `sample_index`.
+        `sample_index`. A sample that is in two of them, under two seeds, counts as two samples: take the mean of its
+        numbers before the mean over samples.
 
             >>> parts = [density.estimate(x, sample_index=i) for x, i in zip(data.split(100), index.split(100))]
             >>> Estimate.cat(parts).mean()
