@@ -25,7 +25,7 @@ from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
 from .rows import Draws
-from .rules import make_rules
+from .rules import common_shift, make_rules
 from .samples import Samples, deferred
 from .self_fitted import self_fit_cost, self_fitted
 
@@ -102,11 +102,14 @@ class Planner:
             density = nodes.density if itself else nodes.gaussian
             own = wanted.control == "self"
             density = nodes.own if own else density
-            rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
+            like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
+            if like is not None and like.draws.rules.hold():
+                rules = like.draws.rules.shifted(common_shift(wanted.seed, wanted.round))
+            else:
+                rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
             chunks = self.chunks(network, samples, programs, reference, wanted, most)
-            like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
             plan = Plan(network, draws, chunks, family, like, self_fitted if own else all_values)
         if not (plan.draws.rules.learned and torch.is_grad_enabled()):
             self._keep(key, plan)

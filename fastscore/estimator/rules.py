@@ -28,6 +28,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -149,6 +150,7 @@ class Rules:
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
         self._middles = density.quantile(_strata(draws, 0.5))
         self.paired = density.is_paired(self._middles)
+        self.nfe = draws + int(self.paired.sum())  # evaluations per sample
         self._table = _Table.of(density, draws, schedule, method)
         self._made: dict[int, Rule] = {}
         self._ask_everywhere()
@@ -158,15 +160,16 @@ class Rules:
         """Whether the schedule's answers have gradients, which one backward pass uses up."""
         return any(told.requires_grad for told in self._told[1:])
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per sample."""
-        return self.draws + int(self.paired.sum())
+    def shifted(self, shift: float) -> Rules:
+        """Return rules that differ in the shift alone, as another seed's do where these hold."""
+        found = copy(self)
+        found.shift, found._made = shift, {}
+        return found
 
     def hold(self) -> bool:
         """Return whether the schedule still says of all draws what these rules were made of."""
-        if self._settings is not None and self._settings == settings_of(self.schedule):
-            return True
+        if self._settings is not None:
+            return self._settings == settings_of(self.schedule)
         (before, *told), (now, *telling) = self._told, self._ask()
         return before == now and all(map(torch.equal, told, telling))
 
@@ -196,8 +199,10 @@ class Rules:
         return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in rule.kept())
 
     def _ask_everywhere(self) -> None:
-        self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
-        self._told, self._settings = self._ask(), settings_of(self.schedule)
+        self._settings, self._told = settings_of(self.schedule), ()
+        if self._settings is None:
+            self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
+            self._told = self._ask()
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""
