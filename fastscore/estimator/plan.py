@@ -255,6 +255,8 @@ class Plan:
 
 
 def _on(rule: Rule, ends: EndTable, device: torch.device) -> tuple[Rule, EndTable]:
+    if device.type == "cpu":
+        return rule, ends
     *numbers, mean, spread, at = together([*rule.tensors(), *ends], device)
     return rule.with_tensors(numbers), EndTable(mean, spread, at)
 
