@@ -162,5 +162,6 @@ def with_programs(
 def _rows_of(paired: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return the draw of every row, int64, (R,), and its sign and share, float64, (2, R)."""
     draw = np.arange(len(paired)).repeat(1 + paired)
-    twin = np.diff(draw, prepend=-1) == 0
+    twin = np.zeros(len(draw), dtype=bool)
+    twin[1:] = draw[1:] == draw[:-1]
     return torch.from_numpy(draw), torch.from_numpy(np.stack([1.0 - 2 * twin, 1 / (1 + paired[draw])]))
