@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..ops import noise
 from ..process.schedules import Schedule
-from ..process.settings import settings_of
+from ..process.settings import Seen
 from ..support.host import whole
 from .allocation import Allocation
 from .methods import DENSITY, Method
@@ -158,7 +158,7 @@ class Rules:
     @property
     def learned(self) -> bool:
         """Whether the schedule's answers have gradients, which one backward pass uses up."""
-        return any(told.requires_grad for told in self._told[1:])
+        return any(told.requires_grad for told in self._seen.told[1:])
 
     def shifted(self, shift: float) -> Rules:
         """Return rules that differ in the shift alone, as another seed's do where these hold."""
@@ -168,15 +168,7 @@ class Rules:
 
     def hold(self) -> bool:
         """Return whether the schedule still says of all draws what these rules were made of."""
-        if self._settings is not None:
-            return self._settings == settings_of(self.schedule)
-        (before, *told), (now, *telling) = self._told, self._ask()
-        return before == now and all(map(torch.equal, told, telling))
-
-    def _ask(self) -> tuple:
-        schedule, table = self.schedule, self._table
-        time = schedule.time(self._asked) if table is None else table.time
-        return schedule.time_range, time, schedule.log_snr(time), *schedule.alpha_sigma(time)
+        return self._seen.holds(self.schedule)
 
     def made_of(self, groups: Iterable[int]) -> list[Rule]:
         """Return the rules of some groups; whether the schedule changes is from now on asked at their draws too."""
@@ -199,10 +191,8 @@ class Rules:
         return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in rule.kept())
 
     def _ask_everywhere(self) -> None:
-        self._settings, self._told = settings_of(self.schedule), ()
-        if self._settings is None:
-            self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
-            self._told = self._ask()
+        log_snr = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
+        self._seen = Seen.of(self.schedule, log_snr, None if self._table is None else self._table.time)
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""
