@@ -212,7 +212,7 @@ class Rules:
             return [self._table.rule(self.paired, shift) for shift in shifts]
         log_snr = density.quantile(torch.cat([_strata(self.draws, shift) for shift in shifts]))
         weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
-        known, parts = density.curve_integral(), (log_snr, schedule.time(log_snr), weight, curve)
+        known, parts = density.curve_integral, (log_snr, schedule.time(log_snr), weight, curve)
         return [
             Rule.even_in(log_snr, time, weight, self.paired, curve, known - weight @ curve)
             for log_snr, time, weight, curve in zip(*(part.split(self.draws) for part in parts))
