@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from agreement import exact_normal
@@ -22,9 +23,16 @@ KNOWN_ANSWERS = [
 ]
 
 
+# A device without Triton has tensors, the host arrays of numpy.
+WHERE = ["integers", "tensors", "arrays"]
+
+
+@pytest.mark.parametrize(
+    "kind", [int, lambda c: torch.tensor([c]), lambda c: np.array([c])], ids=["int", "torch", "np"]
+)
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
-def test_philox_gives_random123s_answers(counter, key, result):
-    assert tuple(int(w) for w in noise.philox(counter, key)) == result
+def test_philox_gives_random123s_answers(counter, key, result, kind):
+    assert tuple(int(torch.as_tensor(w)) for w in noise.philox(tuple(map(kind, counter)), key)) == result
 
 
 try:

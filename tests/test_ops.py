@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscore.ops import definitions as ops
 from fastscore.ops import noise
@@ -10,6 +11,18 @@ from fastscore.ops.select import BACKENDS, select
 from fastscore.reference.gaussians import Reference
 
 SIZES = [(1, 1, 1), (3, 5, 63), (2, 4, 100), (7, 9, 13), (1, 3, 1000)]
+
+
+class Names(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
 
 
 def inputs(b, r, d, dtype, requires_grad=False):
@@ -40,6 +53,23 @@ def test_ops_are_their_definitions(b, r, d, dtype):
             assert torch.allclose(x_t[i, j], alpha[j] * x[i] + sigma[j] * e, rtol=tolerance, atol=tolerance)
             error = c[j] * (a[j] * e + b_[j] * x[i] - prediction[i, j])
             assert float(found[i, j]) == pytest.approx(float(error.square().sum()), rel=tolerance)
+
+
+def test_the_operators_are_left_out_where_nothing_is_differentiated():
+    x, *words, (alpha, sigma, a, b, c), prediction = inputs(3, 5, 63, torch.float32)
+
+    def run():
+        perturb, residual = ops.by("torch")
+        x_t, eps = perturb(x, *words, alpha, sigma)
+        return x_t, eps, residual(prediction, x, eps, *words, a, b, c)
+
+    expected = run()
+    with torch.no_grad(), Names() as mode:
+        assert all(map(torch.equal, run(), expected))
+    assert not any(name.startswith("fastscore") for name in mode.names)
+    with Names() as mode:
+        run()
+    assert {"fastscore.perturb.default", "fastscore.residual.default"} <= set(mode.names)
 
 
 def test_the_short_cut_for_eps_is_the_general_formula():

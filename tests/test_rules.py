@@ -87,9 +87,7 @@ def test_the_known_curve_leaves_no_error_of_its_own():
         found = [integral(Rules(density, 12, schedule, DENSITY, u).of(0), density.curve_at) for u in (0.0, 0.31, 0.77)]
         table = table_of(schedule)[1]
         whole = (
-            density.curve_integral()
-            if not schedule.discrete
-            else float(DENSITY.weights(table) @ density.curve_at(table))
+            density.curve_integral if not schedule.discrete else float(DENSITY.weights(table) @ density.curve_at(table))
         )
         assert found == pytest.approx([whole] * 3, rel=1e-12)
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import definitions as ops
 from ..ops import noise
-from ..ops.choice import Choice, choose
+from ..ops.choice import TORCH, Choice, choose
 from ..ops.instructions import encode
 from ..ops.select import implementation
 from ..ops.task import Task
@@ -48,15 +48,16 @@ def row_terms(
     keep_eps = plain or not all(by_kernel)
     # Where nothing but the network reads x_t, it is written in the network's dtype at once.
     dtype = None if keep_eps or any(rows.timed) else model_dtype(network.model, x.dtype)
-    x_t, eps = ops.perturb(x, *noise_words, rows.rounded[0], rows.rounded[1], keep_eps, dtype, rows.backend)
+    perturb, residual = ops.by(rows.backend)
+    x_t, eps = perturb(x, *noise_words, rows.rounded[0], rows.rounded[1], keep_eps, dtype)
     entries = None if mask is None else mask[:, None]
     if mask is not None:
         x_t, eps = torch.where(entries, x_t, x[:, None]), inside(eps, entries)
+        _, residual = ops.by("torch")
     counted, errors = inside(x, mask), []
     for prediction in predictions(network, samples, x_t, rows):
-        backend = "torch" if plain else rows.backend
         answer = inside(prediction, entries)
-        errors.append(ops.residual(answer, counted, eps, *noise_words, *rows.coefficients, backend))
+        errors.append(residual(answer, counted, eps, *noise_words, *rows.coefficients))
     controls = [
         ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
         if kernel
@@ -178,6 +179,8 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
         return Choice(rows.backend, False, "the network is no row program")
     if reference.turned:
         return Choice(rows.backend, False, "the reference lies in a basis of images")
+    if rows.backends == ("torch",):
+        return TORCH
     program, x, q = timed.program, samples.x, reference
     task = Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
     gradient = torch.is_grad_enabled() and any(v.requires_grad for v in timed.weights)

@@ -138,8 +138,9 @@ class NodeDensity:
         k = (torch.searchsorted(at, log_snr.contiguous(), right=True) - 1).clamp(0, len(at) - 2)
         return value[k] + (log_snr - at[k]) / (at[k + 1] - at[k]) * (value[k + 1] - value[k])
 
+    @cached_property
     def curve_integral(self) -> float:
-        """Return the integral of `curve_at` over all bins."""
+        """The integral of `curve_at` over all bins."""
         if not self.curve.numel():
             return 0.0
         at, value = self._curve_points

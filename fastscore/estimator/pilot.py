@@ -317,7 +317,7 @@ def warn_if_worse_than_reference(fitted: Fitted, samples: Samples) -> None:
     Its mean log-density on the pilot's samples is then below that by more than half a nat a dimension.
     """
     dims = samples.x.shape[1] if samples.mask is None else float(samples.mask.sum(1).double().mean())
-    below = 0.5 * fitted.nodes.curve_integral() + fitted.likelier
+    below = 0.5 * fitted.nodes.curve_integral + fitted.likelier
     if below > max(1.0, 0.5 * dims):
         warn(
             f"on these data the network's log-density is {below:.3g} nats per sample below that of a reference fitted "

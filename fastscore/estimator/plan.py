@@ -201,7 +201,7 @@ class Plan:
         keys = self._keys(layout, cut, own)
         for start in range(0, len(own), cut.at_once):
             chosen, key = slice(start, start + cut.at_once), next(keys)
-            part = own.select(chosen)
+            part = own if cut.at_once >= len(own) else own.select(chosen)
             each = tables or (rows for span in cut.spans for rows in self._tables([cut._replace(spans=(span,))], call))
             f = self.values(self.network, part, key, each, call.reference, len(self.draws))
             if call.check:
@@ -255,6 +255,8 @@ class Plan:
 
 
 def _on(rule: Rule, ends: EndTable, device: torch.device) -> tuple[Rule, EndTable]:
+    if device.type == "cpu":
+        return rule, ends
     *numbers, mean, spread, at = together([*rule.tensors(), *ends], device)
     return rule.with_tensors(numbers), EndTable(mean, spread, at)
 

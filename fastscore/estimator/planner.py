@@ -25,7 +25,7 @@ from .network import Network
 from .nodes import FittedNodes
 from .plan import Plan
 from .rows import Draws
-from .rules import make_rules
+from .rules import common_shift, make_rules
 from .samples import Samples, deferred
 from .self_fitted import self_fit_cost, self_fitted
 
@@ -102,11 +102,14 @@ class Planner:
             density = nodes.density if itself else nodes.gaussian
             own = wanted.control == "self"
             density = nodes.own if own else density
-            rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
+            like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
+            if like is not None and like.draws.rules.hold():
+                rules = like.draws.rules.shifted(common_shift(wanted.seed, wanted.round))
+            else:
+                rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
             draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
             chunks = self.chunks(network, samples, programs, reference, wanted, most)
-            like = next((kept for (_, other), kept in self._plans.items() if other == family), None)
             plan = Plan(network, draws, chunks, family, like, self_fitted if own else all_values)
         if not (plan.draws.rules.learned and torch.is_grad_enabled()):
             self._keep(key, plan)
@@ -134,7 +137,10 @@ class Planner:
 
     def first(self, question: str, network: Network, samples: Samples) -> bool:
         """Return whether something is asked of a network for the first time with such data, conditions and switches."""
-        asked, key = self._asked.setdefault(network.model, set()), _question(question, network, samples)
+        return self._first(question, network.model, _about(network, samples))
+
+    def _first(self, question: str, model: nn.Module, about: tuple) -> bool:
+        asked, key = self._asked.setdefault(model, set()), (question, about)
         if key in asked or len(asked) >= MOST_ASKED:
             return False
         asked.add(key)
@@ -151,21 +157,22 @@ class Planner:
             times: "mixed" in a batch, as estimates do, or "alike", as the ODE has them.
         """
         with ONE_AT_A_TIME:  # another thread's trace would show this network's weights without numbers
-            if _question("mixed", network, samples) in self._asked.get(network.model, ()):
+            about = _about(network, samples)
+            if ("mixed", about) in self._asked.get(network.model, ()):
                 times = "mixed"  # which tells more, and has been asked
-            if self._first_rows(times, network, samples):
+            if self._first_rows(times, network.model, samples, about):
                 options = network.schedule, network.log_snr_range, network.time_dtype
                 probe.warn_of_coupling(network.model, samples, *options, most, times)
 
-    def _first_rows(self, times: str, network: Network, samples: Samples) -> bool:
+    def _first_rows(self, times: str, model: nn.Module, samples: Samples, about: tuple) -> bool:
         if not any(cond.per_sample for cond in samples.conds):
-            return self.first(times, network, samples)
+            return self._first(times, model, about)
         unlike = f"{times}, unlike conditions"
-        if _question(unlike, network, samples) in self._asked.get(network.model, ()):
+        if (unlike, about) in self._asked.get(model, ()):
             return False
-        first = self.first(times, network, samples)
+        first = self._first(times, model, about)
         if (first or not deferred(samples.device)) and probe.unlike_first(samples) is not None:
-            return self.first(unlike, network, samples) or first
+            return self._first(unlike, model, about) or first
         return first
 
     def forget_reference(self) -> None:
@@ -207,6 +214,7 @@ class Planner:
             self._plans.popitem(last=False)
 
 
-def _question(question: str, network: Network, samples: Samples) -> tuple:
+def _about(network: Network, samples: Samples) -> tuple:
+    """Return what the answer to a question depends on: data, conditions and switches."""
     options = tuple(cond.options() for cond in samples.conds)
-    return question, samples.shape, samples.x.dtype, options, switches_of(network.model)
+    return samples.shape, samples.x.dtype, options, switches_of(network.model)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import noise
 from ..ops.select import runnable
 from ..process.network import cast_time
-from ..process.predictions import coefficients
+from ..process.predictions import scales_and_coefficients
 from ..program.row_program import RowProgram, Timed
 from ..support.host import together
 from .network import Network
@@ -111,13 +112,12 @@ class Rows:
         """
         part, device, schedule = slice(span.start, span.stop), x.device, network.schedule
         time = torch.cat([rule.time[part] for rule in rules])
-        draw, twin = _rows_of(rules[0].paired[part])
+        draw, own = _rows_of(rules[0].paired[part].numpy())
         count, groups = len(draw), len(rules)
-        every = (draw + len(span) * torch.arange(groups, device="cpu")[:, None]).flatten()
-        numbers = torch.stack([*schedule.alpha_sigma(time), *coefficients(network.predicts, schedule, time)])[:, every]
-        share = (1 / (1 + rules[0].paired[part].to(torch.float64)))[draw]
-        own = torch.stack([torch.where(twin, -1.0, 1.0).double(), share]).repeat(1, groups)
-        numbers, time = torch.cat([numbers, own]), time[every]
+        every = torch.cat([draw + len(span) * group for group in range(groups)])
+        scales, of_prediction = scales_and_coefficients(network.predicts, schedule, time)
+        numbers = torch.stack([*scales, *of_prediction])[:, every]
+        numbers, time = torch.cat([numbers, own.repeat(1, groups)]), time[every]
         if time.is_floating_point():  # a number like the others, rounded with them
             exact, here = together([torch.cat([numbers, time.double()[None]]), draw], device)
         else:
@@ -159,7 +159,9 @@ def with_programs(
     return [replace(rows, timed=own) for rows, own in zip(many, zip(*timed))]
 
 
-def _rows_of(paired: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the draw of every row, int64, (R,), and whether it is the second of a pair."""
-    draw = torch.arange(len(paired), device="cpu").repeat_interleave(1 + paired.long())
-    return draw, torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), draw[1:] == draw[:-1]])
+def _rows_of(paired: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the draw of every row, int64, (R,), and its sign and share, float64, (2, R)."""
+    draw = np.arange(len(paired)).repeat(1 + paired)
+    twin = np.zeros(len(draw), dtype=bool)
+    twin[1:] = draw[1:] == draw[:-1]
+    return torch.from_numpy(draw), torch.from_numpy(np.stack([1.0 - 2 * twin, 1 / (1 + paired[draw])]))

@@ -28,6 +28,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from ..ops import noise
 from ..process.schedules import Schedule
-from ..process.settings import settings_of
+from ..process.settings import Seen
 from ..support.host import whole
 from .allocation import Allocation
 from .methods import DENSITY, Method
@@ -149,6 +150,7 @@ class Rules:
         self.density, self.draws, self.schedule, self.method, self.shift = density, draws, schedule, method, shift
         self._middles = density.quantile(_strata(draws, 0.5))
         self.paired = density.is_paired(self._middles)
+        self.nfe = draws + int(self.paired.sum())  # evaluations per sample
         self._table = _Table.of(density, draws, schedule, method)
         self._made: dict[int, Rule] = {}
         self._ask_everywhere()
@@ -156,24 +158,17 @@ class Rules:
     @property
     def learned(self) -> bool:
         """Whether the schedule's answers have gradients, which one backward pass uses up."""
-        return any(told.requires_grad for told in self._told[1:])
+        return any(told.requires_grad for told in self._seen.told[1:])
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per sample."""
-        return self.draws + int(self.paired.sum())
+    def shifted(self, shift: float) -> Rules:
+        """Return rules that differ in the shift alone, as another seed's do where these hold."""
+        found = copy(self)
+        found.shift, found._made = shift, {}
+        return found
 
     def hold(self) -> bool:
         """Return whether the schedule still says of all draws what these rules were made of."""
-        if self._settings is not None and self._settings == settings_of(self.schedule):
-            return True
-        (before, *told), (now, *telling) = self._told, self._ask()
-        return before == now and all(map(torch.equal, told, telling))
-
-    def _ask(self) -> tuple:
-        schedule, table = self.schedule, self._table
-        time = schedule.time(self._asked) if table is None else table.time
-        return schedule.time_range, time, schedule.log_snr(time), *schedule.alpha_sigma(time)
+        return self._seen.holds(self.schedule)
 
     def made_of(self, groups: Iterable[int]) -> list[Rule]:
         """Return the rules of some groups; whether the schedule changes is from now on asked at their draws too."""
@@ -196,8 +191,8 @@ class Rules:
         return sum(tensor.nbytes for rule in list(self._made.values()) for tensor in rule.kept())
 
     def _ask_everywhere(self) -> None:
-        self._asked = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
-        self._told, self._settings = self._ask(), settings_of(self.schedule)
+        log_snr = torch.cat([rule.log_snr for rule in self._made.values()] or [self._middles])
+        self._seen = Seen.of(self.schedule, log_snr, None if self._table is None else self._table.time)
 
     def of(self, group: int) -> Rule:
         """Return the rule of a group of samples."""
@@ -217,7 +212,7 @@ class Rules:
             return [self._table.rule(self.paired, shift) for shift in shifts]
         log_snr = density.quantile(torch.cat([_strata(self.draws, shift) for shift in shifts]))
         weight, curve = 1 / (self.draws * density.density_at(log_snr)), density.curve_at(log_snr)
-        known, parts = density.curve_integral(), (log_snr, schedule.time(log_snr), weight, curve)
+        known, parts = density.curve_integral, (log_snr, schedule.time(log_snr), weight, curve)
         return [
             Rule.even_in(log_snr, time, weight, self.paired, curve, known - weight @ curve)
             for log_snr, time, weight, curve in zip(*(part.split(self.draws) for part in parts))

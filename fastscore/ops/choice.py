@@ -20,6 +20,10 @@ class Choice(NamedTuple):
     reason: str
 
 
+# What there is to choose on a CPU.
+TORCH = Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
+
+
 def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice:
     """Return who evaluates a row program.
 
@@ -29,7 +33,7 @@ def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice
         gradient: whether the gradient of the program's weights is wanted.
     """
     if names == ("torch",):
-        return Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
+        return TORCH
     order, because = (names, "asked for") if "torch" not in names else _measured(names, task, gradient)
     reasons = []
     for name in order:

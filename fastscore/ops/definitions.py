@@ -10,7 +10,8 @@ computes; `fastscore/ops/torch.py` is what each kernel is tested against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,6 +120,17 @@ def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 residual.register_autograd(_residual_backward, setup_context=_residual_setup)
+
+
+def by(backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """Return `perturb` and `residual` by a backend.
+
+    Where nothing is differentiated PyTorch's are the definitions themselves: an operator of our own around them takes
+    as long as they do on a few rows.
+    """
+    if backend == "torch" and not torch.is_grad_enabled():
+        return torch_backend.perturb, torch_backend.residual
+    return partial(perturb, backend=backend), partial(residual, backend=backend)
 
 
 @torch.library.custom_op("fastscore::control", mutates_args=())

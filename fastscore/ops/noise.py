@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,8 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     """Return the four words of Philox4x32-10, each int64 in [0, 2^32), where the counter's tensors lie.
 
     Arguments:
-        counter: four int64 tensors that broadcast together, or plain ints, taken modulo 2^32; of ints alone the words
-            are ints.
+        counter: four int64 tensors, or arrays of numpy, that broadcast together, or plain ints, taken modulo 2^32; of
+            ints alone the words are ints.
         key: two ints, taken modulo 2^32.
     """
     c0, c1, c2, c3 = (c & _MASK for c in counter)
@@ -84,6 +85,8 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
     seed, streams = _checked(seed), stream if isinstance(stream, range) else range(stream, stream + 1)
     if _by_kernel(index.device):
         found = implementation("triton").words(seed, index, draw, streams, d)
+    elif index.device.type == "cpu":
+        found = _words_on_host(seed, index.numpy(), draw, streams, d)
     else:
         group = torch.arange((d + 3) // 4, device=index.device)
         low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
@@ -92,6 +95,15 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
         quad = philox((group, low, draw, each + 16 * high), (seed, seed >> 32))
         found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
     return found if isinstance(stream, range) else found[:, 0]
+
+
+def _words_on_host(seed: int, index: np.ndarray, draw: int, streams: range, d: int) -> Tensor:
+    """Return `words` of several streams by numpy, whose operations on few numbers take a third of torch's time."""
+    group, each = np.arange((d + 3) // 4), np.arange(streams.start, streams.stop)[:, None]
+    low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
+    quad = philox((group, low, draw, each + 16 * high), (seed, seed >> 32))
+    found = np.stack(quad, -1).astype(np.uint32).view(np.int32)
+    return torch.from_numpy(found.reshape(len(index), len(streams), 4 * len(group))[..., :d]).contiguous()
 
 
 def _by_kernel(device: torch.device) -> bool:

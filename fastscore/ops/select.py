@@ -123,13 +123,12 @@ def runnable(device: torch.device, dtype: torch.dtype, name: str = "auto") -> tu
     """
     check_name(name)
     asked = tuple(backend for backend in BACKENDS if name in ("auto", backend.name))
-    reasons = {backend.name: backend.why_not(device, dtype) for backend in asked}
     # Triton's interpreter can run on a CPU, and nobody but a test would want it to.
-    wanted = [b.name for b in asked if name != "auto" or device.type in b.devices or b.name == "torch"]
-    found = tuple(backend for backend in wanted if reasons[backend] is None)
+    wanted = (b for b in asked if name != "auto" or device.type in b.devices or b.name == "torch")
+    found = tuple(backend.name for backend in wanted if backend.why_not(device, dtype) is None)
     if found:
         return ("cuda", "triton") if found == ("cuda",) else found
-    listed = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    listed = "; ".join(f"{backend.name}: {backend.why_not(device, dtype)}" for backend in asked)
     raise ValueError(
         f"no backend can run on {device} in {dtype}: {listed}. Use backend='auto' with float32 or float64 data"
     )

@@ -252,5 +252,10 @@ def switches_of(model: nn.Module) -> int:
     With another `self_condition` or `cond_drop_prob` a network may answer in another way. Whole numbers are left out,
     since some count calls, and so are modes, which `warn_if_training` looks at.
     """
-    found = (item for layer in model.modules() for item in vars(layer).items() if type(item[1]) in _SWITCHES)
-    return hash(tuple(item for item in found if item[0] != "training"))
+    switches = [
+        (name, value)
+        for layer in layers_of(model)
+        for name, value in vars(layer).items()
+        if type(value) in _SWITCHES and name != "training"
+    ]
+    return hash(tuple(switches))

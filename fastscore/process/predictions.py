@@ -130,10 +130,15 @@ def coefficients(predicts: str, schedule: Schedule, t: Tensor) -> Coefficients:
     Raises:
         ValueError: for an unknown name, or predicts="flow" on a discrete table.
     """
+    return scales_and_coefficients(predicts, schedule, t)[1]
+
+
+def scales_and_coefficients(predicts: str, schedule: Schedule, t: Tensor) -> tuple[tuple[Tensor, Tensor], Coefficients]:
+    """Return (alpha, sigma) and (a, b, c) at the schedule's times, asked of it once; as `coefficients`."""
     check_prediction(predicts)
     alpha, sigma = schedule.alpha_sigma(t)
     d_alpha, d_sigma = schedule.derivatives(t) if predicts == "flow" else (None, None)
-    return Coefficients(*PREDICTIONS[predicts].row(alpha, sigma, d_alpha, d_sigma))
+    return (alpha, sigma), Coefficients(*PREDICTIONS[predicts].row(alpha, sigma, d_alpha, d_sigma))
 
 
 def eps_from(predicts: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +146,5 @@ def eps_from(predicts: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tens
 
     Solving target(eps, x) = F together with x_t = alpha x + sigma eps for eps gives c_F = c and c_X = -c b / alpha.
     """
-    alpha, _ = schedule.alpha_sigma(t)
-    _, b, c = coefficients(predicts, schedule, t)
+    (alpha, _), (_, b, c) = scales_and_coefficients(predicts, schedule, t)
     return c, -c * b / alpha

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,38 @@ def settings_of(schedule: Schedule) -> tuple | None:
             return None
         found += [name, value]
     return tuple(found)
+
+
+class Seen(NamedTuple):
+    """What a schedule was when something was made of it: its settings, or where it has none what it told.
+
+    Arguments:
+        settings: as `settings_of` returned them.
+        log_snr, time: where it was asked; of a table at its times.
+        told: its range of time, the times, their log-SNRs, alpha and sigma.
+    """
+
+    settings: tuple | None
+    log_snr: Tensor | None = None
+    time: Tensor | None = None
+    told: tuple = ()
+
+    @classmethod
+    def of(cls, schedule: Schedule, log_snr: Tensor, time: Tensor | None) -> Seen:
+        settings = settings_of(schedule)
+        return cls(settings) if settings is not None else cls(None, log_snr, time, _tell(schedule, log_snr, time))
+
+    def holds(self, schedule: Schedule) -> bool:
+        """Return whether a schedule is still what it was."""
+        if self.log_snr is None:
+            return self.settings == settings_of(schedule)
+        (before, *told), (now, *telling) = self.told, _tell(schedule, self.log_snr, self.time)
+        return before == now and all(map(torch.equal, told, telling))
+
+
+def _tell(schedule: Schedule, log_snr: Tensor, time: Tensor | None) -> tuple:
+    time = schedule.time(log_snr) if time is None else time
+    return schedule.time_range, time, schedule.log_snr(time), *schedule.alpha_sigma(time)
 
 
 @cache

@@ -29,7 +29,7 @@ from ..ops import noise
 from ..ops.loss import around
 from ..process.conditions import takes_conditions
 from ..process.network import predict
-from ..process.predictions import coefficients
+from ..process.predictions import scales_and_coefficients
 from ..support.host import together, whole
 from ..support.modes import for_autograd, refuse_vmap
 from .nodes import AdaptiveNodes
@@ -141,7 +141,8 @@ def _evaluate(
     x, schedule = samples.x, core.schedule
     log_snr = _draw(samples, nodes, seed, draws)
     time = schedule.time(log_snr)
-    own = *schedule.alpha_sigma(time), *coefficients(core.predicts, schedule, time), 1 / nodes.density_at(log_snr)
+    scales, of_prediction = scales_and_coefficients(core.predicts, schedule, time)
+    own = *scales, *of_prediction, 1 / nodes.density_at(log_snr)
     numbers = torch.stack(own).reshape(len(own), draws, -1)
     time = time.to(torch.float64 if time.is_floating_point() else torch.int64).repeat(signs)
     numbers, time, index = together([numbers, time, samples.index], x.device)
