@@ -19,7 +19,7 @@ TYPES = {
     "*i32": ["keys_ptr", "points_ptr", "words_ptr"],
     "*i64": ["index_ptr", "chosen_ptr", "group_ptr"],
     "*fp64": [f"{name}_ptr" for name in _EXACT.split()],
-    "fp32": ["level", "ordinary", "odd_ratio", "lo", "hi", "known", "eps", "size", "noisy", "clean"],
+    "fp32": ["level", "ordinary", "odd_ratio", "lo", "hi", "known", "expected", "eps", "size", "noisy", "clean"],
     "i64": ["seed", "kept"],
 }
 OWN = {"diagonal_fwd": {"alpha_ptr": "*fp64", "sigma_ptr": "*fp64"}}

@@ -29,6 +29,7 @@ class Bars(NamedTuple):
     lo: float
     hi: float
     known: float
+    expected: float
     fewest: int
     eps: float
     size: float
@@ -73,7 +74,7 @@ def summary_kernel(
     told_ptr, plain_ptr, rule_error_ptr,  # out: float32 (2, B), float64 (B,), (B, 2)
     parts_ptr,  # out: float64 (programs, 2, N)
     b, B, N, D, m_stride, v_stride, dims,
-    level, ordinary, odd_ratio, lo, hi, known, fewest, eps, size, noisy, clean,
+    level, ordinary, odd_ratio, lo, hi, known, expected, fewest, eps, size, noisy, clean,
     GROUPED: tl.constexpr, GAUSSIAN: tl.constexpr, MEASURED: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +149,7 @@ def summary_kernel(
         third = third / 0.75
         seen = tl.minimum(third * third / tl.maximum(variance * variance * variance, 1e-300), draws)
         share = known / (known + draws)
-        skewed = 1 + 1.08 * (share * 8 / (dims * draws) + (1 - share) * seen)
+        skewed = 1 + 1.08 * (share * expected / (dims * draws) + (1 - share) * seen)
         wide = wide * skewed * skewed + jump * jump / 12
     if GAUSSIAN:
         base = _log_q(x_ptr, mean_ptr, variance_ptr, sample, inside, D, m_stride, v_stride, BLOCK_D)

@@ -36,7 +36,9 @@ from torch import Tensor
 from .rules import GROUPS, Rule, group_shifts
 from .switching import unseen
 
-KNOWN = 12  # draws, that a norm's skewness counts for
+KNOWN = 20  # draws, that an expected skewness counts for
+# Its square times d. A squared norm has 8, and covered too much: the terms of most networks are less skewed.
+EXPECTED = 6.0
 FEWEST_BENDS = 8  # draws, of which second differences have three degrees of freedom
 
 
@@ -121,7 +123,7 @@ class Spread(NamedTuple):
 
         The skewness of a sum of n terms is that of a term, over :math:`\sqrt n`. Few draws show little of it, since
         the rare large terms that make it are missing where they would matter. So what they show is averaged with the
-        :math:`\sqrt{8 / d}` of a squared norm in d dimensions, which counts as much as `KNOWN` draws.
+        :math:`\sqrt{6 / d}` that is expected in d dimensions (`EXPECTED`), which counts as much as `KNOWN` draws.
 
         Arguments:
             dims: d, how many entries of a sample count; one number, or one a sample.
@@ -142,7 +144,7 @@ class Spread(NamedTuple):
         draws = nu / kind.of_draw  # N where all draws count alike
         third = torch.linalg.vecdot(second.square(), second) / 6  # 2^3 - 2 times a term's third moment
         seen = (third.square() / variance.pow(3).clamp(min=1e-300)).clamp(max=draws)
-        skewness = (8 * KNOWN / (dims * draws) + draws * seen) / (KNOWN + draws)
+        skewness = (EXPECTED * KNOWN / (dims * draws) + draws * seen) / (KNOWN + draws)
         return cls(variance, nu, skewness, _jump(terms, rule), missed)
 
     def widened(self) -> Tensor:

@@ -19,7 +19,7 @@ from .nodes import FittedNodes
 from .part import Part
 from .round import Numbers, Round
 from .samples import Samples
-from .statistics import FEWEST_BENDS, KNOWN, SelfFitted, Spread, draw_sum
+from .statistics import EXPECTED, FEWEST_BENDS, KNOWN, SelfFitted, Spread, draw_sum
 from .trapezoids import error_of_rule
 
 
@@ -87,7 +87,7 @@ class Summary:
         one = q.components == 1 and q.along_axes
         outside = (q.mean[0], q.variance[0]) if one else q.log_prob(x[part.samples])
         rounding = _rounding(samples, self.nodes.log_snr_range)
-        measured, known = constants(self.nfe, self.calibration), (KNOWN, FEWEST_BENDS)
+        measured, known = constants(self.nfe, self.calibration), (KNOWN, EXPECTED, FEWEST_BENDS)
         curve, rows = found.curve_sum, len(part.f)
         first = found.block[-2 * part.f.shape[1] :].view(2, -1) if curve.count == 0 else None
         kernels = implementation("triton")
