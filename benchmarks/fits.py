@@ -25,7 +25,7 @@ import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import control, density_mlp_dx, launch, packing
+from fastscore.kernels import control, density_mlp_dp, density_mlp_dx, density_mlp_grad, launch, packing
 from random_networks import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,7 +39,7 @@ def examine(seed: int) -> list[dict]:
     generator = random.Random(seed)
     problem, capability = random_networks.random_problem(generator), generator.choice(tuple(aot.SHARED))
     about = {"seed": seed, "case": problem.name, "sm": capability, "granted": aot.SHARED[capability]}
-    kernels = (forward, gradient, reference)
+    kernels = (forward, gradient, parameters, reference)
     return [about | {"kernel": kernel.__name__} | row for kernel in kernels for row in kernel(problem, capability)]
 
 
@@ -62,7 +62,18 @@ def gradient(problem: Problem, capability: int) -> Iterator[dict]:
     bound = density_mlp_dx.shared_bytes(work)
     if density_mlp_dx.why_not(problem.code, shapes, problem.d, mixture, full) or bound > aot.SHARED[capability]:
         return
-    yield {"bound": bound} | resources(aot.compile_dx(problem, capability), density_mlp_dx.NUM_WARPS)
+    compiled = aot.compile_gradient(problem, density_mlp_dx.ALONE, capability)
+    yield {"bound": bound} | resources(compiled, density_mlp_grad.NUM_WARPS)
+
+
+def parameters(problem: Problem, capability: int) -> Iterator[dict]:
+    """Compile the kernel of the parameters' gradient where the choice would run it."""
+    work = problem.packed()[0]
+    reason = density_mlp_dp.why_not(problem.code, problem.d, False, False, False)
+    bound = density_mlp_dp.shared_bytes(work)
+    if reason is None and bound <= aot.SHARED[capability]:
+        compiled = aot.compile_gradient(problem, (False, True, True), capability)
+        yield {"bound": bound} | resources(compiled, density_mlp_grad.NUM_WARPS)
 
 
 def reference(problem: Problem, capability: int) -> Iterator[dict]:

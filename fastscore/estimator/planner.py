@@ -182,7 +182,7 @@ class Planner:
             id(network.model),
             samples.shape,
             samples.x.dtype,
-            torch.is_grad_enabled(),
+            torch.is_grad_enabled() and (samples.x.requires_grad, _moves(network.model)),
             samples.mask is None,
             reference.components,
             reference.full,
@@ -205,6 +205,11 @@ class Planner:
         self._plans[key] = plan
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
+
+
+def _moves(model: nn.Module) -> bool:
+    """Return whether a parameter wants a gradient."""
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _question(question: str, network: Network, samples: Samples) -> tuple:
