@@ -50,7 +50,7 @@ def sanitized(tool: str) -> Step:
     return replace(pytest_step(tool, 60, *SANITIZED, spread=False, under=under), least=20, why_not=why_not)
 
 
-KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels"
+KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels", "gradient_kernel"
 
 
 def make_steps() -> list[Step]:
@@ -70,7 +70,7 @@ def make_steps() -> list[Step]:
     return [
         *steps,
         pytest_step("compiled kernels", 60, "tests/test_native.py", "tests/test_cuda_kernels.py"),
-        pytest_step("backends", 90, "tests/test_backends.py"),
+        pytest_step("backends", 90, "tests/test_backends.py", "tests/test_parameter_gradients.py"),
         pytest_step("kernels", 120, *(f"tests/kernels/test_{name}.py" for name in KERNELS)),
         sanitized("memcheck"),
         sanitized("racecheck"),

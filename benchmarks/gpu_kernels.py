@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from fastscore.kernels import density_mlp as fused
-from gpu_cases import CASES, CHUNK, DRAWS, SAMPLES, Case, Problem
+from gpu_cases import CASES, CHUNK, DRAWS, FEW, SAMPLES, Case, Problem
 from measuring import DEVICE, REHEARSING, Row, below, graphed, milliseconds
 from steps import parallel
 from triton.runtime.errors import OutOfResources
@@ -213,5 +213,36 @@ def gradient_of_the_data(case: Case) -> Row:
 
     row.measure("difference", difference)
     row.measure("ms", lambda: milliseconds(by_kernel))
+    row.beside("eager PyTorch, forward and backward", lambda: milliseconds(eager, 3))
+    return row
+
+
+def gradient_of_the_parameters(case: Case) -> Row:
+    """The gradient of weights and vector operands: the kernel that computes it beside eager PyTorch."""
+    problem = Problem(case)
+    row = Row("calls", call=f"gradient of parameters, {case.name}, bf16, {SAMPLES * DRAWS} rows")
+    (code, weights, tables), module = problem.bound(torch.bfloat16), copy.deepcopy(problem.module).bfloat16()
+    few = copy.copy(problem)
+    few.x, few.keys = problem.x[FEW], problem.keys[FEW]
+    exact = copy.copy(few)
+    exact.x, exact.rows = few.x.double(), few.rows.double()
+
+    def by_op(which: Problem, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        w, t = ([v.detach().to(dtype).requires_grad_() for v in part] for part in (weights, tables))
+        return [*torch.autograd.grad(which.by_op((code, w, t), backend).sum(), [*w, *t])]
+
+    def eager() -> None:
+        for x, keys in zip(problem.x.split(CHUNK), problem.keys.split(CHUNK)):
+            torch.autograd.grad(problem.by_module(module, x, keys).sum(), [*module.parameters()], allow_unused=True)
+
+    def difference() -> float:
+        found, expected = by_op(few, "triton", torch.bfloat16), by_op(exact, "torch", torch.float64)
+        apart = sum((a.double() - b).square().sum() for a, b in zip(found, expected)) ** 0.5
+        size = sum(b.square().sum() for b in expected) ** 0.5
+        # Twice the products of a forward pass, each of which rounds to 2^-9 at random: four times the root of the sum.
+        return below(float(apart / size), 2**0.5 * case.tolerance, "it")
+
+    row.measure("difference", difference)
+    row.measure("ms", lambda: milliseconds(lambda: by_op(problem, "triton", torch.bfloat16)))
     row.beside("eager PyTorch, forward and backward", lambda: milliseconds(eager, 3))
     return row
