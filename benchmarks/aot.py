@@ -24,7 +24,7 @@ import sass
 import torch
 import triton
 from fastscore.kernels import density_mlp, density_mlp_dp, density_mlp_dx, density_mlp_grad, launch
-from fastscore.kernels.operand_gradients import weight_groups
+from fastscore.kernels.weights import weight_groups
 from markdown import aot_table
 from random_networks import Problem
 from thin_kernels import THIN, compile_thin

@@ -17,8 +17,9 @@ from .density_mlp import pack
 from .density_mlp_grad import NUM_WARPS, density_mlp_grad_kernel, grad_constants
 from .launch import REDUCTION_BYTES, Device, NoRoom, Work
 from .occupancy import Multiprocessors, best_splits
-from .operand_gradients import columns_of, weight_groups
+from .operand_gradients import columns_of
 from .packing import MAX_BLOCK_D, Reference, padded
+from .weights import weight_groups
 
 MAX_CODE = 64  # instructions between the first and the last linear map, which are all unrolled, both ways
 # Parts of a product's rows, summed afterwards: for some layers of 64 x 64 alone it would keep few multiprocessors busy.

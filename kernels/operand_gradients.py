@@ -1,4 +1,4 @@
-"""Where the gradients of a network's operands lie: of weights by their padded shapes, of vectors as their tables do.
+"""Where the gradients of a network's vector operands lie: in columns of one matrix a level, as their tables do.
 
 What the gradient's kernel stores, and what becomes of it, told by shapes alone; plain torch, on any device.
 """
@@ -12,26 +12,6 @@ from torch import Tensor
 
 from .blocks import LEVELS, operands_in
 from .packing import Layout, Tables, level_of, padded, split_network
-
-
-def weight_groups(
-    shapes: Sequence[tuple[int, ...]],
-) -> tuple[tuple[tuple[int, int, tuple[int, ...]], ...], tuple[tuple[int, int], ...]]:
-    """Return groups (in, out, linear maps of that shape), and how many columns lie before A and G of every linear map.
-
-    Arguments:
-        shapes: (..., in, out) of every linear map, padded, in the order of their use.
-    """
-    members: dict[tuple[int, int], list[int]] = {}
-    for k, (*_, in_, out) in enumerate(shapes):
-        members.setdefault((in_, out), []).append(k)
-    places, before, after = {}, 0, 0
-    for (in_, out), own in members.items():
-        for k in own:
-            places[k] = before, after
-            before, after = before + in_, after + out
-    groups = tuple((in_, out, tuple(own)) for (in_, out), own in members.items())
-    return groups, tuple(places[k] for k in range(len(shapes)))
 
 
 def columns_of(layout: Layout) -> dict[str, int]:

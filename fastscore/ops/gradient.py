@@ -15,7 +15,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..kernels.operand_gradients import Uses, padded_shapes, weight_groups
+from ..kernels.operand_gradients import Uses, padded_shapes
+from ..kernels.weights import weight_groups
 from . import torch as torch_backend
 from .instructions import decode
 from .select import implementation

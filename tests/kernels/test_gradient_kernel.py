@@ -12,6 +12,7 @@ from agreement import close
 pytest.importorskip("triton")
 from fastscore.kernels import density_mlp_dp, packing
 from fastscore.kernels.names import ACTIVATIONS
+from fastscore.kernels.weights import weight_buffer
 from kernel_cases import DEVICE, Case, adaln, both, edm, skip, waiting
 
 from fastscore import Reference
@@ -212,3 +213,16 @@ def test_what_a_row_takes_is_what_the_launch_allocates(monkeypatch):
     bound = backend.bytes_dp(Task.of(code, [w.float() for w in weights], levels, 13, DEVICE))
     taken = sum(t.nbytes for t in sizes) / (4 * 6)
     assert 0.5 * bound < taken <= bound
+
+
+@pytest.mark.parametrize("shapes", [[(16, 16)] * 3, [(32, 5), (20, 32), (32, 20), (30, 32), (5, 30)]])
+def test_weights_lie_transposed_and_padded_in_one_buffer(shapes):
+    case = Case(1, 1, 1)
+    given = [case.randn(*shape) for shape in shapes]
+    specs, buffer = weight_buffer(given, [(packing.padded(i), packing.padded(o)) for o, i in shapes], torch.float32)
+    assert sorted(offset for offset, _, _ in specs)[0] == 0
+    assert buffer.numel() == sum(i * o for _, i, o in specs)
+    for weight, (offset, in_, out) in zip(given, specs, strict=True):
+        expected = torch.zeros(in_, out, device=DEVICE)
+        expected[: weight.shape[1], : weight.shape[0]] = weight.T
+        assert torch.equal(buffer[offset : offset + in_ * out].view(in_, out), expected)
