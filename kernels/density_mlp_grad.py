@@ -65,7 +65,7 @@ def _give(g, grads, i_b, i_r, n, REFS: tl.constexpr, K: tl.constexpr):
         tl.store(p, g, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "R", "ROWS_PER_PROGRAM"])  # one long compilation for all sizes of chunks
 def density_mlp_grad_kernel(
     grad_ptr,  # v, float32 (B, R)
     x_ptr, keys_ptr, points_ptr, rows_ptr, w_ptr, r_ptr, b_ptr, br_ptr,  # as density_mlp_fwd_kernel takes them
