@@ -4,7 +4,7 @@
 
 Networks, widths, depths, dimensions, references, precisions and devices are drawn (`random_networks.py`). Of each, the
 forward kernel that `Config.from_heuristic` chooses is compiled, that of the data's gradient where it says that it can
-run, of every eighth network that of the parameters' too, and the reference's own kernel. Shared memory and registers are
+run, of every eighth network that of the parameters, and the reference's own kernel. Shared memory and registers are
 those of the compiled binary, without a GPU.
 """
 
@@ -71,11 +71,14 @@ def gradient(problem: Problem, capability: int) -> Iterator[dict]:
 def parameters(problem: Problem, capability: int) -> Iterator[dict]:
     """Compile the kernel of the parameters' gradient where the choice would run it."""
     work = problem.packed()[0]
-    reason = density_mlp_dp.why_not(problem.code, problem.d, False, False, False)
-    bound = density_mlp_dp.shared_bytes(work)
-    if reason is None and bound <= aot.SHARED[capability]:
-        compiled = aot.compile_gradient(problem, (False, True, True), capability)
-        yield {"bound": bound} | resources(compiled, density_mlp_grad.NUM_WARPS)
+    if density_mlp_dp.why_not(problem.d, False, False, False) is not None:
+        return
+    try:
+        density_mlp_dp.check_room(work, aot.device(capability))
+    except launch.NoRoom:
+        return
+    compiled = aot.compile_gradient(problem, (False, True, True), capability)
+    yield {"bound": density_mlp_dp.shared_bytes(work)} | resources(compiled, density_mlp_grad.NUM_WARPS)
 
 
 def reference(problem: Problem, capability: int) -> Iterator[dict]:

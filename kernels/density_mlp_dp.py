@@ -21,7 +21,7 @@ from .operand_gradients import columns_of
 from .packing import MAX_BLOCK_D, Reference, padded
 from .weights import weight_groups
 
-MAX_CODE = 64  # instructions between the first and the last linear map, which are all unrolled, both ways
+MAX_CODE = 64  # instructions that are unrolled, both ways: those of a loop count once
 # Parts of a product's rows, summed afterwards: for some layers of 64 x 64 alone it would keep few multiprocessors busy.
 PARTS = 16
 
@@ -35,15 +35,13 @@ def samples_of(work: Work) -> int:
     return 16 if work.itemsize * work.layout.width > 256 else 32
 
 
-def why_not(code: tuple, d: int, of_x: bool, mixture: bool, full: bool) -> str | None:
+def why_not(d: int, of_x: bool, mixture: bool, full: bool) -> str | None:
     """Return why the kernel cannot differentiate code that the forward kernel runs, or None."""
     if d > MAX_BLOCK_D:
         return f"gradients go up to {MAX_BLOCK_D} dimensions in a kernel, got {d}"
     if of_x and (mixture or full):
         return "gradients of x in a kernel need a reference along the axes"
-    linear = [i for i, op in enumerate(code) if op[0] == "linear"]
-    inside = linear[-1] - linear[0] - 1
-    return f"gradients go up to {MAX_CODE} instructions in a kernel, got {inside}" if inside > MAX_CODE else None
+    return None
 
 
 def shared_bytes(work: Work) -> int:
@@ -57,7 +55,10 @@ def shared_bytes(work: Work) -> int:
 
 
 def check_room(work: Work, device: Device) -> None:
-    """Raise NoRoom if the kernel does not fit a device."""
+    """Raise NoRoom if the kernel does not fit a device, or takes too long to compile."""
+    length = sum(len(code) for _, code, _, _ in work.layout.blocks(unrolled=False))
+    if length > MAX_CODE:
+        raise NoRoom(f"gradients go up to {MAX_CODE} instructions that are no loop of equal layers, got {length}")
     needs = shared_bytes(work)
     if needs > device.shared:
         raise NoRoom(f"the gradient takes {needs:,} bytes of shared memory, the device grants {device.shared:,}")

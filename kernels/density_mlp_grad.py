@@ -23,46 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import activate, derivative
+from .both_ways import backward, forward, give, put_rows
 from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants
 from .launch import Config
 from .noise import load_normals
 from .packing import Layout, block_d
-from .tile_ops import PER_ROW, PER_SAMPLE, affine, layer_norm, layer_norm_backward, matmul, matrix, operand, vector
+from .tile_ops import advance, affine, matmul, matrix, vector
 
 NUM_WARPS = 8
-
-
-@triton.jit
-def _place(tape, C: tl.constexpr, W: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Return where a tile of W columns lies in a tape, C columns behind its begin."""
-    return tape + C * BLOCK_B + tl.arange(0, BLOCK_B)[:, None] * W + tl.arange(0, W)[None, :]
-
-
-@triton.jit
-def _put(ptr, h, i_b, i_r, B, R, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Store an operand of a product: row (i_r, i_b) of the matrix (R B, width) that lies behind C R B numbers."""
-    p = ptr + (C * R + i_r * h.shape[1]) * B + i_b[:, None] * h.shape[1] + tl.arange(0, h.shape[1])[None, :]
-    tl.store(p, operand(h, PRECISION), mask=(i_b < B)[:, None])
-
-
-@triton.jit
-def _give(g, grads, i_b, i_r, n, REFS: tl.constexpr, K: tl.constexpr):
-    """Store the gradient of operand K, given that of every sample, [BB, width]; rows of this program before: n."""
-    r_ptr, b_ptr, br_ptr, r_stride, b_stride, br_stride, B, R = grads
-    i_d = tl.arange(0, g.shape[1])
-    if REFS[K][0] == PER_ROW:
-        p = r_ptr + (tl.program_id(0) * R + i_r) * r_stride + REFS[K][1] + i_d
-        tl.store(p, tl.sum(g, 0), mask=i_d < REFS[K][2])
-    else:
-        mask = (i_b < B)[:, None] & (i_d < REFS[K][2])[None, :]
-        if REFS[K][0] == PER_SAMPLE:
-            i_part = tl.program_id(1).to(tl.int64) * B + i_b
-            p = b_ptr + i_part[:, None] * b_stride + REFS[K][1] + i_d[None, :]
-            g += tl.load(p, mask=mask & (n > 0), other=0.0)
-        else:
-            p = br_ptr + (i_b[:, None] * R + i_r) * br_stride + REFS[K][1] + i_d[None, :]
-        tl.store(p, g, mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "R", "ROWS_PER_PROGRAM"])  # one long compilation for all sizes of chunks
@@ -81,6 +49,8 @@ def density_mlp_grad_kernel(
     WEIGHTS: tl.constexpr,
     REFS: tl.constexpr,
     PRE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr,  # of every block: columns of the tape, and of A and G; whether each saved tile's gradient is 0
     CODE: tl.constexpr,
     BACK: tl.constexpr,  # (place in the tape or -1, whether an add is the first to reach its slot) of every instruction
     POST: tl.constexpr,
@@ -118,42 +88,33 @@ def density_mlp_grad_kernel(
 
         h = affine(x_t, tables, i_b, i_r, 0, REFS, PRE[0], PRE[1])
         if OF_WEIGHTS:
-            _put(inputs_ptr, h, i_b, i_r, B, R, PLACES[0][0], PRECISION)
+            put_rows(inputs_ptr, h, i_b, i_r, B, R, PLACES[0][0], PRECISION)
         h = matmul(h, matrix(w_ptr, WEIGHTS, 0), PRECISION)
         saved_0 = h
         saved_1 = h
         tape = ()
-        for i in tl.static_range(len(CODE)):
-            if CODE[i][0] == ACT or CODE[i][0] == NORM or (CODE[i][0] == AFFINE and BACK[i][0] >= 0):
-                if TAPE:
-                    tl.store(_place(memory, BACK[i][0], h.shape[1], BLOCK_B), h)
-                else:
-                    tape = tape + (h,)
-            if CODE[i][0] == LINEAR:
-                if OF_WEIGHTS:
-                    _put(inputs_ptr, h, i_b, i_r, B, R, PLACES[CODE[i][1]][0], PRECISION)
-                h = matmul(h, matrix(w_ptr, WEIGHTS, CODE[i][1]), PRECISION)
-            elif CODE[i][0] == AFFINE:
-                h = affine(h, tables, i_b, i_r, 0, REFS, CODE[i][1], CODE[i][2])
-            elif CODE[i][0] == ACT:
-                h = activate(h, CODE[i][1], FAST)
-            elif CODE[i][0] == NORM:
-                h = layer_norm(h, CODE[i][1], CODE[i][2])
-            elif CODE[i][0] == SAVE:
-                if CODE[i][1] == 0:
-                    saved_0 = h
-                else:
-                    saved_1 = h
+        for k in tl.static_range(len(BLOCKS)):
+            if BLOCKS[k][0] == 1:
+                h, saved_0, saved_1, tape = forward(
+                    h, saved_0, saved_1, tape, memory, w_ptr, inputs_ptr, tables, i_b, i_r, 0,
+                    BLOCKS[k][1], BLOCKS[k][2], CODE, BACK, WEIGHTS, REFS, PLACES, OF_WEIGHTS, TAPE > 0, PRECISION,
+                    FAST,
+                )  # fmt: skip
             else:
-                if CODE[i][1] == 0:
-                    part = saved_0
-                else:
-                    part = saved_1
-                if BACK[i][0] >= 0:
-                    tl.store(_place(memory, BACK[i][0], h.shape[1], BLOCK_B), part)
-                h = h + affine(part, tables, i_b, i_r, 0, REFS, CODE[i][2], -1)
+                # A tile that the loop saves before it reads one has no old value, and needs the loop's shape.
+                if BLOCKS[k][7]:
+                    saved_0 = h
+                if BLOCKS[k][8]:
+                    saved_1 = h
+                for m in tl.range(0, BLOCKS[k][0], num_stages=1):
+                    h, saved_0, saved_1, _ = forward(
+                        h, saved_0, saved_1, (), memory + m * (STEPS[k][0] * BLOCK_B), w_ptr + m * BLOCKS[k][3],
+                        inputs_ptr, advance(tables, m, BLOCKS, k), i_b, i_r, m * STEPS[k][1],
+                        BLOCKS[k][1], BLOCKS[k][2], CODE, BACK, WEIGHTS, REFS, PLACES, OF_WEIGHTS, True, PRECISION,
+                        FAST,
+                    )  # fmt: skip
         if OF_WEIGHTS:
-            _put(inputs_ptr, h, i_b, i_r, B, R, PLACES[LAST][0], PRECISION)
+            put_rows(inputs_ptr, h, i_b, i_r, B, R, PLACES[LAST][0], PRECISION)
         raw = matmul(h, matrix(w_ptr, WEIGHTS, LAST), PRECISION)
         F = affine(raw, tables, i_b, i_r, 0, REFS, POST[0], POST[1])
         if POST[2] >= 0:
@@ -174,68 +135,47 @@ def density_mlp_grad_kernel(
                 grad_x -= alpha * affine(d_error, tables, i_b, i_r, 0, REFS, POST[2], -1)
         if OF_TABLES:
             if POST[0] >= 0:
-                _give(-d_error * raw, grads, i_b, i_r, n, REFS, POST[0])
+                give(-d_error * raw, grads, i_b, i_r, n, REFS, POST[0])
             if POST[1] >= 0:
-                _give(-d_error, grads, i_b, i_r, n, REFS, POST[1])
+                give(-d_error, grads, i_b, i_r, n, REFS, POST[1])
             if POST[2] >= 0:
-                _give(-d_error * x_t, grads, i_b, i_r, n, REFS, POST[2])
+                give(-d_error * x_t, grads, i_b, i_r, n, REFS, POST[2])
         d_h = affine(-d_error, tables, i_b, i_r, 0, REFS, POST[0], -1)
         if OF_WEIGHTS:
-            _put(outputs_ptr, d_h, i_b, i_r, B, R, PLACES[LAST][1], PRECISION)
+            put_rows(outputs_ptr, d_h, i_b, i_r, B, R, PLACES[LAST][1], PRECISION)
         d_h = matmul(d_h, tl.trans(matrix(w_ptr, WEIGHTS, LAST)), PRECISION)
         d_saved_0 = d_h
         d_saved_1 = d_h
-        for i in tl.static_range(len(CODE) - 1, -1, -1):
-            if BACK[i][0] >= 0:
-                if TAPE:
-                    kept = tl.load(_place(memory, BACK[i][0], d_h.shape[1], BLOCK_B))
-                else:
-                    kept = tape[BACK[i][0]]
-            if CODE[i][0] == LINEAR:
-                if OF_WEIGHTS:
-                    _put(outputs_ptr, d_h, i_b, i_r, B, R, PLACES[CODE[i][1]][1], PRECISION)
-                d_h = matmul(d_h, tl.trans(matrix(w_ptr, WEIGHTS, CODE[i][1])), PRECISION)
-            elif CODE[i][0] == AFFINE:
-                if OF_TABLES:
-                    if CODE[i][1] >= 0:
-                        _give(d_h * kept, grads, i_b, i_r, n, REFS, CODE[i][1])
-                    if CODE[i][2] >= 0:
-                        _give(d_h, grads, i_b, i_r, n, REFS, CODE[i][2])
-                d_h = affine(d_h, tables, i_b, i_r, 0, REFS, CODE[i][1], -1)
-            elif CODE[i][0] == ACT:
-                d_h = d_h * derivative(kept, CODE[i][1], FAST)
-            elif CODE[i][0] == NORM:
-                d_h = layer_norm_backward(d_h, kept, CODE[i][1], CODE[i][2])
-            elif CODE[i][0] == SAVE:
-                if BACK[i][1]:
-                    if CODE[i][1] == 0:
-                        d_h = d_h + d_saved_0
-                    else:
-                        d_h = d_h + d_saved_1
+        for k in tl.static_range(len(BLOCKS) - 1, -1, -1):
+            if BLOCKS[k][0] == 1:
+                d_h, d_saved_0, d_saved_1 = backward(
+                    d_h, d_saved_0, d_saved_1, tape, memory, w_ptr, outputs_ptr, tables, grads, i_b, i_r, n, 0,
+                    BLOCKS[k][1], BLOCKS[k][2], CODE, BACK, WEIGHTS, REFS, PLACES, OF_WEIGHTS, OF_TABLES, TAPE > 0,
+                    False, PRECISION, FAST,
+                )  # fmt: skip
             else:
-                if OF_TABLES:
-                    if CODE[i][2] >= 0:
-                        _give(d_h * kept, grads, i_b, i_r, n, REFS, CODE[i][2])
-                part = affine(d_h, tables, i_b, i_r, 0, REFS, CODE[i][2], -1)
-                if CODE[i][1] == 0:
-                    if BACK[i][1]:
-                        d_saved_0 = part
-                    else:
-                        d_saved_0 = d_saved_0 + part
-                else:
-                    if BACK[i][1]:
-                        d_saved_1 = part
-                    else:
-                        d_saved_1 = d_saved_1 + part
+                if STEPS[k][2]:
+                    d_saved_0 = tl.zeros_like(d_h)
+                if STEPS[k][3]:
+                    d_saved_1 = tl.zeros_like(d_h)
+                for j in tl.range(0, BLOCKS[k][0], num_stages=1):
+                    m = BLOCKS[k][0] - 1 - j
+                    d_h, d_saved_0, d_saved_1 = backward(
+                        d_h, d_saved_0, d_saved_1, (), memory + m * (STEPS[k][0] * BLOCK_B),
+                        w_ptr + m * BLOCKS[k][3], outputs_ptr, advance(tables, m, BLOCKS, k),
+                        advance(grads, m, BLOCKS, k), i_b, i_r, n, m * STEPS[k][1],
+                        BLOCKS[k][1], BLOCKS[k][2], CODE, BACK, WEIGHTS, REFS, PLACES, OF_WEIGHTS, OF_TABLES, True,
+                        True, PRECISION, FAST,
+                    )  # fmt: skip
         if OF_WEIGHTS:
-            _put(outputs_ptr, d_h, i_b, i_r, B, R, PLACES[0][1], PRECISION)
+            put_rows(outputs_ptr, d_h, i_b, i_r, B, R, PLACES[0][1], PRECISION)
         if OF_X or (OF_TABLES and (PRE[0] >= 0 or PRE[1] >= 0)):
             d_y = matmul(d_h, tl.trans(matrix(w_ptr, WEIGHTS, 0)), PRECISION)
             if OF_TABLES:
                 if PRE[0] >= 0:
-                    _give(d_y * x_t, grads, i_b, i_r, n, REFS, PRE[0])
+                    give(d_y * x_t, grads, i_b, i_r, n, REFS, PRE[0])
                 if PRE[1] >= 0:
-                    _give(d_y, grads, i_b, i_r, n, REFS, PRE[1])
+                    give(d_y, grads, i_b, i_r, n, REFS, PRE[1])
             if OF_X:
                 grad_x += alpha * affine(d_y, tables, i_b, i_r, 0, REFS, PRE[0], -1)
                 if KIND == "diagonal":
@@ -265,27 +205,69 @@ def grad_constants(
         places: columns before A and G of every linear map.
         samples: of a program.
     """
-    # Resident: one straight block of code.
-    found = constants(layout, control, d, precision, Config(samples, NUM_WARPS, resident=True, stages=1))
-    in_memory, shapes = any(wanted[1:]), layout.weights
-    back, kept, width = [], 0, shapes[0][2]
-    for op in found["CODE"]:
-        width = shapes[op[1]][2] if op[0] == LINEAR.value else width
-        scaled = (op[0] == AFFINE.value and op[1] >= 0) or (op[0] == ADD.value and op[2] >= 0)
-        taped = op[0] in (ACT.value, NORM.value) or (wanted[2] and scaled)
-        back.append([kept if taped else -1, 0])
-        kept += taped * (width if in_memory else 1)
-    reached = set()
-    for i in reversed(range(len(back))):
-        op = found["CODE"][i]
-        if op[0] == ADD.value:
-            back[i][1] = int(op[1] not in reached)
-            reached.add(op[1])
-        elif op[0] == SAVE.value:
-            back[i][1] = int(op[1] in reached)
-            reached.discard(op[1])
-    for name in ("BLOCKS", "RESIDENT", "STAGES"):
+    # Equal layers are a loop where the tape is in memory; in registers they are one straight block of code.
+    in_memory = any(wanted[1:])
+    found = constants(layout, control, d, precision, Config(samples, NUM_WARPS, resident=not in_memory, stages=1))
+    code, blocks = found["CODE"], found["BLOCKS"]
+    places_in_tape, columns, taped = _tape(code, blocks, layout.weights, wanted[2], in_memory)
+    flags, resets = _reached(code, blocks)
+    maps = [sum(code[i][0] == LINEAR.value for i in range(first, end)) for _, first, end, *_ in blocks]
+    steps = zip(columns, (n * _width(code, blocks[k], layout.weights) for k, n in enumerate(maps)), resets, strict=True)
+    for name in ("RESIDENT", "STAGES"):
         del found[name]
-    switches = dict(zip(("OF_X", "OF_WEIGHTS", "OF_TABLES"), wanted, strict=True))
-    more = {"BACK": tuple(map(tuple, back)), "PLACES": places, "TAPE": max(16, kept) if in_memory else 0}
-    return found | switches | more | {"BLOCK_D": block_d(d)}
+    more = {
+        "STEPS": tuple((tape, step, *reset) for tape, step, reset in steps),
+        "BACK": tuple(zip(places_in_tape, flags, strict=True)),
+        "PLACES": places,
+        "TAPE": max(16, taped) if in_memory else 0,
+        "BLOCK_D": block_d(d),
+    }
+    return found | dict(zip(("OF_X", "OF_WEIGHTS", "OF_TABLES"), wanted, strict=True)) | more
+
+
+def _width(code: tuple, block: tuple, weights: tuple) -> int:
+    """Return the width of the tiles in a loop, whose linear maps are square; 0 of straight code."""
+    times, first, end, *_ = block
+    return next((weights[op[1]][2] for op in code[first:end] if times > 1 and op[0] == LINEAR.value), 0)
+
+
+def _tape(code: tuple, blocks: tuple, weights: tuple, of_tables: bool, in_memory: bool) -> tuple[list, list, int]:
+    """Return the place in the tape of what each instruction keeps or -1, each block's columns, and those of all.
+
+    In registers a place is a number of a tile, in memory a column.
+    """
+    found, columns, begin, width = [], [], 0, weights[0][2]
+    for times, first, end, *_ in blocks:
+        kept = 0
+        for op in code[first:end]:
+            width = weights[op[1]][2] if op[0] == LINEAR.value else width
+            scaled = (op[0] == AFFINE.value and op[1] >= 0) or (op[0] == ADD.value and op[2] >= 0)
+            taped = op[0] in (ACT.value, NORM.value) or (of_tables and scaled)
+            found.append(begin + kept if taped else -1)
+            kept += taped * (width if in_memory else 1)
+        columns.append(kept)
+        begin += times * kept
+    return found, columns, begin
+
+
+def _reached(code: tuple, blocks: tuple) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return what the way back needs to know of saved tiles, and for every block which gradients start at zero.
+
+    Of an add whether it is the first that reaches its slot, of a save whether an add has. A loop is gone through with
+    what its first and its later turns have in common.
+    """
+    flags, resets, reached = [0] * len(code), [], set()
+    for times, first, end, *_ in reversed(blocks):
+        own = [(i, code[i]) for i in range(first, end) if code[i][0] in (ADD.value, SAVE.value)]
+        begins = {op[1]: op[0] for _, op in reversed(own)}  # with what a slot's part begins
+        reset = {slot for slot in begins if slot not in reached} if times > 1 else set()
+        reached |= {slot for slot in reset if begins[slot] == ADD.value}
+        for i, op in reversed(own):
+            if op[0] == ADD.value:
+                flags[i] = int(op[1] not in reached)
+                reached.add(op[1])
+            else:
+                flags[i] = int(op[1] in reached)
+                reached.discard(op[1])
+        resets.append((int(0 in reset), int(1 in reset)))
+    return flags, resets[::-1]

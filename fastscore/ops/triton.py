@@ -198,7 +198,7 @@ def why_not_dp(task: Task, of_x: bool) -> str | None:
     if (reason := _dtype(task)) is not None:
         return reason
     reason = _room(task, precision(task.dtype), fused_dp.check_room)
-    return reason or fused_dp.why_not(task.code, task.d, of_x, task.components > 1, task.full)
+    return reason or fused_dp.why_not(task.d, of_x, task.components > 1, task.full)
 
 
 def bytes_dp(task: Task) -> int:

@@ -20,7 +20,7 @@ from fastscore.ops import definitions as ops
 from fastscore.ops import gradient
 from fastscore.ops import torch as truth
 from fastscore.ops import triton as backend
-from fastscore.ops.instructions import Act, Add, Affine, Linear, Save, encode
+from fastscore.ops.instructions import Act, Add, Affine, Linear, Norm, Save, encode
 from fastscore.ops.task import Task, WithRespectTo
 
 # Sums in float32 of B R rows' gradients, each right to 1e-5 of its mean size; what cancels among the rows is bounded by
@@ -180,14 +180,15 @@ def test_opcheck(wanted):
     ("d", "layers", "components", "of_x", "reason"),
     [
         (129, 1, 1, False, "gradients go up to 128 dimensions in a kernel, got 129"),
-        (5, 33, 1, False, "gradients go up to 64 instructions in a kernel, got 66"),
+        (5, 33, 1, False, "gradients go up to 64 instructions that are no loop of equal layers, got 66"),
         (5, 1, 2, True, "gradients of x in a kernel need a reference along the axes"),
         (5, 1, 2, False, None),
         (5, 32, 1, True, None),
     ],
 )
 def test_it_says_why_it_cannot(d, layers, components, of_x, reason):
-    code = [Linear(0), *[Act("silu"), Linear(1)] * (layers - 1), *[Act("silu"), Act("silu")], Linear(2)]
+    unlike = [op for k in range(layers - 1) for op in (Norm(1e-5 * (k + 1)), Linear(1))]  # no two layers are equal
+    code = [Linear(0), *unlike, *[Act("silu"), Act("silu")], Linear(2)]
     weights = [torch.zeros(16, d), torch.zeros(16, 16), torch.zeros(d, 16)]
     task = Task.of(code, weights, ["r"], d, DEVICE, components)
     assert backend.why_not_dp(task, of_x) == reason
