@@ -147,12 +147,12 @@ GRADIENTS = tuple(
         (DX, adaLN, 128, 1, "bf16"),
         (DX, adaLN, 64, 3, "tf32x3"),
         (DP, adaLN, 64, 3, "bf16"),
-        (DP, adaLN, 128, 1, "bf16"),
-        (DP, adaLN, 256, 1, "bf16"),
+        (DP, adaLN, 128, 3, "bf16"),
+        (DP, adaLN, 256, 3, "bf16"),
         (DP, plain, 128, 3, "bf16"),
         (DP, adaLN, 64, 3, "tf32x3"),
-        (DP, adaLN, 128, 1, "tf32x3"),
-        (BOTH, adaLN, 64, 1, "bf16"),
+        (DP, adaLN, 128, 3, "tf32x3"),
+        (BOTH, adaLN, 64, 6, "bf16"),
         (BOTH, adaLN, 64, 3, "tf32x3"),
     )
 )

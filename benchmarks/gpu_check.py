@@ -61,7 +61,7 @@ def make_steps() -> list[Step]:
 
     steps = [
         Step("info", program(*PYTHON, "-m", "fastscore", "info"), 40),
-        Step("public calls", gpu_calls.public_calls, 60),
+        Step("public calls", gpu_calls.public_calls, 90),
         Step("launches", gpu_kernels.first_launches, 90),
         pytest_step("graph", 60, "tests/test_graph.py"),
     ]
