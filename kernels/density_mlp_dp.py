@@ -21,7 +21,7 @@ from .operand_gradients import columns_of
 from .packing import MAX_BLOCK_D, Reference, padded
 from .weights import weight_groups
 
-MAX_CODE = 64  # instructions that are unrolled, both ways: those of a loop count once
+MAX_CODE = 40  # instructions that are unrolled, both ways: those of a loop count once
 # Parts of a product's rows, summed afterwards: for some layers of 64 x 64 alone it would keep few multiprocessors busy.
 PARTS = 16
 

@@ -180,10 +180,10 @@ def test_opcheck(wanted):
     ("d", "layers", "components", "of_x", "reason"),
     [
         (129, 1, 1, False, "gradients go up to 128 dimensions in a kernel, got 129"),
-        (5, 33, 1, False, "gradients go up to 64 instructions that are no loop of equal layers, got 66"),
+        (5, 21, 1, False, "gradients go up to 40 instructions that are no loop of equal layers, got 42"),
         (5, 1, 2, True, "gradients of x in a kernel need a reference along the axes"),
         (5, 1, 2, False, None),
-        (5, 32, 1, True, None),
+        (5, 20, 1, True, None),
     ],
 )
 def test_it_says_why_it_cannot(d, layers, components, of_x, reason):
