@@ -23,7 +23,8 @@ import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import density_mlp, density_mlp_dx, launch
+from fastscore.kernels import density_mlp, density_mlp_dp, density_mlp_dx, density_mlp_grad, launch
+from fastscore.kernels.weights import weight_groups
 from markdown import aot_table
 from random_networks import Problem
 from thin_kernels import THIN, compile_thin
@@ -78,8 +79,10 @@ def device(capability: int) -> launch.Device:
 
 POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
 POINTERS |= {"b_ptr": "*fp32", "br_ptr": "*fp32", "q_ptr": "*fp32", "y_ptr": "*fp32", "f_ptr": "*fp32"}
-POINTERS |= {"grad_ptr": "*fp32", "grad_x_ptr": "*fp32", "error_ptr": "*fp32"}
+POINTERS |= {"grad_ptr": "*fp32", "grad_x_ptr": "*fp32", "error_ptr": "*fp32", "tape_ptr": "*fp32"}
+POINTERS |= {"grad_r_ptr": "*fp32", "grad_b_ptr": "*fp32", "grad_br_ptr": "*fp32"}
 SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
+SIZES += ("grad_r_stride", "grad_b_stride", "grad_br_stride")
 OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -90,18 +93,25 @@ def compile_forward(problem: Problem, config: launch.Config, capability: int):
     return build(density_mlp.density_mlp_fwd_kernel, constexprs, problem.precision, config.num_warps, capability)
 
 
-def compile_dx(problem: Problem, capability: int):
-    """Return the compiled gradient kernel of a problem."""
+def compile_gradient(problem: Problem, wanted: tuple[bool, bool, bool], capability: int):
+    """Return the compiled gradient kernel of a problem, for x, the weights and the vector operands, or some of them."""
     work, operands = problem.packed()
-    straight = launch.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, resident=True, stages=1)
-    constexprs = density_mlp_dx.dx_constants(work.layout, operands, problem.d, problem.precision, straight)
-    kernel = density_mlp_dx.density_mlp_dx_kernel
-    return build(kernel, constexprs, problem.precision, straight.num_warps, capability)
+    shape = work.layout, operands, problem.d, problem.precision
+    places, samples = weight_groups(work.layout.weights)[1], gradient_samples(work, wanted)
+    constexprs = density_mlp_grad.grad_constants(*shape, wanted, places, samples)
+    kernel = density_mlp_grad.density_mlp_grad_kernel
+    return build(kernel, constexprs, problem.precision, density_mlp_grad.NUM_WARPS, capability)
+
+
+def gradient_samples(work: launch.Work, wanted: tuple[bool, bool, bool]) -> int:
+    """Return how many samples a program of the gradient's kernel owns."""
+    return density_mlp_dp.samples_of(work) if any(wanted[1:]) else density_mlp_dx.BLOCK_B
 
 
 def build(kernel, constexprs: dict, precision: str, num_warps: int, capability: int):
     """Compile a kernel of the fused family."""
-    signature = POINTERS | {"w_ptr": OPERAND_POINTER[launch.OPERANDS[precision]]}
+    operand = OPERAND_POINTER[launch.OPERANDS[precision]]
+    signature = POINTERS | dict.fromkeys(("w_ptr", "inputs_ptr", "outputs_ptr"), operand)
     signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     # What a launch finds by itself: pointers of torch tensors are aligned.
@@ -128,21 +138,41 @@ def inspect(compiled) -> dict:
     }
 
 
-DX = tuple(
-    Case(adaLN, width, depth, 64, "diagonal", precision)
-    for width, depth, precision in ((64, 3, "bf16"), (128, 1, "bf16"), (64, 3, "tf32x3"))
+# Which gradients of which networks: x alone, the parameters, or all of them.
+DX, DP, BOTH = {"dx of ": (True, False, False)}, {"dp of ": (False, True, True)}, {"dx, dp of ": (True, True, True)}
+GRADIENTS = tuple(
+    (*next(iter(wanted.items())), Case(net, width, depth, 64, "diagonal", precision))
+    for wanted, net, width, depth, precision in (
+        (DX, adaLN, 64, 3, "bf16"),
+        (DX, adaLN, 128, 1, "bf16"),
+        (DX, adaLN, 64, 3, "tf32x3"),
+        (DP, adaLN, 64, 3, "bf16"),
+        (DP, adaLN, 128, 3, "bf16"),
+        (DP, adaLN, 256, 3, "bf16"),
+        (DP, plain, 128, 3, "bf16"),
+        (DP, adaLN, 64, 3, "tf32x3"),
+        (DP, adaLN, 128, 3, "tf32x3"),
+        (BOTH, adaLN, 64, 6, "bf16"),
+        (BOTH, adaLN, 64, 3, "tf32x3"),
+    )
 )
 
 
-def measure(case: Case | str, capability: int, gradient: bool = False) -> dict:
-    """Compile a case, or the thin kernel of that name, and return its row of the table."""
+def measure(case: Case | str, capability: int, gradient: tuple | None = None) -> dict:
+    """Compile a case, or the thin kernel of that name, and return its row of the table.
+
+    Arguments:
+        gradient: what to call the gradient's kernel in place of the forward one, and what wants a gradient.
+    """
     if isinstance(case, str):
         launched = {"samples": 1, "warps": THIN[case].warps, "weights": "-"}
         return {"case": case, "sm": capability} | launched | inspect(compile_thin(case, capability))
     problem = random_networks.problem(*case)
-    if gradient:
-        name, config = f"dx of {case.name}", launch.Config(density_mlp_dx.BLOCK_B, density_mlp_dx.NUM_WARPS, False, 1)
-        compiled = compile_dx(problem, capability)
+    if gradient is not None:
+        name, wanted = gradient[0] + case.name, gradient[1]
+        samples = gradient_samples(problem.packed()[0], wanted)
+        config = launch.Config(samples, density_mlp_grad.NUM_WARPS, False, 1)
+        compiled = compile_gradient(problem, wanted, capability)
     else:
         name, config = case.name, launch.Config.from_heuristic(problem.packed()[0], device(capability))
         compiled = compile_forward(problem, config, capability)
@@ -159,8 +189,13 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     cases = [case for case in (*CASES, *THIN) if options.match in getattr(case, "name", case)]
-    jobs = [(case, sm, False) for case in cases for sm in options.capabilities]
-    jobs += [(case, sm, True) for case in DX if options.match in f"dx of {case.name}" for sm in options.capabilities]
+    jobs = [(case, sm, None) for case in cases for sm in options.capabilities]
+    jobs += [
+        (case, sm, (name, wanted))
+        for name, wanted, case in GRADIENTS
+        if options.match in name + case.name
+        for sm in options.capabilities
+    ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(measure, *zip(*jobs, strict=True)))
     if options.json:

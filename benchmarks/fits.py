@@ -3,8 +3,9 @@
     python benchmarks/fits.py --count 40 --seed 0         a sample, as the tests take it; --json for all rows
 
 Networks, widths, depths, dimensions, references, precisions and devices are drawn (`random_networks.py`). Of each, the
-forward kernel that `Config.from_heuristic` chooses is compiled, the gradient's where it says that it can run, and the
-reference's own kernel. Shared memory and registers are those of the compiled binary, without a GPU.
+forward kernel that `Config.from_heuristic` chooses is compiled, that of the data's gradient where it says that it can
+run, of every eighth network that of the parameters, and the reference's own kernel. Shared memory and registers are
+those of the compiled binary, without a GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import control, density_mlp_dx, launch, packing
+from fastscore.kernels import control, density_mlp_dp, density_mlp_dx, density_mlp_grad, launch, packing
 from random_networks import Problem
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS = 65_536  # of a multiprocessor, on every architecture
+SELDOM = 8  # networks for one whose parameters' gradient is compiled, which takes as long as all else of several
 
 
 def examine(seed: int) -> list[dict]:
@@ -39,7 +41,7 @@ def examine(seed: int) -> list[dict]:
     generator = random.Random(seed)
     problem, capability = random_networks.random_problem(generator), generator.choice(tuple(aot.SHARED))
     about = {"seed": seed, "case": problem.name, "sm": capability, "granted": aot.SHARED[capability]}
-    kernels = (forward, gradient, reference)
+    kernels = (forward, gradient, reference, parameters)[: 4 if seed % SELDOM == 0 else 3]
     return [about | {"kernel": kernel.__name__} | row for kernel in kernels for row in kernel(problem, capability)]
 
 
@@ -62,7 +64,21 @@ def gradient(problem: Problem, capability: int) -> Iterator[dict]:
     bound = density_mlp_dx.shared_bytes(work)
     if density_mlp_dx.why_not(problem.code, shapes, problem.d, mixture, full) or bound > aot.SHARED[capability]:
         return
-    yield {"bound": bound} | resources(aot.compile_dx(problem, capability), density_mlp_dx.NUM_WARPS)
+    compiled = aot.compile_gradient(problem, density_mlp_dx.ALONE, capability)
+    yield {"bound": bound} | resources(compiled, density_mlp_grad.NUM_WARPS)
+
+
+def parameters(problem: Problem, capability: int) -> Iterator[dict]:
+    """Compile the kernel of the parameters' gradient where the choice would run it."""
+    work = problem.packed()[0]
+    if density_mlp_dp.why_not(problem.d, False, False, False) is not None:
+        return
+    try:
+        density_mlp_dp.check_room(work, aot.device(capability))
+    except launch.NoRoom:
+        return
+    compiled = aot.compile_gradient(problem, (False, True, True), capability)
+    yield {"bound": density_mlp_dp.shared_bytes(work)} | resources(compiled, density_mlp_grad.NUM_WARPS)
 
 
 def reference(problem: Problem, capability: int) -> Iterator[dict]:

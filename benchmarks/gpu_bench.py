@@ -53,6 +53,7 @@ def make_steps() -> list[Step]:
         kernel(FIRST[0]),
         Step("training step", measured(calls.training_step), 20),
         Step("gradient", measured(calls.gradient), 30),
+        Step("gradient by name", measured(calls.gradient, "triton"), 60),
         *(kernel(case) for case in FIRST[1:]),
         *(estimate(width, "bf16") for width in wider),
         estimate(64, "float32"),
@@ -63,6 +64,10 @@ def make_steps() -> list[Step]:
         *(Step(f"ODE beside peers d={d}", measured(calls.ode_beside_peers, d), 90, least=20) for d in (2, 16)),
         *(Step(f"memory {budget}", measured(calls.memory, budget), 20) for budget in ("256MB", "2048MB")),
         Step("gradient of x", measured(kernels.gradient_of_the_data, FIRST[0]), 30),
+        *(
+            Step(f"gradient of parameters {c.name}", measured(kernels.gradient_of_the_parameters, c), 60)
+            for c in FIRST[:2]
+        ),
         Step("precisions", measured(kernels.precisions, FIRST[0]), 30),
         *(Step(f"divisions {case.name}", measured(kernels.division, case), 20) for case in FIRST[:3]),
         *(kernel(case) for case in LATER),

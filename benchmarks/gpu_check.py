@@ -50,7 +50,7 @@ def sanitized(tool: str) -> Step:
     return replace(pytest_step(tool, 60, *SANITIZED, spread=False, under=under), least=20, why_not=why_not)
 
 
-KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels"
+KERNELS = "thin_kernels", "summary", "loss_kernels", "fused_kernels", "gradient_kernel"
 
 
 def make_steps() -> list[Step]:
@@ -61,7 +61,7 @@ def make_steps() -> list[Step]:
 
     steps = [
         Step("info", program(*PYTHON, "-m", "fastscore", "info"), 40),
-        Step("public calls", gpu_calls.public_calls, 60),
+        Step("public calls", gpu_calls.public_calls, 90),
         Step("launches", gpu_kernels.first_launches, 90),
         pytest_step("graph", 60, "tests/test_graph.py"),
     ]
@@ -70,7 +70,7 @@ def make_steps() -> list[Step]:
     return [
         *steps,
         pytest_step("compiled kernels", 60, "tests/test_native.py", "tests/test_cuda_kernels.py"),
-        pytest_step("backends", 90, "tests/test_backends.py"),
+        pytest_step("backends", 90, "tests/test_backends.py", "tests/test_parameter_gradients.py"),
         pytest_step("kernels", 120, *(f"tests/kernels/test_{name}.py" for name in KERNELS)),
         sanitized("memcheck"),
         sanitized("racecheck"),

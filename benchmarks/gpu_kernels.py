@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from fastscore.kernels import density_mlp as fused
-from gpu_cases import CASES, CHUNK, DRAWS, SAMPLES, Case, Problem
+from gpu_cases import CASES, CHUNK, DRAWS, FEW, FIRST, SAMPLES, Case, Problem
 from measuring import DEVICE, REHEARSING, Row, below, graphed, milliseconds
 from steps import parallel
 from triton.runtime.errors import OutOfResources
@@ -62,8 +62,14 @@ def _launch(case: Case) -> None:
 
 
 def compiling() -> None:
-    """Compile what the rows of `kernel` need, in parallel processes: it stays in the caches of Triton and Inductor."""
-    parallel({case.name: lambda case=case: _compile(case) for case in CASES}, at_once=2 if REHEARSING else 8)
+    """Compile what the rows of `kernel`, and of gradients, need, in parallel processes.
+
+    It stays in the caches of Triton and Inductor.
+    """
+    jobs = {case.name: lambda case=case: _compile(case) for case in CASES}
+    for case, dtype in ((FIRST[0], torch.float32), *((case, torch.bfloat16) for case in FIRST[:2])):
+        jobs[f"gradient of {case.name}, {dtype}"] = lambda case=case, dtype=dtype: _compile_gradient(case, dtype)
+    parallel(jobs, at_once=2 if REHEARSING else 8)
 
 
 @torch.no_grad()
@@ -75,6 +81,12 @@ def _compile(case: Case) -> None:
     if problem.why_not(half)["triton"] is None:
         problem.by_op(half, "triton")
     print(f"{case.name}: compiled")
+
+
+def _compile_gradient(case: Case, dtype: torch.dtype) -> None:
+    problem = Problem(case)
+    _of_parameters(_few(problem), problem.bound(dtype), "triton", dtype)
+    print(f"gradient of {case.name}, {dtype}: compiled")
 
 
 @torch.no_grad()
@@ -215,3 +227,45 @@ def gradient_of_the_data(case: Case) -> Row:
     row.measure("ms", lambda: milliseconds(by_kernel))
     row.beside("eager PyTorch, forward and backward", lambda: milliseconds(eager, 3))
     return row
+
+
+def gradient_of_the_parameters(case: Case) -> Row:
+    """The gradient of weights and vector operands: the kernel that computes it beside eager PyTorch."""
+    problem = Problem(case)
+    row = Row("calls", call=f"gradient of parameters, {case.name}, bf16, {SAMPLES * DRAWS} rows")
+    half, module = problem.bound(torch.bfloat16), copy.deepcopy(problem.module).bfloat16()
+    few, exact = _few(problem), _few(problem)
+    exact.x, exact.rows = few.x.double(), few.rows.double()
+
+    def eager() -> None:
+        for x, keys in zip(problem.x.split(CHUNK), problem.keys.split(CHUNK)):
+            torch.autograd.grad(problem.by_module(module, x, keys).sum(), [*module.parameters()], allow_unused=True)
+
+    def difference() -> float:
+        found, expected = (
+            _of_parameters(which, half, backend, dtype)
+            for which, backend, dtype in ((few, "triton", torch.bfloat16), (exact, "torch", torch.float64))
+        )
+        apart = sum((a.double() - b).square().sum() for a, b in zip(found, expected)) ** 0.5
+        size = sum(b.square().sum() for b in expected) ** 0.5
+        # Twice the products of a forward pass, each of which rounds to 2^-9 at random: four times the root of the sum.
+        return below(float(apart / size), 2**0.5 * case.tolerance, "it")
+
+    row.measure("difference", difference)
+    row.measure("ms", lambda: milliseconds(lambda: _of_parameters(problem, half, "triton", torch.bfloat16)))
+    row.beside("eager PyTorch, forward and backward", lambda: milliseconds(eager, 3))
+    return row
+
+
+def _few(problem: Problem) -> Problem:
+    """Return the problem of the first samples."""
+    found = copy.copy(problem)
+    found.x, found.keys = problem.x[FEW], problem.keys[FEW]
+    return found
+
+
+def _of_parameters(problem: Problem, bound: tuple, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return the gradients of the sum of all f in weights and vector operands, by op."""
+    code, *parts = bound
+    weights, tables = ([v.detach().to(dtype).requires_grad_() for v in part] for part in parts)
+    return [*torch.autograd.grad(problem.by_op((code, weights, tables), backend).sum(), [*weights, *tables])]

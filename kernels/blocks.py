@@ -6,6 +6,7 @@ a constant step further. The step is the loop's stride.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 LEVELS = ("r", "b", "br")
@@ -67,3 +68,13 @@ def _steps(first: tuple, second: tuple, weights: tuple) -> tuple[int, tuple[int,
     if max(map(len, (weight_steps, *table_steps.values()))) > 1:
         return None
     return next(iter(weight_steps), 0), tuple(next(iter(table_steps[level]), 0) for level in LEVELS)
+
+
+def operands_in(code: tuple) -> Iterator[tuple]:
+    """Yield every reference (level, offset, width) in code."""
+    for part in code:
+        if isinstance(part, tuple):
+            if len(part) == 3 and part[0] in LEVELS:
+                yield part
+            else:
+                yield from operands_in(part)

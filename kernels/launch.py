@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from .blocks import operands_in
 from .occupancy import Multiprocessors, best_splits, registers_of
 from .packing import MAX_BLOCK_D, Layout, block_d, padded
 
@@ -104,8 +105,8 @@ class Work:
 
     def vector_bytes(self, rows: int) -> int:
         """Of the largest vector operand."""
-        outside = [_vector_bytes(v, rows) for v in _operands((self.layout.pre, self.layout.post))]
-        inside = [_vector_bytes(v, rows) for v in _operands(self.layout.body)]
+        outside = [_vector_bytes(v, rows) for v in operands_in((self.layout.pre, self.layout.post))]
+        inside = [_vector_bytes(v, rows) for v in operands_in(self.layout.body)]
         return max(*(min(v, 4 * rows * block_d(self.d)) for v in outside), *inside, 0, 0)
 
     @property
@@ -175,7 +176,7 @@ class Config:
         for times, code, _, _ in work.layout.blocks(unrolled=False):
             if times > 1 and self.stages > 1:
                 used = [sizes[op[1]] for op in code if op[0] == "linear"]
-                layer = [_vector_bytes(v, rows) for v in _operands(code)]
+                layer = [_vector_bytes(v, rows) for v in operands_in(code)]
                 moved = max(*layer, *(work.operand_bytes(rows, k) for k, _ in used))
                 loops.append(buffers * item * sum(k * n for k, n in used) + sum(layer) + moved)
         return max(max(other, work.product_bytes(rows)) + REDUCTION_BYTES, *loops)
@@ -234,16 +235,6 @@ def reference_bytes(kind: str, components: int, d: int, rows: int) -> int:
     if kind == "full":
         return 4 * (max(width, 2 * rows) if rows < 64 else 2 * (width + rows)) * width
     return 4 * (width + 2 * rows + 4) * width if kind == "full mixture" else 0
-
-
-def _operands(code: tuple) -> Iterator[tuple]:
-    """Yield every reference (level, offset, width) in code."""
-    for part in code:
-        if isinstance(part, tuple):
-            if len(part) == 3 and part[0] in ("r", "b", "br"):
-                yield part
-            else:
-                yield from _operands(part)
 
 
 def _vector_bytes(operand: tuple, rows: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .blocks import LEVELS, blocks
 from .names import ACTIVATIONS, INSTRUCTIONS
+from .weights import weight_buffer
 
 Reference = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, mean, variance and basis of a mixture
 MAX_BLOCK_D = 128
@@ -173,17 +174,12 @@ def pack_network(
 ) -> tuple[Layout, Tensor]:
     """Return the layout and one buffer of padded weights, each transposed to (in, out), in the operands' dtype."""
     pre, body, post, order = split_network(code, weights, tables, d, into)
-    specs, buffers, offset, block = [], [], 0, block_d(d)
-    chunked = -(-d // block) * block
+    chunked, shapes = -(-d // block_d(d)) * block_d(d), []
     for n, k in enumerate(order):
         out, in_ = weights[k].shape
-        shape = (chunked if n == 0 else padded(in_), chunked if n == len(order) - 1 else padded(out))
-        full = weights[k].new_zeros(shape)
-        full[:in_, :out] = weights[k].T
-        buffers.append(full.to(dtype).reshape(-1))
-        specs.append((offset, *shape))
-        offset += full.numel()
-    return Layout(tuple(specs), pre, body, post), torch.cat(buffers)
+        shapes.append((chunked if n == 0 else padded(in_), chunked if n == len(order) - 1 else padded(out)))
+    specs, buffer = weight_buffer([weights[k] for k in order], shapes, dtype)
+    return Layout(specs, pre, body, post), buffer
 
 
 def compose(code: tuple, tables: list[Tensor], like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

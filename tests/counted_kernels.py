@@ -3,13 +3,26 @@ counted as a GPU would see them, with all that surrounds the kernels."""
 
 import pytest
 import torch
-from fastscore.kernels import control, density_mlp, launch, perturb, residual, summary, words
+from fastscore.kernels import (
+    control,
+    density_mlp,
+    density_mlp_dp,
+    density_mlp_dx,
+    launch,
+    occupancy,
+    perturb,
+    residual,
+    summary,
+    words,
+)  # fmt: skip
 
 from fastscore.ops import triton as triton_backend
 
 KERNELS = {
     control: ["control_fwd_kernel", "diagonal_fwd_kernel"],
     density_mlp: ["density_mlp_fwd_kernel"],
+    density_mlp_dp: ["density_mlp_grad_kernel"],
+    density_mlp_dx: ["density_mlp_grad_kernel"],
     perturb: ["perturb_fwd_kernel"],
     residual: ["residual_fwd_kernel", "residual_bwd_kernel"],
     summary: ["summary_kernel"],
@@ -17,7 +30,8 @@ KERNELS = {
 }
 
 
-OPS = "perturb", "residual", "residual_backward", "control", "density_mlp"
+OPS = "perturb", "residual", "residual_backward", "control", "density_mlp", "density_mlp_dp", "density_mlp_dx"
+H200 = occupancy.Multiprocessors(132, 233_472)
 
 
 class Counted:
@@ -36,6 +50,7 @@ def counted_kernels(device, monkeypatch):
     """Let the pretended device run Triton's kernels, as far as counting goes; their outputs are not written."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(launch.Device, "of", lambda device: launch.Device(90, 227 << 10))
+    monkeypatch.setattr(occupancy.Multiprocessors, "of", lambda device: H200)
     for name in OPS:
         monkeypatch.setattr(triton_backend, name, device._watched_again(getattr(triton_backend, name)))
     for module, names in KERNELS.items():

@@ -130,6 +130,10 @@ def test_other_architectures_and_gradients(hopper, monkeypatch):
     found = choose(NAMES, task(), gradient=True)
     assert (found.backend, found.fused) == ("torch", False)
     assert "torch 17.3 ms, triton 23.8 ms" in found.reason
+    monkeypatch.setattr(choice, "_capability", lambda device: (8, 0))
+    found = choose(NAMES, task(), gradient=True)
+    assert (found.backend, found.fused) == ("torch", False)
+    assert found.reason.startswith("nothing is measured for compute capability 8.0")
     # Who asks for a backend gets it.
     assert choose(("triton",), task(), gradient=True)[:2] == ("triton", True)
     assert choose(("cuda", "triton"), task(width=128, family=random_networks.plain))[:2] == ("cuda", True)
@@ -150,6 +154,9 @@ def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
     assert lines[-1].startswith(
         "  with gradients of its weights backend torch: measured at adaLN, width 64: torch 17.3"
     )
+    assert lines[-1].endswith("; in a backward pass of cuda, asked for by name, one kernel evaluates the rows again")
+    wide = fs.explain(MARHead(200, 64, 2).bfloat16(), (200,)).splitlines()[-1]
+    assert wide.endswith("PyTorch evaluates the rows again: gradients go up to 128 dimensions in a kernel, got 200")
 
 
 def test_an_evaluation_makes_the_same_choice(monkeypatch):

@@ -120,7 +120,7 @@ def test_rehearsal_of_the_check(tmp_path, untouched):
 def test_rehearsal_of_the_measurements(tmp_path, untouched):
     done = job("bench", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
     assert done.returncode == 1, done.stderr
-    found = outcomes(done, "24 steps: 21 passed, 2 failed, 1 stopped; ")
+    found = outcomes(done, "26 steps: 23 passed, 2 failed, 1 stopped; ")
     failure = "fails: RuntimeError: the kernel is planted"
     assert found.pop("planted failure") == ("failed", f"exit code 1: {failure}")
     assert found.pop("planted hang") == ("stopped", "not done after 2 s: before: 1.5")

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from ..ops import definitions as ops
 from ..ops import noise
 from ..ops.choice import TORCH, Choice, choose
+from ..ops.gradient import by_kernel
 from ..ops.instructions import encode
 from ..ops.select import implementation
-from ..ops.task import Task
+from ..ops.task import Task, WithRespectTo
 from ..process.conditions import Conditions
 from ..process.masks import inside
 from ..process.network import model_dtype, predict
@@ -108,7 +109,8 @@ def cost_of_row(
 ) -> memory.RowCost:
     """Return the memory of one row, and of what is there of one draw for all samples: noise, a program's tables.
 
-    Network and autograd are included; both are measured on a few rows of the first sample.
+    Network and autograd are included; both are measured on a few rows of the first sample. So is the backward pass of a
+    fused kernel, which keeps nothing of the forward pass.
 
     Arguments:
         evaluate: what is done with some rows; `draw_values` by default.
@@ -124,13 +126,16 @@ def cost_of_row(
     span = range(PROBE_ROWS)
     (rows,) = Rows.of(network, [rule], draws.points(span, one.x.shape[1], one.x.device), span, one.x)
     keys = draws.keys(one.index.to(one.device), one.x.shape[1])
-    timed = rows.with_programs(network, programs, one)
+    timed, backward = rows.with_programs(network, programs, one), 0
+    if evaluate is None:
+        backends, backward = _gradient_cost(one, timed, reference)
+        timed = replace(timed, backends=backends)
     with uncompiled():
         found = memory.footprint(lambda: (evaluate or draw_values)(network, one, keys, timed, reference))
     tables = memory.peak_bytes(lambda: rows.with_programs(network, programs, one)) // PROBE_ROWS
     draw = tables + noise.POINT_BYTES * one.x.shape[1]
     sums = memory.SUM_BYTES * len(samples.conds)  # the difference of two conditions, and then one after the other
-    return memory.RowCost(found.peak // PROBE_ROWS, found.each // PROBE_ROWS, draw, sums=sums)
+    return memory.RowCost(found.peak // PROBE_ROWS + backward, found.each // PROBE_ROWS, draw, sums=sums)
 
 
 def all_values(
@@ -181,10 +186,40 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
         return Choice(rows.backend, False, "the reference lies in a basis of images")
     if rows.backends == ("torch",):
         return TORCH
+    gradient = torch.is_grad_enabled() and _parameters_move(samples, timed)
+    return choose(rows.backends, _task(samples, timed, reference), gradient)
+
+
+def _task(samples: Samples, timed: Timed, reference: Reference) -> Task:
     program, x, q = timed.program, samples.x, reference
-    task = Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
-    gradient = torch.is_grad_enabled() and any(v.requires_grad for v in timed.weights)
-    return choose(rows.backends, task, gradient)
+    return Task.of(program.code, timed.weights, program.levels, x.shape[1], x.device, q.components, q.full)
+
+
+def _parameters_move(samples: Samples, timed: Timed) -> bool:
+    """Return whether a weight or a table of a program wants a gradient."""
+    own = samples.conds[0].per_sample.values()
+    known = [*timed.weights, *(table for table in timed.tables if table is not None), *own]
+    if any(table is None for table in timed.tables):  # evaluated later, with the samples' conditions
+        known += timed.program.reads()
+    return any(tensor.requires_grad for tensor in known)
+
+
+def _gradient_cost(samples: Samples, rows: Rows, reference: Reference) -> tuple[tuple[str, ...], int]:
+    """Return which backends stand for an evaluation with its backward pass, and what that takes beside it for one row.
+
+    The fused op keeps no row: its backward pass takes what its kernel stores, or what PyTorch does in its place.
+    """
+    choice = choice_of(samples, rows, reference)
+    (timed,) = rows.timed if choice.fused else (None,)
+    if timed is None or not torch.is_grad_enabled():
+        return rows.backends, 0
+    task = _task(samples, timed, reference)
+    wanted = WithRespectTo(samples.x.requires_grad, *[_parameters_move(samples, timed)] * 2)
+    if not (wanted.of_x or wanted.of_parameters):
+        return rows.backends, 0
+    if by_kernel(choice.backend, task, wanted) is not None:
+        return ("torch",), 0
+    return rows.backends, implementation(choice.backend).bytes_dp(task) if wanted.of_parameters else 0
 
 
 def _fused(samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:

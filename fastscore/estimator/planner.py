@@ -189,7 +189,7 @@ class Planner:
             id(network.model),
             samples.shape,
             samples.x.dtype,
-            torch.is_grad_enabled(),
+            torch.is_grad_enabled() and (samples.x.requires_grad, _moves(network.model)),
             samples.mask is None,
             reference.components,
             reference.full,
@@ -212,6 +212,11 @@ class Planner:
         self._plans[key] = plan
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
+
+
+def _moves(model: nn.Module) -> bool:
+    """Return whether a parameter wants a gradient."""
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _about(network: Network, samples: Samples) -> tuple:

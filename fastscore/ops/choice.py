@@ -47,8 +47,10 @@ def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice
 def _measured(names: tuple[str, ...], task: Task, gradient: bool) -> tuple[tuple[str, ...], str]:
     capability = _capability(task.device)
     if capability != measured.CAPABILITY:
-        dotted = ".".join(map(str, capability))
-        return ("triton",), f"nothing is measured for compute capability {dotted}, and Triton's kernels cover most"
+        nothing = f"nothing is measured for compute capability {'.'.join(map(str, capability))}, and "
+        if gradient:  # who asks for a kernel gets it
+            return ("torch",), nothing + "no kernel is known to be faster than PyTorch at the gradient of the weights"
+        return ("triton",), nothing + "Triton's kernels cover most"
     row = measured.nearest("gradient" if gradient else "forward", task.kind, task.width)
     order = tuple(name for name in row.order if name in names)
     return order, f"measured at {row.kind}, width {row.width}: {row} ({measured.SOURCE})"

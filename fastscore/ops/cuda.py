@@ -28,7 +28,9 @@ from .select import native
 from .steps import Steps
 from .task import Task
 from .triton import (
+    bytes_dp,
     control,
+    density_mlp_dp,
     density_mlp_dx,
     loss_difference,
     loss_gradient,
@@ -37,13 +39,15 @@ from .triton import (
     residual,
     residual_backward,
     why_not_control,
+    why_not_dp,
     why_not_dx,
 )  # fmt: skip
 from .weight_image import image
 
 __all__ = [
-    "control", "density_mlp", "density_mlp_dx", "loss_difference", "loss_gradient", "loss_rows", "perturb", "residual",
-    "residual_backward", "why_not_control", "why_not_dx", "why_not_fused",
+    "bytes_dp", "control", "density_mlp", "density_mlp_dp", "density_mlp_dx", "loss_difference", "loss_gradient",
+    "loss_rows", "perturb", "residual", "residual_backward", "why_not_control", "why_not_dp", "why_not_dx",
+    "why_not_fused",
 ]  # fmt: skip
 
 WIDTHS = (64, 128, 256, 512)

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch as torch_backend
-from .instructions import decode
+from .gradient import gradients
 from .select import implementation
-from .task import Task
 
 
 @torch.library.custom_op("fastscore::perturb", mutates_args=())
@@ -182,7 +180,7 @@ def density_mlp(
 
     Returns:
         Shape (B, R) in the dtype of x, differentiable with respect to x, weights and tables: the backward pass
-        evaluates the rows again, in plain PyTorch, or in one kernel (`density_mlp_dx`) if x alone wants a gradient.
+        evaluates the rows again, in one kernel or in plain PyTorch (`fastscore.ops.gradient`).
     """
     return implementation(backend).density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
 
@@ -195,35 +193,6 @@ def _(
     return x.new_empty(x.shape[0], points.shape[0])
 
 
-@torch.library.custom_op("fastscore::density_mlp_dx", mutates_args=())
-def density_mlp_dx(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-    backend: str,
-) -> Tensor:
-    """Return the gradient of `density_mlp` with respect to x alone, shape (B, d), by a kernel; grad is (B, R)."""
-    return implementation(backend).density_mlp_dx(
-        grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference
-    )
-
-
-@density_mlp_dx.register_fake
-def _(
-    grad: Tensor, x: Tensor, keys: Tensor, points: Tensor, rows: Tensor, alpha: Tensor, sigma: Tensor, code: str,
-    weights: list[Tensor], tables: list[Tensor], reference: list[Tensor], backend: str,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(x)
-
-
 def _density_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, keys, points, rows, alpha, sigma, ctx.code, weights, tables, reference, ctx.backend = inputs
     ctx.counts = len(weights), len(tables)
@@ -233,23 +202,9 @@ def _density_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _density_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | Sequence[Tensor | None] | None, ...]:
     x, keys, points, rows, alpha, sigma, *rest = ctx.saved_tensors
     n, m = ctx.counts[0], sum(ctx.counts)
-    weights, tables, reference = rest[:n], rest[n:m], rest[m:]
-    words = keys, points, rows, alpha, sigma
-    frozen = not any(v.requires_grad for v in rest)
-    if frozen and ctx.backend != "torch":
-        task = Task.of_tensors(decode(ctx.code), weights, tables, x.shape[1], reference)
-        reason = implementation(ctx.backend).why_not_dx(task)
-        if reason is None:
-            dx = density_mlp_dx(grad, x, *words, ctx.code, weights, tables, reference, ctx.backend)
-            return dx, *(None,) * 6, [None] * n, [None] * (m - n), [None] * len(reference), None
-    leaves = [v.detach().requires_grad_(v.requires_grad) for v in (x, *rest[:m])]
-    moving = reference if x.requires_grad else []  # what is subtracted depends on x alone
-    with torch.enable_grad():
-        f = torch_backend.density_mlp(leaves[0], *words, ctx.code, leaves[1 : n + 1], leaves[n + 1 :], moving)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(f, wanted, grad, materialize_grads=True))
-    grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    return grads[0], *(None,) * 6, grads[1 : n + 1], grads[n + 1 :], [None] * len(reference), None
+    words, operands = (keys, points, rows, alpha, sigma), (rest[:n], rest[n:m], rest[m:])
+    found = gradients(grad, x, words, ctx.code, *operands, ctx.backend)
+    return found[0], *(None,) * 6, *found[1:], [None] * len(operands[2]), None
 
 
 density_mlp.register_autograd(_density_mlp_backward, setup_context=_density_mlp_setup)

@@ -35,9 +35,9 @@ class Task(NamedTuple):
         components: int = 0,
         full: bool = False,
     ) -> Task:
-        shapes = tuple(tuple(w.shape) for w in weights)
+        shapes = tuple(tuple(map(int, w.shape)) for w in weights)  # numbers, also where sizes are symbols
         dtype = weights[0].dtype if weights else torch.float32  # a program can be without linear maps
-        return cls(plain(code), shapes, tuple(levels), d, components, full, dtype, device)
+        return cls(plain(code), shapes, tuple(levels), int(d), int(components), full, dtype, device)
 
     @classmethod
     def of_tensors(
@@ -60,6 +60,22 @@ class Task(NamedTuple):
         hidden = self.code[first:]
         modulated = any(op[0] == "affine" and op[1] >= 0 for op in hidden)
         return "adaLN" if modulated and any(op[0] == "norm" for op in hidden) else "plain"
+
+
+class WithRespectTo(NamedTuple):
+    """What of a row program wants a gradient."""
+
+    of_x: bool
+    of_weights: bool
+    of_tables: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Iterable[Tensor], tables: Iterable[Tensor]) -> WithRespectTo:
+        return cls(x.requires_grad, any(w.requires_grad for w in weights), any(t.requires_grad for t in tables))
+
+    @property
+    def of_parameters(self) -> bool:
+        return self.of_weights or self.of_tables
 
 
 def plain(code: Iterable[Instruction]) -> tuple[tuple, ...]:

@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly: that is how tests 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
+from ..kernels import density_mlp_dp as fused_dp
 from ..kernels import density_mlp_dx as fused_dx
 from ..kernels import launch, packing
 from ..kernels import loss_difference as loss_difference_kernel
@@ -25,7 +27,7 @@ from ..support.warn import warn
 from . import torch as torch_backend
 from .instructions import decode
 from .interpreting import interpreting
-from .task import Task, plain
+from .task import Task, WithRespectTo, plain
 
 
 def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
@@ -158,10 +160,51 @@ def density_mlp_dx(
     )
 
 
+def density_mlp_dp(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    points: Tensor,
+    rows: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    code: str,
+    weights: list[Tensor],
+    tables: list[Tensor],
+    reference: list[Tensor],
+    wanted: WithRespectTo,
+    splits: int | None = None,
+) -> list[Tensor]:
+    return fused_dp.density_mlp_dp(
+        *_contiguous(grad, x, keys, points, rows, alpha, sigma),
+        plain(decode(code)),
+        weights,
+        tables,
+        tuple(reference) or None,
+        precision(weights[0].dtype),
+        wanted,
+        splits,
+    )
+
+
 def why_not_dx(task: Task) -> str | None:
-    """Return why no kernel gives the gradient of `density_mlp` with respect to x, or None."""
+    """Return why no kernel gives the gradient of `density_mlp` with respect to x alone, or None."""
     reason = fused_dx.why_not(task.code, list(task.shapes), task.d, task.components > 1, task.full)
-    return reason or _room(task, precision(task.dtype), True)
+    return reason or _room(task, precision(task.dtype), fused_dx.check_room)
+
+
+def why_not_dp(task: Task, of_x: bool) -> str | None:
+    """Return why no kernel gives the gradient of `density_mlp` in its parameters, and in x if wanted, or None."""
+    if (reason := _dtype(task)) is not None:
+        return reason
+    reason = _room(task, precision(task.dtype), fused_dp.check_room)
+    return reason or fused_dp.why_not(task.d, of_x, task.components > 1, task.full)
+
+
+def bytes_dp(task: Task) -> int:
+    """Return what the kernel of the parameters' gradient takes of memory for one row, at most."""
+    itemsize = launch.OPERANDS[precision(task.dtype)].itemsize
+    return fused_dp.row_bytes(task.code, list(task.shapes), task.d, itemsize)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -180,24 +223,25 @@ def precision(dtype: torch.dtype) -> str:
 
 def why_not_fused(task: Task) -> str | None:
     """Return why the fused kernel cannot run a row program with its reference, or None."""
-    if task.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"weights are {task.dtype}, the kernel takes float32, bfloat16 and float16"
-    return _room(task, precision(task.dtype), False)
+    return _dtype(task) or _room(task, precision(task.dtype), launch.Config.from_heuristic)
+
+
+def _dtype(task: Task) -> str | None:
+    if task.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return f"weights are {task.dtype}, the kernel takes float32, bfloat16 and float16"
 
 
 @lru_cache(maxsize=256)
-def _room(task: Task, precision: str, gradient: bool) -> str | None:
-    """Return why the forward kernel, or that of the gradient, cannot be launched, or None."""
+def _room(task: Task, precision: str, choose: Callable[[launch.Work, launch.Device], object]) -> str | None:
+    """Return why a kernel cannot be launched, or None; `choose` raises NoRoom where nothing fits the device."""
     reason = packing.why_not(task.code, list(task.shapes), task.d, launch.MAX_WIDTH[task.dtype.itemsize])
     reason = reason or why_not_control(task.components, task.full, task.d, task.device)
     if reason is not None:
         return reason
     work, device = _work(task, precision), launch.Device.of(task.device)
     try:
-        if gradient:
-            fused_dx.check_room(work, device)
-        else:
-            launch.Config.from_heuristic(work, device)
+        choose(work, device)
     except launch.NoRoom as error:
         return str(error)
     return None

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..ops import tangents
 from ..ops.choice import choose
+from ..ops.gradient import by_kernel
 from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram, Norm, Save
 from ..ops.select import implementation, runnable
-from ..ops.task import Task
+from ..ops.task import Task, WithRespectTo
 from ..process.conditions import Conditions, takes_conditions
 from ..process.network import model_dtype, time_dtype_of
 from ..process.schedules import Schedule
@@ -108,9 +109,10 @@ def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int
     line = f"on {time.device}: one kernel of backend {choice.backend}: {choice.reason}"
     if choice.backend == "cuda":
         line += f"; it runs {implementation(choice.backend).how(task)}"
-    if backward.backend == choice.backend:
-        return line
-    return f"{line}\n  with gradients of its weights backend {backward.backend}: {backward.reason}"
+    line += f"\n  with gradients of its weights backend {backward.backend}: {backward.reason}"
+    reason = by_kernel(choice.backend, task, WithRespectTo(of_x=False, of_weights=True, of_tables=True))
+    instead = "one kernel evaluates the rows again" if reason is None else f"PyTorch evaluates the rows again: {reason}"
+    return f"{line}; in a backward pass of {choice.backend}, asked for by name, {instead}"
 
 
 def _trace(program: RowProgram, shape: tuple[int, ...]) -> str:

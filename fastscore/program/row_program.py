@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +160,7 @@ class RowProgram:
         """Return the program at several sets of times, all of which are evaluated together."""
         if len(times) == 1 or any(_level(table) & SAMPLE for table, _ in self.matched.tables):
             return [self.at(time, shared) for time in times]
-        whole, ends = self.at(torch.cat(list(times)), shared), list(accumulate(map(len, times)))
-        return [whole.part(slice(end - len(time), end)) for time, end in zip(times, ends)]
+        return self.at(torch.cat(list(times)), shared).parts([len(time) for time in times])
 
     def bind(
         self, time: Tensor, own: dict[str, Tensor] | None = None, shared: dict[str, object] | None = None
@@ -192,11 +190,19 @@ class Timed:
             for table, width in program.matched.tables
         ]
 
-    def part(self, rows: slice) -> Timed:
-        """Return the same at some of the times, for a program none of whose tables need a sample's condition."""
-        found = copy(self)
+    def parts(self, sizes: list[int]) -> list[Timed]:
+        """Return the same at so many of the times each, for a program none of whose tables need a sample's condition.
+
+        A table is cut by one operation, so that the parts' gradients come together in one.
+        """
         pairs = zip(self.tables, self.program.levels)
-        found.tables = [table[:, rows] if level == "r" and table.shape[1] > 1 else table for table, level in pairs]
+        tables = [
+            table.split(sizes, 1) if level == "r" and table.shape[1] > 1 else [table] * len(sizes)
+            for table, level in pairs
+        ]
+        found = [copy(self) for _ in sizes]
+        for part, own in zip(found, zip(*tables) if tables else [()] * len(sizes)):
+            part.tables = list(own)
         return found
 
     def bind(self, own: dict[str, Tensor]) -> Bound:
