@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import torch as torch_backend
 from .gradient import gradients
 from .select import implementation
 
