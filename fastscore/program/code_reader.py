@@ -264,7 +264,7 @@ class _Reader:
         if isinstance(entries, list | collections.deque):
             self.watch.sequence(place, entries)
         elif isinstance(entries, set):
-            self.watch.reading(place, "entries", lambda: (len(entries), *sorted(map(repr, entries))))
+            self.watch.reading(place, "entries", lambda: tuple(map(repr, entries)))
         self.waiting += [(place, entry) for entry in entries]
 
     def _array(self, place: str, array: np.ndarray) -> None:

@@ -35,7 +35,7 @@ from .matching import match
 from .module_state import restored
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
 from .verification import check
-from .watch import Watch
+from .watch import Watch, exactly
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
@@ -378,7 +378,7 @@ def _structure(cond: Conditions) -> object:
         if has_shape(value):
             shared.append((name, tuple(value.shape), value.dtype, value.device))
         elif is_plain(value):
-            shared.append((name, type(value), value))
+            shared.append((name, type(value), exactly(value)))
         else:
             raise NoProgram(f"condition {name!r} is a {type(value).__name__}, neither a tensor nor a number or text")
     own = tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items()))
