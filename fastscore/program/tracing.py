@@ -38,7 +38,7 @@ from ..process.conditions import Conditions
 from ..process.network import read_output
 from ..support.host import layout_of
 from ..support.untouched import forget_tensors, hooks_of_all_modules_kept
-from .module_state import refuse_changes
+from .module_state import attributes_restored, refuse_changes
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with _quiet(), hooks_of_all_modules_kept():
+        with _quiet(), hooks_of_all_modules_kept(), attributes_restored(model):
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:
