@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
 from ..support.host import layout_of
-from .bytecode import content, root, slots_of, words_of
+from .bytecode import content, root, slots_of, words_of, words_of_class
 from .code_kinds import (
     DYNAMIC,
     FILES,
@@ -72,6 +72,12 @@ def _global_hooks() -> list[dict]:
     return [hooks for key, hooks in found if key.startswith("_global_") and isinstance(hooks, dict)]
 
 
+def _of_libraries(kind: type) -> frozenset[str]:
+    """Return names that the code of a class's fixed bases reads, as UserDict does; layers have readers of their own."""
+    bases = [base for base in kind.__mro__ if root(base.__module__) in FIXED and not issubclass(base, nn.Module)]
+    return frozenset().union(*map(words_of_class, bases))
+
+
 @dataclass(eq=False)
 class _Names:
     """A mapping of which names that the code reads lead on; all of them where it holds no attributes, as a dict."""
@@ -82,6 +88,7 @@ class _Names:
     whole: bool = True  # whether another name may hide one of these
     dynamic: bool = True  # whether code reaches them by names that it makes up, too
     watched: bool = False
+    also: frozenset[str] = frozenset()  # names that code reads which is not followed, that of a base class
     done: set = field(default_factory=set)
 
 
@@ -115,7 +122,7 @@ class _Reader:
                 self._visit(*self.waiting.pop())
             for names in self.names:
                 every = names.every or (self.every and names.dynamic)
-                wanted = names.now.keys() if every else self.words & names.now.keys()
+                wanted = names.now.keys() if every else (self.words | names.also) & names.now.keys()
                 new = [key for key in wanted if key not in names.done]
                 names.done.update(new)
                 self.waiting += [(f"{key!r} of {names.place}", names.now[key]) for key in new]
@@ -190,7 +197,7 @@ class _Reader:
             if root(type(base).__module__) not in FIXED:
                 self._class(place, type(base))
             if root(base.__module__) not in FIXED:
-                self.names.append(_Names(f"class {base.__qualname__}", vars(base)))
+                self.names.append(_Names(f"class {base.__qualname__}", vars(base), also=_of_libraries(base)))
                 own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in LIFECYCLE]
                 self.words.update(k for k in own if inspect.isfunction(vars(base)[k]))
             elif issubclass(base, nn.Module) and inspect.isfunction(vars(base).get("forward")):
@@ -303,6 +310,11 @@ class _Reader:
         _, names = getter.__reduce__()
         self.words.update(part for name in names for part in name.split("."))
 
+    def _exception(self, place: str, error: BaseException) -> None:
+        self.watch.reading(place, "args", lambda: (error.args,))
+        self.waiting.append((place, error.args))
+        self._attributes(place, error)
+
     def _nothing(self, place: str, thing: object) -> None:
         pass
 
@@ -320,7 +332,9 @@ class _Reader:
             return False
         self.watch.reading(place, "class", lambda: (type(thing),))
         if hasattr(thing, "__dict__"):
-            self.names.append(_Names(place, vars(thing), every=root(kind.__module__) in FIXED))
+            also = _of_libraries(kind)
+            every = root(kind.__module__) in FIXED or bool(also & DYNAMIC)
+            self.names.append(_Names(place, vars(thing), every=every, also=also))
         if slots:
             values = lambda: tuple(getattr(thing, slot, None) for slot in slots)  # noqa: E731
             self.watch.reading(place, "attributes", values)
@@ -334,6 +348,7 @@ class _Reader:
         (types.FunctionType, _function),
         ((types.MethodType, types.BuiltinFunctionType), _bound),
         (logging.Logger, _logger),
+        (BaseException, _exception),
         (operator.attrgetter, _getter),
         ((*FIXED_CALLS, *HARMLESS), _nothing),
         (types.ModuleType, _module),
