@@ -125,7 +125,11 @@ OTHERS = {
         lambda v: 1.0 + ("other" in v),
         lambda v: setattr(v, "other", 3.0),
     ),
-    "class of Values": (Values({"scale": 1.0}), lambda v: v.ensure_value("scale", 2.0), lambda v: setattr(v, "scale", 3.0)),
+    "class of Values": (
+        Values({"scale": 1.0}),
+        lambda v: v.ensure_value("scale", 2.0),
+        lambda v: setattr(v, "scale", 3.0),
+    ),
     "class of ConfigParser": (
         of_text(Parser),
         lambda v: v.getfloat("a", "scale"),

@@ -24,6 +24,12 @@ def words_of(code: types.CodeType) -> tuple[set[str], set[str]]:
     return words, read
 
 
+def attributes_of(code: types.CodeType) -> set[str]:
+    """Return names that some code and the functions inside read of whatever objects, as methods are."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    return found.union(*(attributes_of(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
 @functools.cache
 def words_of_class(kind: type) -> frozenset[str]:
     """Return names in the code of the methods and properties that a class adds itself."""

@@ -19,6 +19,7 @@ import inspect
 import logging
 import operator
 import os
+import pathlib
 import sys
 import types
 import weakref
@@ -31,9 +32,11 @@ from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
 from ..support.host import layout_of
-from .bytecode import content, root, slots_of, words_of, words_of_class
+from .bytecode import attributes_of, content, root, slots_of, words_of, words_of_class
 from .code_kinds import (
     DYNAMIC,
+    ENVIRONMENT,
+    FILE_CALLS,
     FILES,
     FIXED,
     FIXED_CALLS,
@@ -41,6 +44,7 @@ from .code_kinds import (
     HARMLESS,
     HIDDEN,
     LIFECYCLE,
+    OF_PATHS,
     OUTSIDE,
     RANDOM,
 )
@@ -50,6 +54,7 @@ from .watch import Watch, is_value
 MOST = 20_000  # things to look at; a network that reaches more reaches a framework
 LARGEST = 1 << 16  # bytes of an array that is compared at every call
 _BUILTIN = vars(builtins)
+_PATHS = (pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath)
 
 
 def watch_code(model: nn.Module) -> Watch:
@@ -99,6 +104,8 @@ class _Reader:
         self.watch, layers = Watch(), tuple(model.modules())
         self.watch.reading("a layer", "class", lambda: (*map(type, layers), *map(vars, layers)))
         self.words: set[str] = {"forward"}  # names in the code that was reached
+        self.of_paths: dict[str, str] = {}  # methods that paths have, and what calls them on whatever object
+        self.paths = False  # whether a path was reached
         self.every = False  # whether some code reads names that it does not spell out
         self.names: list[_Names] = []
         self.waiting: list[tuple[str, object]] = []
@@ -109,6 +116,8 @@ class _Reader:
         for hooks in _global_hooks():
             self.names.append(_Names("all layers", hooks, every=True, watched=True))
         self._follow()
+        for name, place in self.of_paths.items() if self.paths else ():
+            raise NoProgram(f"{place} calls {name}, which asks for a file that may change")
         for name in sorted(self.words & SETTINGS.keys()):
             self.watch.reading("torch", name, SETTINGS[name])
         for names in self.names:
@@ -131,6 +140,7 @@ class _Reader:
 
     def _visit(self, place: str, thing: object) -> None:
         """Watch what may change of a thing, and go on with what it leads to."""
+        self.paths |= isinstance(thing, pathlib.Path) or any(thing is kind for kind in _PATHS)
         leads_on = isinstance(thing, tuple | frozenset | types.MethodType | types.BuiltinFunctionType)
         if is_value(thing) and not leads_on:
             return
@@ -141,6 +151,8 @@ class _Reader:
             raise NoProgram(f"its code reaches more than {MOST} objects, the last as {place}")
         if isinstance(thing, RANDOM) or any(thing is outside for outside in OUTSIDE):
             raise NoProgram(f"{place} gives another answer at every call")
+        if any(thing is call for call in FILE_CALLS):
+            raise NoProgram(f"{place} asks for a file that may change")
         for kinds, follow in self._KINDS:
             if isinstance(thing, kinds):
                 follow(self, place, thing)
@@ -233,15 +245,17 @@ class _Reader:
         words, read = words_of(code)
         self.words |= words
         self.every |= bool(words & DYNAMIC)
-        if "getenv" in words:
+        if words & ENVIRONMENT:
             self.waiting.append(("the environment", os.environ))
         for name in read - known.keys():
             if any(getattr(builtins, name, None) is outside for outside in OUTSIDE):
                 raise NoProgram(f"{place} calls {name}, which gives another answer at every call")
             if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
                 raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
-        for name in FILES.intersection(code.co_names):
+        attributes = attributes_of(code)
+        for name in FILES & (attributes | read | {*code.co_names}):
             raise NoProgram(f"{place} calls {name}, which reads a file that may change")
+        self.of_paths |= {name: place for name in OF_PATHS & attributes}
         self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
         self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
         put = [k for k in sorted(read - known.keys()) if root(getattr(_BUILTIN.get(k), "__module__", "")) not in FIXED]

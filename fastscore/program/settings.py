@@ -40,7 +40,7 @@ _OF_PYTHON: dict[str, Callable[[], object]] = {
     "getprofile": lambda: sys.getprofile() is None,
     "isenabled": gc.isenabled,
     "get_threshold": gc.get_threshold,
-    "getcwd": os.getcwd,
+    **dict.fromkeys(("getcwd", "getcwdb", "cwd", "abspath", "absolute", "relpath"), lambda: _directory()),
     "getpid": os.getpid,
     "get_ident": threading.get_ident,
     "current_thread": threading.get_ident,
@@ -50,6 +50,14 @@ _OF_PYTHON: dict[str, Callable[[], object]] = {
     **dict.fromkeys(("setlocale", "getlocale", "localeconv"), lambda: locale.setlocale(locale.LC_ALL)),
     **dict.fromkeys(("getLogger", "isEnabledFor", "getEffectiveLevel"), lambda: _levels()),
 }
+
+
+def _directory() -> str:
+    """Return the working directory, nothing where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def _decimal() -> tuple:
