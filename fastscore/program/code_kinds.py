@@ -33,6 +33,7 @@ OUTSIDE += (datetime.datetime, datetime.date, torch.get_rng_state, os.urandom, u
 RANDOM = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 # Through these, code reads names that stand in texts, or files.
 HIDDEN = (eval, exec, globals)
+HIDDEN_ATTRIBUTES = frozenset({"__globals__", "f_globals", "f_locals"})
 FILES = frozenset({"load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes"})
 # What asks for files by their names, and methods of paths that do; the latter are names that others have, too.
 _OF_OS = ("stat", "lstat", "listdir", "scandir", "walk", "fwalk", "access", "readlink", "open", "popen", "system")
@@ -52,6 +53,7 @@ FIXED_CALLS = (types.MethodWrapperType, types.WrapperDescriptorType, types.Metho
 FIXED_CALLS += (types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType)
 FIXED_CALLS += (types.UnionType, torch.qscheme, torch.finfo, torch.iinfo)
 FIXED_CALLS += (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-HARMLESS = (logging.LoggerAdapter, type(NotImplemented), type(threading.Lock()), type(threading.RLock()))
+HARMLESS = (logging.LoggerAdapter, type(NotImplemented), type(threading.RLock()))
+LOCKS = (type(threading.Lock()),)
 # Memory that others write to.
 FOREIGN_MEMORY = (memoryview, ctypes.c_byte.__mro__[-2])  # the latter is the base of all that ctypes has

@@ -25,6 +25,7 @@ import types
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ from .code_kinds import (
     FOREIGN_MEMORY,
     HARMLESS,
     HIDDEN,
+    HIDDEN_ATTRIBUTES,
     LIFECYCLE,
+    LOCKS,
     OF_PATHS,
     OUTSIDE,
     RANDOM,
@@ -54,6 +57,7 @@ from .watch import Watch, is_value
 MOST = 20_000  # things to look at; a network that reaches more reaches a framework
 LARGEST = 1 << 16  # bytes of an array that is compared at every call
 _BUILTIN = vars(builtins)
+_OF_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")  # what the call of a layer goes through
 _PATHS = (pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath)
 
 
@@ -66,10 +70,12 @@ def watch_code(model: nn.Module) -> Watch:
     return _Reader(model).watch
 
 
-def watch_global_hooks(watch: Watch) -> None:
-    """Watch the hooks that all modules have: outside of a trace, which has its own."""
+def watch_calls(watch: Watch) -> None:
+    """Watch what the call of a layer goes through, and the hooks of all: outside of a trace, which has its own."""
     for hooks in _global_hooks():
         watch.space("all layers", hooks)
+    for kind in watch.called:
+        watch.space(f"class {kind.__qualname__}", vars(kind), _OF_CALLS, whole=False)
 
 
 def _global_hooks() -> list[dict]:
@@ -105,6 +111,7 @@ class _Reader:
         self.watch.reading("a layer", "class", lambda: (*map(type, layers), *map(vars, layers)))
         self.words: set[str] = {"forward"}  # names in the code that was reached
         self.of_paths: dict[str, str] = {}  # methods that paths have, and what calls them on whatever object
+        self.locks: list[tuple[str, Any]] = []
         self.paths = False  # whether a path was reached
         self.every = False  # whether some code reads names that it does not spell out
         self.names: list[_Names] = []
@@ -120,6 +127,8 @@ class _Reader:
             raise NoProgram(f"{place} calls {name}, which asks for a file that may change")
         for name in sorted(self.words & SETTINGS.keys()):
             self.watch.reading("torch", name, SETTINGS[name])
+        for place, lock in self.locks if "locked" in self.words else ():
+            self.watch.reading(place, "locked", lambda lock=lock: (lock.locked(),))
         for names in self.names:
             if not names.watched:
                 keys = [key for key in names.now if key in names.done]
@@ -212,9 +221,11 @@ class _Reader:
                 self.names.append(_Names(f"class {base.__qualname__}", vars(base), also=_of_libraries(base)))
                 own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in LIFECYCLE]
                 self.words.update(k for k in own if inspect.isfunction(vars(base)[k]))
-            elif issubclass(base, nn.Module) and inspect.isfunction(vars(base).get("forward")):
-                self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
-                self._fixed_code(vars(base)["forward"])
+            elif issubclass(base, nn.Module):
+                self.watch.called.append(base)
+                if inspect.isfunction(vars(base).get("forward")):
+                    self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
+                    self._fixed_code(vars(base)["forward"])
 
     def _fixed_code(self, function: types.FunctionType) -> None:
         """Watch which functions a layer of PyTorch calls, not what these do."""
@@ -253,6 +264,8 @@ class _Reader:
             if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
                 raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
         attributes = attributes_of(code)
+        for name in HIDDEN_ATTRIBUTES & attributes:
+            raise NoProgram(f"{place} reads {name}, so that what it reads cannot be followed")
         for name in FILES & (attributes | read | {*code.co_names}):
             raise NoProgram(f"{place} calls {name}, which reads a file that may change")
         self.of_paths |= {name: place for name in OF_PATHS & attributes}
@@ -329,6 +342,9 @@ class _Reader:
         self.waiting.append((place, error.args))
         self._attributes(place, error)
 
+    def _lock(self, place: str, lock: Any) -> None:
+        self.locks.append((place, lock))
+
     def _nothing(self, place: str, thing: object) -> None:
         pass
 
@@ -363,6 +379,7 @@ class _Reader:
         ((types.MethodType, types.BuiltinFunctionType), _bound),
         (logging.Logger, _logger),
         (BaseException, _exception),
+        (LOCKS, _lock),
         (operator.attrgetter, _getter),
         ((*FIXED_CALLS, *HARMLESS), _nothing),
         (types.ModuleType, _module),

@@ -30,7 +30,7 @@ from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
 from ..support.warn import warn
 from .chain import Matched, Table
-from .code_reader import watch_code, watch_global_hooks
+from .code_reader import watch_calls, watch_code
 from .hoisting import BOTH, Hoisted, Values
 from .matching import match
 from .module_state import restored
@@ -106,7 +106,7 @@ class RowProgram:
             finally:
                 watch.put_back()  # no cache may keep the tensors of a trace
             check(program, shape, time, cond)
-            watch_global_hooks(watch)
+            watch_calls(watch)
         return program
 
     @cached_property

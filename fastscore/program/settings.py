@@ -43,7 +43,7 @@ _OF_PYTHON: dict[str, Callable[[], object]] = {
     **dict.fromkeys(("getcwd", "getcwdb", "cwd", "abspath", "absolute", "relpath"), lambda: _directory()),
     "getpid": os.getpid,
     "get_ident": threading.get_ident,
-    "current_thread": threading.get_ident,
+    "current_thread": lambda: (threading.get_ident(), threading.current_thread().name),
     "active_count": threading.active_count,
     "get_printoptions": lambda: repr((np.get_printoptions(), vars(torch._tensor_str.PRINT_OPTS))),
     **dict.fromkeys(("getcontext", "localcontext", "Decimal"), lambda: _decimal()),

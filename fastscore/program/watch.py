@@ -130,6 +130,7 @@ class Watch:
         self._copies: list[tuple[object, object]] = []
         self.unseen: dict[int, str] = {}  # where tensors lie that are not compared, and what they are
         self.learned: dict[int, str] = {}  # where tensors lie that learn and are no parameters, and what they are
+        self.called: list[type] = []  # classes of PyTorch's own layers, whose calls are watched outside of a trace
         self._caches: list[tuple[Callable, int]] = []
 
     def space(
