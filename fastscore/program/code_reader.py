@@ -263,7 +263,7 @@ class _Reader:
                 raise NoProgram(f"{place} calls {name}, which gives another answer at every call")
             if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
                 raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
-        attributes = attributes_of(code)
+        attributes = attributes_of(code) if words & (FILES | OF_PATHS | HIDDEN_ATTRIBUTES) else set()
         for name in HIDDEN_ATTRIBUTES & attributes:
             raise NoProgram(f"{place} reads {name}, so that what it reads cannot be followed")
         for name in FILES & (attributes | read | {*code.co_names}):
