@@ -70,7 +70,8 @@ class ScoreDensity(NetworkDensity):
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
         program: whether the network may run as a row program (`fastscore.explain`), which evaluates what depends on
-            time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False.
+            time alone once per draw: "auto" where it is one, True (raises the reason where it is none) or False. If a
+            program's answers are not the network's, True raises, and "auto" warns and evaluates the network itself.
         compile: whether torch.compile makes the network, or what no fused kernel covers of its row program. The first
             call of a shape waits for the compiler. Where it fails, the network runs as it is, and a warning says why.
             The model itself stays as it is; options go with torch.compile(model, ...) in its place.

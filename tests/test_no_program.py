@@ -1,8 +1,10 @@
 """What is no row program says why and runs itself, and a program that differs from its network is an error."""
 
 import operator
+import pickle
 import subprocess
 import uuid
+import warnings
 
 import pytest
 import real_networks as nets
@@ -111,7 +113,7 @@ class Moody(nn.Module):
 
 def test_a_network_that_differs_from_its_program_is_an_error():
     density = fs.ScoreDensity(Moody(), SCHEDULE, "eps")
-    with pytest.raises(ProgramMismatch, match=r"differ by .* first in layer 'second'.*program=False"):
+    with pytest.raises(ProgramMismatch, match=r"first in layer 'second'; the network gives another.*program=False"):
         density.estimate(torch.randn(8, 4), nfe=16)
     fs.ScoreDensity(Moody(), SCHEDULE, "eps", program=False).estimate(torch.randn(8, 4), nfe=16)
 
@@ -209,6 +211,70 @@ def test_a_wrong_instruction_is_an_error_that_names_its_layer(monkeypatch):
     monkeypatch.setitem(activations.ACTIVATIONS, "selu", wrong)
     with pytest.raises(ProgramMismatch, match=r"first in layer 'net\.1'"):
         RowProgram.trace(nets.TorchCFM(), (2,), torch.linspace(0.1, 0.9, 4))
+
+
+def test_a_program_that_differs_from_a_steady_network_is_a_warning_and_the_network_runs(monkeypatch):
+    wrong = activations.Activation(torch.relu, torch.relu_)
+    monkeypatch.setitem(activations.ACTIVATIONS, "selu", wrong)
+    net, x = nets.TorchCFM(), torch.randn(6, 2)
+    density, itself, strict = (fs.ScoreDensity(net, SCHEDULE, "flow", program=p) for p in ("auto", False, True))
+    with pytest.warns(UserWarning, match=r"runs without its row program: .*'net\.1'; this is a bug.*please report"):
+        found = density.estimate(x, nfe=16).log_prob
+    assert torch.equal(found, itself.estimate(x, nfe=16).log_prob)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(found, density.estimate(x, nfe=16).log_prob)
+    for _ in range(2):
+        with pytest.raises(ProgramMismatch, match=r"'net\.1'; this is a bug of fastscore"):
+            strict.estimate(x, nfe=16)
+    with pytest.raises(ProgramMismatch) as caught:
+        fs.explain(net, (2,))
+    assert pickle.loads(pickle.dumps(caught.value)).steady
+
+
+class Twice(nn.Module):
+    """One layer under two names, one list under two, and a question whether they are one."""
+
+    def __init__(self, question):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.question = nn.Linear(4, 4), question
+        self.list, self.dict = [1.0, [2.0]], {"a": [1.0]}
+        self.same_list, self.same_dict = self.list, self.dict
+
+    def forward(self, x, t):
+        return self.first(x) * (1.0 if self.question(self) else 2.0)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda net: net.list is net.same_list,
+        lambda net: net.dict is net.same_dict,
+        lambda net: net.list[1] is net.same_list[1],
+        lambda net: id(net.dict["a"]) == id(net.same_dict["a"]),
+        lambda net: any(net.list is each for each in (1, net.same_list)),
+    ],
+)
+def test_what_is_one_object_is_one_in_a_trace_and_in_its_check(question):
+    net, x = Twice(question).eval(), torch.randn(6, 4)
+    density, itself = (fs.ScoreDensity(net, SCHEDULE, "eps", program=program) for program in (True, False))
+    for _ in range(2):
+        found, expected = (d.estimate(x, nfe=16).log_prob for d in (density, itself))
+        assert torch.allclose(found, expected, rtol=1e-4)  # float32 sums in another order
+        net.list, net.dict = [1.0, [2.0]], {"a": [1.0]}  # two from now on
+
+
+@pytest.mark.parametrize(("question", "answer"), [(lambda net: net.first is net.again, 1), (lambda net: True, 0)])
+@pytest.mark.filterwarnings("error:the network runs without")
+def test_a_layer_of_two_names_has_no_program_where_its_code_tells_them_apart(question, answer):
+    net, x = Twice(question).eval(), torch.randn(6, 4)
+    net.again = net.first
+    density, itself = (fs.ScoreDensity(net, SCHEDULE, "eps", program=program) for program in ("auto", False))
+    found, expected = (d.estimate(x, nfe=16).log_prob for d in (density, itself))
+    assert torch.allclose(found, expected, rtol=1e-4)
+    reason = "no row program: 'first' and 'again' are one layer, and its code tells them apart in a trace"
+    assert (fs.explain(net, (4,)) == reason) == bool(answer)
 
 
 def test_layers_of_images_are_refused_without_a_trace(monkeypatch):

@@ -1,6 +1,7 @@
 """A user's network is the same after every public call: hooks, modes, gradients, buffers, attributes, compiled code."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -145,8 +146,10 @@ def snapshot(net):
                 found[name, key] = id(value)
     for name, parameter in net.named_parameters():
         found[name] = (id(parameter), parameter.requires_grad, parameter.grad, parameter.tolist())
+        found[name, "weak references"] = weakref.getweakrefcount(parameter)
     for name, buffer in net.named_buffers():
         found[name] = (id(buffer), buffer.tolist())
+        found[name, "weak references"] = weakref.getweakrefcount(buffer)
     return found
 
 
@@ -167,7 +170,10 @@ def test_a_network_is_as_it_was_after(name, call):
     except fs.verification.ProgramMismatch:
         assert "train mode" in name  # random, and says so
     after = snapshot(net)
-    assert [key for key in before if before[key] != after[key]] == []
+    changed = [key for key in before if before[key] != after[key]]
+    if name.startswith("compiled"):  # torch.compile of a backend of one's own has some for every number of rows
+        changed = [key for key in changed if key[1:] != ("weak references",)]
+    assert changed == []
     assert before.keys() == after.keys()
     if name.startswith("compiled"):
         RUNS["compiled"] = 0
@@ -248,3 +254,43 @@ def test_a_graph_that_was_made_before_an_estimate_goes_backwards_after_it():
     fs.ScoreDensity(Timed(), SCHEDULE, "eps").estimate(X, nfe=16)
     answer.sum().backward()  # raises where a buffer's version has moved
     assert net[0].weight.grad is not None
+
+
+class Branching(MLP):
+    """Cannot be traced, and says so after the trace has seen its weights."""
+
+    def forward(self, x, t, y=None):
+        h = super().forward(x, t, y)
+        return 2 * h if h.sum() > 1e9 else h
+
+
+class InPlace(MLP):
+    def forward(self, x, t, y=None):
+        h = super().forward(x, t, y)
+        h += 1
+        return h.mul_(2)
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("kind", [MLP, InPlace, Branching, Caching])
+@pytest.mark.parametrize("call", ["estimate", "log_prob", "ODE, exact", "explain", "captured"])
+def test_weights_can_be_swapped_afterwards(kind, call, swapping):
+    """As `torch.utils.swap_tensors` does, which refuses a tensor that somebody has a weak reference to."""
+    net = kind().eval()
+    with torch.no_grad():
+        net(X, torch.zeros(24))  # its own first call may cache
+    density = fs.ScoreDensity(net, SCHEDULE, "eps")
+    CALLS[call](density)
+    net.load_state_dict(kind().state_dict())
+    torch.utils.swap_tensors(net.a.weight, nn.Parameter(torch.ones(16, 4)))
+    if kind is Caching:
+        torch.utils.swap_tensors(net.kept, torch.ones(4))
+    found, expected = (d.estimate(X, nfe=16) for d in (density, fs.ScoreDensity(net, SCHEDULE, "eps", program=False)))
+    assert torch.allclose(found.log_prob, expected.log_prob, rtol=1e-4)  # float32 sums in another order
+    net.double()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dis
+import functools
 import types
+
+from .code_kinds import LIFECYCLE
 
 
 def words_of(code: types.CodeType) -> tuple[set[str], set[str]]:
@@ -19,6 +22,24 @@ def words_of(code: types.CodeType) -> tuple[set[str], set[str]]:
             inner = words_of(constant)
             words, read = words | inner[0], read | inner[1]
     return words, read
+
+
+def attributes_of(code: types.CodeType) -> set[str]:
+    """Return names that some code and the functions inside read of whatever objects, as methods are."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    return found.union(*(attributes_of(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
+@functools.cache
+def words_of_class(kind: type) -> frozenset[str]:
+    """Return names in the code of the methods and properties that a class adds itself."""
+    found: set[str] = set()
+    for name, value in vars(kind).items():
+        parts = (getattr(value, part, None) for part in ("fget", "__func__", "func"))
+        for function in (value, *parts):
+            if isinstance(function, types.FunctionType) and name not in LIFECYCLE:
+                found |= words_of(function.__code__)[0]
+    return frozenset(found)
 
 
 def content(cell: types.CellType) -> object:

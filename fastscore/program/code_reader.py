@@ -19,11 +19,13 @@ import inspect
 import logging
 import operator
 import os
+import pathlib
 import sys
 import types
 import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +33,21 @@ from torch import Tensor, nn
 
 from ..ops.instructions import NoProgram
 from ..support.host import layout_of
-from .bytecode import content, root, slots_of, words_of
+from .bytecode import attributes_of, content, root, slots_of, words_of, words_of_class
 from .code_kinds import (
     DYNAMIC,
+    ENVIRONMENT,
+    FILE_CALLS,
     FILES,
     FIXED,
     FIXED_CALLS,
     FOREIGN_MEMORY,
     HARMLESS,
     HIDDEN,
+    HIDDEN_ATTRIBUTES,
     LIFECYCLE,
+    LOCKS,
+    OF_PATHS,
     OUTSIDE,
     RANDOM,
 )
@@ -50,6 +57,8 @@ from .watch import Watch, is_value
 MOST = 20_000  # things to look at; a network that reaches more reaches a framework
 LARGEST = 1 << 16  # bytes of an array that is compared at every call
 _BUILTIN = vars(builtins)
+_OF_CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")  # what the call of a layer goes through
+_PATHS = (pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath)
 
 
 def watch_code(model: nn.Module) -> Watch:
@@ -61,15 +70,23 @@ def watch_code(model: nn.Module) -> Watch:
     return _Reader(model).watch
 
 
-def watch_global_hooks(watch: Watch) -> None:
-    """Watch the hooks that all modules have: outside of a trace, which has its own."""
+def watch_calls(watch: Watch) -> None:
+    """Watch what the call of a layer goes through, and the hooks of all: outside of a trace, which has its own."""
     for hooks in _global_hooks():
         watch.space("all layers", hooks)
+    for kind in watch.called:
+        watch.space(f"class {kind.__qualname__}", vars(kind), _OF_CALLS, whole=False)
 
 
 def _global_hooks() -> list[dict]:
     found = vars(torch.nn.modules.module).items()
     return [hooks for key, hooks in found if key.startswith("_global_") and isinstance(hooks, dict)]
+
+
+def _of_libraries(kind: type) -> frozenset[str]:
+    """Return names that the code of a class's fixed bases reads, as UserDict does; layers have readers of their own."""
+    bases = [base for base in kind.__mro__ if root(base.__module__) in FIXED and not issubclass(base, nn.Module)]
+    return frozenset().union(*map(words_of_class, bases))
 
 
 @dataclass(eq=False)
@@ -82,6 +99,7 @@ class _Names:
     whole: bool = True  # whether another name may hide one of these
     dynamic: bool = True  # whether code reaches them by names that it makes up, too
     watched: bool = False
+    also: frozenset[str] = frozenset()  # names that code reads which is not followed, that of a base class
     done: set = field(default_factory=set)
 
 
@@ -92,6 +110,9 @@ class _Reader:
         self.watch, layers = Watch(), tuple(model.modules())
         self.watch.reading("a layer", "class", lambda: (*map(type, layers), *map(vars, layers)))
         self.words: set[str] = {"forward"}  # names in the code that was reached
+        self.of_paths: dict[str, str] = {}  # methods that paths have, and what calls them on whatever object
+        self.locks: list[tuple[str, Any]] = []
+        self.paths = False  # whether a path was reached
         self.every = False  # whether some code reads names that it does not spell out
         self.names: list[_Names] = []
         self.waiting: list[tuple[str, object]] = []
@@ -102,8 +123,12 @@ class _Reader:
         for hooks in _global_hooks():
             self.names.append(_Names("all layers", hooks, every=True, watched=True))
         self._follow()
+        for name, place in self.of_paths.items() if self.paths else ():
+            raise NoProgram(f"{place} calls {name}, which asks for a file that may change")
         for name in sorted(self.words & SETTINGS.keys()):
             self.watch.reading("torch", name, SETTINGS[name])
+        for place, lock in self.locks if "locked" in self.words else ():
+            self.watch.reading(place, "locked", lambda lock=lock: (lock.locked(),))
         for names in self.names:
             if not names.watched:
                 keys = [key for key in names.now if key in names.done]
@@ -115,7 +140,7 @@ class _Reader:
                 self._visit(*self.waiting.pop())
             for names in self.names:
                 every = names.every or (self.every and names.dynamic)
-                wanted = names.now.keys() if every else self.words & names.now.keys()
+                wanted = names.now.keys() if every else (self.words | names.also) & names.now.keys()
                 new = [key for key in wanted if key not in names.done]
                 names.done.update(new)
                 self.waiting += [(f"{key!r} of {names.place}", names.now[key]) for key in new]
@@ -124,6 +149,7 @@ class _Reader:
 
     def _visit(self, place: str, thing: object) -> None:
         """Watch what may change of a thing, and go on with what it leads to."""
+        self.paths |= isinstance(thing, pathlib.Path) or any(thing is kind for kind in _PATHS)
         leads_on = isinstance(thing, tuple | frozenset | types.MethodType | types.BuiltinFunctionType)
         if is_value(thing) and not leads_on:
             return
@@ -134,6 +160,8 @@ class _Reader:
             raise NoProgram(f"its code reaches more than {MOST} objects, the last as {place}")
         if isinstance(thing, RANDOM) or any(thing is outside for outside in OUTSIDE):
             raise NoProgram(f"{place} gives another answer at every call")
+        if any(thing is call for call in FILE_CALLS):
+            raise NoProgram(f"{place} asks for a file that may change")
         for kinds, follow in self._KINDS:
             if isinstance(thing, kinds):
                 follow(self, place, thing)
@@ -190,12 +218,14 @@ class _Reader:
             if root(type(base).__module__) not in FIXED:
                 self._class(place, type(base))
             if root(base.__module__) not in FIXED:
-                self.names.append(_Names(f"class {base.__qualname__}", vars(base)))
+                self.names.append(_Names(f"class {base.__qualname__}", vars(base), also=_of_libraries(base)))
                 own = [k for k in vars(base) if k.startswith("__") and k.endswith("__") and k not in LIFECYCLE]
                 self.words.update(k for k in own if inspect.isfunction(vars(base)[k]))
-            elif issubclass(base, nn.Module) and inspect.isfunction(vars(base).get("forward")):
-                self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
-                self._fixed_code(vars(base)["forward"])
+            elif issubclass(base, nn.Module):
+                self.watch.called.append(base)
+                if inspect.isfunction(vars(base).get("forward")):
+                    self.watch.space(f"class {base.__qualname__}", vars(base), ["forward"], whole=False)
+                    self._fixed_code(vars(base)["forward"])
 
     def _fixed_code(self, function: types.FunctionType) -> None:
         """Watch which functions a layer of PyTorch calls, not what these do."""
@@ -226,15 +256,19 @@ class _Reader:
         words, read = words_of(code)
         self.words |= words
         self.every |= bool(words & DYNAMIC)
-        if "getenv" in words:
+        if words & ENVIRONMENT:
             self.waiting.append(("the environment", os.environ))
         for name in read - known.keys():
             if any(getattr(builtins, name, None) is outside for outside in OUTSIDE):
                 raise NoProgram(f"{place} calls {name}, which gives another answer at every call")
             if any(getattr(builtins, name, None) is hidden for hidden in HIDDEN):
                 raise NoProgram(f"{place} calls {name}, so that what it reads cannot be followed")
-        for name in FILES.intersection(code.co_names):
+        attributes = attributes_of(code) if words & (FILES | OF_PATHS | HIDDEN_ATTRIBUTES) else set()
+        for name in HIDDEN_ATTRIBUTES & attributes:
+            raise NoProgram(f"{place} reads {name}, so that what it reads cannot be followed")
+        for name in FILES & (attributes | read | {*code.co_names}):
             raise NoProgram(f"{place} calls {name}, which reads a file that may change")
+        self.of_paths |= {name: place for name in OF_PATHS & attributes}
         self.watch.space(f"the globals of {place}", known, sorted(read), whole=False)
         self.waiting += [(f"global {name!r}", known[name]) for name in sorted(read & known.keys())]
         put = [k for k in sorted(read - known.keys()) if root(getattr(_BUILTIN.get(k), "__module__", "")) not in FIXED]
@@ -264,7 +298,7 @@ class _Reader:
         if isinstance(entries, list | collections.deque):
             self.watch.sequence(place, entries)
         elif isinstance(entries, set):
-            self.watch.reading(place, "entries", lambda: (len(entries), *sorted(map(repr, entries))))
+            self.watch.reading(place, "entries", lambda: tuple(map(repr, entries)))
         self.waiting += [(place, entry) for entry in entries]
 
     def _array(self, place: str, array: np.ndarray) -> None:
@@ -303,6 +337,14 @@ class _Reader:
         _, names = getter.__reduce__()
         self.words.update(part for name in names for part in name.split("."))
 
+    def _exception(self, place: str, error: BaseException) -> None:
+        self.watch.reading(place, "args", lambda: (error.args,))
+        self.waiting.append((place, error.args))
+        self._attributes(place, error)
+
+    def _lock(self, place: str, lock: Any) -> None:
+        self.locks.append((place, lock))
+
     def _nothing(self, place: str, thing: object) -> None:
         pass
 
@@ -320,7 +362,9 @@ class _Reader:
             return False
         self.watch.reading(place, "class", lambda: (type(thing),))
         if hasattr(thing, "__dict__"):
-            self.names.append(_Names(place, vars(thing), every=root(kind.__module__) in FIXED))
+            also = _of_libraries(kind)
+            every = root(kind.__module__) in FIXED or bool(also & DYNAMIC)
+            self.names.append(_Names(place, vars(thing), every=every, also=also))
         if slots:
             values = lambda: tuple(getattr(thing, slot, None) for slot in slots)  # noqa: E731
             self.watch.reading(place, "attributes", values)
@@ -334,6 +378,8 @@ class _Reader:
         (types.FunctionType, _function),
         ((types.MethodType, types.BuiltinFunctionType), _bound),
         (logging.Logger, _logger),
+        (BaseException, _exception),
+        (LOCKS, _lock),
         (operator.attrgetter, _getter),
         ((*FIXED_CALLS, *HARMLESS), _nothing),
         (types.ModuleType, _module),

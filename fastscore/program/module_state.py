@@ -22,13 +22,22 @@ def restored(model: nn.Module) -> Iterator[None]:
 
     One that caches would keep the tensors of a trace, and a layer that learns would learn from its rows.
     """
-    before = [(vars(module), _plain_attributes(module)) for module in model.modules()]
-    plain = (value for _, old in before for value, _ in old.values() if isinstance(value, Tensor))
+    plain = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     kept = contents(value for value in (*model.buffers(), *plain) if layout_of(value) is None)
+    try:
+        with attributes_restored(model):
+            yield
+    finally:
+        put_back(pair for pair in kept if not torch.equal(*pair))
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put every attribute back as it was before, lists and dicts as the same objects: an export leaves copies there."""
+    before = [(vars(module), _plain_attributes(module)) for module in model.modules()]
     try:
         yield
     finally:
-        put_back(pair for pair in kept if not torch.equal(*pair))
         for attributes, old in before:
             _put_back(attributes, old)
 

@@ -27,14 +27,15 @@ from ..process.network import model_dtype
 from ..support.compiled import Compiled
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
+from ..support.warn import warn
 from .chain import Matched, Table
-from .code_reader import watch_code, watch_global_hooks
+from .code_reader import watch_calls, watch_code
 from .hoisting import BOTH, Hoisted, Values
 from .matching import match
 from .module_state import restored
 from .tracing import SAMPLE, TIME, Traced, X, operation_of, refuse_layers, trace
-from .verification import check
-from .watch import Watch
+from .verification import ProgramMismatch, check
+from .watch import Watch, exactly
 
 __all__ = ["Act", "Add", "Affine", "Bound", "Linear", "NoProgram", "Norm", "RowProgram", "Save", "run"]
 
@@ -104,7 +105,7 @@ class RowProgram:
             finally:
                 watch.put_back()  # no cache may keep the tensors of a trace
             check(program, shape, time, cond)
-            watch_global_hooks(watch)
+            watch_calls(watch)
         return program
 
     @cached_property
@@ -261,7 +262,8 @@ class Programs:
     """The programs of one network by structure of data and conditions, traced at first use.
 
     Arguments:
-        mode: True raises where a network has no program, "auto" and False say None; False never traces.
+        mode: True raises where a network has no program, "auto" and False say None; False never traces. Where a program
+            differs from a network that gives its own answer twice, True raises, and "auto" warns and says None.
     """
 
     def __init__(self, mode: bool | str = "auto") -> None:
@@ -294,7 +296,7 @@ class Programs:
 
         Raises:
             NoProgram: in mode True, with the reason.
-            ProgramMismatch: as `RowProgram.trace`.
+            ProgramMismatch: as `RowProgram.trace`, in mode "auto" only if the network gives another answer every time.
         """
         if self.mode is False:
             return None
@@ -358,8 +360,8 @@ class Programs:
         entries = {k: e for k, e in self._found.items() if any(e.model is model for model in kept) and k != key}
         self._found = entries | {key: found}
 
-    @staticmethod
     def _trace(
+        self,
         model: nn.Module,
         shape: tuple[int, ...],
         time: Tensor,
@@ -375,6 +377,11 @@ class Programs:
             return _Found(model, RowProgram.of(model, shape, time, cond, dtype), traces=traces)
         except NoProgram as reason:
             return _Found(model, None, str(reason))
+        except ProgramMismatch as mismatch:
+            if self.mode is True or not mismatch.steady:
+                raise
+            warn(f"the network runs without its row program: {mismatch}, without this warning; please report it")
+            return _Found(model, None, str(mismatch))
 
 
 def _structure(cond: Conditions) -> object:
@@ -384,7 +391,7 @@ def _structure(cond: Conditions) -> object:
         if has_shape(value):
             shared.append((name, tuple(value.shape), value.dtype, value.device))
         elif is_plain(value):
-            shared.append((name, type(value), value))
+            shared.append((name, type(value), exactly(value)))
         else:
             raise NoProgram(f"condition {name!r} is a {type(value).__name__}, neither a tensor nor a number or text")
     own = tuple((k, tuple(v.shape[1:]), v.dtype) for k, v in sorted(cond.per_sample.items()))

@@ -40,16 +40,24 @@ _OF_PYTHON: dict[str, Callable[[], object]] = {
     "getprofile": lambda: sys.getprofile() is None,
     "isenabled": gc.isenabled,
     "get_threshold": gc.get_threshold,
-    "getcwd": os.getcwd,
+    **dict.fromkeys(("getcwd", "getcwdb", "cwd", "abspath", "absolute", "relpath"), lambda: _directory()),
     "getpid": os.getpid,
     "get_ident": threading.get_ident,
-    "current_thread": threading.get_ident,
+    "current_thread": lambda: (threading.get_ident(), threading.current_thread().name),
     "active_count": threading.active_count,
     "get_printoptions": lambda: repr((np.get_printoptions(), vars(torch._tensor_str.PRINT_OPTS))),
     **dict.fromkeys(("getcontext", "localcontext", "Decimal"), lambda: _decimal()),
     **dict.fromkeys(("setlocale", "getlocale", "localeconv"), lambda: locale.setlocale(locale.LC_ALL)),
     **dict.fromkeys(("getLogger", "isEnabledFor", "getEffectiveLevel"), lambda: _levels()),
 }
+
+
+def _directory() -> str:
+    """Return the working directory, nothing where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def _decimal() -> tuple:

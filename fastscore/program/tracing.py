@@ -37,8 +37,8 @@ from ..ops.instructions import NoProgram
 from ..process.conditions import Conditions
 from ..process.network import read_output
 from ..support.host import layout_of
-from ..support.untouched import hooks_of_all_modules_kept
-from .module_state import refuse_changes
+from ..support.untouched import forget_tensors, hooks_of_all_modules_kept
+from .module_state import attributes_restored, refuse_changes
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -108,12 +108,18 @@ class _Call(nn.Module):
     """The network as a function of tensors alone that returns one tensor of x_t's shape."""
 
     def __init__(
-        self, model: nn.Module, constants: dict[str, object], build: Callable[[dict], dict], watch: Watch
+        self,
+        model: nn.Module,
+        constants: dict[str, object],
+        build: Callable[[dict], dict],
+        watch: Watch,
+        note: Callable[[object], None],  # called with the mode of the export, first of all
     ) -> None:
         super().__init__()
-        self.network, self.constants, self.build, self.watch = model, constants, build, watch
+        self.network, self.constants, self.build, self.watch, self.note = model, constants, build, watch, note
 
     def forward(self, x_t: Tensor, time: Tensor, own: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
+        self.note(torch._guards.detect_fake_mode((x_t, time)))
         with _Numbers(self.watch.unseen):
             output = self.network(x_t, time, **self.build(own | shared | self.constants))
         refuse_changes(self.watch)
@@ -177,7 +183,9 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         NoProgram: if the network cannot be exported, is random, mixes rows, or changes what it reads.
     """
     tensors = {name: value for name, value in cond.shared.items() if isinstance(value, Tensor)}
-    call = _Call(model, {k: v for k, v in cond.shared.items() if k not in tensors}, cond.build, watch)
+    modes: list[object] = []
+    constants = {name: value for name, value in cond.shared.items() if name not in tensors}
+    call = _Call(model, constants, cond.build, watch, modes.append)
     own = {name: _example(value) for name, value in cond.per_sample.items()}
     rows = torch.export.Dim("rows")
     shapes = {
@@ -187,7 +195,7 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         "shared": dict.fromkeys(tensors),
     }
     try:
-        with _quiet(), hooks_of_all_modules_kept():
+        with _quiet(), hooks_of_all_modules_kept(), attributes_restored(model):
             args = (_example(x_t), _example(time), own, tensors)
             program = torch.export.export(call, args, dynamic_shapes=shapes, strict=False)
             for node in program.graph.nodes:
@@ -201,6 +209,8 @@ def trace(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions, watch: 
         if reason.startswith("Constraints violated"):
             reason = "its code fixes the number of rows, as len(x) does; x.shape[0] does not"
         raise NoProgram(f"torch.export cannot trace the network: {reason}") from error
+    finally:
+        forget_tensors(modes)
     _refuse_kept_weights(program, model, watch)
     return _split(program, ["x", "time", *own, *tensors], len(own))
 

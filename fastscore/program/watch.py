@@ -1,12 +1,15 @@
 """Watch: things that may change between two calls of a network, as they are now, and whether they still are.
 
-Values are compared by identity, and numbers and texts by value: a watch keeps what it has seen, so that no other object
-can take its place. Asking costs some microseconds a layer, since every evaluation of a row program asks.
+Values are compared by identity, and numbers and texts by what code can tell of them: a watch keeps what it has seen,
+so that no other object can take its place. Asking costs some microseconds a layer, since every evaluation of a row
+program asks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import datetime
+import decimal
 import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence
 from functools import cached_property
@@ -41,6 +44,10 @@ class Space(NamedTuple):
         now = self.now
         if self.size is not None and len(now) != self.size:
             return next((key for key in now if key not in self.keys), next(iter(self.keys), ""))
+        if self.size == len(self.keys):  # all names, which code may go through in their order
+            for key, before in zip(list(now), self.keys):
+                if not _same(key, before):
+                    return before
         if all(map(is_, map(now.get, self.keys, repeat(_MISSING)), self.values)):
             return None
         for key, value in zip(self.keys, self.values):
@@ -89,10 +96,14 @@ class _Some:
         self.pairs, self.values = [(get, key) for get, key, _ in pairs], [value for *_, value in pairs]
         sized = [(s.now, s.size) for s in spaces if s.size is not None]
         self.sized, self.sizes = [now for now, _ in sized], [size for _, size in sized]
+        ordered = [s for s in spaces if isinstance(s.now, dict) and s.size == len(s.keys)]
+        self.ordered, self.order = [s.now for s in ordered], [*chain.from_iterable(s.keys for s in ordered)]
 
     def changed(self) -> bool:
         """Return whether another object is anywhere, which may still be equal."""
         if list(map(len, self.sized)) != self.sizes:
+            return True
+        if not all(map(is_, chain.from_iterable(map(list, self.ordered)), self.order)):
             return True
         return not all(map(is_, [get(key, _MISSING) for get, key in self.pairs], self.values))
 
@@ -119,6 +130,7 @@ class Watch:
         self._copies: list[tuple[object, object]] = []
         self.unseen: dict[int, str] = {}  # where tensors lie that are not compared, and what they are
         self.learned: dict[int, str] = {}  # where tensors lie that learn and are no parameters, and what they are
+        self.called: list[type] = []  # classes of PyTorch's own layers, whose calls are watched outside of a trace
         self._caches: list[tuple[Callable, int]] = []
 
     def space(
@@ -203,7 +215,7 @@ class Watch:
         """Give dicts, lists and objects the entries back that they had."""
         for now, before in self._copies:
             if isinstance(now, MutableMapping):
-                if len(now) != len(before) or any(now.get(key, _MISSING) is not value for key, value in before.items()):
+                if list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
                     now.clear()
                     now.update(before)
             elif len(now) != len(before) or not all(map(is_, now, before)):
@@ -233,9 +245,14 @@ def _same(a: object, b: object) -> bool:
         return True
     if type(a) is not type(b):
         return False
-    if isinstance(a, tuple):
+    if isinstance(a, tuple | frozenset):  # of equal sets, too, one may begin with another entry
         return len(a) == len(b) and all(map(_same, a, b))
-    return is_value(a) and bool(a == b or (a != a and b != b))
+    return is_value(a) and bool(exactly(a) == exactly(b))
+
+
+def exactly(value: object) -> object:
+    """Return what is equal for two values of one type if no code can tell them apart: for 0.0 and -0.0 it is not."""
+    return repr(value) if isinstance(value, _EQUAL_TO_OTHERS) else value
 
 
 def is_value(thing: object) -> bool:
@@ -250,5 +267,6 @@ def is_value(thing: object) -> bool:
     return is_plain(thing) or (kind.__hash__ not in (None, object.__hash__) and kind.__module__ in _VALUES)
 
 
+_EQUAL_TO_OTHERS = (float, complex, slice, range, decimal.Decimal, datetime.date, datetime.time, np.generic)
 _VALUED = (int, float, complex, str, bytes, enum.Enum)
 _VALUES = ("datetime", "decimal", "fractions", "pathlib", "re", "uuid", "numpy", "numpy.dtypes", "builtins")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module
 
 from .generic import Arguments, Result
@@ -165,3 +166,16 @@ def hooks_of_all_modules_kept() -> Iterator[None]:
             if value != before[name]:
                 value.clear()
                 value.update(before[name])
+
+
+def forget_tensors(modes: Iterable[object]) -> None:
+    """Let go of what the modes of an export know of a network's tensors, by weak references, once nothing is traced.
+
+    A graph keeps its mode, and `torch.utils.swap_tensors` refuses a tensor that has a weak reference: so would
+    `load_state_dict` and `Module.to`, where they swap. torch.compile lets go of them in the same way.
+    """
+    for mode in modes:
+        if isinstance(mode, FakeTensorMode):
+            describer = mode.fake_tensor_converter.meta_converter.describer
+            describer.lookup_tensor.clear()
+            describer.lookup_storage.clear()
