@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import definitions as ops
 from ..ops import noise
-from ..ops.choice import TORCH, Choice, choose
+from ..ops.choice import Choice, alone, choose
 from ..ops.gradient import by_kernel
 from ..ops.instructions import encode
 from ..ops.select import implementation
@@ -184,8 +184,8 @@ def choice_of(samples: Samples, rows: Rows, reference: Reference) -> Choice:
         return Choice(rows.backend, False, "the network is no row program")
     if reference.turned:
         return Choice(rows.backend, False, "the reference lies in a basis of images")
-    if rows.backends == ("torch",):
-        return TORCH
+    if (only := alone(rows.backends)) is not None:
+        return only
     gradient = torch.is_grad_enabled() and _parameters_move(samples, timed)
     return choose(rows.backends, _task(samples, timed, reference), gradient)
 

@@ -20,8 +20,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-# What there is to choose on a CPU.
-TORCH = Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
+def alone(names: tuple[str, ...]) -> Choice | None:
+    """Return the choice where PyTorch is the only backend, as on a CPU; no work has to be described for it."""
+    if names != ("torch",):
+        return None
+    return Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
 
 
 def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice:
@@ -32,8 +35,8 @@ def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice
             choice is free, and what a GPU measured (`measured.py`) orders them.
         gradient: whether the gradient of the program's weights is wanted.
     """
-    if names == ("torch",):
-        return TORCH
+    if (only := alone(names)) is not None:
+        return only
     order, because = (names, "asked for") if "torch" not in names else _measured(names, task, gradient)
     reasons = []
     for name in order:

@@ -176,6 +176,8 @@ def forget_tensors(modes: Iterable[object]) -> None:
     """
     for mode in modes:
         if isinstance(mode, FakeTensorMode):
-            describer = mode.fake_tensor_converter.meta_converter.describer
-            describer.lookup_tensor.clear()
-            describer.lookup_storage.clear()
+            # Names that torch does not promise: a release that has others keeps its references.
+            known = getattr(getattr(mode.fake_tensor_converter, "meta_converter", None), "describer", None)
+            for name in ("lookup_tensor", "lookup_storage"):
+                if hasattr(known, name):
+                    getattr(known, name).clear()
