@@ -85,8 +85,8 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
     seed, streams = _checked(seed), stream if isinstance(stream, range) else range(stream, stream + 1)
     if _by_kernel(index.device):
         found = implementation("triton").words(seed, index, draw, streams, d)
-    elif index.device.type == "cpu":
-        found = _words_on_host(seed, index.numpy(), draw, streams, d)
+    elif (on_host := _array(index)) is not None:
+        found = _words_on_host(seed, on_host, draw, streams, d)
     else:
         group = torch.arange((d + 3) // 4, device=index.device)
         low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
@@ -95,6 +95,16 @@ def words(seed: int, index: Tensor, draw: int, stream: int | range, d: int) -> T
         quad = philox((group, low, draw, each + 16 * high), (seed, seed >> 32))
         found = torch.stack(quad, -1).flatten(2)[..., :d].to(torch.int32)
     return found if isinstance(stream, range) else found[:, 0]
+
+
+def _array(index: Tensor) -> np.ndarray | None:
+    """Return a tensor of the host as an array; None for one elsewhere, of torch.func, or of a graph that is made."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return index.numpy()
+    except RuntimeError:  # of a tensor without memory of its own
+        return None
 
 
 def _words_on_host(seed: int, index: np.ndarray, draw: int, streams: range, d: int) -> Tensor:
