@@ -4,7 +4,7 @@
 
 Networks, widths, depths, dimensions, references, precisions and devices are drawn (`random_networks.py`). Of each, the
 forward kernel that `Config.from_heuristic` chooses is compiled, that of the data's gradient where it says that it can
-run, of every eighth network that of the parameters, and the reference's own kernel. Shared memory and registers are
+run, of every twentieth network that of the parameters, and the reference's own kernel. Shared memory and registers are
 those of the compiled binary, without a GPU.
 """
 
@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS = 65_536  # of a multiprocessor, on every architecture
-SELDOM = 8  # networks for one whose parameters' gradient is compiled, which takes as long as all else of several
+SELDOM = 20  # networks for one whose parameters' gradient is compiled, which takes as long as all else of several
 
 
 def examine(seed: int) -> list[dict]:
