@@ -121,20 +121,20 @@ def density_mlp_dp(
     splits = triton.cdiv(count, per_program)  # none without rows, who would not write
     constants = grad_constants(layout, control, d, precision, wanted, places, samples)
 
-    def empty(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def room(needed: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape if needed else (0,) * len(shape), dtype=dtype, device=x.device)
 
     columns = columns_of(layout)
     of_rows, of_samples, of_pairs = (of_tables and columns[level] > 0 for level in LEVELS)
-    grad_x = empty(of_x, splits, batch, d)
+    grad_x = room(of_x, splits, batch, d)
     inputs, outputs = (
-        empty(of_weights, batch * count * sum(shape[side] for shape in layout.weights), dtype=packed[0].dtype)
+        room(of_weights, batch * count * sum(shape[side] for shape in layout.weights), dtype=packed[0].dtype)
         for side in (1, 2)
     )
-    grad_r = empty(of_rows, tiles, count, columns["r"])
-    grad_b = empty(of_samples, splits, batch, columns["b"])
-    grad_br = empty(of_pairs, batch, count, columns["br"])
-    tape = empty(True, splits * tiles * constants["TAPE"] * samples)
+    grad_r = room(of_rows, tiles, count, columns["r"])
+    grad_b = room(of_samples, splits, batch, columns["b"])
+    grad_br = room(of_pairs, batch, count, columns["br"])
+    tape = room(True, splits * tiles * constants["TAPE"] * samples)
     density_mlp_grad_kernel[(tiles, splits)](
         grad, x, keys, points, rows, *packed, grad_x, tape, inputs, outputs, grad_r, grad_b, grad_br, tape,
         batch, count, per_program, *(table.shape[-1] for table in packed[1:]), *columns.values(),
@@ -142,7 +142,7 @@ def density_mlp_dp(
     )  # fmt: skip
     by_row = _sum(grad_r, of_rows)
     alike = of_rows and any(table.shape[:2] == (1, 1) for table in tables)
-    all_rows = by_row.sum(0) if alike else empty(False, columns["r"])
+    all_rows = by_row.sum(0) if alike else room(False, columns["r"])
     dtypes = {table.dtype for table in tables}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     vectors = (t.to(dtype) for t in (by_row, all_rows, _sum(grad_b, of_samples), grad_br))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
 
 BELIEVED = "torch.distributions", "fastscore"
 SHARE = 0.01  # of the largest entry that a round trip may be off; nats an entry that a log-determinant may be
@@ -20,9 +21,8 @@ def believed(transform: Transform) -> bool:
     own = vars(transform)
     parts = [*own.get("parts", ()), *own.get("transforms", ())]
     parts += [own[name] for name in ("base_transform",) if name in own]
-    inverse = own.get("_inv")
-    if type(transform).__name__ == "_InverseTransform" and isinstance(inverse, Transform):
-        parts.append(inverse)
+    if isinstance(transform, _InverseTransform):  # by its class: zuko gives it another name
+        parts.append(transform.inv)
     return type(transform).__module__.startswith(BELIEVED) and all(map(believed, parts))
 
 

@@ -79,7 +79,7 @@ def assert_exact(
         f"stderr {float(found.stderr.mean()):.4f}, worst sample {worst:.2f} standard errors, mean "
         f"{float(error.mean()):+.4f} +- {mean_error:.4f} (outside {outside:.4f}); own reference: {left:.1e} nats"
     )
-    assert float(found.stderr.mean()) < 0.09, "too noisy to tell"
+    assert float(found.stderr.mean()) < 0.1, "too noisy to tell"
     assert bool((error.abs() < 4 * found.stderr + outside).all()), worst
     assert abs(float(error.mean())) < 4 * mean_error + outside, (float(error.mean()), mean_error)
     assert left < rounding
