@@ -14,6 +14,7 @@ from fastscore.estimator.rules import GROUPS, Rules, group_shifts, make_rules
 from fastscore.estimator.statistics import (
     GroupSums,
     Spread,
+    contrast_variance,
     draw_jump,
     draw_sum,
     draw_variance,
@@ -228,6 +229,15 @@ def test_second_differences_do_not_see_a_slope():
     assert float(variance.var()) == pytest.approx(2 * 16**2 / (0.51 * 16), rel=0.15)
     # Most samples of 14 differences have no large one, and so more degrees by themselves than all together.
     assert 0.51 * 16 < float(nu.mean()) < 0.65 * 16
+
+
+def test_contrasts_have_second_differences_where_they_say_far_less_alone():
+    noise = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)).double()
+    variance, _ = contrast_variance(noise)
+    first = noise.diff(dim=1).square().sum(1) * 16 / 30
+    assert float(((variance - first).abs() > 1e-12 * first).double().mean()) < 0.003
+    steep = noise + 100 * torch.arange(16.0).double()
+    torch.testing.assert_close(contrast_variance(steep)[0], successive_variance(noise)[0], rtol=1e-9, atol=0)
 
 
 def test_few_draws_have_first_differences():

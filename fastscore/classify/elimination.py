@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..estimator.statistics import shift_variance, student_quantile, successive_variance, widened
+from ..estimator.statistics import contrast_variance, shift_variance, student_quantile, successive_variance, widened
 
 # Evaluations per class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
@@ -80,6 +80,9 @@ class Classification:
             f"Classification({samples} samples, {classes} classes, {float(self.nfe.double().mean()):.0f} evaluations "
             f"per sample, {float(self.decided.double().mean()):.1%} decided)"
         )
+
+
+Variance = Callable[[Tensor], tuple[Tensor, Tensor]]  # of the terms' sum, and its degrees of freedom
 
 
 class Rounds:
@@ -174,7 +177,7 @@ class Rounds:
             a = share[r]
             return a[..., None] * g + (a.gather(1, best) - a)[..., None] * _of(g, best)
 
-        return self._stderr(contrast)
+        return self._stderr(contrast, successive_variance)  # as an estimate of the class alone has it
 
     def log_posterior_stderr(self, posterior: Tensor) -> Tensor:
         r"""Return the standard error of each log-posterior, shape (B, C), to first order in the terms' noise.
@@ -196,16 +199,18 @@ class Rounds:
         total = sum(spent)
         return [s / total for s in spent]
 
-    def _stderr(self, contrast: Callable[[int, Tensor], Tensor]) -> Tensor:
-        variance, nu, shift = self._variance(contrast)
+    def _stderr(self, contrast: Callable[[int, Tensor], Tensor], by: Variance = contrast_variance) -> Tensor:
+        variance, nu, shift = self._variance(contrast, by)
         return (widened(variance, nu) + shift).sqrt()
 
-    def _variance(self, contrast: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _variance(
+        self, contrast: Callable[[int, Tensor], Tensor], by: Variance = contrast_variance
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the variance of a sum of contrasts over all rounds, and its degrees of freedom, (B, C) each."""
         variance = spread = shift = 0.0
         for r, (g, ends) in enumerate(zip(self._terms, self._ends)):
             c = contrast(r, g)
-            of_round, nu = successive_variance(c)
+            of_round, nu = by(c)
             variance = variance + of_round
             spread = spread + of_round.square() / nu
             shift = shift + shift_variance((c * ends).sum(-1))
