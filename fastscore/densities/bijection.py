@@ -20,7 +20,8 @@ def believed(transform: Transform) -> bool:
     """Return whether a transform and all that it is made of belong to libraries that test them."""
     own = vars(transform)
     parts = [*own.get("parts", ()), *own.get("transforms", ())]
-    parts += [own[name] for name in ("base_transform",) if name in own]
+    if "base_transform" in own:
+        parts.append(own["base_transform"])
     if isinstance(transform, _InverseTransform):  # by its class: zuko gives it another name
         parts.append(transform.inv)
     return type(transform).__module__.startswith(BELIEVED) and all(map(believed, parts))

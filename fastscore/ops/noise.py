@@ -108,7 +108,7 @@ def _array(index: Tensor) -> np.ndarray | None:
 
 
 def _words_on_host(seed: int, index: np.ndarray, draw: int, streams: range, d: int) -> Tensor:
-    """Return `words` of several streams by numpy, whose operations on few numbers take a third of torch's time."""
+    """Return `words` of several streams by numpy, whose operations on few numbers take less time."""
     group, each = np.arange((d + 3) // 4), np.arange(streams.start, streams.stop)[:, None]
     low, high = (index & _MASK)[:, None, None], (index >> 32)[:, None, None]
     quad = philox((group, low, draw, each + 16 * high), (seed, seed >> 32))
