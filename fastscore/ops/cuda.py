@@ -23,10 +23,9 @@ from ..kernels.names import ACTIVATIONS, INSTRUCTIONS
 from . import cuda_steps
 from . import triton as through_triton
 from .cuda_steps import PackedSteps, aligned
-from .instructions import decode
 from .select import native
 from .steps import Steps
-from .task import Task
+from .task import Evaluation, Task
 from .triton import (
     bytes_dp,
     control,
@@ -113,21 +112,11 @@ def how(task: Task) -> str:
     return f"by instructions, since {steps}" if isinstance(steps, str) else "as steps"
 
 
-def density_mlp(
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-) -> Tensor:
-    task = Task.of_tensors(decode(code), weights, tables, x.shape[1], reference)
+def density_mlp(given: Evaluation) -> Tensor:
+    task = given.task
     if why_not_fused(task) is not None:
-        return through_triton.density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
+        return through_triton.density_mlp(given)
+    x, keys, points, rows, alpha, sigma, _, weights, tables, reference = given
     inside = not reference or in_the_same_pass(reference)
     steps = steps_of(task)
     arguments = x, keys, points, rows, alpha, sigma

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import torch as torch_backend
 from .gradient import gradients
 from .select import implementation
+from .task import Evaluation
 
 
 @torch.library.custom_op("fastscore::perturb", mutates_args=())
@@ -183,14 +184,12 @@ def density_mlp(
         Shape (B, R) in the dtype of x, differentiable with respect to x, weights and tables: the backward pass
         evaluates the rows again, in one kernel or in plain PyTorch (`fastscore.ops.gradient`).
     """
-    return implementation(backend).density_mlp(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
+    given = Evaluation(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
+    return implementation(backend).density_mlp(given)
 
 
 @density_mlp.register_fake
-def _(
-    x: Tensor, keys: Tensor, points: Tensor, rows: Tensor, alpha: Tensor, sigma: Tensor, code: str,
-    weights: list[Tensor], tables: list[Tensor], reference: list[Tensor], backend: str,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, keys: Tensor, points: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], points.shape[0])
 
 
@@ -203,9 +202,9 @@ def _density_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _density_mlp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | Sequence[Tensor | None] | None, ...]:
     x, keys, points, rows, alpha, sigma, *rest = ctx.saved_tensors
     n, m = ctx.counts[0], sum(ctx.counts)
-    words, operands = (keys, points, rows, alpha, sigma), (rest[:n], rest[n:m], rest[m:])
-    found = gradients(grad, x, words, ctx.code, *operands, ctx.backend)
-    return found[0], *(None,) * 6, *found[1:], [None] * len(operands[2]), None
+    given = Evaluation(x, keys, points, rows, alpha, sigma, ctx.code, rest[:n], rest[n:m], rest[m:])
+    found = gradients(grad, given, ctx.backend)
+    return found[0], *(None,) * 6, *found[1:], [None] * len(given.reference), None
 
 
 density_mlp.register_autograd(_density_mlp_backward, setup_context=_density_mlp_setup)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..kernels.weights import weight_groups
 from . import torch as torch_backend
 from .instructions import decode
 from .select import implementation
-from .task import Task, WithRespectTo, plain
+from .task import Evaluation, Task, WithRespectTo, plain
 
 Gradients = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # of x, the weights and the tables
 
@@ -41,16 +42,12 @@ def density_mlp_dx(
     backend: str,
 ) -> Tensor:
     """Return the gradient of `density_mlp` with respect to x alone, shape (B, d), by a kernel; grad is (B, R)."""
-    return implementation(backend).density_mlp_dx(
-        grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference
-    )
+    given = Evaluation(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
+    return implementation(backend).density_mlp_dx(grad, given)
 
 
 @density_mlp_dx.register_fake
-def _(
-    grad: Tensor, x: Tensor, keys: Tensor, points: Tensor, rows: Tensor, alpha: Tensor, sigma: Tensor, code: str,
-    weights: list[Tensor], tables: list[Tensor], reference: list[Tensor], backend: str,
-) -> Tensor:  # fmt: skip
+def _(grad: Tensor, x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -71,9 +68,8 @@ def density_mlp_dp(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of `density_mlp` by a kernel, as `fastscore.kernels.density_mlp_dp` lays them out."""
-    return implementation(backend).density_mlp_dp(
-        grad, x, keys, points, rows, alpha, sigma, code, weights, tables, reference, WithRespectTo(*wanted)
-    )
+    given = Evaluation(x, keys, points, rows, alpha, sigma, code, weights, tables, reference)
+    return implementation(backend).density_mlp_dp(grad, given, WithRespectTo(*wanted))
 
 
 @density_mlp_dp.register_fake
@@ -107,24 +103,15 @@ def by_kernel(backend: str, task: Task, wanted: WithRespectTo) -> str | None:
     return own.why_not_dp(task, wanted.of_x) if wanted.of_parameters else own.why_not_dx(task)
 
 
-def gradients(
-    grad: Tensor, x: Tensor, words: Sequence[Tensor], code: str, weights: list[Tensor], tables: list[Tensor],
-    reference: list[Tensor], backend: str,
-) -> Gradients:  # fmt: skip
-    """Return the gradients of x, the weights and the tables, of those that want one.
-
-    Arguments:
-        grad: of f, shape (B, R).
-        words: keys, points, rows, alpha and sigma, as `density_mlp` got them with the others.
-    """
+def gradients(grad: Tensor, given: Evaluation, backend: str) -> Gradients:
+    """Return the gradients of x, the weights and the tables, of those that want one; grad, that of f, is (B, R)."""
+    x, weights, tables, task = given.x, given.weights, given.tables, given.task
     wanted = WithRespectTo.of(x, weights, tables)
-    task = Task.of_tensors(decode(code), weights, tables, x.shape[1], reference)
     if by_kernel(backend, task, wanted) is not None:
-        return _by_autograd(grad, x, words, code, weights, tables, reference)
-    arguments = grad, x, *words, code, weights, tables, reference
+        return _by_autograd(grad, given)
     if not wanted.of_parameters:
-        return density_mlp_dx(*arguments, backend), [None] * len(weights), [None] * len(tables)
-    grad_x, by_row, all_rows, by_sample, by_pair, *products = density_mlp_dp(*arguments, list(wanted), backend)
+        return density_mlp_dx(grad, *given, backend), [None] * len(weights), [None] * len(tables)
+    grad_x, by_row, all_rows, by_sample, by_pair, *products = density_mlp_dp(grad, *given, list(wanted), backend)
     leaves = [table.detach().requires_grad_(table.requires_grad) for table in tables]
     with torch.enable_grad():  # through what scales and shifts of x_t and of the prediction are composed of
         uses, order = Uses.of(task.code, weights, leaves, *grad.shape, x.shape[1])
@@ -159,16 +146,14 @@ def _of_tables(uses: Uses, leaves: list[Tensor], by_level: dict[str, Tensor], al
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _by_autograd(
-    grad: Tensor, x: Tensor, words: Sequence[Tensor], code: str, weights: list[Tensor], tables: list[Tensor],
-    reference: list[Tensor],
-) -> Gradients:  # fmt: skip
+def _by_autograd(grad: Tensor, given: Evaluation) -> Gradients:
     """Evaluate the definition again, under autograd."""
-    leaves = [v.detach().requires_grad_(v.requires_grad) for v in chain([x], weights, tables)]
-    n = len(weights) + 1
-    moving = reference if x.requires_grad else []  # what is subtracted depends on x alone
+    leaves = [v.detach().requires_grad_(v.requires_grad) for v in chain([given.x], given.weights, given.tables)]
+    n = len(given.weights) + 1
+    moving = given.reference if given.x.requires_grad else []  # what is subtracted depends on x alone
     with torch.enable_grad():
-        f = torch_backend.density_mlp(leaves[0], *words, code, leaves[1:n], leaves[n:], moving)
+        again = given._replace(x=leaves[0], weights=leaves[1:n], tables=leaves[n:], reference=moving)
+        f = torch_backend.density_mlp(again)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(f, wanted, grad, materialize_grads=True))
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import packing
-from .instructions import Instruction
+from .instructions import Instruction, decode
 
 
 class Task(NamedTuple):
@@ -43,7 +43,7 @@ class Task(NamedTuple):
     def of_tensors(
         cls, code: Sequence[Instruction], weights: list[Tensor], tables: list[Tensor], d: int, reference: list[Tensor]
     ) -> Task:
-        """Return what `ops.density_mlp` is asked for."""
+        """Return the task of a program with its tensors."""
         components, full = (len(reference[0]), reference[3].numel() > 0) if reference else (0, False)
         return cls.of(code, weights, map(packing.level_of, tables), d, weights[0].device, components, full)
 
@@ -60,6 +60,26 @@ class Task(NamedTuple):
         hidden = self.code[first:]
         modulated = any(op[0] == "affine" and op[1] >= 0 for op in hidden)
         return "adaLN" if modulated and any(op[0] == "norm" for op in hidden) else "plain"
+
+
+class Evaluation(NamedTuple):
+    """What `fastscore::density_mlp` is asked to evaluate, as its documentation has it; every backend takes one."""
+
+    x: Tensor
+    keys: Tensor
+    points: Tensor
+    rows: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    code: str
+    weights: list[Tensor]
+    tables: list[Tensor]
+    reference: list[Tensor]
+
+    @property
+    def task(self) -> Task:
+        """The same without the numbers."""
+        return Task.of_tensors(decode(self.code), self.weights, self.tables, self.x.shape[1], self.reference)
 
 
 class WithRespectTo(NamedTuple):

@@ -16,6 +16,7 @@ from ..reference.gaussians import Reference
 from . import noise
 from .instructions import decode
 from .interpreter import run
+from .task import Evaluation
 
 
 def perturb(
@@ -83,19 +84,9 @@ def control(
     return Reference.from_tensors(reference).residual(x, x_t, eps, alpha, sigma)
 
 
-def density_mlp(
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-) -> Tensor:
-    """Return the residual of a row program minus the reference's, shape (B, R); rows (R, 6) and code as in the op."""
+def density_mlp(given: Evaluation) -> Tensor:
+    """Return the residual of a row program minus the reference's, shape (B, R)."""
+    x, keys, points, rows, alpha, sigma, code, weights, tables, reference = given
     sign, row_alpha, row_sigma, a, b, c = rows.unbind(1)
     x_t, eps = perturb(x, keys, points, sign, row_alpha, row_sigma)
     prediction = run(decode(code), weights, tables, x_t.to(weights[0].dtype)).to(x.dtype)

@@ -27,7 +27,7 @@ from ..support.warn import warn
 from . import torch as torch_backend
 from .instructions import decode
 from .interpreting import interpreting
-from .task import Task, WithRespectTo, plain
+from .task import Evaluation, Task, WithRespectTo, plain
 
 
 def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
@@ -113,78 +113,26 @@ def loss_gradient(grad: Tensor, prediction: Tensor, x: Tensor, words: Tensor, ep
     return loss_difference_kernel.loss_gradient(*_contiguous(grad, prediction, x, words, numbers))
 
 
-def density_mlp(
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-) -> Tensor:
-    arguments = _contiguous(x, keys, points, rows, alpha, sigma)
+def density_mlp(given: Evaluation) -> Tensor:
     try:
-        return fused.density_mlp(
-            *arguments, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
-        )
+        return fused.density_mlp(*_arguments(given))
     except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
         warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning)
-        return torch_backend.density_mlp(*arguments, code, weights, tables, reference)
+        return torch_backend.density_mlp(given)
 
 
-def density_mlp_dx(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-    splits: int | None = None,
-) -> Tensor:
-    return fused_dx.density_mlp_dx(
-        *_contiguous(grad, x, keys, points, rows, alpha, sigma),
-        plain(decode(code)),
-        weights,
-        tables,
-        tuple(reference) or None,
-        precision(weights[0].dtype),
-        splits,
-    )
+def density_mlp_dx(grad: Tensor, given: Evaluation, splits: int | None = None) -> Tensor:
+    return fused_dx.density_mlp_dx(grad.contiguous(), *_arguments(given), splits)
 
 
-def density_mlp_dp(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    points: Tensor,
-    rows: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    code: str,
-    weights: list[Tensor],
-    tables: list[Tensor],
-    reference: list[Tensor],
-    wanted: WithRespectTo,
-    splits: int | None = None,
-) -> list[Tensor]:
-    return fused_dp.density_mlp_dp(
-        *_contiguous(grad, x, keys, points, rows, alpha, sigma),
-        plain(decode(code)),
-        weights,
-        tables,
-        tuple(reference) or None,
-        precision(weights[0].dtype),
-        wanted,
-        splits,
-    )
+def density_mlp_dp(grad: Tensor, given: Evaluation, wanted: WithRespectTo, splits: int | None = None) -> list[Tensor]:
+    return fused_dp.density_mlp_dp(grad.contiguous(), *_arguments(given), wanted, splits)
+
+
+def _arguments(given: Evaluation) -> tuple[Any, ...]:
+    """Return an evaluation as the kernels take it."""
+    tensors, (code, weights, tables, reference) = _contiguous(*given[:6]), given[6:]
+    return *tensors, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
 
 
 def why_not_dx(task: Task) -> str | None:

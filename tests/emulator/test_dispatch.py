@@ -11,8 +11,8 @@ from emulator.comparison import HOPPER, Module, load
 from fastscore import Reference
 from fastscore.ops import cuda, noise
 from fastscore.ops import torch as truth
-from fastscore.ops.instructions import decode, encode
-from fastscore.ops.task import Task
+from fastscore.ops.instructions import encode
+from fastscore.ops.task import Evaluation
 from fastscore.program.row_program import RowProgram
 
 pytestmark = pytest.mark.slow
@@ -83,13 +83,12 @@ def test_a_network_goes_to_the_kernel_that_covers_it(library, monkeypatch, dtype
     program = RowProgram.trace(network, (D,), time, dtype=dtype)
     code = encode(program.code)
     weights, tables = program.bind(time)
-    arguments = x, keys, points, rows, alpha, sigma, code, weights, tables, reference.tensors()
+    given = Evaluation(x, keys, points, rows, alpha, sigma, code, weights, tables, reference.tensors())
     with torch.no_grad():
-        found = cuda.density_mlp(*arguments)
-        expected = truth.density_mlp(*arguments)
+        found = cuda.density_mlp(given)
+        expected = truth.density_mlp(given)
     assert launched == [kernel]
-    task = Task.of_tensors(decode(code), weights, tables, D, reference.tensors())
-    assert (cuda.why_not_fused(task) is None) is (kernel != "triton")
+    assert (cuda.why_not_fused(given.task) is None) is (kernel != "triton")
     # bfloat16 rounds the operands of two products in the kernel, and results too in the definition.
     tolerance = 3 * 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert float(((found - expected).abs() / (expected.abs() + expected.abs().mean())).max()) < tolerance

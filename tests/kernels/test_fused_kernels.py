@@ -22,7 +22,7 @@ from fastscore.ops import torch as truth
 from fastscore.ops import triton as backend
 from fastscore.ops.instructions import Act, Add, Affine, Linear, Norm, Save, decode, encode
 from fastscore.ops.interpreting import interpreting
-from fastscore.ops.task import Task
+from fastscore.ops.task import Evaluation, Task
 
 
 def run(case, net, kind=None, dtype=torch.float32):
@@ -149,10 +149,9 @@ def test_fused_gradient_of_the_data(net, b, r, d, width, depth, kind, splits):
     if kind:
         f = f - Reference(*q).residual(leaf, x_t, case.eps, case.alpha, case.sigma)
     (want,) = torch.autograd.grad(f, leaf, v)
-    got = backend.density_mlp_dx(
-        v.float(), case.x.float(), case.keys, case.points, case.rows.float(), case.alpha, case.sigma, encode(code),
-        [w.float() for w in weights], [t.float() for t in tables], q, splits,
-    )  # fmt: skip
+    words = case.keys, case.points, case.rows.float(), case.alpha, case.sigma
+    operands = [w.float() for w in weights], [t.float() for t in tables], q
+    got = backend.density_mlp_dx(v.float(), Evaluation(case.x.float(), *words, encode(code), *operands), splits)
     assert close(got, want, 1e-4)
 
 
