@@ -135,6 +135,7 @@ def _prepare(rehearse: bool) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if rehearse:
         os.environ |= {"FASTSCORE_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        import fastscore  # noqa: F401  once for all steps, which is safe where no import can touch a GPU before a fork
     for number in (signal.SIGTERM, signal.SIGHUP):  # whoever ends the job, or hangs up, still gets its summary
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
