@@ -300,7 +300,7 @@ def test_quantiles_of_student():
         torch.testing.assert_close(student_quantile(tail, nu), expected, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize(("entries", "nfe", "most"), [(100, 256, 0.25), (1000, 1024, 0.03)])
+@pytest.mark.parametrize(("entries", "nfe", "most"), [(100, 256, 0.27), (1000, 1024, 0.03)])
 def test_draws_of_a_table_are_as_noisy_as_they_say(entries, nfe, most):
     # Classes of one covariance differ by what antithetic pairs know without noise: the shift of the nodes is what is
     # left of the error, 0.146 and 0.018 nats. Entries drawn once or twice in turns looked like 0.55 and 0.060 of it.

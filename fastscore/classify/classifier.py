@@ -205,7 +205,8 @@ class DiffusionClassifier(nn.Module):
             rounds.add(pairs, total, terms, ends, draws.rules.nfe)
             if plan.level is not None:
                 rounds.drop(plan.level)
-        return rounds.result(self._common(samples, log_det, reference, plan.weighting), samples.x.dtype)
+        common, placed = self._common(samples, log_det, reference, plan.weighting), len(self.nodes.density.share) > 1
+        return rounds.result(common, samples.x.dtype, placed)
 
     def _integrand(
         self, samples: Samples, pairs: Tensor, draws: Draws, reference: Reference, chunks: Chunks

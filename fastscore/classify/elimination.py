@@ -22,7 +22,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..estimator.statistics import contrast_variance, shift_variance, student_quantile, successive_variance, widened
+from ..estimator.statistics import (
+    contrast_variance,
+    freedom_of_pairs,
+    shift_variance,
+    student_quantile,
+    successive_variance,
+    widened,
+)
 
 # Evaluations per class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
@@ -103,15 +110,20 @@ class Rounds:
         self._cost: list[int] = []
         self._took_part: list[Tensor] = []
 
-    def result(self, common: Tensor, dtype: torch.dtype) -> Classification:
-        """Return what all rounds say; `common` (B,) is the part of the log-likelihood that all classes share."""
+    def result(self, common: Tensor, dtype: torch.dtype, placed: bool) -> Classification:
+        """Return what all rounds say.
+
+        Arguments:
+            common: the part of the log-likelihood that all classes share, (B,).
+            placed: whether the nodes lie where classes differ, so that every sample's draws show how noisily.
+        """
         log_likelihood = self.log_likelihood()
         log_posterior = (log_likelihood + self.log_prior).log_softmax(1)
         return Classification(
             log_likelihood=(log_likelihood + common[:, None]).to(dtype),
             stderr=self.stderr().to(dtype),
             log_posterior=log_posterior.to(dtype),
-            log_posterior_stderr=self.log_posterior_stderr(log_posterior.exp()).to(dtype),
+            log_posterior_stderr=self.log_posterior_stderr(log_posterior.exp(), placed).to(dtype),
             prediction=self.best(),
             active=self.active,
             nfe=self.nfe,
@@ -177,9 +189,10 @@ class Rounds:
             a = share[r]
             return a[..., None] * g + (a.gather(1, best) - a)[..., None] * _of(g, best)
 
-        return self._stderr(contrast, successive_variance)  # as an estimate of the class alone has it
+        variance, nu, shift = self._variance(contrast, successive_variance)  # as an estimate of the class alone has it
+        return (widened(variance, nu) + shift).sqrt()
 
-    def log_posterior_stderr(self, posterior: Tensor) -> Tensor:
+    def log_posterior_stderr(self, posterior: Tensor, placed: bool) -> Tensor:
         r"""Return the standard error of each log-posterior, shape (B, C), to first order in the terms' noise.
 
         .. math:: d \log p_c = dL_c - \sum_k p_k\, dL_k
@@ -191,17 +204,16 @@ class Rounds:
             p = p / p.sum(1, keepdim=True).clamp(min=1e-300)
             return share[r][..., None] * (g - (p[:, None] @ g.to(torch.float64)))
 
-        return self._stderr(contrast)
+        variance, nu, shift = self._variance(contrast)
+        alone = self._variance(lambda r, g: share[r][..., None] * g, successive_variance)[0]
+        nu = nu if placed else freedom_of_pairs(nu, variance / alone.clamp(min=1e-300), 1.0)
+        return (widened(variance, nu) + shift).sqrt()
 
     def _share(self) -> list[Tensor]:
         """Return a_{c r} of every round, float64, shape (B, C)."""
         spent = [n * took.to(torch.float64) for n, took in zip(self._cost, self._took_part)]
         total = sum(spent)
         return [s / total for s in spent]
-
-    def _stderr(self, contrast: Callable[[int, Tensor], Tensor], by: Variance = contrast_variance) -> Tensor:
-        variance, nu, shift = self._variance(contrast, by)
-        return (widened(variance, nu) + shift).sqrt()
 
     def _variance(
         self, contrast: Callable[[int, Tensor], Tensor], by: Variance = contrast_variance

@@ -109,7 +109,7 @@ def _compare(sides: list[_Side], nodes: FittedNodes, wanted: Wanted) -> Comparis
         first = torch.cat([part.f for part in parts])[torch.cat([part.samples for part in parts]).argsort()]
         for part in some[1].run(nodes, wanted):
             found.put_ends(1, part, part.f, start + part.samples)
-            found.put(part, first[part.samples] - part.f, start + part.samples)
+            found.put(part, first[part.samples] - part.f, part.f, start + part.samples)
     told = found.told(sides[0].outside() - sides[1].outside())
     if bool(told.truncation_per_sample.isinf().any()):
         _warn_of_few_draws(sides, nodes.density, wanted.nfe)

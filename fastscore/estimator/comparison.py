@@ -16,7 +16,7 @@ from .joining import list_of
 from .part import Part
 from .rules import group_of
 from .samples import Samples
-from .statistics import GroupSums, draw_jump, draw_sum, draw_variance, shift_variance, widened
+from .statistics import GroupSums, draw_jump, draw_sum, draw_variance, freedom_of_pairs, shift_variance, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,8 @@ class Comparison:
 
     Attributes:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
-        stderr: its standard error, nats, shape (B,).
+        stderr: its standard error, nats, shape (B,). Where two networks alike tell components of the data apart, a few
+            draws make the difference, and +- 1.96 of it cover 82 to 99 % of single samples; `mean` has an honest one.
         jump, sample_index: as in `Estimate`.
         ends: each of the two integrands at the ends of its range, as in `Estimate`, shape (B, 4, 7).
 
@@ -120,10 +121,13 @@ class Differences:
         self._sums = torch.empty(3, len(samples), dtype=torch.float64, device=samples.device)
         self._ends = torch.empty(len(samples), 4, 7, dtype=torch.float64, device=samples.device)
 
-    def put(self, part: Part, f: Tensor, chosen: Tensor) -> None:
-        """Put in f of the one minus that of the other, (b, N), for the samples at some places."""
-        block = part.block(f)
-        numbers = draw_sum(block, part.rule), widened(*draw_variance(block, part.rule)), draw_jump(block, part.rule)
+    def put(self, part: Part, difference: Tensor, second: Tensor, chosen: Tensor) -> None:
+        """Put in f of the one minus that of the other, and the other's, (b, N), for the samples at some places."""
+        f, rule = part.block(difference), part.rule
+        variance, nu = draw_variance(f, rule)
+        share = variance / draw_variance(part.block(second), rule)[0].clamp(min=1e-300)
+        nu = freedom_of_pairs(nu, share, rule.paired.to(nu.dtype).mean())
+        numbers = draw_sum(f, rule), widened(variance, nu), draw_jump(f, rule)
         self._sums[:, chosen] = torch.stack([part.flat(each) for each in numbers])
 
     def put_ends(self, side: int, part: Part, f: Tensor, chosen: Tensor) -> None:
@@ -134,7 +138,7 @@ class Differences:
     def put_conditions(self, part: Part) -> None:
         """Put in what two conditions gave: the difference of f and both, (b, 3, N)."""
         difference, *sides = part.f.unbind(1)
-        self.put(part, difference, part.samples)
+        self.put(part, difference, sides[1], part.samples)
         for side, f in enumerate(sides):
             self.put_ends(side, part, f, part.samples)
 

@@ -39,6 +39,7 @@ from .switching import unseen
 KNOWN = 20  # draws, that an expected skewness counts for
 # Its square times d. A squared norm has 8, and covered too much: the terms of most networks are less skewed.
 EXPECTED = 6.0
+FREEDOM_OF_PAIRS, FEW_PAIRS = 1.5, 0.3  # of a difference whose draws are pairs; the share that changes nothing
 FEWEST_BENDS = 8  # draws, of which second differences have three degrees of freedom
 
 
@@ -222,6 +223,26 @@ def widened(variance: Tensor, nu: Tensor) -> Tensor:
     """Return a variance such that +- 1.96 standard errors cover 95 % under Student's t with nu degrees of freedom."""
     rest = 1 / nu
     return (1 + rest * (1.21 + 1.44 * rest)).square() * variance
+
+
+def freedom_of_pairs(nu: Tensor, share: Tensor, pairs: float | Tensor) -> Tensor:
+    r"""Return the degrees of freedom that count of the draws of a difference.
+
+    Antithetic pairs cancel what is odd in the noise, nearly all of the difference where two networks are alike. The
+    rest comes from the few draws in which they tell components of the data apart, and a sample that has none of these
+    does not show what it lacks. So where draws are pairs, no more are counted than
+
+    .. math:: \nu \le 1.5\, (1 + r^2) / s^2, \qquad s = \mathrm{clamp}\big((\pi - 0.3) / 0.7, 0, 1\big)
+
+    with r the variance of the difference in that of one of the two, and :math:`\pi` the share of pairs.
+    `tests/test_alike.py` measures what +- 1.96 standard errors cover.
+
+    Arguments:
+        share: r, shape of nu.
+        pairs: how many of the draws are pairs, 0 to 1.
+    """
+    s = (torch.as_tensor(pairs, dtype=nu.dtype, device=nu.device) - FEW_PAIRS).clamp(min=1e-6) / (1 - FEW_PAIRS)
+    return torch.minimum(nu, FREEDOM_OF_PAIRS * (1 + share.square()) / s.square())
 
 
 def student_quantile(tail: float, nu: Tensor) -> Tensor:
