@@ -50,7 +50,8 @@ class NegativeLogLikelihood(Metric):
 
     The noise of a sample is keyed by the order in which it arrives, as sample n of process r counts as index
     n x processes + r: no two samples share their noise, and the same data give the same number after every `reset`.
-    Pass `sample_index` (from the data set) to make it independent of the order and the number of processes.
+    Pass `sample_index` (from the data set) to make it independent of the order and the number of processes, and where
+    metrics are merged (`merge_state`, `torchmetrics.wrappers.Running`), since each counts its own arrivals.
 
     Arguments:
         density: `ScoreDensity` or `Transformed`; not part of this module, so it is neither moved nor stored with it.
@@ -82,6 +83,8 @@ class NegativeLogLikelihood(Metric):
             self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("variance", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
+        # Samples whose noise is keyed by the order of arrival.
+        self.add_state("arrived", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     @takes_conditions
     def update(
@@ -101,10 +104,17 @@ class NegativeLogLikelihood(Metric):
             cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
         Raises:
-            ValueError: if the samples have other dimensions than those before; and as `ScoreDensity.estimate`.
+            ValueError: if the samples have other dimensions than those before; if some batches have a `sample_index`
+                and others have none; and as `ScoreDensity.estimate`.
         """
         (density,) = self._density
         check_batch(x)
+        arrived = sample_index is None
+        if arrived != bool(self.arrived) and bool(self.count.any()):
+            raise ValueError(
+                f"this batch has {'no' if arrived else 'a'} sample_index and those before had "
+                f"{'none' if self.arrived else 'one'}: samples of both may have the same noise; pass it always or never"
+            )
         if sample_index is None:
             sample_index = self._arrivals(x)
         with evaluating(density.model):
@@ -119,8 +129,29 @@ class NegativeLogLikelihood(Metric):
         for state, more in zip(self._sums(), GroupSums.of(value.to(self.total), found.jump * scale, found.group)):
             state += more
         self.variance += (found.variance * scale**2).to(self.total).sum()
+        self.arrived += len(x) * arrived
         if mask is None:
             self.dims = torch.full_like(self.dims, found.dims)
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Take in the states of another metric, for `merge_state` and `torchmetrics.wrappers.Running`.
+
+        Raises:
+            ValueError: where samples of both may have the same noise, or have different dimensions.
+        """
+        other = {name: incoming_state[name].sum() for name in ("count", "arrived", "dims") if name in incoming_state}
+        if len(other) == 3 and other["count"] and self.count.any():
+            if other["arrived"] or self.arrived:
+                raise ValueError(
+                    f"each {type(self).__name__} keys the noise by its own order of arrival, so that samples of two "
+                    "have the same; pass sample_index= to update, the place of each sample in the data set"
+                )
+            if other["dims"] and self.dims and other["dims"] != self.dims:
+                raise ValueError(
+                    f"samples had {int(self.dims)} dimensions in one metric and {int(other['dims'])} in the other; "
+                    "keep them apart"
+                )
+        super()._reduce_states(incoming_state)
 
     def forward(self, x: Tensor, **options: Any) -> dict[str, Tensor]:
         """Take in a batch and return the values of that batch on this process alone."""

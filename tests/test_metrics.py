@@ -288,3 +288,68 @@ def test_what_rounding_puts_on_the_upper_end_is_no_warning(recwarn):
     x[1, :100] = 1.0
     with pytest.warns(UserWarning, match="104 of 1000000 entries of the data lie outside"):
         assert warn_if_outside(count_outside(x, None, -1.0, 1.0), 256, -1.0, 1.0)
+
+
+def of_index(index, nfe=32):
+    metric = NegativeLogLikelihood(density(), nfe=nfe, seed=5)
+    metric.update(X[index], sample_index=index)
+    return metric
+
+
+def test_metrics_are_merged_where_no_two_samples_have_the_same_noise():
+    """By arrival both begin at 0; merged without a word, the stated error of 16 metrics was a third of the true one."""
+    parts = torch.arange(100).split(30)
+    one, *others = map(of_index, parts)
+    for other in others:
+        one.merge_state(other)
+    whole = NegativeLogLikelihood(density(), nfe=32, seed=5)
+    whole.update(X)
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(one.compute()[name], value, rtol=1e-12, atol=0)  # sums of float64
+    by_arrival = [NegativeLogLikelihood(density(), nfe=16) for _ in range(2)]
+    for metric, x in zip(by_arrival, X.split(50)):
+        metric.update(x)
+    with pytest.raises(ValueError, match="order of arrival, so that samples of two have the same; pass sample_index="):
+        by_arrival[0].merge_state(by_arrival[1])
+    with pytest.raises(ValueError, match="order of arrival"):
+        by_arrival[0].merge_state(by_arrival[1].metric_state)
+    with pytest.raises(ValueError, match="order of arrival"):
+        of_index(parts[0]).merge_state(by_arrival[1])
+    by_arrival[0].reset()
+    by_arrival[0].merge_state(by_arrival[1])  # one of them has no sample
+    assert by_arrival[0].compute() == by_arrival[1].compute()
+
+
+def test_metrics_of_other_dimensions_are_not_merged():
+    target = mixture(3)
+    other = NegativeLogLikelihood(fs.ScoreDensity(ExactNet(target, SCHEDULE), SCHEDULE, "eps", program=False), nfe=16)
+    other.update(target.sample(5, seed=3), sample_index=torch.arange(200, 205))
+    with pytest.raises(ValueError, match="2 dimensions in one metric and 3 in the other; keep them apart"):
+        of_index(torch.arange(10)).merge_state(other)
+
+
+def test_a_window_takes_the_index_of_the_data_set():
+    from torchmetrics.wrappers import Running
+
+    running = Running(NegativeLogLikelihood(density(), nfe=16), window=2)
+    for _ in range(2):
+        running(X[:10])
+    with pytest.raises(ValueError, match="order of arrival"):
+        running.compute()
+    running = Running(NegativeLogLikelihood(density(), nfe=16), window=2)
+    for index in torch.arange(60).split(20):
+        running(X[index], sample_index=index)
+    last = of_index(torch.arange(20, 60), 16)
+    whole = density().estimate(X[20:60], nfe=16, sample_index=torch.arange(20, 60))
+    torch.testing.assert_close(running.compute()["nll"], -whole.log_prob.double().mean(), rtol=1e-6, atol=0)
+    assert last.compute()["nll"].isfinite()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_index_is_passed_always_or_never(first):
+    metric, index = NegativeLogLikelihood(density(), nfe=16), torch.arange(10)
+    metric.update(X[:10], sample_index=index if first else None)
+    with pytest.raises(ValueError, match="pass it always or never"):
+        metric.update(X[10:20], sample_index=None if first else index)
+    metric.reset()
+    metric.update(X[10:20], sample_index=None if first else index)
