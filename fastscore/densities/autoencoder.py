@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..process.network import model_dtype
+from ..process.taken_dtype import model_dtype
 from ..support.host import as_tensor, kind_of
 from ..support.memory import chunk_rows, peak_bytes
 from ..support.untouched import uncompiled

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..estimator.samples import Samples
-from ..process.network import model_dtype, predict
+from ..process.network import predict
 from ..process.table_twin import ContinuousDDPM
+from ..process.taken_dtype import model_dtype
 from ..support.untouched import uncompiled
 
 FRACTION = "; round it first"  # the remedy of a table, which is none here

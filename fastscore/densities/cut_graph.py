@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..estimator.network import Network
 from ..estimator.samples import Samples
 from ..process.masks import inside
-from ..process.network import model_dtype, predict, switches_of
+from ..process.network import predict, switches_of
+from ..process.taken_dtype import model_dtype
 from ..support.untouched import uncompiled
 from .flow_field import log_snr_of, vjp
 

@@ -20,7 +20,8 @@ from ..estimator.samples import Samples
 from ..ops import interpreter, tangents
 from ..ops.instructions import NoProgram
 from ..process.masks import inside
-from ..process.network import cast_time, model_dtype
+from ..process.network import cast_time
+from ..process.taken_dtype import model_dtype
 from ..program.row_program import RowProgram
 from ..program.verification import ProgramMismatch
 from ..reference.levels import Level

@@ -27,7 +27,8 @@ from ..ops.select import implementation
 from ..ops.task import Task, WithRespectTo
 from ..process.conditions import Conditions
 from ..process.masks import inside
-from ..process.network import model_dtype, predict
+from ..process.network import predict
+from ..process.taken_dtype import model_dtype
 from ..program.row_program import RowProgram, Timed
 from ..reference.gaussians import Reference
 from ..support import memory

@@ -18,8 +18,9 @@ from ..ops.noise import SOBOL_MAX_DIM
 from ..ops.select import check_name, select
 from ..process.conditions import Conditions
 from ..process.masks import broadcast_mask, mask_rows
-from ..process.network import model_device, refuse_cut_times, warn_if_training
+from ..process.network import cast_time, model_device, refuse_cut_times, warn_if_training
 from ..process.schedules import Schedule
+from ..process.taken_dtype import is_open, settle
 from ..program.row_program import Programs, RowProgram
 from ..reference.gaussians import Reference
 from ..reference.picking import Picked
@@ -27,6 +28,7 @@ from ..support.buffers import Constants
 from ..support.compiled import Compiled
 from ..support.host import kind_of, whole
 from ..support.memory import parse_bytes
+from ..support.untouched import uncompiled, undisturbed
 from .coincidence import refuse_coincidences
 from .control import control_of
 from .degenerate import are_far, warn_of_far
@@ -214,7 +216,7 @@ class NetworkDensity(Density):
             raise ValueError(
                 f"x has {samples.x.shape[1]} dimensions a sample and the reference {own}; fit again, or give another"
             )
-        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
+        self._ask_network(samples)
         if samples.mask is not None and not self.reference.along_axes and not bool(samples.mask.all()):
             raise ValueError(
                 "a mask needs a reference that is diagonal in the entries, since the marginals of others are not known "
@@ -222,6 +224,15 @@ class NetworkDensity(Density):
                 "fit(data, mask=...)"
             )
         return samples
+
+    def _ask_network(self, samples: Samples) -> None:
+        """Ask the network, once each, what it takes data and conditions for."""
+        if samples.conds and is_open(self.model, samples.x):
+            one = samples.select(slice(1))
+            time = cast_time(self._some_times()[:1].to(samples.device), samples.x.dtype, self.time_dtype)
+            with torch.no_grad(), uncompiled(), undisturbed(self.model):
+                settle(self.model, one.x.view(1, *one.shape), time, one.conds[0].repeated(1))
+        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
 
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:
         """Return the samples that `fit` looks at, on the network's device."""
@@ -232,7 +243,7 @@ class NetworkDensity(Density):
         refuse_not_finite_at("data", x, chosen)
         given = Conditions.of(cond, len(data), self.model).select(chosen).to(here, data.device)
         samples = replace(self._checked(x, chosen), conds=(given,))
-        refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
+        self._ask_network(samples)
         if mask is None:
             return samples
         counted = broadcast_mask(mask, data)[chosen.to(data.device)].to(here)

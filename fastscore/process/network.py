@@ -15,22 +15,25 @@ from ..support.untouched import layers_of
 from ..support.warn import warn
 from .conditions import Conditions
 from .schedules import Schedule
+from .taken_dtype import model_dtype
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 _SWITCHES = frozenset((bool, str, float))
+_OFFLOADED = {"_hf_hook", "_diffusers_hook"}  # of layers that accelerate or diffusers call through hooks of theirs
 _NOISY_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
-def model_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the dtype of the network's floating parameters, or the default if it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
-
-
 def model_device(model: nn.Module, default: torch.device | None = None) -> torch.device | None:
-    """Return the device of the network's parameters, or the default if it has none."""
-    return next((p.device for p in model.parameters()), default)
+    """Return the device of the network's parameters, or the default if it has none or brings them to its data itself.
+
+    Hooks of accelerate and diffusers that offload layers do that: the parameters wait on the CPU, a disk or "meta".
+    """
+    found = next((p.device for p in model.parameters()), default)
+    if found != default and default is not None and any(_OFFLOADED & vars(layer).keys() for layer in layers_of(model)):
+        return default
+    return found
 
 
 def warn_if_training(model: nn.Module) -> None:
@@ -59,7 +62,7 @@ def predict(
 ) -> Tensor:
     """Return the network's prediction for every row, shape (B, R, d), in the dtype of x_t.
 
-    The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype of its parameters and t
+    The network is called once as `model(x_t, t, **cond)` with x_t (B R, *shape) in the dtype that it takes and t
     (B R,): int64 for a discrete table, the dtype of x_t else, or `time_dtype`. Conditions with one entry a sample are
     repeated along the rows. It may return a tensor, a tuple or list whose first entry counts, or an object with
     `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.

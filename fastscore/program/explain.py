@@ -15,8 +15,9 @@ from ..ops.instructions import Act, Add, Affine, Instruction, Linear, NoProgram,
 from ..ops.select import implementation, runnable
 from ..ops.task import Task, WithRespectTo
 from ..process.conditions import Conditions, takes_conditions
-from ..process.network import model_dtype, time_dtype_of
+from ..process.network import time_dtype_of
 from ..process.schedules import Schedule
+from ..process.taken_dtype import model_dtype
 from ..support.host import kind_of
 from ..support.structure import flatten
 from .chain import Core

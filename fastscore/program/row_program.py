@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..ops.instructions import Act, Add, Affine, Bound, Instruction, Linear, NoProgram, Norm, Save
 from ..ops.interpreter import run, run_differentiably
 from ..process.conditions import Conditions, has_shape
-from ..process.network import model_dtype
+from ..process.taken_dtype import model_dtype
 from ..support.compiled import Compiled
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled

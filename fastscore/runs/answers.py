@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..estimator.network_density import network_of
 from ..estimator.protocol import Density
-from ..process.network import model_dtype, predict
+from ..process.network import predict
+from ..process.taken_dtype import model_dtype
 from ..support.untouched import undisturbed
 
 LEVELS, DIRECTIONS = 3, 4

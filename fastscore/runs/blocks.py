@@ -22,7 +22,7 @@ from ..estimator.methods import method_of, table_of
 from ..estimator.protocol import Density
 from ..estimator.rules import make_rules
 from ..estimator.saved import IN_A_FILE
-from ..process.network import model_dtype
+from ..process.taken_dtype import model_dtype
 from ..support.host import positive, whole
 from .answers import answers
 from .condition_data import DataConditions

@@ -23,7 +23,8 @@ from ..density import ScoreDensity
 from ..estimator.bins import HIGH, LOW, Bins, in_numbers, log_width, warn_if_outside
 from ..estimator.estimate import Estimate, from_arrays
 from ..estimator.protocol import Density, check_density
-from ..process.network import model_device, model_dtype
+from ..process.network import model_device
+from ..process.taken_dtype import model_dtype
 from ..support.host import refuse_not_dense
 from ..support.memory import parse_bytes
 from ..support.progress import progress_bar
