@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..density import ScoreDensity
 from ..estimator.samples import Samples
 from ..program.row_program import RowProgram
+from ..support.recompute import recomputed
 from .flow_course import ProgramCourse
 from .flow_ends import truncation
 from .flow_field import Field, Time, kinds, rademacher
@@ -107,7 +107,7 @@ class Flow:
         """Return the velocity alone; for a backward pass nothing but y is kept of it."""
         if not torch.is_grad_enabled():
             return field.velocity(time, y)
-        return checkpoint(field.velocity, time, y, use_reentrant=False)
+        return recomputed(field.density.model, field.velocity, time, y)
 
     def _of(self, samples: Samples) -> Flow:
         found = copy(self)

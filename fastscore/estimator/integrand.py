@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..ops import definitions as ops
 from ..ops import noise
@@ -33,6 +32,7 @@ from ..program.row_program import RowProgram, Timed
 from ..reference.gaussians import Reference
 from ..support import memory
 from ..support.host import all_finite
+from ..support.recompute import recomputed
 from ..support.untouched import uncompiled
 from .network import PROBE_ROWS, Network
 from .rows import Draws, Rows
@@ -151,7 +151,7 @@ def chunk_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, r
     """Return `draw_values`; under autograd what it stores is recomputed in the backward pass."""
     if not torch.is_grad_enabled() or choice_of(samples, rows, reference).fused:  # the fused op keeps no row
         return draw_values(network, samples, keys, rows, reference)
-    return checkpoint(draw_values, network, samples, keys, rows, reference, use_reentrant=False)
+    return recomputed(network.model, draw_values, network, samples, keys, rows, reference)
 
 
 def draw_values(network: Network, samples: Samples, keys: Tensor, rows: Rows, reference: Reference) -> Tensor:
