@@ -156,7 +156,6 @@ class Packed:
     tables: tuple[Tensor, Tensor, Tensor]  # per row, sample and pair; an empty one has no columns
     operands: tuple[int, ...]  # PRE scale, shift; POST scale, shift, skip; the reference's keep, pull, offset
     program: bytes
-    dimensions: int
 
 
 def shared_by_samples(code: tuple, levels: Sequence[str]) -> bool:
@@ -213,7 +212,6 @@ def pack(
         tables=tuple(into.matrix(level, x) if into.columns[level] else none for level in packing.LEVELS),
         operands=tuple(_operand(o) for o in (*pre, *post, *missing)),
         program=b"".join(_instruction(op, slots) for op in body),
-        dimensions=d,
     )
 
 
@@ -245,7 +243,7 @@ def launch(
     module.density_mlp(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.points, packed.rows, packed.weights, *packed.tables, f)],
-        [len(packed.x), len(packed.rows), packed.dimensions, *(t.shape[-1] for t in packed.tables)],
+        [len(packed.x), len(packed.rows), *(t.shape[-1] for t in packed.tables)],
         list(packed.operands),
         packed.program,
         device,
