@@ -2,8 +2,9 @@
 
 What they cover: row programs with bfloat16 weights, hidden widths up to 512 on Hopper (compute capability 9.0) and 128
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
-same pass; another reference comes from Triton's kernel. `why_not_fused` says what stands in the way. Of those programs
-Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction; `steps_of` says which.
+same pass; another reference is evaluated by itself, by Triton's kernel or PyTorch. `why_not_fused` says what stands in
+the way. Of those programs Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction;
+`steps_of` says which.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def why_not_fused(task: Task) -> str | None:
     vectors = sum(i >= 0 for op in task.code if op[0] in ("affine", "add") for i in op[-1 if op[0] == "add" else 1 :])
     stride = vectors * shape.hidden + 8 * shape.data
     found = native().plan(*shape, stride, *_device(task.device))
-    return found if isinstance(found, str) else why_not_control(task.components, task.full, task.d, task.device)
+    return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
 from ..kernels import density_mlp_dp as fused_dp
 from ..kernels import density_mlp_dx as fused_dx
-from ..kernels import launch, packing
+from ..kernels import density_mlp_wide as fused_wide
+from ..kernels import launch, packing, panels
 from ..kernels import loss_difference as loss_difference_kernel
 from ..kernels import loss_rows as loss_rows_kernel
 from ..kernels import perturb as perturb_kernel
@@ -28,6 +29,8 @@ from . import torch as torch_backend
 from .instructions import decode
 from .interpreting import interpreting
 from .task import Task, WithRespectTo, plain
+
+CONTROL_BYTES = 8 << 20  # of x_t, where PyTorch evaluates a reference beside a fused kernel
 
 
 def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
@@ -93,7 +96,19 @@ def residual_backward(
 def control(
     x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]
 ) -> Tensor:
-    return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+    d, components, full = x.shape[1], len(reference[0]), reference[3].numel() > 0
+    if why_not_control(components, full, d, x.device) is None:
+        return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+    # By PyTorch, a part of the rows and of the samples at a time: beside a fused kernel nobody counts its memory.
+    f, most = x.new_empty(len(x), len(points)), max(1, CONTROL_BYTES // (x.element_size() * d))
+    for r in range(0, len(points), most):
+        rows = slice(r, min(r + most, len(points)))
+        samples = max(1, most // (rows.stop - r))
+        for b in range(0, len(x), samples):
+            some = slice(b, b + samples)
+            given = points[rows], sign[rows], alpha[rows], sigma[rows]
+            f[some, rows] = torch_backend.control(x[some], keys[some], *given, reference)
+    return f
 
 
 def loss_rows(
@@ -125,14 +140,17 @@ def density_mlp(
     tables: list[Tensor],
     reference: list[Tensor],
 ) -> Tensor:
-    arguments = _contiguous(x, keys, points, rows, alpha, sigma)
+    arguments, products = _contiguous(x, keys, points, rows, alpha, sigma), precision(weights[0].dtype)
+    task = Task.of_tensors(decode(code), weights, tables, x.shape[1], reference)
     try:
-        return fused.density_mlp(
-            *arguments, plain(decode(code)), weights, tables, tuple(reference) or None, precision(weights[0].dtype)
-        )
+        way = _way(task, products)
+        inside = None if way.apart else tuple(reference) or None
+        run = fused_wide.density_mlp_wide if way.wide else fused.density_mlp
+        f = run(*arguments, task.code, weights, tables, inside, products)
     except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
         warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning)
         return torch_backend.density_mlp(*arguments, code, weights, tables, reference)
+    return f - control(x, keys, points, rows[:, 0], alpha, sigma, reference) if way.apart else f
 
 
 def density_mlp_dx(
@@ -222,8 +240,49 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def why_not_fused(task: Task) -> str | None:
-    """Return why the fused kernel cannot run a row program with its reference, or None."""
-    return _dtype(task) or _room(task, precision(task.dtype), launch.Config.from_heuristic)
+    """Return why no fused kernel can run a row program, or None; whatever its reference, which may come apart."""
+    if (reason := _dtype(task)) is not None:
+        return reason
+    try:
+        _way(task, precision(task.dtype))
+    except launch.NoRoom as error:
+        return str(error)
+    return None
+
+
+class Way(NamedTuple):
+    """Which fused kernel runs a program."""
+
+    wide: bool  # that of wide layers, `kernels/density_mlp_wide.py`
+    apart: bool  # whether the reference is evaluated by itself, and subtracted
+
+
+@lru_cache(maxsize=256)
+def _way(task: Task, precision: str) -> Way:
+    """Return how a program runs: in one pass with its reference where that fits.
+
+    Raises:
+        NoRoom: if no fused kernel runs it.
+    """
+    reason = packing.why_not(task.code, list(task.shapes), task.d, panels.MAX_WIDTH)
+    if reason is not None:
+        raise launch.NoRoom(reason)
+    device, along_axes = launch.Device.of(task.device), task.components < 2 and not task.full
+    ways = [Way(wide=True, apart=not along_axes)]
+    if task.width <= launch.MAX_WIDTH[task.dtype.itemsize]:
+        ways[:0] = [Way(wide=False, apart=True)] * (not along_axes)
+        if why_not_control(task.components, task.full, task.d, task.device) is None:
+            ways[:0] = [Way(wide=False, apart=False)]
+    for way in ways:
+        work = _work(task._replace(components=0, full=False) if way.apart else task, precision)
+        try:
+            (panels.Panels.choose if way.wide else launch.Config.from_heuristic)(work, device)
+        except launch.NoRoom:
+            if way.wide:
+                raise
+        else:
+            return way
+    raise AssertionError("the last way raises")
 
 
 def _dtype(task: Task) -> str | None:
@@ -234,7 +293,7 @@ def _dtype(task: Task) -> str | None:
 
 @lru_cache(maxsize=256)
 def _room(task: Task, precision: str, choose: Callable[[launch.Work, launch.Device], object]) -> str | None:
-    """Return why a kernel cannot be launched, or None; `choose` raises NoRoom where nothing fits the device."""
+    """Return why a gradient's kernel cannot be launched, or None; `choose` raises NoRoom where nothing fits."""
     reason = packing.why_not(task.code, list(task.shapes), task.d, launch.MAX_WIDTH[task.dtype.itemsize])
     reason = reason or why_not_control(task.components, task.full, task.d, task.device)
     if reason is not None:
@@ -259,7 +318,7 @@ def _work(task: Task, precision: str) -> launch.Work:
 
 
 def why_not_control(components: int, full: bool, d: int, device: torch.device) -> str | None:
-    """Return why a kernel cannot evaluate a reference, or None."""
+    """Return why a kernel cannot evaluate a reference, or None; PyTorch does then, in the same function."""
     return control_kernel.why_not(components, full, d, launch.Device.of(device).shared)
 
 

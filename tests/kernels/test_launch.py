@@ -97,14 +97,23 @@ def test_what_no_launch_fits_is_refused_with_numbers():
 def test_the_predicate_says_what_the_launch_would(monkeypatch):
     monkeypatch.setattr(launch.Device, "of", classmethod(lambda cls, device: cls(86, SHARED[86])))
     monkeypatch.setattr(backend, "precision", lambda dtype: "bf16")  # the interpreter's is another
-    backend._room.cache_clear()
-    for width, reason in ((256, "it takes 141,312 bytes"), (128, None)):
+    backend._way.cache_clear()
+    for width, reason, wide in ((128, None, False), (256, None, True), (512, None, True), (513, "hidden widths", None)):
         network = random_networks.problem(random_networks.adaln, width, 3, 50, "diagonal", "bf16")
         shapes, levels = tuple(tuple(w.shape) for w in network.weights), ("r",) * len(network.tables)
-        found = backend.why_not_fused(Task(network.code, shapes, levels, 50, 1, False, torch.bfloat16, CPU))
+        asked = Task(network.code, shapes, levels, 50, 1, False, torch.bfloat16, CPU)
+        found = backend.why_not_fused(asked)
         assert (found is None) if reason is None else found.startswith(reason)
+        assert wide is None or backend._way(asked, "bf16") == (wide, False)
+    # A reference that does not fit beside the network, or at all, is evaluated by itself.
     assert backend.why_not_control(300, False, 128, CPU).endswith("the device grants 101,376")
-    backend._room.cache_clear()
+    narrow = asked._replace(
+        shapes=((64, 50), (50, 64)), code=(("linear", 0), ("act", "silu"), ("linear", 1)), levels=()
+    )
+    assert backend._way(narrow, "bf16") == (False, False)
+    assert backend._way(narrow._replace(components=10, full=True), "bf16") == (False, False)
+    assert backend._way(narrow._replace(components=1000), "bf16") == (False, True)
+    backend._way.cache_clear()
 
 
 def test_a_reference_alone_has_to_fit_too():
