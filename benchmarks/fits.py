@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS = 65_536  # of a multiprocessor, on every architecture
+WIDE = 10  # networks for one that is wider than the kernel takes whose weights come whole
 SELDOM = 20  # networks for one whose parameters' gradient is compiled, which takes as long as all else of several
 
 
@@ -39,7 +40,8 @@ def examine(seed: int) -> list[dict]:
     """Return a row for every kernel of a random network on a random device, or what the choice says against it."""
     torch.set_num_threads(1)
     generator = random.Random(seed)
-    problem, capability = random_networks.random_problem(generator), generator.choice(tuple(aot.SHARED))
+    problem = random_networks.random_problem(generator, wide=seed % WIDE == WIDE - 1)
+    capability = generator.choice(tuple(aot.SHARED))
     about = {"seed": seed, "case": problem.name, "sm": capability, "granted": aot.SHARED[capability]}
     kernels = (forward, gradient, reference, parameters)[: 4 if seed % SELDOM == 0 else 3]
     return [about | {"kernel": kernel.__name__} | row for kernel in kernels for row in kernel(problem, capability)]
@@ -49,7 +51,7 @@ def forward(problem: Problem, capability: int) -> Iterator[dict]:
     """Compile the launch that is chosen, or yield why there is none."""
     work = problem.packed()[0]
     try:
-        config = launch.Config.from_heuristic(work, aot.device(capability))
+        config = aot.chosen(work, capability)
     except launch.NoRoom as error:
         yield {"refused": str(error)}
         return

@@ -43,11 +43,11 @@ class Panels:
             yield cls(32, 8, panel, chunk, stages)
         yield cls(16, 8, 16, min(chunk, 16), 1)
 
-    def shared_bytes(self, work: Work) -> int:
+    def shared_bytes(self, work: Work, capability: int = 0) -> int:
         """Return a bound of the shared memory that the compiled kernel takes.
 
         Panels of operand and weight, all in flight but the one that is multiplied; or a tile on its way to memory, or
-        into the first product, which is rearranged, with a vector that differs among samples.
+        into the first product, which is rearranged, with a vector that differs among samples. The same on every device.
         """
         width = work.layout.width
         panels = max(1, self.stages - 1) * work.itemsize * self.panel * (self.block_b + width)
