@@ -88,7 +88,7 @@ def reference(problem: Problem, capability: int) -> Iterator[dict]:
     work, d = problem.packed()[0], problem.d
     fits = control.why_not(work.components, "full" in work.reference, d, aot.SHARED[capability]) is None
     if work.reference not in ("none", "diagonal") and fits:
-        bound = launch.reference_bytes(work.reference, work.components, d, control.BLOCK_B)
+        bound = control.shared_bytes(work.reference, work.components, d)
         yield {"bound": bound} | resources(compile_control(problem, capability), control.NUM_WARPS)
 
 
@@ -97,13 +97,14 @@ def compile_control(problem: Problem, capability: int):
     into, x, ones = packing.Tables(2, 2), torch.zeros(2, problem.d), torch.ones(2)
     kind, _, _ = packing.pack_control(problem.reference, x, ones, ones, into)
     refs, operands = packing.number_references(kind[1:])
-    constexprs = {"D": problem.d, "BLOCK_B": control.BLOCK_B, "BLOCK_D": packing.block_d(problem.d), "REFS": refs}
-    constexprs |= {"KIND": kind[0], "CONTROL": operands}
+    constexprs = {"D": problem.d, "PADDED": packing.padded(problem.d), "BLOCK_D": packing.block_d(problem.d)}
+    constexprs |= {"BLOCK_B": control.BLOCK_B, "REFS": refs, "KIND": kind[0], "CONTROL": operands}
     names = control.control_fwd_kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else aot.POINTERS.get(n, "i32") for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    options = {"num_warps": control.NUM_WARPS, "num_stages": 1}
     source = ASTSource(fn=control.control_fwd_kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": control.NUM_WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled, num_warps: int) -> dict:

@@ -30,7 +30,7 @@ from .instructions import decode
 from .interpreting import interpreting
 from .task import Task, WithRespectTo, plain
 
-CONTROL_BYTES = 8 << 20  # of x_t, where PyTorch evaluates a reference beside a fused kernel
+CONTROL_BYTES = 8 << 20  # of a reference's tables, or of x_t, where it is evaluated a part at a time
 
 
 def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
@@ -97,17 +97,24 @@ def control(
     x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]
 ) -> Tensor:
     d, components, full = x.shape[1], len(reference[0]), reference[3].numel() > 0
-    if why_not_control(components, full, d, x.device) is None:
+    kernel = why_not_control(components, full, d, x.device) is None
+    if kernel and (d <= packing.MAX_BLOCK_D or (components == 1 and not full)):
         return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
-    # By PyTorch, a part of the rows and of the samples at a time: beside a fused kernel nobody counts its memory.
-    f, most = x.new_empty(len(x), len(points)), max(1, CONTROL_BYTES // (x.element_size() * d))
+    # A part at a time, as nobody counts what this takes of memory: a kernel reads tables of the rows, made in float64,
+    # PyTorch makes x_t of rows and samples.
+    most = max(1, CONTROL_BYTES // (8 * components * d if kernel else x.element_size() * d))
+    f = x.new_empty(len(x), len(points))
     for r in range(0, len(points), most):
         rows = slice(r, min(r + most, len(points)))
-        samples = max(1, most // (rows.stop - r))
+        given = points[rows], sign[rows], alpha[rows], sigma[rows]
+        samples = len(x) if kernel else max(1, most // (rows.stop - r))
         for b in range(0, len(x), samples):
             some = slice(b, b + samples)
-            given = points[rows], sign[rows], alpha[rows], sigma[rows]
-            f[some, rows] = torch_backend.control(x[some], keys[some], *given, reference)
+            if kernel:
+                part = control_kernel.control(*_contiguous(x[some], keys[some], *given), tuple(reference))
+            else:
+                part = torch_backend.control(x[some], keys[some], *given, reference)
+            f[some, rows] = part
     return f
 
 
@@ -271,7 +278,8 @@ def _way(task: Task, precision: str) -> Way:
     ways = [Way(wide=True, apart=not along_axes)]
     if task.width <= launch.MAX_WIDTH[task.dtype.itemsize]:
         ways[:0] = [Way(wide=False, apart=True)] * (not along_axes)
-        if why_not_control(task.components, task.full, task.d, task.device) is None:
+        one_chunk = task.d <= packing.MAX_BLOCK_D
+        if along_axes or (one_chunk and why_not_control(task.components, task.full, task.d, task.device) is None):
             ways[:0] = [Way(wide=False, apart=False)]
     for way in ways:
         work = _work(task._replace(components=0, full=False) if way.apart else task, precision)

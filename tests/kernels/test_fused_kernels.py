@@ -58,8 +58,8 @@ FUSED = [
     (both, 3, 2, 150, 32, 3, None),
     (skip, 3, 2, 5, 32, 0, "isotropic"),
     (adaln, 7, 3, 50, 256, 2, "diagonal"),  # wide layers from here on, and references that come apart
-    (adaln, 33, 5, 13, 300, 1, "full"),
-    (edm, 3, 2, 150, 270, 3, "isotropic"),
+    (adaln, 33, 3, 13, 300, 1, "full"),
+    (edm, 3, 1, 129, 270, 2, "isotropic"),
     (both, 3, 2, 5, 512, 2, None),
     (skip, 1, 1, 1, 129, 0, None),
     (adaln, 5, 3, 150, 64, 1, "full mixture"),
