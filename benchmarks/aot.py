@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +112,19 @@ def compile_forward(problem: Problem, config: launch.Config | Panels, capability
     return build(density_mlp.density_mlp_fwd_kernel, constexprs, problem.precision, config.num_warps, capability)
 
 
+ACCESS = re.compile(r"(st|ld)\.global|(cp)\.async\.c[ag]|(bar)\.sync")
+
+
+def unordered(ptx: str) -> int:
+    """Return how many stores to memory no barrier parts from the next load, or from the last one before them.
+
+    The kernel of wide layers reads what other threads of its program have written; Triton's interpreter has one thread.
+    """
+    found = [next(filter(None, match.groups())) for match in ACCESS.finditer(ptx)]
+    pairs = [(a, b) for a, b in pairwise(found) if a != b]  # runs of one kind
+    return sum("st" in pair and "bar" not in pair for pair in pairs)
+
+
 def compile_gradient(problem: Problem, wanted: tuple[bool, bool, bool], capability: int):
     """Return the compiled gradient kernel of a problem, for x, the weights and the vector operands, or some of them."""
     work, operands = problem.packed()
@@ -193,6 +208,7 @@ def measure(case: Case | str, capability: int, gradient: tuple | None = None) ->
     else:
         name, config = case.name, chosen(problem.packed()[0], capability)
         compiled = compile_forward(problem, config, capability)
+        assert not (isinstance(config, Panels) and unordered(compiled.asm["ptx"])), name
     weights = "in panels" if isinstance(config, Panels) else "resident" if config.resident else "streamed"
     launched = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
     return {"case": name, "sm": capability} | launched | inspect(compiled)

@@ -23,7 +23,7 @@ from .control import control_residual
 from .density_mlp import ACT, ADD, AFFINE, LINEAR, NORM, SAVE, constants, load_x, make_eps, pack, residual
 from .launch import Config, Device, Work
 from .occupancy import registers_of, remember
-from .packing import Reference
+from .packing import Layout, Reference
 from .panels import Panels
 from .tile_ops import advance, affine, layer_norm, matmul, operand, tile
 
@@ -182,7 +182,7 @@ def density_mlp_wide(
     each, programs = panels.divide(work, device, batch, count, registers_of(key))
     f = torch.empty(batch, count, dtype=torch.float32, device=x.device)
     operands = torch.empty(programs, panels.block_b, work.layout.width, dtype=packed[0].dtype, device=x.device)
-    slots = number_of_slots(layout.body)
+    slots = number_of_slots(layout)
     saved = torch.empty(programs, max(1, slots), panels.block_b if slots else 1, work.layout.width, device=x.device)
     compiled = density_mlp_wide_kernel[(programs,)](
         x, keys, points, rows, *packed, q, y, f, operands, saved,
@@ -193,14 +193,14 @@ def density_mlp_wide(
     return f
 
 
-def number_of_slots(body: tuple) -> int:
-    """Return how many saved tiles a program has a place for."""
-    return 1 + max((op[1] for op in body if op[0] == "save"), default=-1)
+def number_of_slots(layout: Layout) -> int:
+    """Return for how many saved tiles a program has a place: a slot's number is its place."""
+    return 1 + max(layout.saved, default=-1)
 
 
 def wide_constants(work: Work, control: tuple, panels: Panels) -> dict:
     """Return the kernel's compile-time arguments."""
     found = constants(work.layout, control, work.d, work.precision, Config(panels.block_b, panels.num_warps, False, 1))
     del found["RESIDENT"]
-    found |= {"BLOCK_D": panels.block_d, "WIDTH": work.layout.width, "SLOTS": number_of_slots(work.layout.body)}
+    found |= {"BLOCK_D": panels.block_d, "WIDTH": work.layout.width, "SLOTS": number_of_slots(work.layout)}
     return found | {"PANEL": panels.panel, "STAGES": panels.stages}

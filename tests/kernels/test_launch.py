@@ -86,6 +86,12 @@ def test_width_256_takes_one_stage_where_two_do_not_fit():
     assert chosen(90, family=random_networks.single) == first
 
 
+def test_two_saved_tiles_take_smaller_tiles_of_samples():
+    for family, found in ((random_networks.two_tiles, (64, False)), (random_networks.single, (128, True))):
+        config = chosen(90, family=family, width=128)
+        assert (config.block_b, config.resident) == found
+
+
 def test_what_no_launch_fits_is_refused_with_numbers():
     # A weight of 256 x 256 bfloat16 and its operand of 16 x 256, and 1 KB each for a vector and a sum.
     message = "it takes 141,312 bytes of shared memory at least, the device grants 101,376"
