@@ -76,26 +76,34 @@ def fused(kernel: Kernel, width: int) -> tuple[float, float]:
     return 1e3 * turns * products / CLOCK, 1e3 * turns * fetched / FILL / CLOCK
 
 
-def main() -> None:
-    recorded = json.loads((RESULTS / "h200_kernels.json").read_text())["rows"]
+def span(kernel: Kernel, width: int) -> tuple[float, float]:
+    """Return the milliseconds between which a kernel is predicted."""
+    bound = max(fused(kernel, width))
+    return bound, MARGIN * bound
+
+
+def measured() -> tuple[dict[int, float], float]:
+    """Return what torch.compile in a graph took of adaLN networks by their width, and the card's rate of products."""
+    rows = json.loads((RESULTS / "h200_kernels.json").read_text())["rows"]
     rate = json.loads((RESULTS / "h200_ceilings.json").read_text())["rows"][0]["bf16 product of 8192^3, TFLOP/s"]
-    found = {
-        int(row["network"].split()[1].removeprefix("H=")): row["compile + graph, ms"]
-        for row in recorded
-        if row["network"].startswith("adaLN")
-    }
+    adaln = [row for row in rows if row["network"].startswith("adaLN")]
+    return {int(row["network"].split()[1].removeprefix("H=")): row["compile + graph, ms"] for row in adaln}, rate
+
+
+def main() -> None:
+    found, rate = measured()
     *known, last = found
-    times = [found[w] for w in known]
-    print(f"torch.compile at {last}, from {known}: {compiled(known, times, rate, last):.3g} ms, measured {found[last]}")
+    fitted = compiled(known, [found[w] for w in known], rate, last)
+    print(f"torch.compile at {last}, from {known}: {fitted:.3g} ms, measured {found[last]}")
     for width in (512, 1024):
         peer = compiled(list(found), list(found.values()), rate, width)
         rows: list[dict[str, object]] = [{"kernel": "torch.compile + graph", "predicted, ms": f"{peer:.3g}"}]
         for kernel in KERNELS[1 if width == 512 else 0 :]:
             products, fetched = fused(kernel, width)
-            bound = max(products, fetched)
-            row = {"kernel": kernel.name, "predicted, ms": f"{bound:.3g} to {MARGIN * bound:.3g}"}
+            low, high = span(kernel, width)
+            row = {"kernel": kernel.name, "predicted, ms": f"{low:.3g} to {high:.3g}"}
             row |= {"matrix units, ms": products, "fetched, ms": fetched}
-            rows.append(row | {"over compile": f"{peer / MARGIN / bound:.2g} to {peer / bound:.2g}"})
+            rows.append(row | {"over compile": f"{peer / high:.2g} to {peer / low:.2g}"})
         print(f"\nwidth {width}, {ROWS:,} rows\n{markdown(rows)}")
 
 

@@ -32,7 +32,7 @@ from .noise import load_normals
 from .packing import MAX_BLOCK_D, Reference, Tables, block_d, number_references, pack_control, padded
 from .tile_ops import affine, tile, vector
 
-MAX_COMPONENTS = 128  # in chunks; as compiled, 250 took 8 KB of stack a thread
+MAX_COMPONENTS = 128  # in chunks; more of them spill as compiled
 BLOCK_B, NUM_WARPS = 32, 8  # 32 samples keep a mixture's tiles in registers (docs/kernels.md)
 
 
