@@ -61,8 +61,8 @@ class Panels:
         at_once = FEW_PROGRAMS
         if processors is not None:
             at_once = processors.at_once(32 * self.num_warps, self.shared_bytes(work), registers)
-        each = -(-pairs // at_once)
-        return each, -(-pairs // each)
+        each = max(1, -(-pairs // at_once))
+        return each, max(1, -(-pairs // each))
 
 
 def why_not(width: int) -> str | None:

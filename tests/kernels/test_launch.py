@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 import fits
 import random_networks
-from fastscore.kernels import control, launch, occupancy
+from fastscore.kernels import control, launch, occupancy, panels
 
 from fastscore.ops import triton as backend
 from fastscore.ops.task import Task
@@ -84,6 +84,17 @@ def test_width_256_takes_one_stage_where_two_do_not_fit():
     assert first.shared_bytes(asked, 90) == 283_648
     assert chosen(90) == launch.Config(32, 8, resident=False, stages=1)
     assert chosen(90, family=random_networks.single) == first
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (1, 1), (33, 7), (4096, 256), (100_000, 16)])
+def test_programs_share_all_pairs_of_a_wide_network_and_are_no_more_than_run_at_once(batch, rows):
+    asked = work(width=512)
+    shape = panels.Panels.choose(asked, launch.Device(90, SHARED[90]))
+    device = launch.Device(90, SHARED[90], H200)
+    each, programs = shape.divide(asked, device, batch, rows, 255)
+    pairs = -(-batch // shape.block_b) * rows
+    assert each * (programs - 1) < max(1, pairs) <= each * programs
+    assert programs <= 132
 
 
 def test_two_saved_tiles_take_smaller_tiles_of_samples():
