@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,8 @@ import random_networks
 import sass
 import torch
 import triton
-from fastscore.kernels import density_mlp, density_mlp_dp, density_mlp_dx, density_mlp_grad, launch
+from fastscore.kernels import density_mlp, density_mlp_dp, density_mlp_dx, density_mlp_grad, density_mlp_wide, launch
+from fastscore.kernels.panels import Panels
 from fastscore.kernels.weights import weight_groups
 from markdown import aot_table
 from random_networks import Problem
@@ -54,7 +57,6 @@ CASES = (
     Case(adaLN, 64, 3, 64, "diagonal", "bf16"),
     Case(adaLN, 64, 12, 64, "diagonal", "bf16"),
     Case(adaLN, 128, 3, 64, "diagonal", "bf16"),
-    Case(adaLN, 128, 6, 64, "diagonal", "bf16"),
     Case(adaLN, 256, 3, 64, "diagonal", "bf16"),
     Case(plain, 128, 3, 64, "diagonal", "bf16"),
     Case(plain, 128, 3, 2, "full mixture", "bf16"),
@@ -68,6 +70,8 @@ CASES = (
     Case(adaLN, 64, 3, 64, "diagonal", "tf32"),
     Case(adaLN, 64, 3, 64, "diagonal", "tf32x3"),
     Case(adaLN, 128, 3, 64, "diagonal", "tf32x3"),
+    Case(adaLN, 512, 3, 64, "diagonal", "bf16"),
+    Case(adaLN, 512, 3, 64, "diagonal", "tf32x3"),
 )
 # Shared memory of a program in bytes, by compute capability.
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -80,17 +84,45 @@ def device(capability: int) -> launch.Device:
 POINTERS = {"x_ptr": "*fp32", "keys_ptr": "*i32", "points_ptr": "*i32", "rows_ptr": "*fp32", "r_ptr": "*fp32"}
 POINTERS |= {"b_ptr": "*fp32", "br_ptr": "*fp32", "q_ptr": "*fp32", "y_ptr": "*fp32", "f_ptr": "*fp32"}
 POINTERS |= {"grad_ptr": "*fp32", "grad_x_ptr": "*fp32", "error_ptr": "*fp32", "tape_ptr": "*fp32"}
-POINTERS |= {"grad_r_ptr": "*fp32", "grad_b_ptr": "*fp32", "grad_br_ptr": "*fp32"}
-SIZES = ("B", "R", "ROWS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
+POINTERS |= {"saved_ptr": "*fp32", "grad_r_ptr": "*fp32", "grad_b_ptr": "*fp32", "grad_br_ptr": "*fp32"}
+SIZES = ("B", "R", "ROWS_PER_PROGRAM", "PAIRS_PER_PROGRAM", "r_stride", "b_stride", "br_stride")
 SIZES += ("grad_r_stride", "grad_b_stride", "grad_br_stride")
 OPERAND_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def compile_forward(problem: Problem, config: launch.Config, capability: int):
+def chosen(work: launch.Work, capability: int) -> launch.Config | Panels:
+    """Return what a network without a reference, or with one along the axes, is launched with; raise NoRoom."""
+    if work.layout.width <= launch.MAX_WIDTH[work.itemsize]:
+        try:
+            return launch.Config.from_heuristic(work, device(capability))
+        except launch.NoRoom:
+            if work.reference not in ("none", "diagonal"):
+                raise
+    return Panels.choose(work, device(capability))
+
+
+def compile_forward(problem: Problem, config: launch.Config | Panels, capability: int):
     """Return the compiled forward kernel of a problem, with the constants of a launch."""
     work, operands = problem.packed()
+    if isinstance(config, Panels):
+        constexprs = density_mlp_wide.wide_constants(work, operands, config)
+        kernel = density_mlp_wide.density_mlp_wide_kernel
+        return build(kernel, constexprs, problem.precision, config.num_warps, capability)
     constexprs = density_mlp.constants(work.layout, operands, problem.d, problem.precision, config)
     return build(density_mlp.density_mlp_fwd_kernel, constexprs, problem.precision, config.num_warps, capability)
+
+
+ACCESS = re.compile(r"(st|ld)\.global|(cp)\.async\.c[ag]|(bar)\.sync")
+
+
+def unordered(ptx: str) -> int:
+    """Return how many stores to memory no barrier parts from the next load, or from the last one before them.
+
+    The kernel of wide layers reads what other threads of its program have written; Triton's interpreter has one thread.
+    """
+    found = [next(filter(None, match.groups())) for match in ACCESS.finditer(ptx)]
+    pairs = [(a, b) for a, b in pairwise(found) if a != b]  # runs of one kind
+    return sum("st" in pair and "bar" not in pair for pair in pairs)
 
 
 def compile_gradient(problem: Problem, wanted: tuple[bool, bool, bool], capability: int):
@@ -111,7 +143,7 @@ def gradient_samples(work: launch.Work, wanted: tuple[bool, bool, bool]) -> int:
 def build(kernel, constexprs: dict, precision: str, num_warps: int, capability: int):
     """Compile a kernel of the fused family."""
     operand = OPERAND_POINTER[launch.OPERANDS[precision]]
-    signature = POINTERS | dict.fromkeys(("w_ptr", "inputs_ptr", "outputs_ptr"), operand)
+    signature = POINTERS | dict.fromkeys(("w_ptr", "inputs_ptr", "outputs_ptr", "operands_ptr"), operand)
     signature |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constexprs, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     # What a launch finds by itself: pointers of torch tensors are aligned.
@@ -174,9 +206,10 @@ def measure(case: Case | str, capability: int, gradient: tuple | None = None) ->
         config = launch.Config(samples, density_mlp_grad.NUM_WARPS, False, 1)
         compiled = compile_gradient(problem, wanted, capability)
     else:
-        name, config = case.name, launch.Config.from_heuristic(problem.packed()[0], device(capability))
+        name, config = case.name, chosen(problem.packed()[0], capability)
         compiled = compile_forward(problem, config, capability)
-    weights = "resident" if config.resident else "streamed"
+        assert not (isinstance(config, Panels) and unordered(compiled.asm["ptx"])), name
+    weights = "in panels" if isinstance(config, Panels) else "resident" if config.resident else "streamed"
     launched = {"samples": config.block_b, "warps": config.num_warps, "weights": weights}
     return {"case": name, "sm": capability} | launched | inspect(compiled)
 

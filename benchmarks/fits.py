@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS = 65_536  # of a multiprocessor, on every architecture
+WIDE = 10  # networks for one that is wider than the kernel takes whose weights come whole
 SELDOM = 20  # networks for one whose parameters' gradient is compiled, which takes as long as all else of several
 
 
@@ -39,7 +40,8 @@ def examine(seed: int) -> list[dict]:
     """Return a row for every kernel of a random network on a random device, or what the choice says against it."""
     torch.set_num_threads(1)
     generator = random.Random(seed)
-    problem, capability = random_networks.random_problem(generator), generator.choice(tuple(aot.SHARED))
+    problem = random_networks.random_problem(generator, wide=seed % WIDE == WIDE - 1)
+    capability = generator.choice(tuple(aot.SHARED))
     about = {"seed": seed, "case": problem.name, "sm": capability, "granted": aot.SHARED[capability]}
     kernels = (forward, gradient, reference, parameters)[: 4 if seed % SELDOM == 0 else 3]
     return [about | {"kernel": kernel.__name__} | row for kernel in kernels for row in kernel(problem, capability)]
@@ -49,7 +51,7 @@ def forward(problem: Problem, capability: int) -> Iterator[dict]:
     """Compile the launch that is chosen, or yield why there is none."""
     work = problem.packed()[0]
     try:
-        config = launch.Config.from_heuristic(work, aot.device(capability))
+        config = aot.chosen(work, capability)
     except launch.NoRoom as error:
         yield {"refused": str(error)}
         return
@@ -86,7 +88,7 @@ def reference(problem: Problem, capability: int) -> Iterator[dict]:
     work, d = problem.packed()[0], problem.d
     fits = control.why_not(work.components, "full" in work.reference, d, aot.SHARED[capability]) is None
     if work.reference not in ("none", "diagonal") and fits:
-        bound = launch.reference_bytes(work.reference, work.components, d, control.BLOCK_B)
+        bound = control.shared_bytes(work.reference, work.components, d)
         yield {"bound": bound} | resources(compile_control(problem, capability), control.NUM_WARPS)
 
 
@@ -95,13 +97,14 @@ def compile_control(problem: Problem, capability: int):
     into, x, ones = packing.Tables(2, 2), torch.zeros(2, problem.d), torch.ones(2)
     kind, _, _ = packing.pack_control(problem.reference, x, ones, ones, into)
     refs, operands = packing.number_references(kind[1:])
-    constexprs = {"D": problem.d, "BLOCK_B": control.BLOCK_B, "BLOCK_D": packing.block_d(problem.d), "REFS": refs}
-    constexprs |= {"KIND": kind[0], "CONTROL": operands}
+    constexprs = {"D": problem.d, "PADDED": packing.padded(problem.d), "BLOCK_D": packing.block_d(problem.d)}
+    constexprs |= {"BLOCK_B": control.BLOCK_B, "REFS": refs, "KIND": kind[0], "CONTROL": operands}
     names = control.control_fwd_kernel.arg_names
     signature = {n: "constexpr" if n in constexprs else aot.POINTERS.get(n, "i32") for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    options = {"num_warps": control.NUM_WARPS, "num_stages": 1}
     source = ASTSource(fn=control.control_fwd_kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": control.NUM_WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled, num_warps: int) -> dict:

@@ -12,6 +12,7 @@ from fastscore.kernels.names import ACTIVATIONS
 from torch import Tensor
 
 WIDTHS = (1, 16, 20, 32, 48, 64, 96, 100, 128, 128, 160, 200, 256, 256, 256)
+WIDE = (129, 200, 256, 257, 300, 512)
 DIMENSIONS = (1, 2, 5, 13, 16, 31, 50, 64, 64, 100, 128, 150, 784)
 REFERENCES = ("none", "diagonal", "diagonal", "full", "mixture", "full mixture")
 COMPONENTS = (2, 5, 10, 33, 100)
@@ -75,14 +76,21 @@ def problem(
     return Problem(name, tuple(into.code), into.weights, into.tables, d, found, precision)
 
 
-def random_problem(generator: random.Random) -> Problem:
-    """Draw a network, its widths, depth, dimensions, reference and precision."""
+def random_problem(generator: random.Random, wide: bool = False) -> Problem:
+    """Draw a network, its widths, depth, dimensions, reference and precision.
+
+    Arguments:
+        wide: whether it is wider than the kernel takes whose weights come whole.
+    """
     family = generator.choice(FAMILIES)
-    width, depth, d = generator.choice(WIDTHS), generator.choice((0, 1, 2, 3, 3, 6, 12)), generator.choice(DIMENSIONS)
+    width, depth = generator.choice(WIDE if wide else WIDTHS), generator.choice((0, 1, 2, 3, 3, 6, 12))
+    d = generator.choice(DIMENSIONS)
     precision, kind = generator.choice(PRECISIONS), generator.choice(REFERENCES)
-    if packing.padded(width) > launch.MAX_WIDTH[launch.OPERANDS[precision].itemsize]:
+    if wide and launch.OPERANDS[precision].itemsize < 4:
+        width = max(width, 300)
+    elif not wide and packing.padded(width) > launch.MAX_WIDTH[launch.OPERANDS[precision].itemsize]:
         width //= 2
-    if d > packing.MAX_BLOCK_D and kind != "none":
+    if (wide or d > packing.MAX_BLOCK_D) and kind != "none":
         kind = "diagonal"
     level = generator.choice(("row", "row", "sample", "pair", "mixed"))
     per_row, per_sample, per_pair = (1, ROWS), (BATCH, 1), (BATCH, ROWS)

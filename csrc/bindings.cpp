@@ -58,15 +58,15 @@ PYBIND11_MODULE(_C, m) {
          const std::vector<int32_t>& operands, const std::string& program, int device, uintptr_t stream, int cluster,
          int splits) {
         fastscore::DeviceGuard guard(device);
-        if (pointers.size() != 9 || sizes.size() != 6 || operands.size() != 8) {
-          throw std::runtime_error("density_mlp takes 9 addresses, 6 sizes and 8 operands, got " +
+        if (pointers.size() != 9 || sizes.size() != 5 || operands.size() != 8) {
+          throw std::runtime_error("density_mlp takes 9 addresses, 5 sizes and 8 operands, got " +
                                    std::to_string(pointers.size()) + ", " + std::to_string(sizes.size()) + " and " +
                                    std::to_string(operands.size()));
         }
         const fastscore::Limits limits = fastscore::limits(device);
         fastscore::Plan plan;
         const std::string reason =
-            fastscore::plan(hidden, data, linears, sizes[3], limits.capability, limits.shared_bytes, &plan);
+            fastscore::plan(hidden, data, linears, sizes[2], limits.capability, limits.shared_bytes, &plan);
         if (!reason.empty()) throw std::runtime_error("no compiled kernel runs this network: " + reason);
         fastscore::density_mlp(
             fastscore::arguments(pointers.data(), sizes.data(), operands.data(), program.data(), program.size()), plan,

@@ -87,8 +87,8 @@ DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32
   p.sample_table = reinterpret_cast<const float*>(pointers[6]);
   p.pair_table = reinterpret_cast<const float*>(pointers[7]);
   p.f = reinterpret_cast<float*>(pointers[8]);
-  p.batch = sizes[0], p.rows_total = sizes[1], p.dimensions = sizes[2];
-  p.row_stride = sizes[3], p.sample_stride = sizes[4], p.pair_stride = sizes[5];
+  p.batch = sizes[0], p.rows_total = sizes[1];
+  p.row_stride = sizes[2], p.sample_stride = sizes[3], p.pair_stride = sizes[4];
   p.pre_scale = operands[0], p.pre_shift = operands[1];
   p.post_scale = operands[2], p.post_shift = operands[3], p.post_skip = operands[4];
   p.keep = operands[5], p.pull = operands[6], p.offset = operands[7];

@@ -46,7 +46,7 @@ struct DensityMlp {
   const float* sample_table;  // (B, sample_stride)
   const float* pair_table;    // (B, R, pair_stride)
   float* f;                   // out, (B, R)
-  int32_t batch, rows_total, dimensions;
+  int32_t batch, rows_total;
   int32_t row_stride, sample_stride, pair_stride;
   // All samples share these.
   Operand pre_scale, pre_shift;               // of x_t, before the first layer
@@ -76,7 +76,7 @@ struct Plan {
 // device grants a block.
 std::string plan(int hidden, int data, int linears, int row_stride, int capability, int shared_limit, Plan* plan);
 
-// Make parameters of what Python sends: addresses of x, keys, points, rows, weights, the three tables and f; B, R, d
+// Make parameters of what Python sends: addresses of x, keys, points, rows, weights, the three tables and f; B, R
 // and the tables' strides; PRE scale and shift, POST scale, shift and skip, keep, pull and offset; the instructions'
 // bytes.
 DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* operands, const char* program,

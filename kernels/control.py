@@ -12,6 +12,9 @@ bias the density. KIND, and what CONTROL holds:
 
 - "none": nothing.
 - "diagonal": keep, pull, pull m. One Gaussian along the axes, any number of chunks.
+
+Beyond 128 dimensions the next two are evaluated by themselves, in chunks, and the last one is not:
+
 - "full": keep, pull. One Gaussian in its eigenbasis q (D, D), with y (B, D).
 - "mixture": center, gain, gain m, bias, K. Diagonal components; gain = 1 / (alpha^2 v_k + sigma^2), (K, D) a row.
 - "full mixture": alpha m, gain, bias, K. Components in their own eigenbases q (K, D, D).
@@ -26,9 +29,10 @@ from torch import Tensor
 
 from .launch import reference_bytes
 from .noise import load_normals
-from .packing import MAX_BLOCK_D, Reference, Tables, block_d, number_references, pack_control
-from .tile_ops import vector
+from .packing import MAX_BLOCK_D, Reference, Tables, block_d, number_references, pack_control, padded
+from .tile_ops import affine, tile, vector
 
+MAX_COMPONENTS = 128  # in chunks; more of them spill as compiled
 BLOCK_B, NUM_WARPS = 32, 8  # 32 samples keep a mixture's tiles in registers (docs/kernels.md)
 
 
@@ -39,23 +43,35 @@ def _product(a, b):
 
 @triton.jit
 def _row_matrix(
-    tables, i_r, REFS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    tables, i_r, c, REFS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Load a row's (K, D) table, zero outside; REFS[N] has width D."""
-    i_k, i_d = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    """Load the columns c .. c + BLOCK_D of a row's (K, D) table, zero outside; REFS[N] has width D."""
+    i_k, i_d = tl.arange(0, BLOCK_K)[:, None], c + tl.arange(0, BLOCK_D)[None, :]
     p = tables[0] + i_r * tables[3] + REFS[N][1]
     return tl.load(p + i_k * REFS[N][2] + i_d, mask=(i_k < K) & (i_d < REFS[N][2]), other=0.0)
 
 
 @triton.jit
+def _components(x_t, tables, i_b, i_r, c, REFS: tl.constexpr, CONTROL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return x_t minus the centre, the gains and gains times means of diagonal components, from dimension c on."""
+    y = x_t - vector(x_t, tables, i_b, i_r, c, REFS, CONTROL[0])
+    gain = _row_matrix(tables, i_r, c, REFS, CONTROL[1], CONTROL[4], BLOCK_K, x_t.shape[1])  # [BK, BD]
+    return y, gain, _row_matrix(tables, i_r, c, REFS, CONTROL[2], CONTROL[4], BLOCK_K, x_t.shape[1])
+
+
+@triton.jit
+def _bias(tables, i_r, REFS: tl.constexpr, CONTROL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the logits at the centre, [1, BK]."""
+    i_k = tl.arange(0, BLOCK_K)[None, :]
+    return tl.load(tables[0] + i_r * tables[3] + REFS[CONTROL[3]][1] + i_k, mask=i_k < CONTROL[4], other=float("-inf"))
+
+
+@triton.jit
 def _mixture(x_t, sigma, tables, i_b, i_r, REFS: tl.constexpr, CONTROL: tl.constexpr, BLOCK_K: tl.constexpr):
     """Return eps_q of diagonal components: two products for the posterior, two for its mean."""  # [BB, BD]
-    y = x_t - vector(x_t, tables, i_b, i_r, 0, REFS, CONTROL[0])
-    gain = _row_matrix(tables, i_r, REFS, CONTROL[1], CONTROL[4], BLOCK_K, x_t.shape[1])  # [BK, BD]
-    gain_mean = _row_matrix(tables, i_r, REFS, CONTROL[2], CONTROL[4], BLOCK_K, x_t.shape[1])
-    i_k = tl.arange(0, BLOCK_K)
-    bias = tl.load(tables[0] + i_r * tables[3] + REFS[CONTROL[3]][1] + i_k, mask=i_k < CONTROL[4], other=float("-inf"))
-    logit = bias[None, :] - 0.5 * _product(y * y, tl.trans(gain)) + _product(y, tl.trans(gain_mean))
+    y, gain, gain_mean = _components(x_t, tables, i_b, i_r, 0, REFS, CONTROL, BLOCK_K)
+    bias = _bias(tables, i_r, REFS, CONTROL, BLOCK_K)
+    logit = bias - 0.5 * _product(y * y, tl.trans(gain)) + _product(y, tl.trans(gain_mean))
     weight = tl.exp(logit - tl.max(logit, 1)[:, None])
     weight = weight / tl.sum(weight, 1)[:, None]  # [BB, BK]
     return sigma * (y * _product(weight, gain) - _product(weight, gain_mean))
@@ -128,6 +144,17 @@ def control_residual(
 
 
 @triton.jit
+def _noised(data, i_b, i_r, sign, alpha, sigma, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return x, eps and x_t for dimensions c .. c + BLOCK_D, zero outside of the data."""  # [BB, BD]
+    x_ptr, keys_ptr, points_ptr = data
+    i_d = c + tl.arange(0, BLOCK_D)[None, :]
+    mask = (i_b < B)[:, None] & (i_d < D)
+    x = tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0)
+    eps = tl.where(mask, sign * load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D), 0.0)
+    return x, eps, alpha * x + sigma * eps
+
+
+@triton.jit
 def control_fwd_kernel(
     x_ptr, keys_ptr, points_ptr,  # float32 (B, D), int32 (B, 2, D), int32 (R, D)
     rows_ptr,  # sign, alpha, sigma of each row, float32 (R, 3)
@@ -135,6 +162,7 @@ def control_fwd_kernel(
     f_ptr,  # out: float32 (B, R)
     B, R, r_stride,
     D: tl.constexpr,
+    PADDED: tl.constexpr,  # rows and columns of q
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REFS: tl.constexpr,
@@ -147,14 +175,38 @@ def control_fwd_kernel(
     p = rows_ptr + i_r * 3
     sign, alpha, sigma = tl.load(p), tl.load(p + 1), tl.load(p + 2)
     total = tl.zeros((BLOCK_B,), tl.float32)
-    for c in tl.range(0, D, BLOCK_D):
-        i_d = c + tl.arange(0, BLOCK_D)[None, :]
-        mask = (i_b < B)[:, None] & (i_d < D)
-        x = tl.load(x_ptr + i_b[:, None] * D + i_d, mask=mask, other=0.0)
-        eps = sign * load_normals(keys_ptr, points_ptr, i_b[:, None], i_r, i_d, mask, D)
-        eps = tl.where(mask, eps, 0.0)
-        x_t = alpha * x + sigma * eps
-        total += control_residual(x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, c, D, REFS, KIND, CONTROL)
+    data = (x_ptr, keys_ptr, points_ptr)
+    if KIND == "mixture" and D > BLOCK_D:
+        # Two sweeps: for the posterior of the components, and for its mean.
+        BLOCK_K: tl.constexpr = CONTROL[5]
+        logit = tl.zeros((BLOCK_B, BLOCK_K), tl.float32) + _bias(tables, i_r, REFS, CONTROL, BLOCK_K)
+        for c in tl.range(0, D, BLOCK_D):
+            _, _, x_t = _noised(data, i_b, i_r, sign, alpha, sigma, c, B, D, BLOCK_D)
+            y, gain, gain_mean = _components(x_t, tables, i_b, i_r, c, REFS, CONTROL, BLOCK_K)
+            logit += _product(y, tl.trans(gain_mean)) - 0.5 * _product(y * y, tl.trans(gain))
+        weight = tl.exp(logit - tl.max(logit, 1)[:, None])
+        weight = weight / tl.sum(weight, 1)[:, None]
+        for c in tl.range(0, D, BLOCK_D):
+            _, eps, x_t = _noised(data, i_b, i_r, sign, alpha, sigma, c, B, D, BLOCK_D)
+            y, gain, gain_mean = _components(x_t, tables, i_b, i_r, c, REFS, CONTROL, BLOCK_K)
+            error = eps - sigma * (y * _product(weight, gain) - _product(weight, gain_mean))
+            total += tl.sum(error * error, 1)
+    elif KIND == "full" and D > BLOCK_D:
+        # Each chunk of z = U^T eps takes all of eps, which is made again: the product costs more.
+        for c in tl.range(0, D, BLOCK_D):
+            z = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+            for k in tl.range(0, D, BLOCK_D):
+                _, eps, _ = _noised(data, i_b, i_r, sign, alpha, sigma, k, B, D, BLOCK_D)
+                z += _product(eps, tile(q_ptr + k * PADDED + c, BLOCK_D, BLOCK_D, PADDED))
+            i_d = c + tl.arange(0, BLOCK_D)[None, :]
+            y = tl.load(y_ptr + i_b[:, None] * D + i_d, mask=(i_b < B)[:, None] & (i_d < D), other=0.0)
+            error = affine(z, tables, i_b, i_r, c, REFS, CONTROL[0], -1)
+            error -= affine(y, tables, i_b, i_r, c, REFS, CONTROL[1], -1)
+            total += tl.sum(error * error, 1)
+    else:
+        for c in tl.range(0, D, BLOCK_D):
+            x, eps, x_t = _noised(data, i_b, i_r, sign, alpha, sigma, c, B, D, BLOCK_D)
+            total += control_residual(x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, c, D, REFS, KIND, CONTROL)
     tl.store(f_ptr + i_b * R + i_r, total, mask=i_b < B)
 
 
@@ -195,14 +247,21 @@ def kind_of(components: int, full: bool) -> str:
     return ("full mixture" if full else "mixture") if components > 1 else "full" if full else "diagonal"
 
 
+def shared_bytes(kind: str, components: int, d: int) -> int:
+    """Return a bound of the shared memory that the kernel takes; in chunks a mixture's two tables are there at once."""
+    return reference_bytes(kind, components, block_d(d), BLOCK_B) * (2 if d > MAX_BLOCK_D else 1)
+
+
 def why_not(components: int, full: bool, d: int, shared: int) -> str | None:
     """Return why a kernel cannot evaluate a reference where a program has `shared` bytes of shared memory, or None."""
     kind = kind_of(components, full)
     if kind in ("none", "diagonal"):
         return None
-    if d > MAX_BLOCK_D:
-        return f"mixtures and full covariances go up to {MAX_BLOCK_D} dimensions in a kernel, got {d}"
-    needs = reference_bytes(kind, components, d, BLOCK_B)
+    if d > MAX_BLOCK_D and kind == "full mixture":
+        return f"mixtures of full covariances go up to {MAX_BLOCK_D} dimensions in a kernel, got {d}"
+    if d > MAX_BLOCK_D and components > MAX_COMPONENTS:
+        return f"mixtures beyond {MAX_BLOCK_D} dimensions have up to {MAX_COMPONENTS} components, got {components}"
+    needs = shared_bytes(kind, components, d)
     if needs > shared:
         return (
             f"a reference of {components} components in {d} dimensions takes {needs:,} bytes of shared memory, the "
@@ -236,7 +295,7 @@ def control(
     refs, control = number_references(kind[1:])
     rows, r = torch.stack([sign, alpha, sigma], 1).to(torch.float32), into.matrix("r", x)
     control_fwd_kernel[grid](
-        x, keys, points, rows, r, q, y, f, batch, count, r.shape[-1], D=d, BLOCK_B=BLOCK_B, BLOCK_D=block_d(d),
-        REFS=refs, KIND=kind[0], CONTROL=control, num_warps=NUM_WARPS,
+        x, keys, points, rows, r, q, y, f, batch, count, r.shape[-1], D=d, PADDED=padded(d), BLOCK_B=BLOCK_B,
+        BLOCK_D=block_d(d), REFS=refs, KIND=kind[0], CONTROL=control, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
     return f

@@ -38,7 +38,7 @@ LINEAR, AFFINE, ACT, NORM, SAVE, ADD = map(tl.constexpr, range(len(INSTRUCTIONS)
 
 
 @triton.jit
-def _load_x(x_ptr, i_b, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr):
+def load_x(x_ptr, i_b, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr):
     """Load x for dimensions c .. c + BLOCK_D, zero outside the data.
 
     The two loads of a row differ in their cache policy alone: so the compiler cannot make them one, which would keep x
@@ -50,7 +50,7 @@ def _load_x(x_ptr, i_b, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl
 
 
 @triton.jit
-def _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def make_eps(keys_ptr, points_ptr, i_b, i_r, sign, c, B, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Make eps for dimensions c .. c + BLOCK_D, zero outside the data."""  # [BB, BD]
     i_d = c + tl.arange(0, BLOCK_D)[None, :]
     mask = (i_b < B)[:, None] & (i_d < D)
@@ -122,7 +122,7 @@ def _body(
 
 
 @triton.jit
-def _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, c, REFS: tl.constexpr, POST: tl.constexpr):
+def residual(F, x, eps, x_t, a, b, tables, i_b, i_r, c, REFS: tl.constexpr, POST: tl.constexpr):
     """Sum (target - prediction)^2 over one chunk of dimensions, where everything outside the data is zero."""  # [BB]
     F = affine(F, tables, i_b, i_r, c, REFS, POST[0], POST[1])
     if POST[2] >= 0:
@@ -176,8 +176,8 @@ def density_mlp_fwd_kernel(
         sign, alpha, sigma = tl.load(p), tl.load(p + 1), tl.load(p + 2)
         a, b, c = tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
         if CHUNKS == 1:
-            eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, 0, B, D, BLOCK_D)
-            x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "evict_last")
+            eps = make_eps(keys_ptr, points_ptr, i_b, i_r, sign, 0, B, D, BLOCK_D)
+            x = load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "evict_last")
             y = affine(alpha * x + sigma * eps, tables, i_b, i_r, 0, REFS, PRE[0], PRE[1])
             if RESIDENT:
                 h = matmul(y, ws[0], PRECISION)
@@ -188,16 +188,16 @@ def density_mlp_fwd_kernel(
                 F = matmul(h, ws[LAST], PRECISION)
             else:
                 F = matmul(h, matrix(w_ptr, WEIGHTS, LAST), PRECISION)
-            x = _load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "")
+            x = load_x(x_ptr, i_b, 0, B, D, BLOCK_D, "")
             x_t = alpha * x + sigma * eps
-            error = _residual(F, x, eps, x_t, a, b, tables, i_b, i_r, 0, REFS, POST)
+            error = residual(F, x, eps, x_t, a, b, tables, i_b, i_r, 0, REFS, POST)
             control = control_residual(x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, 0, D, REFS, KIND, CONTROL)
         else:
             # Two sweeps over the dimensions: into the first layer, and out of the last; x and eps are made twice.
             h = tl.zeros((BLOCK_B, H), tl.float32)
             for k in tl.range(0, CHUNKS * BLOCK_D, BLOCK_D):
-                eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
-                x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
+                eps = make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                x = load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
                 y = affine(alpha * x + sigma * eps, tables, i_b, i_r, k, REFS, PRE[0], PRE[1])
                 h += matmul(y, tile(w_ptr + WEIGHTS[0][0] + k * H, BLOCK_D, H, H), PRECISION)
             h = _body(h, ws, w_ptr, tables, i_b, i_r, BLOCKS, CODE, WEIGHTS, REFS, RESIDENT, STAGES, PRECISION, FAST)
@@ -205,11 +205,11 @@ def density_mlp_fwd_kernel(
             error = tl.zeros((BLOCK_B,), tl.float32)
             control = tl.zeros((BLOCK_B,), tl.float32)
             for k in tl.range(0, CHUNKS * BLOCK_D, BLOCK_D):
-                eps = _make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
-                x = _load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
+                eps = make_eps(keys_ptr, points_ptr, i_b, i_r, sign, k, B, D, BLOCK_D)
+                x = load_x(x_ptr, i_b, k, B, D, BLOCK_D, "")
                 x_t = alpha * x + sigma * eps
                 w = tile(w_ptr + WEIGHTS[LAST][0] + k, WEIGHTS[LAST][1], BLOCK_D, WEIGHTS[LAST][2])
-                error += _residual(matmul(h, w, PRECISION), x, eps, x_t, a, b, tables, i_b, i_r, k, REFS, POST)
+                error += residual(matmul(h, w, PRECISION), x, eps, x_t, a, b, tables, i_b, i_r, k, REFS, POST)
                 control += control_residual(
                     x, eps, x_t, sigma, tables, q_ptr, y_ptr, i_b, i_r, k, D, REFS, KIND, CONTROL
                 )

@@ -153,7 +153,8 @@ class Config:
         elif width <= 64:
             chosen = [cls(64, 4, resident=resident, stages=2), cls(64, 4, resident=False, stages=2)]
         else:
-            chosen = [cls(128, 8, resident=True, stages=2)] if hopper and resident else []
+            one_tile = len(work.layout.saved) < 2  # with two, 128 samples spill as compiled, 64 do not
+            chosen = [cls(128, 8, resident=True, stages=2)] if hopper and resident and one_tile else []
             chosen.append(cls(64, 8, resident=False, stages=2))
         streamed = replace(chosen[-1], resident=False)
         lighter = [streamed, replace(streamed, stages=1)]

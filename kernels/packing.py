@@ -137,6 +137,11 @@ class Layout:
         """The widest hidden tile."""
         return max(spec[2] for spec in self.weights[:-1])
 
+    @property
+    def saved(self) -> tuple[int, ...]:
+        """The slots of saved tiles."""
+        return tuple(sorted({op[1] for op in self.body if op[0] == "save"}))
+
     def blocks(self, unrolled: bool) -> tuple:
         """Return the body as blocks (times, code, weight step, table steps); see `blocks`."""
         return ((1, self.body, 0, (0, 0, 0)),) if unrolled else blocks(self.body, self.weights)

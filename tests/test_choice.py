@@ -105,8 +105,18 @@ def test_the_reason_names_the_measurement_and_what_does_not_cover(hopper):
     nothing = choose(NAMES, task(width=600))
     assert not nothing.fused
     assert nothing.reason == (
-        "cuda: hidden widths go up to 512, the network has 600; triton: hidden widths go up to 256, the network has 600"
+        "cuda: hidden widths go up to 512, the network has 600; triton: hidden widths go up to 512, the network has 600"
     )
+
+
+def test_the_kernel_of_wide_layers_is_taken_where_it_is_asked_for(hopper):
+    """It has run in the interpreter alone, and "auto" takes what a GPU has run."""
+    wide = task(width=512, dtype=torch.float16)
+    found = choose(NAMES, wide)
+    assert not found.fused
+    assert found.reason.endswith("triton: no GPU has run its kernel of wide layers yet, which backend='triton' takes")
+    asked = choose(("triton",), wide)
+    assert asked == ("triton", True, "asked for")
 
 
 def test_a_program_without_linear_maps_has_no_kernel(hopper):
@@ -116,14 +126,14 @@ def test_a_program_without_linear_maps_has_no_kernel(hopper):
 
 
 def test_what_does_not_fit_gives_way_with_the_reason(hopper, monkeypatch):
-    small = classmethod(lambda cls, device: cls(86, 101_376))
+    small = classmethod(lambda cls, device: cls(75, 16_384))
     monkeypatch.setattr(through_triton.launch.Device, "of", small)
     monkeypatch.setattr(through_triton, "precision", lambda dtype: "bf16")  # the interpreter's is another
-    through_triton._room.cache_clear()
+    through_triton._way.cache_clear()
     found = choose(("triton", "torch"), task(width=256))
-    through_triton._room.cache_clear()
+    through_triton._way.cache_clear()
     assert not found.fused
-    assert "triton: it takes 141,312 bytes of shared memory at least, the device grants 101,376" in found.reason
+    assert "triton: it takes 18,432 bytes of shared memory at least, the device grants 16,384" in found.reason
 
 
 def test_other_architectures_and_gradients(hopper, monkeypatch):

@@ -37,14 +37,20 @@ def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice
     """
     if (only := alone(names)) is not None:
         return only
-    order, because = (names, "asked for") if "torch" not in names else _measured(names, task, gradient)
+    free = "torch" in names
+    order, because = _measured(names, task, gradient) if free else (names, "asked for")
     reasons = []
     for name in order:
-        reason = None if name == "torch" else implementation(name).why_not_fused(task)
+        reason = None if name == "torch" else _why_not(name, task, free)
         if reason is None:
             return Choice(name, name != "torch", "; ".join([because, *reasons]))
         reasons.append(f"{name}: {reason}")
     return Choice(names[0], False, "; ".join(reasons))
+
+
+def _why_not(name: str, task: Task, free: bool) -> str | None:
+    own = implementation(name)
+    return own.why_not_fused(task) or (own.why_not_unasked(task) if free else None)
 
 
 def _measured(names: tuple[str, ...], task: Task, gradient: bool) -> tuple[tuple[str, ...], str]:

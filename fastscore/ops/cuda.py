@@ -2,8 +2,9 @@
 
 What they cover: row programs with bfloat16 weights, hidden widths up to 512 on Hopper (compute capability 9.0) and 128
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
-same pass; another reference comes from Triton's kernel. `why_not_fused` says what stands in the way. Of those programs
-Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction; `steps_of` says which.
+same pass; another reference is evaluated by itself, by Triton's kernel or PyTorch. `why_not_fused` says what stands in
+the way. Of those programs Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction;
+`steps_of` says which.
 """
 
 from __future__ import annotations
@@ -97,7 +98,12 @@ def why_not_fused(task: Task) -> str | None:
     vectors = sum(i >= 0 for op in task.code if op[0] in ("affine", "add") for i in op[-1 if op[0] == "add" else 1 :])
     stride = vectors * shape.hidden + 8 * shape.data
     found = native().plan(*shape, stride, *_device(task.device))
-    return found if isinstance(found, str) else why_not_control(task.components, task.full, task.d, task.device)
+    return found if isinstance(found, str) else None
+
+
+def why_not_unasked(task: Task) -> str | None:
+    """Return why "auto" leaves a program to others that `why_not_fused` has no objection to: never."""
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -145,7 +151,6 @@ class Packed:
     tables: tuple[Tensor, Tensor, Tensor]  # per row, sample and pair; an empty one has no columns
     operands: tuple[int, ...]  # PRE scale, shift; POST scale, shift, skip; the reference's keep, pull, offset
     program: bytes
-    dimensions: int
 
 
 def shared_by_samples(code: tuple, levels: Sequence[str]) -> bool:
@@ -202,7 +207,6 @@ def pack(
         tables=tuple(into.matrix(level, x) if into.columns[level] else none for level in packing.LEVELS),
         operands=tuple(_operand(o) for o in (*pre, *post, *missing)),
         program=b"".join(_instruction(op, slots) for op in body),
-        dimensions=d,
     )
 
 
@@ -234,7 +238,7 @@ def launch(
     module.density_mlp(
         *packed.shape,
         [t.data_ptr() for t in (packed.x, packed.keys, packed.points, packed.rows, packed.weights, *packed.tables, f)],
-        [len(packed.x), len(packed.rows), packed.dimensions, *(t.shape[-1] for t in packed.tables)],
+        [len(packed.x), len(packed.rows), *(t.shape[-1] for t in packed.tables)],
         list(packed.operands),
         packed.program,
         device,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from ..kernels import control as control_kernel
 from ..kernels import density_mlp as fused
 from ..kernels import density_mlp_dp as fused_dp
 from ..kernels import density_mlp_dx as fused_dx
-from ..kernels import launch, packing
+from ..kernels import density_mlp_wide as fused_wide
+from ..kernels import launch, packing, panels
 from ..kernels import loss_difference as loss_difference_kernel
 from ..kernels import loss_rows as loss_rows_kernel
 from ..kernels import perturb as perturb_kernel
@@ -28,6 +29,8 @@ from . import torch as torch_backend
 from .instructions import decode
 from .interpreting import interpreting
 from .task import Evaluation, Task, WithRespectTo, plain
+
+CONTROL_BYTES = 8 << 20  # of a reference's tables, or of x_t, where it is evaluated a part at a time
 
 
 def words(seed: int, index: Tensor, draw: int, streams: range, d: int) -> Tensor:
@@ -93,7 +96,26 @@ def residual_backward(
 def control(
     x: Tensor, keys: Tensor, points: Tensor, sign: Tensor, alpha: Tensor, sigma: Tensor, reference: list[Tensor]
 ) -> Tensor:
-    return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+    d, components, full = x.shape[1], len(reference[0]), reference[3].numel() > 0
+    kernel = why_not_control(components, full, d, x.device) is None
+    if kernel and (d <= packing.MAX_BLOCK_D or (components == 1 and not full)):
+        return control_kernel.control(*_contiguous(x, keys, points, sign, alpha, sigma), tuple(reference))
+    # A part at a time, as nobody counts what this takes of memory: a kernel reads tables of the rows, made in float64,
+    # PyTorch makes x_t of rows and samples.
+    most = max(1, CONTROL_BYTES // (8 * components * d if kernel else x.element_size() * d))
+    f = x.new_empty(len(x), len(points))
+    for r in range(0, len(points), most):
+        rows = slice(r, min(r + most, len(points)))
+        given = points[rows], sign[rows], alpha[rows], sigma[rows]
+        samples = len(x) if kernel else max(1, most // (rows.stop - r))
+        for b in range(0, len(x), samples):
+            some = slice(b, b + samples)
+            if kernel:
+                part = control_kernel.control(*_contiguous(x[some], keys[some], *given), tuple(reference))
+            else:
+                part = torch_backend.control(x[some], keys[some], *given, reference)
+            f[some, rows] = part
+    return f
 
 
 def loss_rows(
@@ -115,10 +137,15 @@ def loss_gradient(grad: Tensor, prediction: Tensor, x: Tensor, words: Tensor, ep
 
 def density_mlp(given: Evaluation) -> Tensor:
     try:
-        return fused.density_mlp(*_arguments(given))
+        way = _way(given.task, precision(given.weights[0].dtype))
+        run = fused_wide.density_mlp_wide if way.wide else fused.density_mlp
+        f = run(*_arguments(given._replace(reference=[]) if way.apart else given))
     except launch.NoRoom as reason:  # only where nobody asked `why_not_fused`, or the device refused every launch
         warn(f"no Triton kernel fits this network, PyTorch evaluates it: {reason}", RuntimeWarning)
         return torch_backend.density_mlp(given)
+    if not way.apart:
+        return f
+    return f - control(given.x, given.keys, given.points, given.rows[:, 0], given.alpha, given.sigma, given.reference)
 
 
 def density_mlp_dx(grad: Tensor, given: Evaluation, splits: int | None = None) -> Tensor:
@@ -170,8 +197,57 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def why_not_fused(task: Task) -> str | None:
-    """Return why the fused kernel cannot run a row program with its reference, or None."""
-    return _dtype(task) or _room(task, precision(task.dtype), launch.Config.from_heuristic)
+    """Return why no fused kernel can run a row program, or None; whatever its reference, which may come apart."""
+    if (reason := _dtype(task)) is not None:
+        return reason
+    try:
+        _way(task, precision(task.dtype))
+    except launch.NoRoom as error:
+        return str(error)
+    return None
+
+
+def why_not_unasked(task: Task) -> str | None:
+    """Return why "auto" leaves a program to others that `why_not_fused` has no objection to, or None."""
+    if not _way(task, precision(task.dtype)).wide:
+        return None
+    return "no GPU has run its kernel of wide layers yet, which backend='triton' takes"
+
+
+class Way(NamedTuple):
+    """Which fused kernel runs a program."""
+
+    wide: bool  # that of wide layers, `kernels/density_mlp_wide.py`
+    apart: bool  # whether the reference is evaluated by itself, and subtracted
+
+
+@lru_cache(maxsize=256)
+def _way(task: Task, precision: str) -> Way:
+    """Return how a program runs: in one pass with its reference where that fits.
+
+    Raises:
+        NoRoom: if no fused kernel runs it.
+    """
+    reason = packing.why_not(task.code, list(task.shapes), task.d, panels.MAX_WIDTH)
+    if reason is not None:
+        raise launch.NoRoom(reason)
+    device, along_axes = launch.Device.of(task.device), task.components < 2 and not task.full
+    ways = [Way(wide=True, apart=not along_axes)]
+    if task.width <= launch.MAX_WIDTH[task.dtype.itemsize]:
+        ways[:0] = [Way(wide=False, apart=True)] * (not along_axes)
+        one_chunk = task.d <= packing.MAX_BLOCK_D
+        if along_axes or (one_chunk and why_not_control(task.components, task.full, task.d, task.device) is None):
+            ways[:0] = [Way(wide=False, apart=False)]
+    for way in ways:
+        work = _work(task._replace(components=0, full=False) if way.apart else task, precision)
+        try:
+            (panels.Panels.choose if way.wide else launch.Config.from_heuristic)(work, device)
+        except launch.NoRoom:
+            if way.wide:
+                raise
+        else:
+            return way
+    raise AssertionError("the last way raises")
 
 
 def _dtype(task: Task) -> str | None:
@@ -182,7 +258,7 @@ def _dtype(task: Task) -> str | None:
 
 @lru_cache(maxsize=256)
 def _room(task: Task, precision: str, choose: Callable[[launch.Work, launch.Device], object]) -> str | None:
-    """Return why a kernel cannot be launched, or None; `choose` raises NoRoom where nothing fits the device."""
+    """Return why a gradient's kernel cannot be launched, or None; `choose` raises NoRoom where nothing fits."""
     reason = packing.why_not(task.code, list(task.shapes), task.d, launch.MAX_WIDTH[task.dtype.itemsize])
     reason = reason or why_not_control(task.components, task.full, task.d, task.device)
     if reason is not None:
@@ -207,7 +283,7 @@ def _work(task: Task, precision: str) -> launch.Work:
 
 
 def why_not_control(components: int, full: bool, d: int, device: torch.device) -> str | None:
-    """Return why a kernel cannot evaluate a reference, or None."""
+    """Return why a kernel cannot evaluate a reference, or None; PyTorch does then, in the same function."""
     return control_kernel.why_not(components, full, d, launch.Device.of(device).shared)
 
 

@@ -79,11 +79,16 @@ class Module:
 
     def density_mlp(self, hidden, data, linears, pointers, sizes, operands, program, device, stream, cluster, splits):
         message = self.library.launch(
-            hidden, data, linears, (ctypes.c_uint64 * 9)(*pointers), (ctypes.c_int32 * 6)(*sizes),
+            hidden, data, linears, (ctypes.c_uint64 * 9)(*pointers), (ctypes.c_int32 * 5)(*sizes),
             (ctypes.c_int32 * 8)(*operands), program, len(program), *self.device,
             cluster, splits,
         )  # fmt: skip
         assert not message, (message.decode(), self.library.emulator_error())
+
+    def plan(self, *shape_and_limits):
+        found = (ctypes.c_int32 * 2)()
+        reason = self.library.plan_of(*shape_and_limits, found)
+        return reason.decode() or dict(zip(("shared_bytes", "threads"), found))
 
     def steps_plan(self, *shape_and_limits):
         found, (*shape, capability, shared) = (ctypes.c_int32 * 5)(), shape_and_limits
@@ -113,7 +118,7 @@ def load(csrc: Path, *kernels: str, host: list[Path] | None = None) -> ctypes.CD
     sources = [csrc / f"{name}.cu" for name in kernels]
     compiled = builder.objects([*sources, *host_sources(csrc)]) if host is None else [*host, *builder.objects(sources)]
     library = builder.link(compiled)
-    for function in (library.launch, library.launch_of_steps, library.plan_of_steps):
+    for function in (library.launch, library.launch_of_steps, library.plan_of, library.plan_of_steps):
         function.restype = ctypes.c_char_p
     return library
 

@@ -47,7 +47,7 @@ extern "C" const char* launch(int hidden, int data, int linears, const uint64_t*
   static thread_local std::string message;
   try {
     Plan chosen;
-    message = plan(hidden, data, linears, sizes[3], capability, limit, &chosen);
+    message = plan(hidden, data, linears, sizes[2], capability, limit, &chosen);
     if (message.empty()) {
       density_mlp(arguments(pointers, sizes, operands, program, bytes), chosen, {cluster, splits}, nullptr);
     }
@@ -57,12 +57,14 @@ extern "C" const char* launch(int hidden, int data, int linears, const uint64_t*
   return message.c_str();
 }
 
-// What fastscore._C.plan does: shared memory in bytes and threads, or -1 and 0 where there is no plan.
-extern "C" void plan_of(int hidden, int data, int linears, int stride, int capability, int limit, int32_t* found) {
+// What fastscore._C.plan does: a reason, or an empty text, shared memory in bytes and threads.
+extern "C" const char* plan_of(int hidden, int data, int linears, int stride, int capability, int limit,
+                               int32_t* found) {
+  static thread_local std::string message;
   Plan chosen;
-  const bool fits = plan(hidden, data, linears, stride, capability, limit, &chosen).empty();
-  found[0] = fits ? static_cast<int32_t>(chosen.shared_bytes) : -1;
-  found[1] = fits ? chosen.threads : 0;
+  message = plan(hidden, data, linears, stride, capability, limit, &chosen);
+  found[0] = static_cast<int32_t>(chosen.shared_bytes), found[1] = chosen.threads;
+  return message.c_str();
 }
 
 // What fastscore._C.steps_plan does: a reason, or an empty text and shared memory in bytes, threads, whether keys and x stay

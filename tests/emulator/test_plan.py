@@ -1,13 +1,12 @@
 """What the compiled kernels would be launched with fits every device: shared memory, and registers as compiled."""
 
-import ctypes
 import itertools
 import json
 from pathlib import Path
 
 import pytest
 from emulator import build as builder
-from emulator.comparison import load
+from emulator.comparison import HOPPER, Module, load
 
 from fastscore.ops.cuda import DATA, WIDTHS
 
@@ -19,14 +18,7 @@ LINEARS, VECTORS = (2, 3, 5, 8, 14, 26), (0, 1, 7, 15, 40)  # weights, and vecto
 
 @pytest.fixture(scope="module")
 def plan():
-    library = load(builder.CSRC, "sm90_density_mlp")
-
-    def ask(hidden, data, linears, stride, capability, limit):
-        found = (ctypes.c_int32 * 2)()
-        library.plan_of(hidden, data, linears, stride, capability, limit, found)
-        return tuple(found)
-
-    return ask
+    return Module(load(builder.CSRC, "sm90_density_mlp"), HOPPER).plan
 
 
 def registers(hidden, data, hopper):
@@ -47,10 +39,10 @@ def test_every_plan_fits_its_device(plan):
     for hidden, data, linears, vectors, (capability, limit) in sizes:
         if hidden == 512 and data != 128:
             continue  # `cuda.shape_of` pads dimensions to 128 there
-        shared, threads = plan(hidden, data, linears, vectors * hidden + 8 * data, capability, limit)
-        if shared < 0:
+        found = plan(hidden, data, linears, vectors * hidden + 8 * data, capability, limit)
+        if isinstance(found, str):
             continue
-        planned += 1
+        planned, shared, threads = planned + 1, found["shared_bytes"], found["threads"]
         assert shared <= limit, (hidden, data, linears, vectors, capability)
         assert threads * registers(hidden, data, capability == 90) <= 65_536
         largest[capability] = max(largest.get(capability, 0), shared / limit)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 import fits
 import random_networks
-from fastscore.kernels import control, launch, occupancy
+from fastscore.kernels import control, launch, occupancy, panels
 
 from fastscore.ops import triton as backend
 from fastscore.ops.task import Task
@@ -86,6 +86,23 @@ def test_width_256_takes_one_stage_where_two_do_not_fit():
     assert chosen(90, family=random_networks.single) == first
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(0, 3), (1, 1), (33, 7), (4096, 256), (100_000, 16)])
+def test_programs_share_all_pairs_of_a_wide_network_and_are_no_more_than_run_at_once(batch, rows):
+    asked = work(width=512)
+    shape = panels.Panels.choose(asked, launch.Device(90, SHARED[90]))
+    device = launch.Device(90, SHARED[90], H200)
+    each, programs = shape.divide(asked, device, batch, rows, 255)
+    pairs = -(-batch // shape.block_b) * rows
+    assert each * (programs - 1) < max(1, pairs) <= each * programs
+    assert programs <= 132
+
+
+def test_two_saved_tiles_take_smaller_tiles_of_samples():
+    for family, found in ((random_networks.two_tiles, (64, False)), (random_networks.single, (128, True))):
+        config = chosen(90, family=family, width=128)
+        assert (config.block_b, config.resident) == found
+
+
 def test_what_no_launch_fits_is_refused_with_numbers():
     # A weight of 256 x 256 bfloat16 and its operand of 16 x 256, and 1 KB each for a vector and a sum.
     message = "it takes 141,312 bytes of shared memory at least, the device grants 101,376"
@@ -97,14 +114,23 @@ def test_what_no_launch_fits_is_refused_with_numbers():
 def test_the_predicate_says_what_the_launch_would(monkeypatch):
     monkeypatch.setattr(launch.Device, "of", classmethod(lambda cls, device: cls(86, SHARED[86])))
     monkeypatch.setattr(backend, "precision", lambda dtype: "bf16")  # the interpreter's is another
-    backend._room.cache_clear()
-    for width, reason in ((256, "it takes 141,312 bytes"), (128, None)):
+    backend._way.cache_clear()
+    for width, reason, wide in ((128, None, False), (256, None, True), (512, None, True), (513, "hidden widths", None)):
         network = random_networks.problem(random_networks.adaln, width, 3, 50, "diagonal", "bf16")
         shapes, levels = tuple(tuple(w.shape) for w in network.weights), ("r",) * len(network.tables)
-        found = backend.why_not_fused(Task(network.code, shapes, levels, 50, 1, False, torch.bfloat16, CPU))
+        asked = Task(network.code, shapes, levels, 50, 1, False, torch.bfloat16, CPU)
+        found = backend.why_not_fused(asked)
         assert (found is None) if reason is None else found.startswith(reason)
+        assert wide is None or backend._way(asked, "bf16") == (wide, False)
+    # A reference that does not fit beside the network, or at all, is evaluated by itself.
     assert backend.why_not_control(300, False, 128, CPU).endswith("the device grants 101,376")
-    backend._room.cache_clear()
+    narrow = asked._replace(
+        shapes=((64, 50), (50, 64)), code=(("linear", 0), ("act", "silu"), ("linear", 1)), levels=()
+    )
+    assert backend._way(narrow, "bf16") == (False, False)
+    assert backend._way(narrow._replace(components=10, full=True), "bf16") == (False, False)
+    assert backend._way(narrow._replace(components=1000), "bf16") == (False, True)
+    backend._way.cache_clear()
 
 
 def test_a_reference_alone_has_to_fit_too():

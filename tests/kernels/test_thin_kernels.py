@@ -70,8 +70,9 @@ def test_thin_kernels_forward_and_backward(b, r, d):
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full", "mixture", "full mixture"])
-@pytest.mark.parametrize(("b", "r", "d"), [(1, 1, 1), (7, 5, 2), (63, 2, 13), (3, 3, 100)])
-def test_control_kernel(kind, b, r, d):
+@pytest.mark.parametrize(("b", "r", "d"), [(1, 1, 1), (7, 5, 2), (63, 2, 13), (3, 3, 100), (3, 5, 150)])
+def test_control_kernel(kind, b, r, d, monkeypatch):
+    monkeypatch.setattr(backend, "CONTROL_BYTES", 8 * 5 * d * 2)  # of two rows of a mixture, where they come in parts
     case = Case(b, r, d)
     q = case.reference(kind)
     words = case.keys, case.points, case.sign.float()
@@ -81,7 +82,9 @@ def test_control_kernel(kind, b, r, d):
 
 def test_control_kernel_says_why_it_cannot():
     assert backend.why_not_control(1, False, 100_000, DEVICE) is None
-    assert "128 dimensions in a kernel, got 129" in backend.why_not_control(5, False, 129, DEVICE)
+    assert backend.why_not_control(128, False, 129, DEVICE) is None
+    assert "have up to 128 components, got 129" in backend.why_not_control(129, False, 129, DEVICE)
+    assert "128 dimensions in a kernel, got 129" in backend.why_not_control(5, True, 129, DEVICE)
     # 512 rows of 128 float32 numbers, of a product's one factor.
     assert "a reference of 300 components in 128 dimensions takes 262,144 bytes" in why_not(300, False, 128, 232_448)
 
