@@ -60,12 +60,13 @@ class ScoreDensity(NetworkDensity):
     Arguments:
         model: the network, called as `model(x_t, t, **cond)` with x_t of shape (rows, *shape) and t of shape (rows,)
             in the schedule's own time. Twice the data's channels are allowed, of which learned variances are cut off.
+            x_t has the dtype of its parameters; where these have half precision, that of the sums if it takes it.
         schedule: the forward process it was trained on (`fastscore.process.schedules`).
         predicts: what the network returns: "eps", "x0", "denoiser", "v", "score" or "flow", each explained in
             `fastscore.process.predictions`. There is no default, since the wrong one gives wrong numbers.
         reference: a `Reference` to start from; by default N(0, schedule.data_std^2). `fit` replaces it.
         noise: "sobol", "independent", or "auto": sobol once `fit` has calibrated its error bars, for d <= 21,200 and
-            without a mask, since they were measured on whole samples.
+            without a mask: they were measured on whole samples.
         nfe: network evaluations per sample, where a call does not say.
         backend: "auto" or the name of a backend, see `fastscore info`.
         time_dtype: dtype of t, where the network wants another one than int64 (tables) or that of the sums.
