@@ -73,7 +73,8 @@ def test_growth(benchmark, table, axis):
                                 "peak, last over first": peaks[-1] / peaks[0]})  # fmt: skip
     benchmark.extra_info.update(exponent=exponent, peaks=peaks, nfe=nfe)
     if axis in ("samples", "evaluations"):
-        assert exponent < 1.05  # what does not grow, such as making the plan, makes it less than one
+        # A least time repeats to a tenth here, which is 0.05 in the slope over a factor of eight; half of that more.
+        assert exponent < 1.08  # what does not grow, such as making the plan, makes it less than one
         # Of the budget a third is the most that values take which wait to be summed, and they grow with evaluations.
         assert max(peaks) < BUDGET / 2
     if axis == "samples":  # chunks of about the same size, whatever their number: what grows is a sum a sample
@@ -128,4 +129,4 @@ def test_processes(benchmark, table):
     table("scaling_exponents", {"axis": "processes", "from": 1, "to": rows[-1][0], "exponent": exponent,
                                 "peak, last over first": None})  # fmt: skip
     if len(rows) > 1:
-        assert 0.9 < exponent < 1.1
+        assert abs(exponent - 1) < 0.15  # two times that repeat to a tenth each: 0.14
