@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.comparison import Comparison, Differences
+from .estimator.contradictions import refuse_contradictions
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
@@ -37,7 +38,7 @@ from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
+from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_upside_down
 from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
 from .process.conditions import merged, takes_conditions
@@ -78,8 +79,8 @@ class ScoreDensity(NetworkDensity):
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program; for a schedule whose ends are the other way
-            round, or whose time() is not the inverse of its log_snr(), a time_dtype that does not hold its times, and
-            an nfe below 1.
+            round, or whose methods contradict each other (log_snr, its inverse time, alpha_sigma, derivatives), a
+            time_dtype that does not hold its times, and an nfe below 1.
         TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
@@ -110,14 +111,12 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         ends = range_of(schedule, scales)
-        refuse_upside_down(ends, schedule, scales), refuse_no_inverse(schedule, ends)
+        refuse_upside_down(ends, schedule, scales), refuse_contradictions(schedule, ends, predicts)
         nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
         self.planner, self.replays, self.flows = Planner(), Replays(), Graphs()
         self._ends = ScheduleEnds(schedule, nodes)
         self.nodes, self.fitted_shape = nodes, None
         self._programs, self._compiles, self._compiled = Programs(program), compile, None
-        if predicts == "flow":
-            schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 
     @takes_conditions
     @differentiable

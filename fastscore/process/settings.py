@@ -19,7 +19,7 @@ def settings_of(schedule: Schedule) -> tuple | None:
     None for a class of a user's, which may read anything, and where an attribute is neither a number nor a table.
     """
     kind = type(schedule)
-    if not _is_ours(kind):
+    if not is_ours(kind):
         return None
     found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
     for name, value in vars(schedule).items():
@@ -65,5 +65,6 @@ def _tell(schedule: Schedule, log_snr: Tensor, time: Tensor | None) -> tuple:
 
 
 @cache
-def _is_ours(kind: type) -> bool:
+def is_ours(kind: type) -> bool:
+    """Return whether a class is one of this package's."""
     return kind.__module__.partition(".")[0] == __package__.partition(".")[0]
