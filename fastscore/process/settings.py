@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import Cut, Schedule
 
-NUMBERS = frozenset((int, float))
+NUMBERS = frozenset((int, float, Cut))
 
 
 def settings_of(schedule: Schedule) -> tuple | None:
@@ -28,7 +28,8 @@ def settings_of(schedule: Schedule) -> tuple | None:
             value = value.dtype, value.shape, raw.numpy().tobytes()
         elif type(value) not in NUMBERS and not (type(value) is tuple and all(type(each) in NUMBERS for each in value)):
             return None
-        found += [name, value]
+        # An end and a cut may be the same number.
+        found += [name, value, tuple(map(type, value)) if type(value) is tuple else type(value)]
     return tuple(found)
 
 
