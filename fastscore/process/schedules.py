@@ -212,8 +212,9 @@ class VE(_Exploding):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = _sigmas("VE", sigma_min, sigma_max)
-        if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
-            self.data_std = math.sqrt(sigma_min * sigma_max)
+        low, high = self.sigma_min, self.sigma_max
+        if not low < 1 <= high:  # no noise is of the size of such data: they have the schedule's own scale
+            self.data_std = math.sqrt(low * high)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (math.log(self.sigma_min) + as_float64(t) * math.log(self.sigma_max / self.sigma_min))
@@ -269,13 +270,12 @@ class FlowMatching(Schedule):
 
     def __init__(self, data_at: int = 1) -> None:
         require(
-            data_at in (0, 1),
+            getattr(data_at, "ndim", 0) == 0 and data_at in (0, 1),
             f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at!r}",
         )
         self.data_at = int(data_at)
         ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
-        clean, noisy = ends if data_at == 1 else (1 - ends[0], 1 - ends[1])
-        self.time_range = Cut(clean), Cut(noisy)
+        self.time_range = tuple(Cut(end if data_at == 1 else 1 - end) for end in ends)
 
     def scale(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)
