@@ -109,7 +109,11 @@ class Levels:
             raise ValueError(
                 f"dequantized data must be float32 or float64, got {dtype}; cast x_t in the network instead"
             )
-        index = check_index(sample_index, len(k))
+        if sample_index is None:
+            index = torch.arange(len(k), device=k.device)
+        else:  # of one on a GPU, to look at the values would wait for it
+            on_host = not isinstance(sample_index, Tensor) or sample_index.device.type == "cpu"
+            index = check_index(sample_index, len(k)) if on_host else sample_index
         w = noise.words(seed, index.to(k.device), 0, noise.STREAM_DEQUANTIZE, k[0].numel())
         u = noise.uniform(w, torch.float64).reshape(k.shape)
         return (self.low + (k + u) * self.width).to(dtype)
