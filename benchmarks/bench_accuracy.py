@@ -16,7 +16,7 @@ import fastscore as fs
 
 POINTS, SEEDS = 256, 4
 TARGETS = {f"mixture of 5, d = {d}": d for d in (2, 16, 64)}
-SCHEDULE = fs.LogSNR(-14, 16)
+SCHEDULE = fs.LogSNR()
 
 
 def plain_formula(net, x, nfe, seed):

@@ -150,7 +150,7 @@ class Problem:
         """Return an unfitted density of the network."""
         if self.density is not None:
             return fs.ScoreDensity(self.density.model, self.density.schedule, self.density.predicts)
-        schedule = fs.LogSNR(-14, 16)
+        schedule = fs.LogSNR()
         return fs.ScoreDensity(Exact(self.target, schedule, "eps"), schedule, "eps")
 
 

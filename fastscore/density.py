@@ -25,19 +25,20 @@ from torch import Tensor, nn
 
 from .estimator.calibration import uncalibrated
 from .estimator.comparison import Comparison, Differences
+from .estimator.contradictions import refuse_contradictions
 from .estimator.degenerate import warn_if_degenerate, warn_if_out_of_range
 from .estimator.estimate import Estimate
 from .estimator.estimator import Estimator
 from .estimator.graphs import Graphs
 from .estimator.methods import DENSITY
-from .estimator.network_density import NetworkDensity, check_nfe, check_parts, network_of, prepare
+from .estimator.network_density import NetworkDensity, check_evaluations, check_nfe, check_parts, network_of, prepare
 from .estimator.nodes import FittedNodes, NodeDensity
 from .estimator.pilot import PILOT_DRAWS, PilotPlan, calibrate_noise, run_pilot, warn_if_worse_than_reference
 from .estimator.planner import Planner
 from .estimator.replay import Replays
 from .estimator.rules import MAX_DRAWS
 from .estimator.samples import deferred
-from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_no_inverse, refuse_upside_down
+from .estimator.schedule_ends import ScheduleEnds, range_of, refuse_upside_down
 from .estimator.self_pilot import evaluations_of_own, pilot_of_own
 from .estimator.statistics import draw_sum
 from .process.conditions import merged, takes_conditions
@@ -46,7 +47,7 @@ from .process.predictions import check_prediction, must_say_what_it_predicts
 from .process.schedules import Schedule
 from .program.row_program import Programs
 from .reference.gaussians import Reference
-from .support.host import positive, whole
+from .support.host import positive, seed_of, whole
 from .support.memory import Chunks
 from .support.modes import differentiable, ordinary, refuse_inference_weights
 from .support.progress import progress_bar
@@ -79,8 +80,8 @@ class ScoreDensity(NetworkDensity):
 
     Raises:
         ValueError: for an unknown prediction, noise, backend or program; for a schedule whose ends are the other way
-            round, or whose time() is not the inverse of its log_snr(), a time_dtype that does not hold its times, and
-            an nfe below 1.
+            round, or whose methods contradict each other (log_snr, its inverse time, alpha_sigma, derivatives), a
+            time_dtype that does not hold its times, and an nfe below 1.
         TypeError: if the schedule is not a `Schedule`, or `predicts` is missing.
 
     Example:
@@ -111,14 +112,12 @@ class ScoreDensity(NetworkDensity):
         self.reference = reference if reference is not None else Reference.isotropic(schedule.data_std)
         scales = self.reference.scales()
         ends = range_of(schedule, scales)
-        refuse_upside_down(ends, schedule, scales), refuse_no_inverse(schedule, ends)
+        refuse_upside_down(ends, schedule, scales), refuse_contradictions(schedule, ends, predicts)
         nodes = FittedNodes(NodeDensity.uniform(*ends), uncalibrated(), scales)
         self.planner, self.replays, self.flows = Planner(), Replays(), Graphs()
         self._ends = ScheduleEnds(schedule, nodes)
         self.nodes, self.fitted_shape = nodes, None
         self._programs, self._compiles, self._compiled = Programs(program), compile, None
-        if predicts == "flow":
-            schedule.derivatives(torch.tensor(schedule.time_range[0], device="cpu"))  # raises for a table
 
     @takes_conditions
     @differentiable
@@ -320,9 +319,9 @@ class ScoreDensity(NetworkDensity):
             mask: as in `estimate`, of the data.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture", and "images" for mixtures that are
                 diagonal in cosines, for data of shape (N, C, H, W) or (N, C, L); with a mask the first two alone.
-            evaluations: bound of the network evaluations to spend. Below about 1,500 nothing but the reference is
-                fitted, below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated and
-                stays independent; so it does for images to which `control="self"` pays, which takes 31,000.
+            evaluations: bound of the network evaluations to spend. Below 1,536 only the reference is fitted (a warning
+                says so), below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated
+                and stays independent; so it does for images to which `control="self"` pays, which takes 31,000.
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`, beside some copies of the samples that are looked at, in float64.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).
@@ -331,7 +330,7 @@ class ScoreDensity(NetworkDensity):
         Raises:
             ValueError: for fewer than 20 samples, an unknown kind, or one that is not fitted to masked data.
         """
-        evaluations, seed = whole("evaluations", evaluations), whole("seed", seed)
+        evaluations, seed = check_evaluations(evaluations), seed_of(seed)
         samples = self._chosen(data, seed, cond, mask)
         everywhere = slice(None) if samples.mask is None else samples.mask.all(0)
         degenerate, network = warn_if_degenerate(samples.x[:, everywhere], self.schedule), network_of(self)

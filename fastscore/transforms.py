@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, SigmoidTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from .support.host import as_float64
+from .support.host import all_finite, finite, floating, numbers
 
 
 def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
@@ -29,7 +29,10 @@ def zscore(mean: Tensor | float, std: Tensor | float) -> AffineTransform:
     Raises:
         ValueError: if std is not positive and finite.
     """
-    mean, std = (as_float64(value) for value in (mean, std))  # log std would be float32 else
+    expected = "a number, or numbers that broadcast to one sample"
+    mean, std = (numbers(name, value, expected) for name, value in (("mean", mean), ("std", std)))  # in float64
+    if not bool(torch.isfinite(mean).all()):
+        raise ValueError("zscore needs a finite mean, got NaN or inf; leave out the samples that have them")
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise ValueError(
             f"zscore needs std > 0, got a least one of {float(std.min())}; leave constant columns out, or use 1"
@@ -53,9 +56,9 @@ class Logit(Transform):
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
-        if not high > low:
+        self.low, self.high = finite("low of Logit", low), finite("high of Logit", high)
+        if not self.high > self.low:
             raise ValueError(f"Logit needs high > low, got low={low}, high={high}")
-        self.low, self.high = float(low), float(high)
         self.codomain = constraints.interval(self.low, self.high)
 
     def _call(self, z: Tensor) -> Tensor:
@@ -94,6 +97,8 @@ class Whitening(Transform):
 
     def __init__(self, mean: Tensor, basis: Tensor, std: Tensor) -> None:
         super().__init__()
+        for name, value in (("mean", mean), ("basis", basis), ("std", std)):
+            floating(f"{name} of Whitening", value, "of the data's d numbers")
         d = mean.numel()
         if basis.shape != (d, d) or std.shape != (d,):
             raise ValueError(
@@ -134,8 +139,19 @@ def whiten(data: Tensor, floor: float = 0.0) -> Whitening:
         floor: least standard deviation of a component, relative to the largest; for data in a subspace.
 
     Raises:
-        ValueError: if the data lie in a subspace and floor is 0.
+        ValueError: if the data lie in a subspace and floor is 0; for data that are not so, or not finite.
     """
+    data = floating("data", data, "(N, *shape)")
+    if data.ndim < 2 or len(data) < 2 or not data.numel():
+        raise ValueError(
+            f"whiten needs data of shape (N, *shape) with N >= 2, got {tuple(data.shape)}; numbers in a row are "
+            "samples after data[:, None]"
+        )
+    if not all_finite(data):
+        raise ValueError("whiten needs finite data, got NaN or inf; leave out the samples that have them")
+    floor = finite("floor", floor)
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must be a share of the largest standard deviation, 0 or such as 0.001, got {floor:g}")
     x = data.detach().to(torch.float64).flatten(1)
     mean = x.mean(0)
     variance, basis = torch.linalg.eigh(torch.cov((x - mean).T).reshape(x.shape[1], x.shape[1]))

@@ -24,7 +24,9 @@ def test_conditions_of_a_data_set(tmp_path):
     assert given["a"]["mean"].value.tolist() == MEAN[[3, 1]].tolist()
     assert given["table"].value.dtype == torch.float32
     for bad, got in ((mean[:5], r"shape \(5,\)"), (np.ones(()), r"shape \(\)"), (object(), "object")):
-        message = rf"cond 'y' must be an array of shape \(12, ...\), .* got {got}; .*--shared"
+        message = (
+            rf"cond 'y' must be an? (array|tensor or an array of numpy) of shape \(12, ...\), .* got {got}; .*--shared"
+        )
         with pytest.raises(ValueError, match=message):
             DataConditions.of("cond", {"y": bad}, 12)
     density = fs.ScoreDensity(

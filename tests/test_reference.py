@@ -224,5 +224,5 @@ def test_what_is_no_mixture_is_refused(arguments, message):
 
 
 def test_a_negative_deviation_is_refused():
-    with pytest.raises(ValueError, match="std must be positive, got -1"):
+    with pytest.raises(ValueError, match=r"std must be positive \(in units of the data\), got -1"):
         Reference.isotropic(-1)

@@ -55,7 +55,7 @@ def test_an_index_that_the_caller_counts_up_is_another_one(arange):
 class Bumped(fs.VP):
     """A schedule that can be changed in a short stretch of its time alone, as a table of knots can."""
 
-    bump = 0.0
+    bump, at = 0.0, -1.0
 
     def alpha_sigma(self, t):
         alpha, sigma = super().alpha_sigma(t)
@@ -64,7 +64,6 @@ class Bumped(fs.VP):
 
 def test_a_schedule_that_changes_at_one_draw_makes_new_rules():
     density, x = make(Bumped()), data()
-    density.schedule.at = -1.0
     numbers(density, x)
     (plan,) = density.planner._plans.values()
     for group in (0, 1):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.alpha_sigma import AlphaSigma
-from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, Cut
 from ..support.host import as_tensor
 from .checks import adapter, expect, expect_attributes, expect_module
 from .wrappers import bare
@@ -26,7 +26,8 @@ GRID = 513  # times at which a schedule is looked at
 class AzulaClock(AlphaSigma):
     """The process of a schedule that is called with times in [0, 1] and returns alpha and sigma, whatever its formula.
 
-    Its inverse is found by bisection. An end without noise, or without data, is cut where log-SNR is 16, or -14.
+    Its inverse is found by bisection. An end without noise, or without data, is cut at log-SNR 16, or -14, for data of
+    standard deviation one.
 
     Raises:
         ValueError: unless the log-SNR falls with time.
@@ -40,7 +41,7 @@ class AzulaClock(AlphaSigma):
         expect(falling, what, "one that rises, stays or is NaN", "falling from t = 0 to t = 1", remedy)
         clean, noisy = self.time(every[[0, -1]].clamp(LOG_SNR_FLOOR, LOG_SNR_CEIL)).tolist()
         endless = torch.isinf(every)
-        self.time_range = (clean if endless[0] else 0.0, noisy if endless[-1] else 1.0)
+        self.time_range = (Cut(clean) if endless[0] else 0.0, Cut(noisy) if endless[-1] else 1.0)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule(as_tensor(t).to(torch.float64))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..process.alpha_sigma import AlphaSigma
 from ..process.ddpm import DDPM
-from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, FlowMatching, Schedule
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, VP, Cut, FlowMatching, Schedule
 from ..support.host import as_tensor
 
 
@@ -85,7 +85,7 @@ class Trigonometric(AlphaSigma):
 
     Data lie at t = 1. The two noises are one of variance :math:`\cos^2(\pi t / 2) + \sigma^2`, and the velocity
     :math:`\tfrac\pi2 E[\cos(\pi t / 2) x - \sin(\pi t / 2) \epsilon \mid x_t]` is the flow prediction of it, as for
-    `ConditionalFlow`. The range ends at the noise that is left with the data, or at log-SNR 16 without any.
+    `ConditionalFlow`. The range ends at the noise that is left with the data, and has no clean end without any.
 
     References:
         Building Normalizing Flows with Stochastic Interpolants (Albergo and Vanden-Eijnden, 2023),
@@ -96,7 +96,7 @@ class Trigonometric(AlphaSigma):
         self.sigma = float(sigma)
         ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
         clean, noisy = self.time(ends).tolist()
-        self.time_range = (1.0 if sigma > 0 else clean, noisy)
+        self.time_range = (1.0 if sigma > 0 else Cut(clean), Cut(noisy))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = 0.5 * math.pi * as_tensor(t).to(torch.float64)

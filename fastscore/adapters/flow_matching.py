@@ -15,20 +15,26 @@ from torch import Tensor, nn
 
 from ..density import ScoreDensity
 from ..process.alpha_sigma import AlphaSigma
-from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, FlowMatching
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, Cut, FlowMatching
 from ..support.host import as_tensor
 from .checks import adapter, expect, expect_attributes, expect_module
 
 PREDICTIONS = ("flow", "x0", "eps")
+ENDLESS = 64.0  # of log-SNR: rounding leaves that of a cosine at 75 where it is infinite, and no data change beyond
 
 
 class SchedulerClock(AlphaSigma):
-    """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time."""
+    """The process of a flow_matching scheduler: its call gives alpha and sigma, its `snr_inverse` the time.
+
+    It is known at times from 0 to 1, and a path that has an end there, as the variance-preserving one has, keeps it.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        ends = torch.tensor([LOG_SNR_CEIL, LOG_SNR_FLOOR], dtype=torch.float64, device="cpu")
-        self.time_range = tuple(float(end) for end in self.time(ends))
+        ends = torch.tensor([[LOG_SNR_CEIL, LOG_SNR_FLOOR], [1.0, 0.0]], dtype=torch.float64, device="cpu")
+        (clean, noisy), (last, first) = self.time(ends[0]).tolist(), self.log_snr(ends[1]).tolist()
+        # A path of which noise or data are left at the end of time is not known beyond.
+        self.time_range = (1.0 if last < ENDLESS else Cut(clean), 0.0 if first > -ENDLESS else Cut(noisy))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         at = self.scheduler(as_tensor(t).to(torch.float64))

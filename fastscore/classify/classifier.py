@@ -29,12 +29,12 @@ from ..estimator.plan import Plan
 from ..estimator.protocol import Density, check_density
 from ..estimator.rows import Draws
 from ..estimator.rules import FixedRules, Rules, make_rules, uniform_in_time
-from ..estimator.samples import Samples
+from ..estimator.samples import Samples, check_batch
 from ..process.conditions import Conditions, takes_conditions
 from ..process.masks import broadcast_mask
 from ..process.network import model_device
 from ..reference.gaussians import Reference
-from ..support.host import as_float64
+from ..support.host import chosen, numbers, share, whole
 from ..support.memory import Chunks, budget_bytes
 from ..support.modes import ordinary
 from ..support.progress import progress_bar
@@ -110,8 +110,9 @@ class DiffusionClassifier(nn.Module):
             ValueError: if the evaluations are too few for one sample.
         """
         each = PILOT_NFE * len(self.log_prior) + 6 * PILOT_BINS * PILOT_DRAWS
-        if evaluations < each:
+        if (evaluations := whole("evaluations", evaluations)) < each:
             raise ValueError(f"fit needs {each} evaluations per sample and at least one, got evaluations={evaluations}")
+        check_batch(data)
         x = data[: evaluations // each]
         x = x.to(model_device(self.density.model, x.device))
         mask = None if mask is None else broadcast_mask(mask, data)[: len(x)].to(x.device)
@@ -168,9 +169,9 @@ class DiffusionClassifier(nn.Module):
         Raises:
             ValueError: for an error outside (0, 1), an unknown weighting, and as `ScoreDensity.estimate`.
         """
-        if error is not None and not 0 < error < 1:
-            raise ValueError(f"error must lie between 0 and 1, such as 0.05, or be None; got {error}")
-        if weighting not in WEIGHTINGS:
+        error = None if error is None else share("error", error, 0.05, "; None evaluates all classes")
+        nfe = whole("nfe", nfe)
+        if not chosen(weighting, WEIGHTINGS):
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
         samples, log_det, chunks = self._prepare(x, nfe, seed, sample_index, memory, cond, mask)
         sizes = [nfe] if error is None else round_sizes(nfe)
@@ -312,7 +313,8 @@ def _in_rows(value: list | np.ndarray) -> object:
 
 def _check_prior(prior: Tensor | None, count: int) -> Tensor:
     """Return log p(y), float64, shape (C,)."""
-    p = as_float64([1 / count] * count if prior is None else prior).detach()
+    given = [1 / count] * count if prior is None else prior
+    p = numbers("prior", given, f"{count} positive probabilities that sum to 1, or None for uniform ones").detach()
     if p.shape != (count,) or not bool((p > 0).all()) or abs(float(p.sum()) - 1) > 1e-4:
         raise ValueError(
             f"prior must be {count} positive probabilities that sum to 1, got shape {tuple(p.shape)} with the sum "

@@ -30,6 +30,7 @@ from ..estimator.statistics import (
     successive_variance,
     widened,
 )
+from ..support.host import whole
 
 # Evaluations per class; with fewer the nodes are so far apart that their own error decides.
 FIRST_ROUND = 32
@@ -76,7 +77,7 @@ class Classification:
             ValueError: for less than one class, or more than there are.
         """
         count = self.active.shape[1]
-        if not 1 <= k <= count:
+        if not 1 <= (k := whole("k", k)) <= count:
             raise ValueError(f"topk takes 1 to {count} of {count} classes, got {k}")
         log_posterior, classes = self.log_posterior.topk(k, dim=1)
         return log_posterior.exp(), classes

@@ -71,5 +71,5 @@ def parse_schedule(text: str) -> Schedule:
 
 def _usage(name: str) -> str:
     parameters = inspect.signature(SCHEDULES[name]).parameters.values()
-    arguments = ",".join(f"{p.name}={p.default}" for p in parameters)
+    arguments = ",".join(p.name if p.default is None else f"{p.name}={p.default}" for p in parameters)
     return f"{name}[:{arguments}]" if arguments else name

@@ -38,6 +38,7 @@ from ..estimator.methods import prior_kl
 from ..estimator.nodes import FittedNodes
 from ..estimator.protocol import Density, check_density
 from ..estimator.resolution import clean_end_counted
+from ..estimator.samples import check_index
 from ..ops import noise
 from ..process.masks import inside, mask_rows
 from ..support.host import finite, whole
@@ -101,14 +102,18 @@ class Levels:
             dtype: float32 or float64; in a smaller one a level would hold a few numbers instead of an interval.
 
         Raises:
-            ValueError: if k is not integer, or leaves 0 .. bins - 1; for another dtype.
+            ValueError: if k is not integer, or leaves 0 .. bins - 1; for another dtype, or indices that are none.
         """
         self._check(k)
-        if dtype not in (torch.float32, torch.float64):
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"dequantized data must be float32 or float64, got {dtype}; cast x_t in the network instead"
             )
-        index = torch.arange(len(k), device=k.device) if sample_index is None else sample_index
+        if sample_index is None:
+            index = torch.arange(len(k), device=k.device)
+        else:  # of one on a GPU, to look at the values would wait for it
+            on_host = not isinstance(sample_index, Tensor) or sample_index.device.type == "cpu"
+            index = check_index(sample_index, len(k)) if on_host else sample_index
         w = noise.words(seed, index.to(k.device), 0, noise.STREAM_DEQUANTIZE, k[0].numel())
         u = noise.uniform(w, torch.float64).reshape(k.shape)
         return (self.low + (k + u) * self.width).to(dtype)

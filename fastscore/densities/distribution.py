@@ -12,7 +12,7 @@ from torch.distributions import Distribution, constraints
 
 from ..estimator.protocol import Density, check_density
 from ..process.conditions import Conditions, merged
-from ..support.host import whole
+from ..support.host import seed_of, whole
 from ..support.structure import flatten
 from .transformed import Transformed
 from .zero_mean import TOLERANCE
@@ -81,7 +81,7 @@ def as_distribution(
     options = {"nfe": nfe if nfe is None else whole("nfe", nfe), "memory": memory}
     event = _shape(event_shape)
     index = torch.arange(batch or 1, device="cpu").reshape(() if batch is None else (batch,))
-    seed = seed if seed is None else whole("seed", seed)
+    seed = seed if seed is None else seed_of(seed)
     return DensityDistribution(check_density(density), event, conditions, index, seed, options, validate_args)
 
 

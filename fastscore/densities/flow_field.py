@@ -34,7 +34,7 @@ from ..process.network import predict
 from ..process.predictions import eps_from
 from ..reference.levels import Level
 from ..support.autocast import own_dtypes
-from ..support.host import whole
+from ..support.host import seed_of
 from ..support.untouched import uncompiled
 
 TABLES = 1 << 22  # numbers that the tables of some times take together, at most
@@ -230,7 +230,7 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
     In few dimensions no two of a sample's probes are the same, or the same but for the sign of all: equal ones would
     say nothing new, and agree as if there were no error.
     """
-    d, seed = samples.x.shape[1], whole("seed", seed)
+    d, seed = samples.x.shape[1], seed_of(seed)
     if d <= FEW_DIM:
         place = torch.randperm(kinds(d), generator=torch.Generator().manual_seed(seed % 2**64), device="cpu")[:probes]
         flips = 1 - 2 * (place[:, None] >> torch.arange(d, device="cpu") & 1)  # the last one never

@@ -118,6 +118,7 @@ class Transformed(Density):
 
     def fit(self, data: Tensor, *, mask: Tensor | None = None, **options: Any) -> Transformed:
         """Fit the reference and the nodes to data in the user's space, as in `ScoreDensity.fit`; return self."""
+        check_batch(data)
         # In batches through the device of the network, which the data may not fit.
         device = model_device(self.core.model, data.device)
         counted, parts = None if mask is None else masks.broadcast_mask(mask, data), []
@@ -155,8 +156,8 @@ class Transformed(Density):
         try:
             inside = self.transform.codomain.check(wide.detach()).reshape(len(x), -1).all(1)
             z = self.transform.inv(wide)
-        except RuntimeError as error:
-            if "size of tensor" not in str(error):
+        except (RuntimeError, AssertionError, IndexError) as error:  # torch's own say so in any of these
+            if "size of tensor" not in str(error) and not believed(self.transform):
                 raise
             raise ValueError(
                 f"x has shape {tuple(x.shape[1:])} a sample, and {self.transform} is one of samples of another shape: "

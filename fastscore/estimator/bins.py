@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..process.masks import broadcast_mask
-from ..support.host import whole
+from ..support.host import finite, whole
 from ..support.warn import warn
 
 ROUNDED = 2.0**-23  # of the highest level's entries, at most, that are rounded up to its end in float32
 MANY = 1000  # entries, of which some are in the lower half where an image uses all levels
 
 LOW, HIGH = -1.0, 1.0  # where nobody says otherwise
+MOST_BINS = 1 << 53  # integers that float64 tells apart
 
 
 class HasLevels(Protocol):
@@ -40,6 +41,7 @@ def in_numbers(bins: Bins, low: float, high: float) -> tuple[int | None, float, 
     Raises:
         ValueError: for levels and ends that are not theirs.
     """
+    low, high = finite("low", low), finite("high", high)
     if bins is None or not all(hasattr(bins, name) for name in ("bins", "low", "high")):
         return bins, low, high
     own = bins.low, bins.high
@@ -61,8 +63,10 @@ def log_width(bins: Bins, low: float, high: float) -> float:
                 "give bins= as well, or leave both out for continuous data"
             )
         return 0.0
-    if whole("bins", bins) < 2 or not high > low:
-        raise ValueError(f"bits_per_dim needs bins >= 2 and high > low, got bins={bins}, low={low}, high={high}")
+    if not 2 <= whole("bins", bins) <= MOST_BINS or not high > low:
+        raise ValueError(
+            f"bits_per_dim needs bins >= 2 and high > low, 2^53 bins at most, got bins={bins}, low={low}, high={high}"
+        )
     return math.log((high - low) / bins)
 
 

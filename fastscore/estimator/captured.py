@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..process.conditions import takes_conditions
-from ..support.host import whole
+from ..support.host import seed_of
 from ..support.modes import ordinary
 from ..support.untouched import undisturbed
 from .estimator import Estimator
@@ -100,7 +100,7 @@ class CapturedDensity:
         samples = replace(self.samples, x=z.reshape(len(z), -1).to(self.samples.x))
         wanted = self.wanted  # another thread may go on to another seed meanwhile
         if seed is not None:
-            self.wanted = wanted = wanted._replace(seed=whole("seed", seed))
+            self.wanted = wanted = wanted._replace(seed=seed_of(seed))
         with undisturbed(self.core.model):
             replay, plan = self._capture(samples, wanted)
             _, numbers = replay(samples, plan)

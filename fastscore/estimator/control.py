@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..support.host import chosen
 from ..support.warn import warn
 from .nodes import FittedNodes
 from .planner import Wanted
@@ -19,7 +20,7 @@ TOO_MANY = f"residuals and noise of one sample may take more than {MOST_BYTES >>
 
 def check_control(control: str, method: str, nfe: int, masked: bool) -> None:
     """Raise ValueError for an unknown control, or where "self" is asked for and does not go with the rest of a call."""
-    if control not in CONTROLS:
+    if not chosen(control, CONTROLS):
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}; got {control!r}")
     if control == "self" and (reason := why_not_self(method, nfe, masked)):
         raise ValueError(f'control="self" {reason}, or leave control="auto"')

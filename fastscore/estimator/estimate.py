@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.host import share
 from . import saved
 from .bins import HIGH, LOW, Bins, log_width, refuse_of_a_probability
 from .common_noise import refuse_common_noise, warn_of_common_noise
@@ -121,7 +121,7 @@ class Estimate:
             ValueError: for another kind of file, or numbers that are not finite (`check`).
             FileNotFoundError: if there is no such folder.
         """
-        saved.write(Path(path), to_arrays(self))
+        saved.write(saved.path_of(path), to_arrays(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Estimate:
@@ -132,7 +132,7 @@ class Estimate:
             ValueError: for a file that `save` did not write, such as a result of `fastscore evaluate`, or that is
                 damaged.
         """
-        return from_arrays(saved.read(Path(path)))
+        return from_arrays(saved.read(saved.path_of(path)))
 
     def check(self) -> Estimate:
         """Return the estimate itself, once the device has said that all numbers are finite.
@@ -248,8 +248,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the lower and upper end of a normal confidence interval for each log_prob, nats."""
-        if not 0 < level < 1:
-            raise ValueError(f"level must lie between 0 and 1, such as 0.95; got {level}")
+        level = share("level", level, 0.95)
         z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")))
         return self.log_prob - z * self.stderr, self.log_prob + z * self.stderr
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from ..process.masks import inside
-from ..process.schedules import Schedule
+from ..process.schedules import LOG_SNR_CEIL, LOG_SNR_FLOOR, Schedule
 from ..reference.gaussians import Reference
+from ..support.host import as_float64
 
 TABLE_STEPS = 1000  # timesteps of a sum where the schedule itself is continuous
 
@@ -162,9 +163,19 @@ def table_of(schedule: Schedule) -> tuple[Tensor, Tensor]:
     if schedule.discrete:
         time = torch.arange(schedule.time_range[1], -1, -1, device="cpu")
     else:
-        clean, noisy = schedule.time_range
+        clean, noisy = _finite_ends(schedule)
         time = torch.linspace(noisy, clean, TABLE_STEPS + 1, dtype=torch.float64, device="cpu")[:-1]
     return time, schedule.log_snr(time)
+
+
+def _finite_ends(schedule: Schedule) -> tuple[float, float]:
+    """Return the least noisy and the noisiest time, cut as an endless schedule of ours where log-SNR is infinite."""
+    ends = as_float64(schedule.time_range)
+    log_snr = schedule.log_snr(ends)
+    if bool(log_snr.isinf().any()):
+        ends = torch.where(log_snr.isinf(), schedule.time(log_snr.clamp(LOG_SNR_FLOOR, LOG_SNR_CEIL)), ends)
+    clean, noisy = ends.tolist()
+    return clean, noisy
 
 
 def prior_kl(x: Tensor, log_snr: float, mask: Tensor | None = None) -> Tensor:

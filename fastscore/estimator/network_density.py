@@ -26,7 +26,7 @@ from ..reference.gaussians import Reference
 from ..reference.picking import Picked
 from ..support.buffers import Constants
 from ..support.compiled import Compiled
-from ..support.host import kind_of, whole
+from ..support.host import chosen, kind_of, seed_of, whole
 from ..support.memory import parse_bytes
 from ..support.untouched import uncompiled, undisturbed
 from .coincidence import refuse_coincidences
@@ -128,7 +128,7 @@ class NetworkDensity(Density):
         self, nfe: int | None, seed: int, samples: Samples, memory: int | str | None, method: str = DENSITY.name
     ) -> Wanted:
         """Return what a call wants of an estimate, by the density's own options where it says nothing."""
-        nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), whole("seed", seed)
+        nfe, seed = whole("nfe", self.nfe if nfe is None else nfe), seed_of(seed)
         if memory is not None:
             parse_bytes(memory)
         return Wanted(nfe, seed, self._noise_kind(samples), memory, method_of(method))
@@ -270,7 +270,7 @@ def check_parts(
                 f"model must have all its weights, got {name!r} without a shape, of a lazy layer; call the network "
                 "once before"
             )
-    if noise not in NOISES:
+    if not chosen(noise, NOISES):
         raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {noise!r}")
     if reference is not None and not isinstance(reference, Reference):
         raise TypeError(f"reference must be a fastscore Reference, got {kind_of(reference)}")
@@ -290,6 +290,13 @@ def check_nfe(nfe: object) -> int:
     if (nfe := whole("nfe", nfe)) < 1:
         raise ValueError(f"nfe must be the evaluations per sample, 4 or more for an error bar, got {nfe}")
     return nfe
+
+
+def check_evaluations(evaluations: object) -> int:
+    """Return what a fit may spend as an integer; raise ValueError for what is none, or below 0."""
+    if (evaluations := whole("evaluations", evaluations)) < 0:
+        raise ValueError(f"evaluations must be the most that a fit may spend, 0 or more, got {evaluations}")
+    return evaluations
 
 
 def network_of(density: NetworkDensity) -> Network:

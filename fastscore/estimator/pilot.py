@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..ops import noise
 from ..reference.gaussians import Reference
+from ..support.host import chosen
 from ..support.memory import Chunks, even
 from ..support.untouched import uncompiled
 from ..support.warn import warn
@@ -124,7 +125,7 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     Raises:
         ValueError: for an unknown kind of reference.
     """
-    if kind not in KINDS:
+    if not chosen(kind, KINDS):
         raise ValueError(f"reference must be one of {', '.join(KINDS)}; got {kind!r}")
     held, (train, mask) = samples.select(slice(0, count := held_out(len(samples)))), samples.entries(slice(count, None))
     if mask is None:
@@ -136,6 +137,11 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     per_sample = 2 * BINS * DRAWS_PER_BIN
     count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
     if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
+        if (least := MIN_PILOT_SAMPLES * per_sample) > plan.evaluations:
+            warn(
+                f"fit has fitted nothing but the reference: nodes take {least} evaluations of the network, got "
+                f"evaluations={plan.evaluations}; give more, 90,000 for error bars of low-discrepancy noise too"
+            )
         nodes = NodeDensity.uniform(*network.log_snr_range)
         return Fitted(found[0], nodes, calibration.uncalibrated())
     fitted = pilot(network, *strata(held, found[0], count), found, plan)

@@ -14,7 +14,7 @@ from ..ops.noise import POINT_BYTES
 from ..process.network import switches_of
 from ..program.row_program import ONE_AT_A_TIME, RowProgram
 from ..reference.gaussians import Reference
-from ..support.host import whole
+from ..support.host import seed_of
 from ..support.memory import Chunks, RowCost, plan_chunks
 from ..support.untouched import uncompiled, undisturbed
 from . import probe
@@ -107,7 +107,7 @@ class Planner:
                 rules = like.draws.rules.shifted(common_shift(wanted.seed, wanted.round))
             else:
                 rules = make_rules(density, wanted.nfe, network.schedule, wanted.method, wanted.seed, wanted.round)
-            draws = Draws(rules, wanted.noise, whole("seed", wanted.seed), wanted.round)
+            draws = Draws(rules, wanted.noise, seed_of(wanted.seed), wanted.round)
             most = max(len(draws), wanted.most)
             chunks = self.chunks(network, samples, programs, reference, wanted, most)
             plan = Plan(network, draws, chunks, family, like, self_fitted if own else all_values)

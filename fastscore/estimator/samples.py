@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..process.conditions import Conditions
 from ..process.masks import mask_rows
 from ..process.network import model_device
-from ..support.host import all_finite, as_tensor, dense_form, layout_of
+from ..support.host import all_finite, as_tensor, dense_form, kind_of, layout_of
 from .rules import group_of
 
 MOST_SAMPLES = 1 << 60  # whose noise is each its own: 60 bits of the counter are the index
@@ -112,7 +112,7 @@ def check_samples(
         for name, value in cond.per_sample.items():
             if value.device != x.device:
                 raise ValueError(f"condition {name!r} is on {value.device} and x on {x.device}; move one of them")
-    index = _check_index(sample_index, len(x))
+    index = check_index(sample_index, len(x))
     counted = None if mask is None else mask_rows(mask, x)
     return Samples(flat, index, tuple(x.shape[1:]), told_apart, counted)
 
@@ -147,10 +147,16 @@ def deferred(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("FASTSCORE_CHECK") != "now"
 
 
-def _check_index(index: Tensor | None, count: int) -> Tensor:
+def check_index(index: Tensor | None, count: int) -> Tensor:
+    """Return the indices of `count` samples, int64, on the CPU; raise ValueError for what are none."""
     if index is None:
         return torch.arange(count, device="cpu")
-    index = as_tensor(index).cpu()
+    try:
+        index = as_tensor(index).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"sample_index must be {count} non-negative integers below 2^60, shape ({count},), got {kind_of(index)}"
+        ) from None
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     if index.shape != (count,) or not whole or int(index.min()) < 0 or int(index.max()) >= MOST_SAMPLES:
         values = f" from {int(index.min())} to {int(index.max())}" if whole and index.numel() else ""

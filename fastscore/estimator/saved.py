@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..support.files import read_arrays, write_arrays
+from ..support.host import kind_of
 from .curve import SUMS
 from .methods import METHODS
 
@@ -24,6 +26,13 @@ SAID = {
     "noise": ("sobol", "independent"),
     "control": ("reference", "self"),
 }
+
+
+def path_of(path: object) -> Path:
+    """Return the path of a file; raise ValueError for what is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be the name of a .npz file, such as 'estimate.npz', got {kind_of(path)}")
+    return Path(path)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

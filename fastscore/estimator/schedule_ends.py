@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from ..process.schedules import SAME_END, Schedule
 from ..process.settings import settings_of
 from .nodes import FittedNodes
-
-INNER, NO_INVERSE = 9, 0.1  # places where a schedule is asked; of log-SNR, beyond what rounding or a table makes
 
 Range = tuple[float, float]
 
@@ -87,29 +83,6 @@ def refuse_upside_down(ends: Range, schedule: Schedule, scales: Sequence[float])
             f"of scales {min(scales):.3g} to {max(scales):.3g}; set its time_range to (least noisy, noisiest), or give "
             "data that are not far below its least noise"
         )
-
-
-def refuse_no_inverse(schedule: Schedule, ends: Range) -> None:
-    """Raise ValueError for a schedule whose time() is not the inverse of its log_snr(), by more than `NO_INVERSE`.
-
-    Nodes are placed on log-SNR: one that lies elsewhere than it is counted gives wrong numbers without a word. A table
-    answers at its nearest entry, which is no inverse.
-    """
-    if schedule.discrete:
-        return
-    wanted = torch.linspace(*ends, INNER + 2, dtype=torch.float64, device="cpu")[1:-1]
-    with torch.no_grad():
-        time = schedule.time(wanted)
-        found = schedule.log_snr(time).double()
-    off = (found - wanted).abs()
-    if bool((off <= NO_INVERSE).all()):
-        return
-    worst = int(off.nan_to_num(nan=math.inf).argmax())
-    asked, at, answer = (float(each[worst]) for each in (wanted, time, found))
-    raise ValueError(
-        f"time() of {type(schedule).__name__} must be the inverse of its log_snr(), got log_snr(time({asked:.4g})) = "
-        f"log_snr({at:.6g}) = {answer:.4g}; mend one of the two, or leave its time_range inside of where they agree"
-    )
 
 
 def _same(one: Range, other: Range) -> bool:

@@ -28,11 +28,13 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..support.warn import warn
 from .rules import GROUPS, Rule, group_shifts
 from .switching import unseen
 
@@ -284,12 +286,22 @@ class GroupSums(NamedTuple):
         return cls(*rows.new_zeros(4, GROUPS).index_add_(1, group.to(values.device), rows))
 
     def mean_with_error(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and its standard error as an estimate of the data's; NaN for one sample."""
-        return self.mean(), (self.spread() / self.count.sum() + self.common_variance()).sqrt()
+        """Return the mean and its standard error as an estimate of the data's; NaN for one sample.
+
+        The error of an infinite mean is infinite.
+        """
+        mean = self.mean()
+        error = (self.spread() / self.count.sum() + self.common_variance()).sqrt()
+        return mean, torch.where(mean.isinf(), torch.inf, error)  # where a log-density overflows, nothing is known
 
     def told(self) -> tuple[float, float]:
         """Return the mean and its standard error as numbers of the host, in one copy."""
         mean, error = torch.stack(self.mean_with_error()).tolist()
+        if math.isinf(mean):
+            warn(
+                f"the mean of these samples is {mean}, since a number among them is beyond what its dtype holds, and "
+                "its error is given as inf: is the scale of x another than that of the data in training and in fit?"
+            )
         return mean, error
 
     def mean(self) -> Tensor:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..support.host import whole
+from ..support.host import seed_of
 from .select import implementation, runnable
 
 SOBOL_MAX_DIM = torch.quasirandom.SobolEngine.MAXDIM - 1  # one dimension orders the draws
@@ -69,7 +69,7 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
 
 def _checked(seed: int) -> int:
     """Return a seed; raise ValueError for one that is no integer of 64 bits, since the key has no more."""
-    seed = whole("seed", seed)
+    seed = seed_of(seed)
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed}; give it modulo 2**64")
     return seed

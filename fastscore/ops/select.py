@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from ..support.host import chosen
 from .interpreting import interpreting
 
 
@@ -109,7 +110,7 @@ BACKENDS = (
 def check_name(name: str) -> None:
     """Raise ValueError, naming the valid ones, if there is no backend of that name."""
     known = [backend.name for backend in BACKENDS]
-    if name != "auto" and name not in known:
+    if not chosen(name, ["auto", *known]):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(known)}; got {name!r}")
 
 

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..support.host import as_float64, as_tensor, finite, whole
+from ..support.host import as_float64, as_tensor, finite, numbers, whole
 from .schedules import Schedule, require
+
+MOST_STEPS = 1 << 24
 
 
 class DDPM(Schedule):
@@ -29,7 +31,7 @@ class DDPM(Schedule):
     discrete = True
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        table = as_float64(alphas_cumprod).detach().cpu().clone()
+        table = numbers("alphas_cumprod", alphas_cumprod, "a table of timesteps, shape (T,)").detach().cpu().clone()
         require(
             table.ndim == 1 and len(table) >= 2,
             f"DDPM needs a table of at least 2 timesteps, shape (T,), got shape {tuple(table.shape)}",
@@ -62,7 +64,9 @@ class DDPM(Schedule):
     @classmethod
     def from_betas(cls, betas: Tensor) -> DDPM:
         """Build the table from the variances beta_t, shape (T,)."""
-        return cls(torch.cumprod(1 - as_float64(betas), 0))
+        betas = numbers("betas", betas, "the variances of the timesteps, shape (T,)")
+        require(betas.ndim == 1, f"betas must have the shape (T,), got {tuple(betas.shape)}")
+        return cls(torch.cumprod(1 - betas, 0))
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DDPM:
@@ -79,6 +83,7 @@ class DDPM(Schedule):
     @classmethod
     def cosine(cls, steps: int = 1000, shift: float = 0.008, max_beta: float = 0.999) -> DDPM:
         """The cosine table of Improved DDPM (Nichol and Dhariwal, 2021), https://arxiv.org/abs/2102.09672."""
+        shift, max_beta = finite("shift of DDPM", shift), finite("max_beta of DDPM", max_beta)
         t = torch.linspace(0, 1, _steps(steps) + 1, dtype=torch.float64, device="cpu")
         bar = torch.cos((t + shift) / (1 + shift) * math.pi / 2) ** 2
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta))
@@ -123,6 +128,7 @@ class DDPM(Schedule):
 def _steps(steps: object) -> int:
     steps = whole("steps of DDPM", steps)
     require(steps >= 2, f"DDPM needs at least 2 timesteps, got steps={steps}")
+    require(steps <= MOST_STEPS, f"DDPM needs at most {MOST_STEPS} timesteps, got one of {len(str(steps))} digits")
     return steps
 
 

@@ -27,6 +27,16 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
         ValueError: if the mask is no tensor, has other numbers than 0 and 1, lies on another device, does not
             broadcast, or fits x in two ways, from the left and from the right.
     """
+    mask = bool_mask(mask, x)
+    return mask.reshape(shape_of_mask("mask", mask.shape, "x", x.shape)).broadcast_to(x.shape)
+
+
+def bool_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Return a mask of any shape as bool.
+
+    Raises:
+        ValueError: if it is no tensor, has other numbers than 0 and 1, or lies on another device than x.
+    """
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"mask must be a tensor of True and False (or 1 and 0), got {type(mask).__name__}; "
@@ -42,7 +52,7 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
                 "give mask > 0.5 or the like"
             )
         mask = mask != 0
-    return mask.reshape(shape_of_mask("mask", mask.shape, "x", x.shape)).broadcast_to(x.shape)
+    return mask
 
 
 def shape_of_mask(what: str, own: tuple[int, ...], of: str, shape: tuple[int, ...]) -> tuple[int, ...]:

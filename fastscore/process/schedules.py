@@ -21,10 +21,19 @@ from torch import Tensor
 
 from ..support.host import as_float64, finite, positive
 
-# Where a schedule without ends of its own is cut, for data of standard deviation one.
-LOG_SNR_FLOOR, LOG_SNR_CEIL = -14.0, 16.0
-# Ends this near to each other are one: endless schedules state the cut as their `time_range`.
+# Ends this near to each other are one.
 SAME_END = 0.01
+
+
+class Cut(float):
+    """An end of a process that goes on for ever: where it is cut for data of standard deviation one.
+
+    For data of another scale it is cut elsewhere (`Schedule.range_for`). Any other number is an end that somebody
+    stated, of training for one, whatever the number is: no network is asked beyond it.
+    """
+
+
+LOG_SNR_FLOOR, LOG_SNR_CEIL = Cut(-14.0), Cut(16.0)
 
 
 class Schedule:
@@ -33,6 +42,10 @@ class Schedule:
     Subclasses define `log_snr(t)`, `time(log_snr)` and the pair `time_range` (least noisy, noisiest), and choose
     one of the scalings below by overriding `scale`. Class attribute `discrete` says whether the network knows
     only the timesteps of a table; `data_std` is the standard deviation of data that the schedule assumes.
+
+    The ends of `time_range` are those of training: no network is asked beyond an end that a class, an argument or an
+    assignment states. Without an end are `LiYan`, `Cosine`, `FlowMatching` and `LogSNR()` as they are made, and a
+    `time_range` of your own at whose end the log-SNR is infinite; there the range follows the scale of the data.
     """
 
     discrete = False
@@ -78,31 +91,36 @@ class Schedule:
     def range_for(self, smallest: float, largest: float) -> tuple[float, float]:
         r"""Return the range (lowest, highest) of the log-SNR for data of some scales.
 
-        A schedule has its own ends, as a network trained on sigma from 0.002 to 80 does. One that goes on for ever, or
-        further than the data need, is cut where the noise hides them, and where it no longer changes them:
+        A schedule has its own ends, as a network trained on sigma from 0.002 to 80 does, and they are never exceeded.
+        One that goes on for ever, or further than the data need, is cut where the noise hides them, and where it no
+        longer changes them:
 
         .. math:: [-14 - 2 \log s_{max},\; 16 - 2 \log s_{min}]
 
         Arguments:
             smallest, largest: standard deviations of the data in their narrowest and their widest dimension.
         """
-        clean, noisy = (float(self.log_snr(as_float64(t))) for t in self.time_range)
+        (clean, noisy), (least, most) = (float(self.log_snr(as_float64(t))) for t in self.time_range), self.time_range
         lowest, highest = LOG_SNR_FLOOR - 2 * math.log(largest), LOG_SNR_CEIL - 2 * math.log(smallest)
-        noisy = lowest if abs(noisy - LOG_SNR_FLOOR) < SAME_END else max(noisy, lowest)
-        return noisy, highest if abs(clean - LOG_SNR_CEIL) < SAME_END else min(clean, highest)
+        noisy = lowest if isinstance(most, Cut) else max(noisy, lowest)
+        return noisy, highest if isinstance(least, Cut) else min(clean, highest)
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, int | float))
+        fields = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if type(v) in (int, float))
         return f"{type(self).__name__}({fields})"
 
 
 class LogSNR(Schedule):
-    """The log-SNR itself as time, variance-preserving, trained on [lo, hi]."""
+    """The log-SNR itself as time, variance-preserving, trained on [lo, hi]: no network is asked beyond.
 
-    def __init__(self, lo: float = LOG_SNR_FLOOR, hi: float = LOG_SNR_CEIL) -> None:
-        lo, hi = finite("lo of LogSNR", lo), finite("hi of LogSNR", hi)
-        require(lo < hi, f"LogSNR needs lo < hi, got lo={lo}, hi={hi}")
-        self.lo, self.hi = lo, hi
+    An end that is not given is none: the network answers at every log-SNR there, and is asked as far as the scale of
+    the data needs, -14 and 16 for data of standard deviation one. `LogSNR(-14, 16)` has ends, and `LogSNR()` has not.
+    """
+
+    def __init__(self, lo: float | None = None, hi: float | None = None) -> None:
+        self.lo = LOG_SNR_FLOOR if lo is None else finite("lo of LogSNR", lo)
+        self.hi = LOG_SNR_CEIL if hi is None else finite("hi of LogSNR", hi)
+        require(self.lo < self.hi, f"LogSNR needs lo < hi, got lo={self.lo:g}, hi={self.hi:g}")
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -127,7 +145,7 @@ class LiYan(Schedule):
     """
 
     # float64 times whose log-SNR is the ceiling and the floor; t = 0 and t = 1 are at infinity.
-    time_range = (1 / (1 + math.exp(LOG_SNR_CEIL)), 1 / (1 + math.exp(LOG_SNR_FLOOR)))
+    time_range = Cut(1 / (1 + math.exp(LOG_SNR_CEIL))), Cut(1 / (1 + math.exp(LOG_SNR_FLOOR)))
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.logit(as_float64(t))
@@ -169,7 +187,7 @@ class Cosine(Schedule):
         Progressive Distillation (Salimans and Ho, 2022), https://arxiv.org/abs/2202.00512
     """
 
-    time_range = tuple(2 / math.pi * math.atan(math.exp(-end / 2)) for end in (LOG_SNR_CEIL, LOG_SNR_FLOOR))
+    time_range = tuple(Cut(2 / math.pi * math.atan(math.exp(-end / 2))) for end in (LOG_SNR_CEIL, LOG_SNR_FLOOR))
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * torch.log(torch.tan(0.5 * math.pi * as_float64(t)))
@@ -194,8 +212,9 @@ class VE(_Exploding):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         self.sigma_min, self.sigma_max = _sigmas("VE", sigma_min, sigma_max)
-        if not sigma_min < 1 <= sigma_max:  # no noise is of the size of such data: they have the schedule's own scale
-            self.data_std = math.sqrt(sigma_min * sigma_max)
+        low, high = self.sigma_min, self.sigma_max
+        if not low < 1 <= high:  # no noise is of the size of such data: they have the schedule's own scale
+            self.data_std = math.sqrt(low * high)
 
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (math.log(self.sigma_min) + as_float64(t) * math.log(self.sigma_max / self.sigma_min))
@@ -251,12 +270,12 @@ class FlowMatching(Schedule):
 
     def __init__(self, data_at: int = 1) -> None:
         require(
-            data_at in (0, 1),
+            getattr(data_at, "ndim", 0) == 0 and data_at in (0, 1),
             f"FlowMatching needs data_at = 0 or 1 (the time at which data lies), got {data_at!r}",
         )
         self.data_at = int(data_at)
         ends = (1 / (1 + math.exp(-LOG_SNR_CEIL / 2)), 1 / (1 + math.exp(-LOG_SNR_FLOOR / 2)))
-        self.time_range = ends if data_at == 1 else (1 - ends[0], 1 - ends[1])
+        self.time_range = tuple(Cut(end if data_at == 1 else 1 - end) for end in ends)
 
     def scale(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(0.5 * log_snr), torch.sigmoid(-0.5 * log_snr)

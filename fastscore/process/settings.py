@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import Cut, Schedule
 
-NUMBERS = frozenset((int, float))
+NUMBERS = frozenset((int, float, Cut))
 
 
 def settings_of(schedule: Schedule) -> tuple | None:
@@ -19,7 +19,7 @@ def settings_of(schedule: Schedule) -> tuple | None:
     None for a class of a user's, which may read anything, and where an attribute is neither a number nor a table.
     """
     kind = type(schedule)
-    if not _is_ours(kind):
+    if not is_ours(kind):
         return None
     found = [kind, getattr(kind, "time_range", None), kind.time, kind.log_snr, kind.scale, kind.alpha_sigma]
     for name, value in vars(schedule).items():
@@ -28,7 +28,8 @@ def settings_of(schedule: Schedule) -> tuple | None:
             value = value.dtype, value.shape, raw.numpy().tobytes()
         elif type(value) not in NUMBERS and not (type(value) is tuple and all(type(each) in NUMBERS for each in value)):
             return None
-        found += [name, value]
+        # An end and a cut may be the same number.
+        found += [name, value, tuple(map(type, value)) if type(value) is tuple else type(value)]
     return tuple(found)
 
 
@@ -65,5 +66,6 @@ def _tell(schedule: Schedule, log_snr: Tensor, time: Tensor | None) -> tuple:
 
 
 @cache
-def _is_ours(kind: type) -> bool:
+def is_ours(kind: type) -> bool:
+    """Return whether a class is one of this package's."""
     return kind.__module__.partition(".")[0] == __package__.partition(".")[0]

@@ -25,6 +25,7 @@ from ..ops.interpreter import run, run_differentiably
 from ..process.conditions import Conditions, has_shape
 from ..process.taken_dtype import model_dtype
 from ..support.compiled import Compiled
+from ..support.host import chosen
 from ..support.structure import is_plain
 from ..support.untouched import layers_of, uncompiled
 from ..support.warn import warn
@@ -267,7 +268,7 @@ class Programs:
     """
 
     def __init__(self, mode: bool | str = "auto") -> None:
-        if mode not in MODES:
+        if not chosen(mode, MODES):
             raise ValueError(f"program must be True, False or 'auto', got {mode!r}")
         self.mode = mode
         self._found: dict[object, _Found] = {}

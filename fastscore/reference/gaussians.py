@@ -26,6 +26,7 @@ from torch import Tensor
 from ..process.masks import inside, summed
 from ..support.autocast import own_dtypes
 from ..support.buffers import FittedBuffers
+from ..support.host import kind_of, positive
 from . import turning
 from .levels import Level
 
@@ -92,9 +93,8 @@ class Reference(FittedBuffers):
     @classmethod
     def isotropic(cls, std: float = 1.0) -> Reference:
         """N(0, std^2 I) in any dimension."""
-        if not std > 0:
-            raise ValueError(f"std must be positive, got {std}")
-        variance = torch.full((1, 1), float(std) ** 2, device="cpu")
+        std = positive("std", std, "in units of the data")
+        variance = torch.full((1, 1), std**2, device="cpu")
         return cls(torch.ones_like(variance[0]), torch.zeros_like(variance), variance)
 
     @property
@@ -344,6 +344,15 @@ def _kept(value: Tensor) -> Tensor:
 
 
 def _check(weight: Tensor, mean: Tensor, variance: Tensor, basis: Tensor | None, factors: turning.Factors) -> None:
+    given = {"weight": weight, "mean": mean, "variance": variance} | ({} if basis is None else {"basis": basis})
+    shapes = {"weight": "(K,)", "mean": "(K, d)", "variance": "(K, d)", "basis": "(K, d, d)"}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} of a reference must be a tensor {shapes[name]}, got {kind_of(value)}; torch.tensor makes one"
+            )
+    if not isinstance(factors, tuple | list):
+        raise ValueError(f"factors must be three orthonormal matrices, or none in a tuple (), got {kind_of(factors)}")
     devices = {str(t.device) for t in (weight, mean, variance, basis, *factors) if isinstance(t, Tensor)}
     if len(devices) > 1:
         raise ValueError(f"a reference's tensors must be on one device, got {', '.join(sorted(devices))}; move them")

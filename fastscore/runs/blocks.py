@@ -78,7 +78,7 @@ class Work:
         make_rules(density.core.nodes.density, options["nfe"], density.schedule, method_of(options["method"]))
         conditions = DataConditions.of("cond", cond, len(data))
         counted = DataMask.of("mask", mask, tuple(data.shape))
-        work = cls(density, data, index.split(batch), batch, device, options, conditions, counted)
+        work = cls(density, data, index.split(min(batch, len(index))), batch, device, options, conditions, counted)
         first = index[:1]
         return replace(work, answers=answers(density, work.rows(first), work.conditions_at(first), work.mask_at(first)))
 
@@ -177,7 +177,7 @@ def _numbers(indices: Sequence[int]) -> Tensor:
         given = torch.full((1,), torch.nan, device="cpu")
     if given.dtype == torch.bool:
         raise ValueError(
-            f"indices must be the numbers of the samples, got {len(given)} of torch.bool; of a mask give "
+            f"indices must be the numbers of the samples, got {given.numel()} of torch.bool; of a mask give "
             "mask.nonzero().flatten()"
         )
     if given.numel() and (given.is_floating_point() or given.is_complex()):

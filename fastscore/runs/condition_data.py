@@ -12,7 +12,7 @@ from torch import Tensor
 from ..process.conditions import per_sample, shared
 from ..support.host import as_tensor, refuse_not_dense
 from ..support.structure import Structure, flatten, is_plain
-from .dataset import Array, digest, digest_of, take
+from .dataset import Array, digest, digest_of, refuse_no_numbers, take
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,17 @@ class DataConditions:
                     "array, or mark what all samples share with fastscore.shared(...)"
                 )
         for path, leaf in leaves.items():
+            refuse_no_numbers(f"{what} {path!r}", leaf.value)
             if leaf.per_sample is False or is_plain(leaf.value):
                 continue
             refuse_not_dense(f"{what} {path!r}", leaf.value)
             if not isinstance(leaf.value, Tensor | np.ndarray) or leaf.value.ndim == 0 or len(leaf.value) != count:
                 shape = getattr(leaf.value, "shape", None)
-                got = type(leaf.value).__name__ if shape is None else f"shape {tuple(shape)}"
+                kind, right = type(leaf.value).__name__, isinstance(leaf.value, Tensor | np.ndarray)
+                got = f"shape {tuple(shape)}" if right else kind if shape is None else f"{kind} of shape {tuple(shape)}"
+                array = "an array" if right else "a tensor or an array of numpy"
                 raise ValueError(
-                    f"{what} {path!r} must be an array of shape ({count}, ...), one entry a sample of the data, got "
+                    f"{what} {path!r} must be {array} of shape ({count}, ...), one entry a sample of the data, got "
                     f"{got}; what all samples share goes into fastscore.shared(...), or --shared"
                 )
             own[path] = leaf.value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..process.masks import shape_of_mask
 from ..support.host import refuse_not_dense
-from .dataset import Array, digest, take
+from .dataset import Array, digest, refuse_no_numbers, take
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class DataMask:
         refuse_not_dense(what, mask)
         if not isinstance(mask, Tensor | np.ndarray) or "complex" in str(mask.dtype):
             raise ValueError(f"{what} must be an array of True and False (or 1 and 0), got {type(mask).__name__}")
+        refuse_no_numbers(what, mask)
         return cls(what, mask.reshape(shape_of_mask(what, mask.shape, "data", shape)))
 
     @property

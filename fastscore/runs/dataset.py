@@ -13,6 +13,7 @@ from ..estimator.samples import refuse_not_finite_at
 from ..support.host import refuse_not_dense
 
 Array = Tensor | np.ndarray
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> None:
@@ -23,13 +24,13 @@ def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> 
             f"{name} must be one tensor or array of numpy (N, *shape), mapped from a file or in memory, got "
             f"{type(data).__name__}; torch.stack of the samples of a Dataset makes one"
         )
-    kind = data.dtype.name if isinstance(data, np.ndarray) else str(data.dtype).removeprefix("torch.")
+    kind = kind_of_numbers(data)
     if "int" in kind:
         raise ValueError(
             f"{name} holds integers ({kind}), expected float32 or float64: a density needs continuous data; "
             "dequantize it first with fastscore.Levels(bins).dequantize(data)"
         )
-    if "float" not in kind:
+    if kind not in FLOATS:  # numpy has wider ones, and torch narrower ones
         raise ValueError(f"{name} must be float32 or float64, got {kind}; convert it first")
     if data.ndim < 2 or 0 in data.shape:
         raise ValueError(
@@ -38,6 +39,24 @@ def check_data(name: str, data: Array, shape: tuple[int, ...] | None = None) -> 
         )
     if shape is not None and tuple(data.shape[1:]) != shape:
         raise ValueError(f"{name} has samples of shape {tuple(data.shape[1:])}, expected {shape} as in data")
+
+
+def kind_of_numbers(data: Array) -> str:
+    """Return the name of a dtype, the same for numpy's and torch's."""
+    return data.dtype.name if isinstance(data, np.ndarray) else str(data.dtype).removeprefix("torch.")
+
+
+def refuse_no_numbers(name: str, array: Array) -> None:
+    """Raise ValueError for an array of numpy that no tensor holds: of texts, objects, dates or wider floats."""
+    if not isinstance(array, np.ndarray):
+        return
+    try:
+        torch.from_numpy(np.empty(0, array.dtype.newbyteorder("=")))
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an array of numbers that torch has, got {array.dtype.name or array.dtype}; convert it "
+            "first, texts to labels or embeddings"
+        ) from None
 
 
 def take(data: Array, index: Tensor | slice) -> Tensor:

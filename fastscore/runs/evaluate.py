@@ -25,14 +25,14 @@ from ..estimator.estimate import Estimate, from_arrays
 from ..estimator.protocol import Density, check_density
 from ..process.network import model_device
 from ..process.taken_dtype import model_dtype
-from ..support.host import refuse_not_dense
+from ..support.host import flag, seed_of, whole
 from ..support.memory import parse_bytes
 from ..support.progress import progress_bar
 from .answers import alike
 from .blocks import Work, fitted_state
 from .condition_data import DataConditions
 from .data_mask import DataMask
-from .dataset import Array, take
+from .dataset import Array, check_data, take
 from .ranks import OtherRankFailed, Ranks
 from .run_folder import RunFolder
 
@@ -120,13 +120,19 @@ def evaluate_dataset(
     device = model_device(core.model, core.reference.weight.device)
     options = {
         "nfe": density.nfe if nfe is None else nfe,
-        "seed": seed,
+        "seed": seed_of(seed),
         "method": method,
         "control": control,
         "target_stderr": target_stderr,
-        "max_nfe": max_nfe,
+        "max_nfe": whole("max_nfe", max_nfe),
     }
-    refuse_not_dense("fit data", fit)
+    if not isinstance(identity, dict | None):
+        raise ValueError(
+            f"identity must be a dict of names and values, got {identity!r}, such as {{'model': its hash}}"
+        )
+    restart = flag("restart", restart)
+    if fit is not None:
+        check_data("fit data", fit)
     if fit is None and fit_evaluations is not None:
         raise ValueError(
             f"fit_evaluations={fit_evaluations} (--fit-evaluations) bounds a fit and there is no training data; give "
@@ -287,9 +293,9 @@ def _write_result(run: RunFolder, work: Work, result: Estimate, bits: dict[str, 
 
 
 def _check_out(out: str | os.PathLike[str]) -> Path:
-    path = Path(out)
-    if path.suffix not in (".npz", ".csv"):
-        raise ValueError(f"out must be a .npz or .csv file, got {str(out)!r}")
+    path = Path(out) if isinstance(out, str | os.PathLike) else None
+    if path is None or path.suffix not in (".npz", ".csv"):
+        raise ValueError(f"out must be a .npz or .csv file, got {out!r}")
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -42,11 +42,37 @@ def whole(name: str, value: object) -> int:
         ValueError: for anything else, a float with an integer's value and a truth value included.
     """
     try:
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.dtype == torch.bool):
             return operator.index(value)
     except (TypeError, RuntimeError):
         pass
     raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def seed_of(value: object) -> int:
+    """Return a seed, an integer of any kind, as Python's; raise ValueError for what is none, or has over 64 bits."""
+    seed = whole("seed", value)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must be an integer of 64 bits, got one of {seed.bit_length()} bits; give less")
+    return seed
+
+
+def flag(name: str, value: object) -> bool:
+    """Return a truth value of any kind (Python's, numpy's, a tensor of one element) as Python's.
+
+    Raises:
+        ValueError: for anything else: a number counts, a text is always true, and neither was meant.
+    """
+    if isinstance(value, bool | np.bool_) or (
+        isinstance(value, Tensor) and value.dtype == torch.bool and not value.ndim
+    ):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def chosen(value: object, names: Container[object]) -> bool:
+    """Return whether a value is one of some names or truth values; an array is none, and cannot say so itself."""
+    return isinstance(value, str | int) and value in names
 
 
 def kind_of(value: object) -> str:
@@ -87,24 +113,75 @@ def dense_form(layout: str) -> str:
 
 def finite(name: str, value: object) -> float:
     """Return a finite number as a float; raise ValueError for anything else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _number(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return number
 
 
+def share(name: str, value: object, example: float, remedy: str = "") -> float:
+    """Return a number between 0 and 1 as a float; raise ValueError for anything else, 0 and 1 included."""
+    number = _number(value)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} must lie between 0 and 1, such as {example:g}, got {value!r}{remedy}")
+    return number
+
+
 def positive(name: str, value: object, unit: str) -> float:
     """Return a positive number as a float; raise ValueError for anything else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = 0.0
-    if isinstance(value, str) or not 0 < number < math.inf:
+    number = _number(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive ({unit}), got {value!r}")
     return number
+
+
+def numbers(name: str, value: object, expected: str) -> Tensor:
+    """Return numbers of any kind as a float64 tensor where they are; raise ValueError for what has none.
+
+    Arguments:
+        expected: what they are, for the message, such as "a table of timesteps, shape (T,)".
+    """
+    try:
+        if value is not None and not isinstance(value, str | bytes):
+            found = as_float64(value)
+            if not (isinstance(value, Tensor) and value.is_complex()):
+                return found
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be {expected}, got {_in_short(value)}")
+
+
+def floating(name: str, value: object, shape: str) -> Tensor:
+    """Return a dense floating-point tensor as it is; raise ValueError for anything else.
+
+    Arguments:
+        shape: what is expected of its shape, for the message, such as "(N, *shape)".
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a floating-point tensor {shape}, got {kind_of(value)}; torch.as_tensor makes one of "
+            "an array"
+        )
+    refuse_not_dense(name, value)
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor {shape}, got {value.dtype}; convert it with .float()")
+    return value
+
+
+def _number(value: object) -> float:
+    """Return a number as a float; NaN for what is none, such as a text, a truth value or several numbers."""
+    if isinstance(value, bool | np.bool_ | str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+
+
+def _in_short(value: object) -> str:
+    """Return what a value is, for a message: itself where that is short, else its class."""
+    told = repr(value)
+    return told if len(told) <= 40 else kind_of(value)
 
 
 def all_finite(x: Tensor) -> bool:

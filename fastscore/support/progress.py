@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from .host import flag
+
 
 def progress_bar(progress: bool | None, iterable: Iterable | None = None, **options: Any) -> tqdm:
     """Return a bar of tqdm, to be used as a context.
@@ -21,6 +23,7 @@ def progress_bar(progress: bool | None, iterable: Iterable | None = None, **opti
             closed.
         iterable, options: of `tqdm.tqdm`, such as total, unit and desc.
     """
+    progress = None if progress is None else flag("progress", progress)
     hidden = bool(os.environ.get("TQDM_DISABLE")) or sys.stderr is None or getattr(sys.stderr, "closed", False)
     shown = not hidden and (_is_terminal(sys.stderr) if progress is None else progress)
     if not shown and iterable is None:

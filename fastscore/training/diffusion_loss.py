@@ -21,9 +21,11 @@ from ..density import ScoreDensity
 from ..estimator.estimate import Estimate
 from ..process.conditions import per_sample
 from ..process.ddpm import DDPM
+from ..process.masks import bool_mask
 from ..process.predictions import must_say_what_it_predicts
 from ..process.schedules import Schedule
-from .losses import density_loss
+from ..support.host import floating, kind_of
+from .losses import check_draws, density_loss
 from .nodes import AdaptiveNodes
 
 
@@ -64,9 +66,11 @@ class DiffusionLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.density = ScoreDensity(head, schedule or DDPM.cosine(1000), predicts, **options)
+        if not isinstance(condition, str):
+            raise TypeError(f"condition must be the head's keyword for z, a text such as 'c', got {condition!r}")
+        self.density = ScoreDensity(head, DDPM.cosine(1000) if schedule is None else schedule, predicts, **options)
         self.nodes = AdaptiveNodes(self.density.schedule)
-        self.draws, self.condition = draws, condition
+        self.draws, self.condition = check_draws(draws), condition
 
     def forward(
         self, x: Tensor, z: Tensor, *, seed: int, mask: Tensor | None = None, reduction: str = "mean"
@@ -83,7 +87,7 @@ class DiffusionLoss(nn.Module):
         Raises:
             ValueError: for shapes that do not fit or a mask without a token; and as `density_loss`.
         """
-        x, z = self._rows(x, z, mask)
+        x, z, _ = self._rows(x, z, mask)
         # Half as many pairs as draws: the same evaluations, less variance.
         pairs = self.draws % 2 == 0
         return density_loss(
@@ -104,11 +108,11 @@ class DiffusionLoss(nn.Module):
             x, z, mask: as in `forward`; tokens that do not count have 0, so that sums over tokens are a sequence's.
             options: as in `ScoreDensity.log_prob`.
         """
-        rows, conditions = self._rows(x, z, mask)
+        rows, conditions, mask = self._rows(x, z, mask)
         found = self.density.log_prob(rows, **self._with(conditions, _placed(options, mask)))
         if mask is None:
             return found.reshape(x.shape[:-1])
-        return found.new_zeros(x.shape[:-1]).masked_scatter(mask.bool(), found)
+        return found.new_zeros(x.shape[:-1]).masked_scatter(mask, found)
 
     def estimate(self, x: Tensor, z: Tensor, *, mask: Tensor | None = None, **options: Any) -> Estimate:
         """Return the `Estimate` of the tokens that count, in their order, with standard errors.
@@ -119,28 +123,39 @@ class DiffusionLoss(nn.Module):
             x, z, mask: as in `forward`.
             options: as in `ScoreDensity.estimate`.
         """
-        rows, conditions = self._rows(x, z, mask)
+        rows, conditions, mask = self._rows(x, z, mask)
         return self.density.estimate(rows, **self._with(conditions, _placed(options, mask)))
 
     def _with(self, z: Tensor, options: dict) -> dict:
         """Return the options of a density with z among the conditions."""
         return options | {"cond": {**(options.get("cond") or {}), self.condition: per_sample(z)}}
 
-    def _rows(self, x: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the tokens that count and their conditions, (N, d) and (N, k)."""
+    def _rows(self, x: Tensor, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the tokens that count and their conditions, (N, d) and (N, k), and the mask as bool."""
+        x, z = floating("x", x, "(*tokens, d)"), _conditions(z)
         if x.ndim < 2 or z.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"DiffusionLoss needs tokens x (*tokens, d) and conditions z (*tokens, k), got {tuple(x.shape)} and "
                 f"{tuple(z.shape)}; repeat a condition that several tokens share with .expand()"
             )
         if mask is None:
-            return x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1])
+            return x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1]), None
+        mask = bool_mask(mask, x)
         if mask.shape != x.shape[:-1] or not bool(mask.any()):
             raise ValueError(
                 f"mask must be True for at least one token and of shape {tuple(x.shape[:-1])}, got "
                 f"{int(mask.sum())} True in {tuple(mask.shape)}"
             )
-        return x[mask.bool()], z[mask.bool()]
+        return x[mask], z[mask], mask
+
+
+def _conditions(z: object) -> Tensor:
+    """Return the conditions of tokens as they are, of any dtype, since labels are integers."""
+    if not isinstance(z, Tensor):
+        raise ValueError(
+            f"z must be a tensor of conditions (*tokens, k), got {kind_of(z)}; torch.as_tensor makes one of an array"
+        )
+    return z
 
 
 def _placed(options: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:

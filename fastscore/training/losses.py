@@ -30,11 +30,12 @@ from ..ops.loss import around
 from ..process.conditions import takes_conditions
 from ..process.network import predict
 from ..process.predictions import scales_and_coefficients
-from ..support.host import together, whole
+from ..support.host import chosen, flag, kind_of, seed_of, together, whole
 from ..support.modes import for_autograd, refuse_vmap
 from .nodes import AdaptiveNodes
 
 REDUCTIONS = ("mean", "none")
+MOST_ROWS, MOST_NUMBERS = 1 << 24, 1 << 33  # evaluations of one call, and the numbers of x_t in all of them
 
 
 @takes_conditions
@@ -61,7 +62,8 @@ def density_loss(
         x: data, shape (B, *shape).
         seed: key of the noise; give every step, and every process, another one: the step's number for instance.
         mask: which entries count, as in `ScoreDensity.estimate`; the loss is -log p of these given the others.
-        draws: noise levels per sample.
+        draws: noise levels per sample; all evaluations of a call lie in memory at once, at most 16,777,216 of them and
+            8.6 billion numbers.
         antithetic: evaluate eps and -eps at every draw: two evaluations, of which the mean has less than half the
             variance, most of all where the data are clean.
         nodes: where in log-SNR to draw instead of `density.nodes`; they go over to the density's range if they have
@@ -70,21 +72,24 @@ def density_loss(
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`.
 
     Raises:
-        TypeError: if the density is none.
-        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, or less than one draw; if
+        TypeError: if the density is none, or the nodes are not `AdaptiveNodes`.
+        ValueError: as `ScoreDensity.estimate` does for bad data; for an unknown reduction, less than one draw or more
+            than a call holds, or an `antithetic` that is not True or False; if
             the loss of a sample is NaN or inf (named by sample; on a GPU with `nodes`, which wait for it anyway, or
             FASTSCORE_CHECK=now in the environment: else such a loss is NaN, and nothing waits); under torch.func.vmap.
     """
     refuse_vmap("density_loss")
-    if reduction not in REDUCTIONS:
+    if not chosen(reduction, REDUCTIONS):
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    draws, antithetic, seed = check_draws(draws), flag("antithetic", antithetic), seed_of(seed)
+    if nodes is not None and not isinstance(nodes, AdaptiveNodes):
+        raise TypeError(f"nodes must be AdaptiveNodes(density.schedule), got {kind_of(nodes)}; or leave them out")
     x, mask, cond = for_autograd((x, mask, cond))
     z, log_det = check_density(density).to_network(x, mask)
     mask, cond = density.network_arguments(x, mask, cond)
     core = density.core
     samples = core.check(z, None, cond, mask=mask)
+    _refuse_too_many(draws * (1 + antithetic), samples)
     # After the check, which lets the density's nodes follow its schedule's ends.
     if nodes is not None:
         nodes.cover(*core.log_snr_range)
@@ -96,6 +101,24 @@ def density_loss(
     if nodes is not None:  # which learn nothing from what is refused
         nodes.observe(log_snr, pull.flatten())
     return loss.mean() if reduction == "mean" else loss
+
+
+def check_draws(draws: object) -> int:
+    """Return noise levels per sample as an integer; raise ValueError for what is none, or below 1."""
+    if (draws := whole("draws", draws)) < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    return draws
+
+
+def _refuse_too_many(each: int, samples: Samples) -> None:
+    """Raise ValueError for more evaluations than one call holds: all are in one graph, whatever their number."""
+    count, d = samples.x.shape
+    most = max(1, min(MOST_ROWS, MOST_NUMBERS // d) // count)
+    if each > most:
+        raise ValueError(
+            f"draws must be such that one call has at most {most} evaluations for each of {count} samples of {d} "
+            f"numbers, which lie in memory at once, got {each}; give fewer draws, and the mean of calls of other seeds"
+        )
 
 
 def _check_finite(loss: Tensor, samples: Samples) -> None:
@@ -121,7 +144,7 @@ def _draw(samples: Samples, nodes: NodeDensity, seed: int, draws: int) -> Tensor
     first = torch.cat([noise.words(seed, samples.index, draw, noise.STREAM_LOSS, 1) for draw in range(draws)])[:, 0]
     u = (torch.arange(count, dtype=torch.float64, device="cpu") + noise.uniform(first, torch.float64)) / count
     # Permuted, so that the order of the data does not decide about their log-SNRs.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(whole("seed", seed)), device="cpu")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed)), device="cpu")
     return nodes.quantile(u[order])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..estimator.nodes import NodeDensity
 from ..process.schedules import SAME_END, Schedule
 from ..support.buffers import FittedBuffers
+from ..support.host import kind_of
 
 BINS = 24
 FLOOR = 0.1  # of the draws are spread evenly: no log-SNR goes unseen, and no weight exceeds ten times the uniform one
@@ -33,6 +34,9 @@ class AdaptiveNodes(FittedBuffers):
     Arguments:
         schedule: whose range to start from.
 
+    Raises:
+        TypeError: if it is no `Schedule`.
+
     Example:
         >>> nodes = AdaptiveNodes(density.schedule)
         >>> loss = density_loss(density, x, seed=step, nodes=nodes)
@@ -40,6 +44,11 @@ class AdaptiveNodes(FittedBuffers):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a fastscore Schedule such as density.schedule, got {kind_of(schedule)}; its range "
+                "of log-SNR is where the draws start from"
+            )
         lo, hi = schedule.log_snr_range
         self.register_buffer("edges", torch.linspace(lo, hi, BINS + 1, dtype=torch.float64, device="cpu"))
         self.register_buffer("moment", torch.ones(BINS, dtype=torch.float64, device="cpu"))

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..estimator.methods import METHODS
-from ..process.predictions import coefficients, must_say_what_it_predicts
+from ..estimator.methods import METHODS, table_of
+from ..process.predictions import check_prediction, coefficients, must_say_what_it_predicts
 from ..process.schedules import Schedule
-from ..support.host import as_tensor
+from ..support.host import chosen, kind_of, numbers
 
 
 @must_say_what_it_predicts
@@ -44,10 +44,10 @@ def density_weights(schedule: Schedule, t: Tensor, predicts: str, rule: str = "d
         Nats per squared unit of the prediction's error, float64, shape of t.
 
     Raises:
-        TypeError: if `predicts` is missing.
+        TypeError: if `predicts` is missing, or the schedule is no `Schedule`.
         ValueError: for a schedule without a table, a timestep outside of it, an unknown prediction or rule.
     """
-    if rule not in ("discrete", "density"):
+    if not chosen(rule, ("discrete", "density")):
         raise ValueError(f"rule must be 'discrete' (Li and Yan's) or 'density' (trapezoid in log-SNR), got {rule!r}")
     return _weights(schedule, t, predicts, rule)
 
@@ -71,14 +71,16 @@ def elbo_weights(schedule: Schedule, t: Tensor, predicts: str) -> Tensor:
 
 
 def _weights(schedule: Schedule, t: Tensor, predicts: str, method: str) -> Tensor:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a fastscore Schedule such as DDPM.linear(1000), got {kind_of(schedule)}")
     if not schedule.discrete:
         raise ValueError(
             f"timestep weights need a table of timesteps such as DDPM.linear(1000), got {schedule!r}; "
             "density_loss weighs continuous schedules by itself"
         )
-    t = as_tensor(t)
+    t = numbers("t", t, f"timesteps of the table, integers 0 to {int(schedule.time_range[1])}")
     log_snr = schedule.log_snr(t)  # raises for a timestep that the table lacks
-    if predicts == "flow":
+    if check_prediction(predicts) == "flow":
         schedule.derivatives(t)  # raises: a table has none
-    every = METHODS[method].weights(schedule.table.flip(0)).flip(0)  # of timestep 0, 1, ..
+    every = METHODS[method].weights(table_of(schedule)[1]).flip(0)  # of timestep 0, 1, ..
     return 0.5 * coefficients(predicts, schedule, t).c.square() * every[t.long().cpu()].to(log_snr.device)
