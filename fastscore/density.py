@@ -319,9 +319,9 @@ class ScoreDensity(NetworkDensity):
             mask: as in `estimate`, of the data.
             reference: "auto", or a kind: "isotropic", "diagonal", "full", "mixture", and "images" for mixtures that are
                 diagonal in cosines, for data of shape (N, C, H, W) or (N, C, L); with a mask the first two alone.
-            evaluations: bound of the network evaluations to spend. Below 1,536 only the reference is fitted (a warning
-                says so), below about 90,000, with fewer than 80 samples, or with a mask, the noise is not calibrated
-                and stays independent; so it does for images to which `control="self"` pays, which takes 31,000.
+            evaluations: bound of the network evaluations to spend. Below 1,536 only the reference is fitted (with a
+                warning, but for 0), below about 90,000, with fewer than 80 samples, or with a mask, the noise is not
+                calibrated and stays independent; so it does for images to which `control="self"` pays (from 31,000 on).
             seed: key of the pilot's noise and of the choice of held-out samples.
             memory: as in `estimate`, beside some copies of the samples that are looked at, in float64.
             progress: show a progress bar; by default where stderr is a terminal (`fastscore.support.progress`).

@@ -97,6 +97,7 @@ def part(given, chosen, count):
     "ignore:on these data the network",
     "ignore:at the (noisiest|least noisy) time the noise",
     "ignore:most samples are",
+    "ignore:fit has fitted nothing but the reference",
 )
 @pytest.mark.parametrize("share", range(SHARES))
 def test_random_calls(share, one_thread):

@@ -1,6 +1,7 @@
 """Whatever an argument is given, a public call runs or says in a sentence of its own what is wrong with it."""
 
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -211,12 +212,18 @@ def test_a_transform_of_samples_of_another_shape(transform, x):
     assert raised_here(caught.value)
 
 
-@pytest.mark.parametrize("evaluations", [0, 1, 50, 1535])
+@pytest.mark.parametrize("evaluations", [1, 50, 1535])
 def test_a_fit_of_too_few_evaluations_says_what_it_takes(evaluations):
     with pytest.warns(
         UserWarning, match=f"nothing but the reference: nodes take 1536 .* got evaluations={evaluations}; "
     ):
         density().fit(X, evaluations=evaluations, progress=False)
+
+
+def test_a_fit_that_is_asked_for_the_reference_alone_says_nothing():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fit has fitted nothing but the reference")
+        density().fit(X, evaluations=0, progress=False)
 
 
 class Exact(nn.Module):

@@ -137,7 +137,7 @@ def run_pilot(network: Network, samples: Samples, kind: str, plan: PilotPlan) ->
     per_sample = 2 * BINS * DRAWS_PER_BIN
     count = min(len(held), PILOT_SAMPLES, max(plan.evaluations // 4, MIN_PILOT_SAMPLES * per_sample) // per_sample)
     if count < MIN_PILOT_SAMPLES or count * per_sample > plan.evaluations:
-        if (least := MIN_PILOT_SAMPLES * per_sample) > plan.evaluations:
+        if 0 < plan.evaluations < (least := MIN_PILOT_SAMPLES * per_sample):  # 0 asks for the reference alone
             warn(
                 f"fit has fitted nothing but the reference: nodes take {least} evaluations of the network, got "
                 f"evaluations={plan.evaluations}; give more, 90,000 for error bars of low-discrepancy noise too"
