@@ -27,8 +27,11 @@ def metric(on, name):
     for place in (on, lambda v: v):  # the metric on the device, and on the host
         made = place(getattr(metrics, name)(of(on), nfe=NFE))
         made.update(on(X))
-        made.update(on(X), sample_index=torch.arange(6, 12), label=on(LABELS))
         found.append({k: v.cpu() for k, v in (made.compute() | made(on(X))).items()})
+        made.reset()
+        made.update(on(X), sample_index=torch.arange(6), label=on(LABELS))
+        made.update(on(X), sample_index=torch.arange(6, 12), label=on(LABELS))
+        found.append({k: v.cpu() for k, v in made.compute().items()})
     return found
 
 
