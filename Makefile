@@ -20,16 +20,21 @@ FAST_TESTS := test_architecture.py test_discrete.py test_estimate.py test_loadin
     test_noise.py test_predictions.py test_progress.py test_public_names.py test_refusals.py \
     test_refused_arguments.py test_rules.py test_schedules.py test_statistics.py test_what_is_predicted.py
 
-.PHONY: demo test test-fast test-fast-here docs docs-links lint wheel test-wheel bench bench-long report gpu-check gpu-bench clean
+.PHONY: demo test test-long test-fast test-fast-here docs docs-links lint wheel test-wheel bench bench-long report gpu-check gpu-bench clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
 # Which lines ran is told as well, which takes a third of the time; continuous integration leaves it out.
 COVERAGE ?= --cov --cov-report=term:skip-covered
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: lint docs
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(COVERAGE)
+	$(PYTEST) $(COVERAGE) -m "not long"
+
+# What `make test` leaves out: rehearsals of measurements, longer estimates, and further cases of what it has some of.
+test-long: .venv/dev
+	$(PYTEST) -m long
 
 # A minute or so on two cores; the rest is for `make test`.
 test-fast: .venv/dev

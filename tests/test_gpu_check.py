@@ -117,6 +117,7 @@ def test_rehearsal_of_the_check(tmp_path, untouched):
     assert (tmp_path / "out" / "gpu-check.log").read_text() == done.stdout
 
 
+@pytest.mark.long
 def test_rehearsal_of_the_measurements(tmp_path, untouched):
     done = job("bench", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
     assert done.returncode == 1, done.stderr
