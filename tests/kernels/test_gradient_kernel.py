@@ -70,21 +70,21 @@ def in_parts(monkeypatch):
     return lambda parts: monkeypatch.setattr(density_mlp_dp, "_splits", lambda *_: parts)
 
 
-# Not every pair of sizes, but every size of each kind.
+# Not every pair of sizes, but every size of each kind. What a launch splits its rows into is no matter of the network's
+# instructions: both ways of small cases, of more and of fewer rows than parts, and one of each large one.
 CASES = [
-    (adaln, 1, 1, 1, 16, 1, "isotropic"),
-    (adaln, 7, 8, 2, 64, 3, "diagonal"),
-    (edm, 33, 2, 13, 100, 2, "diagonal"),
-    (waiting, 5, 33, 50, 32, 3, None),
-    (both, 3, 2, 20, 32, 3, None),
-    (skip, 3, 2, 5, 32, 0, "isotropic"),
-    (adaln, 35, 3, 100, 100, 2, "isotropic"),
-    (edm, 18, 5, 128, 128, 1, "diagonal"),
+    *((adaln, 1, 1, 1, 16, 1, "isotropic", parts) for parts in (1, 3)),
+    (adaln, 7, 8, 2, 64, 3, "diagonal", 3),
+    *((edm, 33, 2, 13, 100, 2, "diagonal", parts) for parts in (1, 3)),
+    (waiting, 5, 33, 50, 32, 3, None, 3),
+    *((both, 3, 2, 20, 32, 3, None, parts) for parts in (1, 3)),
+    *((skip, 3, 2, 5, 32, 0, "isotropic", parts) for parts in (1, 3)),
+    (adaln, 35, 3, 100, 100, 2, "isotropic", 1),
+    (edm, 18, 5, 128, 128, 1, "diagonal", 1),
 ]
 
 
-@pytest.mark.parametrize(("net", "b", "r", "d", "width", "depth", "kind"), CASES)
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("net", "b", "r", "d", "width", "depth", "kind", "parts"), CASES)
 def test_all_gradients_are_the_definitions(net, b, r, d, width, depth, kind, parts, in_parts, by_the_kernel):
     in_parts(parts)
     case = Case(b, r, d)
