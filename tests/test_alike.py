@@ -79,9 +79,10 @@ def test_classes(by):
     assert 0.91 < covered(error, torch.cat([f.log_posterior_stderr for f in found])) < 0.99
 
 
-def test_what_is_no_pair_keeps_its_degrees_of_freedom():
+def test_what_is_no_pair_or_has_few_draws_keeps_its_degrees_of_freedom():
     nu, share = torch.tensor([2.0, 20.0, 200.0]).double(), torch.tensor([0.01, 0.5, 2.0]).double()
-    assert torch.equal(freedom_of_pairs(nu, share, 0.3), nu)
-    assert torch.equal(freedom_of_pairs(nu, share, torch.tensor(0.0)), nu)
-    bounded = freedom_of_pairs(nu, share, 1.0)
+    assert torch.equal(freedom_of_pairs(nu, share, 0.3, 128), nu)
+    assert torch.equal(freedom_of_pairs(nu, share, torch.tensor(0.0), 128), nu)
+    assert torch.equal(freedom_of_pairs(nu, share, 1.0, 16), nu)
+    bounded = freedom_of_pairs(nu, share, 1.0, 32)
     assert torch.allclose(bounded, torch.tensor([1.5001, 1.875, 7.5]).double(), rtol=1e-4)  # 1.5 (1 + r^2)

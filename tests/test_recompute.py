@@ -65,3 +65,18 @@ def test_another_error_is_still_the_networks_own():
     density = fs.ScoreDensity(Broken("grad"), VP, "score")
     with pytest.raises(ValueError, match="nothing of hooks"):
         density.log_prob(X.clone().requires_grad_(), nfe=32)
+
+
+def test_hooks_that_somebody_else_forbids_are_no_matter_of_the_network():
+    class Plain(Energy):
+        def forward(self, x_t, t):
+            alpha, sigma = (v.float()[:, None] for v in VP.alpha_sigma(t))
+            return -x_t / (alpha**2 * self.variance + sigma**2)
+
+    density = fs.ScoreDensity(Plain("plain"), VP, "score", program=False, reference=fs.Reference.isotropic(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = density.log_prob(X.clone().requires_grad_(), nfe=32)
+        with torch.autograd.graph.disable_saved_tensors_hooks("forbidden here"):
+            found = density.log_prob(X.clone().requires_grad_(), nfe=32)
+    assert torch.equal(found, wanted)

@@ -123,3 +123,99 @@ def test_offloading_of_accelerate():
 def test_a_network_on_meta_without_hooks_is_still_refused():
     with pytest.raises(ValueError, match="x is on cpu and the network on meta"):
         numbers(Small().to("meta"))
+
+
+class Labelled(Exact):
+    """The same, with a label that it adds nothing for, and that has to be there, one a row."""
+
+    def forward(self, x_t, t, y):
+        return super().forward(x_t + 0 * y[:, None].to(x_t), t)
+
+
+def test_a_call_that_is_wrong_in_itself_is_not_taken_for_an_answer():
+    """After a forgotten condition, the right call was refused, or rounded without a word, for as long as it lived."""
+    y = torch.zeros(len(X))
+    wanted = fs.ScoreDensity(Labelled(torch.float32), VP, "x0").estimate(X, nfe=32, y=y).log_prob
+    density = fs.ScoreDensity(Labelled(torch.bfloat16), VP, "x0")
+    with pytest.raises(ValueError, match="y"):
+        density.estimate(X, nfe=32)
+    assert torch.equal(density.estimate(X, nfe=32, y=y).log_prob, wanted)
+
+
+def test_batch_norm_is_asked_with_more_than_one_row():
+    class Normed(Exact):
+        def __init__(self, dtype):
+            super().__init__(dtype)
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x_t, t):
+            self.norm(x_t.float())
+            return super().forward(x_t, t)
+
+    network = Normed(torch.bfloat16).train()
+    fs.ScoreDensity(network, VP, "x0").estimate(X, nfe=16)
+    alone = fs.ScoreDensity(Exact(torch.float32), VP, "x0").estimate(X, nfe=16).log_prob
+    assert torch.equal(fs.ScoreDensity(network, VP, "x0").estimate(X, nfe=16).log_prob, alone)
+
+
+def test_a_layer_that_changes_its_dtype_is_asked_anew():
+    network = Small().to(torch.bfloat16)
+    numbers(network)
+    network.seen.clear()
+    network.float()
+    numbers(network)
+    assert set(network.seen) == {torch.float32}
+    network = Exact(torch.bfloat16)
+    network.layer = nn.Linear(3, 3)
+    network.forward = lambda x_t, t: Exact.forward(network, network.layer(x_t) * 0 + x_t, t)
+    fs.ScoreDensity(network, VP, "x0").estimate(X, nfe=16)
+    network.layer.bfloat16()
+    assert fs.ScoreDensity(network, VP, "x0").estimate(X, nfe=16).log_prob.isfinite().all()
+
+
+def test_data_of_float64_go_into_float32_before_half_precision():
+    class Single(Exact):
+        """Takes float32 alone, and says so."""
+
+        def forward(self, x_t, t):
+            if x_t.dtype != torch.float32:
+                raise RuntimeError(f"float32 expected, got {x_t.dtype}")
+            return super().forward(x_t, t)
+
+    found = fs.ScoreDensity(Single(torch.bfloat16), VP, "x0").estimate(X.double(), nfe=32).log_prob
+    assert found.dtype == torch.float64
+    # Float32's rounding of x_t, in networks that predict the clean data.
+    wanted = fs.ScoreDensity(Exact(torch.float32), VP, "x0").estimate(X.double(), nfe=32).log_prob
+    assert torch.allclose(found, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_float8_is_no_dtype_to_compute_in(compute):
+    hooks = pytest.importorskip("diffusers.hooks")
+    network = Small()
+    options = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": compute, "skip_modules_pattern": ()}
+    hooks.apply_layerwise_casting(network, **options)
+    assert numbers(network).isfinite().all()
+    assert network.seen[-1] == compute
+
+
+def test_a_data_set_s_conditions_are_asked_with_it(tmp_path):
+    from fastscore.runs import evaluate_dataset
+
+    network = Labelled(torch.bfloat16)
+    density = fs.ScoreDensity(network, VP, "x0")
+    y = torch.linspace(0, 1, len(X))
+    found = evaluate_dataset(density, X.numpy(), tmp_path / "found.npz", nfe=32, cond={"y": y.numpy()}, progress=False)
+    wanted = fs.ScoreDensity(Labelled(torch.float32), VP, "x0").estimate(X, nfe=32, y=y).log_prob
+    assert torch.allclose(torch.as_tensor(found.log_prob), wanted, atol=1e-5)
+
+
+def test_a_data_set_goes_through_an_offloaded_network(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from fastscore.runs import evaluate_dataset
+
+    network = accelerate.cpu_offload(Small(), execution_device=torch.device("cpu"))
+    density = fs.ScoreDensity(network, VP, "eps")
+    found = evaluate_dataset(density, X.numpy(), tmp_path / "found.npz", nfe=32, progress=False)
+    assert torch.allclose(torch.as_tensor(found.log_prob), numbers(Small()), atol=1e-4)
+    assert "meta" in fs.explain(network, shape=(3,))

@@ -207,7 +207,11 @@ class Rounds:
 
         variance, nu, shift = self._variance(contrast)
         alone = self._variance(lambda r, g: share[r][..., None] * g, successive_variance)[0]
-        nu = nu if placed else freedom_of_pairs(nu, variance / alone.clamp(min=1e-300), 1.0)
+        nu = (
+            nu
+            if placed
+            else freedom_of_pairs(nu, variance / alone.clamp(min=1e-300), 1.0, sum(g.shape[-1] for g in self._terms))
+        )
         return (widened(variance, nu) + shift).sqrt()
 
     def _share(self) -> list[Tensor]:

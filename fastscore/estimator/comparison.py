@@ -28,7 +28,7 @@ class Comparison:
     Attributes:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,). Where two networks alike tell components of the data apart, a few
-            draws make the difference, and +- 1.96 of it cover 82 to 99 % of single samples; `mean` has an honest one.
+            draws make the difference, and +- 1.96 of it cover 82 to 100 % of single samples; `mean` has an honest one.
         jump, sample_index: as in `Estimate`.
         ends: each of the two integrands at the ends of its range, as in `Estimate`, shape (B, 4, 7).
 
@@ -126,7 +126,7 @@ class Differences:
         f, rule = part.block(difference), part.rule
         variance, nu = draw_variance(f, rule)
         share = variance / draw_variance(part.block(second), rule)[0].clamp(min=1e-300)
-        nu = freedom_of_pairs(nu, share, rule.paired.to(nu.dtype).mean())
+        nu = freedom_of_pairs(nu, share, rule.paired.to(nu.dtype).mean(), f.shape[-1])
         numbers = draw_sum(f, rule), widened(variance, nu), draw_jump(f, rule)
         self._sums[:, chosen] = torch.stack([part.flat(each) for each in numbers])
 

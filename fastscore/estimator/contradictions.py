@@ -55,11 +55,11 @@ def _times_between(schedule: Schedule, ends: tuple[float, float]) -> Tensor:
 def _times_of_entries(schedule: Schedule) -> Tensor:
     """Return some timesteps of a table; raise ValueError where it does not fall, or time() does not find an entry."""
     time, entries = table_of(schedule)
-    stays = (entries.diff() <= 0).nonzero()
-    if len(stays):
-        later, earlier = int(stays[0]), int(stays[0]) + 1  # the table lies noisiest first
+    rises = (entries.diff() < 0).nonzero()  # entries that rounding or a limit made equal are right
+    if len(rises):
+        later, earlier = int(rises[0]), int(rises[0]) + 1  # the table lies noisiest first
         raise ValueError(
-            f"log_snr() of {type(schedule).__name__} must fall from timestep to timestep, got "
+            f"log_snr() of {type(schedule).__name__} must not rise from timestep to timestep, got "
             f"{float(entries[earlier]):.6g} then {float(entries[later]):.6g} at timesteps {int(time[earlier])}, "
             f"{int(time[later])}; if the table starts at the noise, flip it"
         )
@@ -116,9 +116,11 @@ def _refuse_other_slopes(schedule: Schedule, time: Tensor) -> None:
     ahead, behind, given = (
         torch.stack([as_float64(each).expand_as(time) for each in pair]) for pair in (ahead, behind, given)
     )
+    at = torch.stack([as_float64(each).expand_as(time) for each in schedule.alpha_sigma(time)])
     expected = (ahead - behind) / (2 * step)
     tolerance = OTHER_SLOPE * expected.abs().amax(0) + ROUNDINGS * rounding * ahead.abs().amax(0) / step
-    worst = _worst((given - expected).abs().amax(0), tolerance)
+    slopes = expected, (ahead - at) / step, (at - behind) / step  # either side of a kink is right
+    worst = _worst(torch.stack([(given - slope).abs().amax(0) for slope in slopes]).amin(0), tolerance)
     if worst is None:
         return
     (d_alpha, d_sigma), (of_alpha, of_sigma) = given[:, worst].tolist(), expected[:, worst].tolist()
@@ -154,6 +156,11 @@ def _worst(off: Tensor, tolerance: Tensor | float) -> int | None:
 
 
 def _rounding(value: object) -> float:
-    """Return how much of a number its dtype rounds away; of Python's numbers as much as float64."""
+    """Return how much of a number its dtype rounds away; of Python's numbers as much as float64.
+
+    Numbers of float64 that float32 holds exactly were computed in it.
+    """
     dtype = value.dtype if isinstance(value, Tensor) and value.is_floating_point() else torch.float64
+    if dtype == torch.float64 and isinstance(value, Tensor) and torch.equal(value.float().double(), value):
+        dtype = torch.float32
     return torch.finfo(dtype).eps

@@ -227,11 +227,11 @@ class NetworkDensity(Density):
 
     def _ask_network(self, samples: Samples) -> None:
         """Ask the network, once each, what it takes data and conditions for."""
-        if samples.conds and is_open(self.model, samples.x):
+        if samples.conds and is_open(self.model, samples.x.dtype):
             one = samples.select(slice(1))
-            time = cast_time(self._some_times()[:1].to(samples.device), samples.x.dtype, self.time_dtype)
+            time = cast_time(self._some_times()[:2].to(samples.device), samples.x.dtype, self.time_dtype)
             with torch.no_grad(), uncompiled(), undisturbed(self.model):
-                settle(self.model, one.x.view(1, *one.shape), time, one.conds[0].repeated(1))
+                settle(self.model, one.x.view(1, *one.shape).repeat_interleave(2, 0), time, one.conds[0].repeated(2))
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
 
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:

@@ -41,7 +41,8 @@ from .switching import unseen
 KNOWN = 20  # draws, that an expected skewness counts for
 # Its square times d. A squared norm has 8, and covered too much: the terms of most networks are less skewed.
 EXPECTED = 6.0
-FREEDOM_OF_PAIRS, FEW_PAIRS = 1.5, 0.3  # of a difference whose draws are pairs; the share that changes nothing
+# Of a difference whose draws are pairs; the share of pairs, and the draws, that change nothing.
+FREEDOM_OF_PAIRS, FEW_PAIRS, FEW_DRAWS = 1.5, 0.3, 16
 FEWEST_BENDS = 8  # draws, of which second differences have three degrees of freedom
 
 
@@ -227,23 +228,25 @@ def widened(variance: Tensor, nu: Tensor) -> Tensor:
     return (1 + rest * (1.21 + 1.44 * rest)).square() * variance
 
 
-def freedom_of_pairs(nu: Tensor, share: Tensor, pairs: float | Tensor) -> Tensor:
+def freedom_of_pairs(nu: Tensor, share: Tensor, pairs: float | Tensor, draws: int) -> Tensor:
     r"""Return the degrees of freedom that count of the draws of a difference.
 
     Antithetic pairs cancel what is odd in the noise, nearly all of the difference where two networks are alike. The
     rest comes from the few draws in which they tell components of the data apart, and a sample that has none of these
     does not show what it lacks. So where draws are pairs, no more are counted than
 
-    .. math:: \nu \le 1.5\, (1 + r^2) / s^2, \qquad s = \mathrm{clamp}\big((\pi - 0.3) / 0.7, 0, 1\big)
+    .. math:: \nu \le 1.5\, (1 + r^2) / s^2, \qquad s = \frac{(\pi - 0.3)_+}{0.7} \min\big(1, (N / 16 - 1)_+\big)
 
-    with r the variance of the difference in that of one of the two, and :math:`\pi` the share of pairs.
-    `tests/test_alike.py` measures what +- 1.96 standard errors cover.
+    with r the variance of the difference in that of one of the two, :math:`\pi` the share of pairs, and N draws: what
+    16 of them say in Student's t is wide enough. `tests/test_alike.py` measures what +- 1.96 standard errors cover.
 
     Arguments:
         share: r, shape of nu.
         pairs: how many of the draws are pairs, 0 to 1.
+        draws: N.
     """
-    s = (torch.as_tensor(pairs, dtype=nu.dtype, device=nu.device) - FEW_PAIRS).clamp(min=1e-6) / (1 - FEW_PAIRS)
+    s = (torch.as_tensor(pairs, dtype=nu.dtype, device=nu.device) - FEW_PAIRS).clamp(min=0) / (1 - FEW_PAIRS)
+    s = (s * min(max(draws / FEW_DRAWS - 1, 0), 1)).clamp(min=1e-6)
     return torch.minimum(nu, FREEDOM_OF_PAIRS * (1 + share.square()) / s.square())
 
 

@@ -321,6 +321,8 @@ class Programs:
         """Return the network's program as `find` does, or raise NoProgram with the reason in every mode."""
         if self.mode is False:
             raise NoProgram("program=False is set")
+        if device.type == "meta":
+            raise NoProgram("its parameters are on the meta device, where they have no values")
         if torch.is_autocast_enabled(device.type):
             raise NoProgram("autocast chooses dtypes layer by layer")
         found = self._look_up(model, shape, model_dtype(model, dtype), device, cond, times, time_dtype)

@@ -36,7 +36,7 @@ def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def whole(name: str, value: object) -> int:
-    """Return an integer of any kind (Python's, numpy's, a tensor of one element) as Python's.
+    """Return an integer of any kind (Python's, numpy's, a tensor without dimensions) as Python's.
 
     Raises:
         ValueError: for anything else, a float with an integer's value and a truth value included.
@@ -58,7 +58,7 @@ def seed_of(value: object) -> int:
 
 
 def flag(name: str, value: object) -> bool:
-    """Return a truth value of any kind (Python's, numpy's, a tensor of one element) as Python's.
+    """Return a truth value of any kind (Python's, numpy's, a tensor without dimensions) as Python's.
 
     Raises:
         ValueError: for anything else: a number counts, a text is always true, and neither was meant.
@@ -170,7 +170,7 @@ def floating(name: str, value: object, shape: str) -> Tensor:
 
 def _number(value: object) -> float:
     """Return a number as a float; NaN for what is none, such as a text, a truth value or several numbers."""
-    if isinstance(value, bool | np.bool_ | str | bytes):
+    if isinstance(value, bool | np.bool_ | str | bytes) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return math.nan
     try:
         return float(value)

@@ -18,17 +18,16 @@ def recomputed(model: nn.Module, function: Callable[..., Tensor], *arguments: ob
     """Return function(*arguments), of which a backward pass keeps the arguments alone and computes the rest again.
 
     A network that calls torch.func.grad, vjp or jacrev inside goes with no checkpoint, as these allow no hooks on saved
-    tensors: its activations are kept, with a warning.
+    tensors: its activations are kept, with a warning. So they are where somebody has forbidden such hooks before.
     """
-    if model not in _KEPT:
-        forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if forbidden is None and model not in _KEPT:
         try:
             return checkpoint(function, *arguments, use_reentrant=False)
         except (ValueError, RuntimeError) as error:
             if "saved tensor hooks" not in str(error):
                 raise
-        if forbidden is None:  # torch.func forbade them before it found that there were some, and left it so
-            torch._C._autograd._saved_tensors_hooks_enable()
+        torch._C._autograd._saved_tensors_hooks_enable()  # torch.func forbids them before it finds that there are some
         _KEPT.add(model)
         warn(
             "the network calls torch.func inside, which allows no checkpoint: what all its rows store is kept for the "
