@@ -348,10 +348,8 @@ def torchrun(model, count, out):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "count", "victim", "again"),
-    [
-        pytest.param("zoo:Net", 3, 1, 2, id="float32", marks=pytest.mark.long),
-        pytest.param("zoo:double", 2, 0, 1, id="float64"),
-    ],
+    [pytest.param("zoo:Net", 3, 1, 2, marks=pytest.mark.long), ("zoo:double", 2, 0, 1)],
+    ids=["float32", "float64"],
 )
 def test_torchrun_survives_kill_9(tmp_path, monkeypatch, model, count, victim, again):
     monkeypatch.chdir(tmp_path)

@@ -289,9 +289,8 @@ class Programs:
         """Return the network's program, or None.
 
         Arguments:
-            dtype: of the sums; the network gets x_t in the dtype of its parameters.
-            device: of the data.
-            cond: conditions of a batch.
+            dtype: of the sums; the network gets x_t in the dtype that it takes.
+            device, cond: of the data, and conditions of a batch.
             times: gives four times of the schedule, on the CPU, for a trace.
             time_dtype: as the network gets them.
 
