@@ -71,7 +71,7 @@ def row_machine(module: ModuleType, problem: Problem) -> Launch:
     plan = module.plan(*packed.shape, strides[0], CAPABILITY, SHARED)
     size = struct.calcsize("iiiif")
     data = struct.pack("<9Q", *([1 << 20] * 9))
-    data += struct.pack("<14i", SAMPLES, count, D, *strides, *packed.operands)
+    data += struct.pack("<13i", SAMPLES, count, *strides, *packed.operands)
     data += struct.pack("<i", len(packed.program) // size) + packed.program.ljust(size * cuda.MAX_INSTRUCTIONS, b"\0")
     rest = count, plan["stages"], plan["tiles"], plan["table_stages"], plan["stage_bytes"], 0, 0, 0
     return Launch(data + struct.pack("<8i", *rest), plan)
