@@ -206,12 +206,10 @@ class Rounds:
             return share[r][..., None] * (g - (p[:, None] @ g.to(torch.float64)))
 
         variance, nu, shift = self._variance(contrast)
-        alone = self._variance(lambda r, g: share[r][..., None] * g, successive_variance)[0]
-        nu = (
-            nu
-            if placed
-            else freedom_of_pairs(nu, variance / alone.clamp(min=1e-300), 1.0, sum(g.shape[-1] for g in self._terms))
-        )
+        if not placed:
+            alone = self._variance(lambda r, g: share[r][..., None] * g, successive_variance)[0]
+            ratio, draws = variance / alone.clamp(min=1e-300), sum(g.shape[-1] for g in self._terms)
+            nu = freedom_of_pairs(nu, ratio, 1.0, draws)
         return (widened(variance, nu) + shift).sqrt()
 
     def _share(self) -> list[Tensor]:
