@@ -169,6 +169,7 @@ def test_the_micro_kernels_compile_without_a_warning(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 def test_two_and_four_warpgroups_agree_with_the_definition(monkeypatch):
     micro = micro_kernels.load(builder.build(micro_kernels.SOURCES))
