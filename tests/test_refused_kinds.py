@@ -13,6 +13,7 @@ from torch.distributions import transforms as of_torch
 
 import fastscore as fs
 from fastscore.process.alpha_sigma import AlphaSigma
+from fastscore.support.host import positive
 from fastscore.transforms import Logit, Whitening, whiten, zscore
 
 PACKAGE = str(Path(fs.__file__).parent)
@@ -270,3 +271,9 @@ def test_a_schedule_that_is_learned_is_no_contradiction():
             return torch.sigmoid(0.5 * log_snr) ** (1 / self.power)
 
     fs.ScoreDensity(nn.Identity(), Learned(), "eps")
+
+
+@pytest.mark.parametrize("value", [torch.tensor(True), True, "1", None, X])
+def test_a_truth_value_and_a_text_are_no_number(value):
+    with pytest.raises(ValueError, match="width must be positive"):
+        positive("width", value, "nats")

@@ -28,7 +28,8 @@ class Comparison:
     Attributes:
         difference: log p(x | a) - log p(x | b), or log p_a(x) - log p_b(x), of each sample, nats, shape (B,).
         stderr: its standard error, nats, shape (B,). Where two networks alike tell components of the data apart, a few
-            draws make the difference, and +- 1.96 of it cover 82 to 100 % of single samples; `mean` has an honest one.
+            draws make the difference, and +- 1.96 of it may cover fewer than 95 % of single samples; that of `mean` is
+            honest.
         jump, sample_index: as in `Estimate`.
         ends: each of the two integrands at the ends of its range, as in `Estimate`, shape (B, 4, 7).
 
