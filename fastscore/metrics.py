@@ -83,8 +83,9 @@ class NegativeLogLikelihood(Metric):
             self.add_state(state, torch.zeros(GROUPS, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("variance", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
         self.add_state("dims", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="max")
-        # Samples whose noise is keyed by the order of arrival.
-        self.add_state("arrived", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
+        # Samples whose noise is keyed by the order of arrival, and by an index.
+        for state in ("arrived", "indexed"):
+            self.add_state(state, torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     @takes_conditions
     def update(
@@ -130,6 +131,7 @@ class NegativeLogLikelihood(Metric):
             state += more
         self.variance += (found.variance * scale**2).to(self.total).sum()
         self.arrived += len(x) * arrived
+        self.indexed += len(x) * (not arrived)
         if mask is None:
             self.dims = torch.full_like(self.dims, found.dims)
 
@@ -165,8 +167,13 @@ class NegativeLogLikelihood(Metric):
         The standard error of a single sample is NaN. Values are float64, in the metric's unit.
 
         Raises:
-            ValueError: before any sample was taken in.
+            ValueError: before any sample was taken in; if some processes passed a `sample_index` and others did not.
         """
+        if self.arrived and self.indexed:
+            raise ValueError(
+                f"{int(self.indexed)} samples have a sample_index and {int(self.arrived)} of other processes none, so "
+                "that some may have the same noise; pass it in all processes or in none"
+            )
         return self._values(*self._sums())
 
     def _sums(self) -> tuple[Tensor, ...]:

@@ -353,3 +353,21 @@ def test_an_index_is_passed_always_or_never(first):
         metric.update(X[10:20], sample_index=None if first else index)
     metric.reset()
     metric.update(X[10:20], sample_index=None if first else index)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_an_index_is_passed_in_all_processes_or_in_none(indexed):
+    """One process by arrival and one by an index: the noise of sample 0 was that of two samples, without a word."""
+    here, there = (NegativeLogLikelihood(density(), nfe=16) for _ in range(2))
+    index = torch.arange(10)
+    here.update(X[:10], sample_index=index)
+    there.update(X[10:20], sample_index=index + 10 if indexed else None)
+    states = iter([getattr(there, name) for name in there._reductions])
+    here.dist_sync_fn = lambda state, group: [state, next(states)]
+    here.distributed_available_fn = lambda: True
+    if indexed:
+        expected = -density().estimate(X[:20], nfe=16).log_prob.double().mean()
+        torch.testing.assert_close(here.compute()["nll"], expected, rtol=1e-6, atol=0)
+    else:
+        with pytest.raises(ValueError, match="10 samples have a sample_index and 10 of other processes none"):
+            here.compute()

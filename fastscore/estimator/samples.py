@@ -158,10 +158,12 @@ def check_index(index: Tensor | None, count: int) -> Tensor:
             f"sample_index must be {count} non-negative integers below 2^60, shape ({count},), got {kind_of(index)}"
         ) from None
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-    if index.shape != (count,) or not whole or int(index.min()) < 0 or int(index.max()) >= MOST_SAMPLES:
-        values = f" from {int(index.min())} to {int(index.max())}" if whole and index.numel() else ""
+    # A copy, since the caller's may be counted up for the next batch. What int64 does not hold of uint64 is negative.
+    own = index.to(torch.int64, copy=True) if whole else index
+    if index.shape != (count,) or not whole or int(own.min()) < 0 or int(own.max()) >= MOST_SAMPLES:
+        values = f" from {int(own.min())} to {int(own.max())}" if whole and own.numel() else ""
         raise ValueError(
             f"sample_index must be {count} non-negative integers below 2^60, shape ({count},), "
             f"got {index.dtype} of shape {tuple(index.shape)}{values}"
         )
-    return index.to(torch.int64, copy=True)  # the caller's own may be counted up for the next batch
+    return own
