@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from analytic import ExactNet, mixture
 from mixtures import ExactEps, Mixture
 from torch.distributions import constraints
 from torch.distributions.transforms import (
@@ -114,3 +115,39 @@ def test_wrong_ones_are_refused(transform, sentence):
     for call in (lambda d: d.estimate(x, nfe=16, progress=False), lambda d: d.log_prob(x, nfe=16)):
         with pytest.raises(ValueError, match=sentence):
             call(density(transform))
+
+
+class Rotated(Transform):
+    """A linear map by a matrix in a dtype of its own, as a PCA of scikit-learn's in float32."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def _call(self, z):
+        return z @ self.matrix.T
+
+    def _inverse(self, x):
+        return x @ torch.linalg.inv(self.matrix).T
+
+    def log_abs_det_jacobian(self, z, x):
+        return torch.linalg.slogdet(self.matrix)[1].expand(z.shape[:-1])
+
+
+def test_a_transform_whose_tensors_are_float32_is_evaluated_in_float32():
+    """x went through it in float64: estimate, log_prob, fit and the ODE ended in torch's own sentence about dtypes."""
+    target = mixture(3)
+    density = fs.ScoreDensity(ExactNet(target, fs.VP()), fs.VP(), "eps")
+    matrix = torch.eye(3) + 0.3 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    x = target.sample(8, seed=1).float() @ matrix.T
+    single, double = (fs.Transformed(density, Rotated(m)) for m in (matrix, matrix.double()))
+    expected = double.estimate(x, nfe=32).log_prob
+    torch.testing.assert_close(single.estimate(x, nfe=32).log_prob, expected, rtol=1e-4, atol=1e-3)  # float32's z
+    torch.testing.assert_close(single.log_prob(x, nfe=32), expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(
+        ValueError, match=r"x is torch.float64 and Rotated\(\) has tensors of another"
+    ):  # float64 through float32 would lose what was asked for
+        single.estimate(x.double(), nfe=32)

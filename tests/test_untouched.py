@@ -294,3 +294,23 @@ def test_weights_can_be_swapped_afterwards(kind, call, swapping):
     found, expected = (d.estimate(X, nfe=16) for d in (density, fs.ScoreDensity(net, SCHEDULE, "eps", program=False)))
     assert torch.allclose(found.log_prob, expected.log_prob, rtol=1e-4)  # float32 sums in another order
     net.double()
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.layer = draw, nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        self.draw()
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_python_and_numpy_are_those_of_the_caller(draw):
+    """A training loop that shuffles by them has the same order, whether its likelihood is logged or not."""
+    made, x = fs.ScoreDensity(Drawing(draw), fs.VP(), "eps", program=False), torch.randn(4, 3)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    for _ in range(2):  # the first call tells whether a network draws, and later ones ask for what it draws from
+        made.estimate(x, nfe=16)
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002

@@ -144,7 +144,7 @@ def from_diffusers(
         ("alphas_cumprod",),
         "scheduler",
         "one with alphas_cumprod (DDPM, DDIM, Euler, ...) or a FlowMatch...Scheduler",
-        "build DDPMScheduler.from_config(scheduler.config), or a ScoreDensity with your own schedule",
+        _of_training(scheduler),
     )
     predicts = expect_key(
         PREDICTIONS, scheduler.config.get("prediction_type", "epsilon"), "prediction_type", "see the config"
@@ -152,6 +152,13 @@ def from_diffusers(
     own = _convention(model, scheduler, time, sign, flow=False)
     net = DiffusersNet(model, _affine(own, scheduler, model), own.sign, own.argument, own.output)
     return ScoreDensity(net, table(scheduler.alphas_cumprod), predicts=predicts, **options)
+
+
+def _of_training(scheduler: Any) -> str:
+    """Return what to do about a scheduler that samples only; without betas in its config, none says what it was."""
+    own = "a ScoreDensity of the network with the schedule of its training, such as VE(...) or DDPM.linear(1000)"
+    betas = "beta_schedule" in scheduler.config or scheduler.config.get("trained_betas") is not None
+    return f"build DDPMScheduler.from_config(scheduler.config), or {own}" if betas else f"build {own}"
 
 
 def _flow_density(

@@ -88,7 +88,7 @@ def _check(network: Network, samples: Samples, time: Tensor) -> None:
     def answer(x_t: Tensor) -> Tensor:  # one time for all rows, as the ODE asks
         here = time.to(x_t.device)
         answers = predict(network.model, x_t[:, None], here, rows.conds[0], rows.shape, network.time_dtype)
-        return inside(answers[:, 0], rows.mask)
+        return inside(answers[:, 0].clone(), rows.mask)  # the network may write every answer into the same memory
 
     middle = answer(x)
     if not middle.requires_grad:  # a constant

@@ -152,10 +152,9 @@ class Transformed(Density):
             raise ValueError(
                 f"x must have the transform's {event} dimensions and a batch before them, got shape {tuple(x.shape)}"
             )
-        wide = x.to(torch.float64)
         try:
+            wide, z = self._inverse(x)
             inside = self.transform.codomain.check(wide.detach()).reshape(len(x), -1).all(1)
-            z = self.transform.inv(wide)
         except (RuntimeError, AssertionError, IndexError) as error:  # torch's own say so in any of these
             if "size of tensor" not in str(error) and not believed(self.transform):
                 raise
@@ -188,6 +187,20 @@ class Transformed(Density):
             log_det = masks.inside(log_det, masks.mask_rows(mask, x))
         inner, inner_log_det = self.density.to_network(z.to(x.dtype), mask)
         return inner, inner_log_det + log_det.sum(1)
+
+    def _inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and z = T^-1(x), in float64 where the transform's own tensors go with it, else in the dtype of x."""
+        wide = x.to(torch.float64)
+        try:
+            return wide, self.transform.inv(wide)
+        except RuntimeError as error:  # of a product with a matrix in another dtype
+            if "dtype" not in str(error):
+                raise
+            if x.dtype == torch.float64:
+                raise ValueError(
+                    f"x is {x.dtype} and {self.transform} has tensors of another dtype: {error}; give both the same"
+                ) from None
+            return x, self.transform.inv(x)
 
     def _check_once(self, z: Tensor, x: Tensor, log_det: Tensor) -> None:
         if self._checked is not self.transform and len(x) and not believed(self.transform):

@@ -231,7 +231,8 @@ class NetworkDensity(Density):
             one = samples.select(slice(1))
             time = cast_time(self._some_times()[:2].to(samples.device), samples.x.dtype, self.time_dtype)
             with torch.no_grad(), uncompiled(), undisturbed(self.model):
-                settle(self.model, one.x.view(1, *one.shape).repeat_interleave(2, 0), time, one.conds[0].repeated(2))
+                given = one.conds[0].copy().repeated(2)  # the network may write into them
+                settle(self.model, one.x.view(1, *one.shape).repeat_interleave(2, 0), time, given)
         refuse_coincidences(self.model, samples, self._some_times, self.time_dtype)
 
     def _chosen(self, data: Tensor, seed: int, cond: dict[str, Any], mask: Tensor | None) -> Samples:

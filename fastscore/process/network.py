@@ -16,6 +16,7 @@ from ..support.warn import warn
 from .conditions import Conditions
 from .schedules import Schedule
 from .taken_dtype import model_dtype
+from .written import call_network
 
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # What code raises that was called with tensors of other shapes than it expects, or without an argument.
@@ -80,7 +81,7 @@ def predict(
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
     times = time.repeat(batch)
     try:
-        output = (call or model)(passed, times, **cond.repeated(rows))
+        output = call_network(model, call or model, passed, times, cond, rows)
     except torch.OutOfMemoryError:
         raise
     except _REFUSALS as error:
@@ -89,7 +90,7 @@ def predict(
         raise ValueError(_refusal(error, model, passed, times, cond)) from error
     prediction = read_output(output, passed)
     if passed.requires_grad and torch.is_grad_enabled() and not prediction.requires_grad:
-        _refuse_without_graph(model, passed, times, cond.repeated(rows), prediction)
+        _refuse_without_graph(model, passed, times, cond.copy().repeated(rows), prediction)
     return prediction.reshape(batch, rows, d).to(x_t.dtype)
 
 

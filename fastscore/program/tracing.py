@@ -276,7 +276,7 @@ def refuse_layers(model: nn.Module, x_t: Tensor, time: Tensor, cond: Conditions)
         return
     try:
         with torch.no_grad():
-            model(torch.full_like(x_t, torch.nan), time, **cond.select(slice(0, 1)).repeated(1))
+            model(torch.full_like(x_t, torch.nan), time, **cond.select(slice(0, 1)).copy().repeated(1))
     except Exception as error:
         raise NoProgram(f"the network does not take NaN: {type(error).__name__}: {error}") from error
     finally:

@@ -79,7 +79,7 @@ def check(program: _Program, shape: tuple[int, ...], time: Tensor, cond: Conditi
         at = time[torch.arange(draws, device=time.device) % len(time)]
         some = cond.select(torch.arange(batch, device=time.device) % _samples(cond.per_sample))
         passed = x_t.reshape(-1, *shape)
-        args, kwargs = (passed, at.repeat(batch)), some.repeated(draws)
+        args, kwargs = (passed, at.repeat(batch)), some.copy().repeated(draws)  # the network may write into them
         try:
             expected = read_output(program.model(*args, **kwargs), passed)  # without hooks, which its code may look at
         except torch.OutOfMemoryError:

@@ -312,7 +312,7 @@ def test_a_network_of_another_origin_gets_its_time_in_second_place_however_it_is
         (nn.Identity(), diffusers.DDPMScheduler, TypeError, "got the class DDPMScheduler and no object of it; give"),
         (diffusers.UNet2DModel, None, TypeError, "got the class UNet2DModel and no object of it; give"),
         (diffusers.DDPMPipeline(unet(), ddpm()), None, TypeError, "got DDPMPipeline; .* and pipeline.scheduler"),
-        (nn.Identity(), "ScoreSdeVeScheduler", TypeError, "without alphas_cumprod"),
+        (nn.Identity(), "ScoreSdeVeScheduler", TypeError, "without alphas_cumprod; build a ScoreDensity of"),
         (nn.Identity(), ("EulerDiscreteScheduler", {"timestep_type": "continuous"}), ValueError, "continuous times"),
         (nn.Identity(), ("DDPMScheduler", {"prediction_type": "noise"}), ValueError, "one of epsilon, sample, v_pred"),
     ],
