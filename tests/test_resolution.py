@@ -59,6 +59,14 @@ def test_data_below_the_least_noise(name, schedule):
         assert float(low) > count * float((least / 1e-5).log()) - 6 * float(result.stderr.max())
 
 
+def test_a_schedule_that_has_less_noise_than_is_asked_for_is_not_blamed():
+    """The least noise of LogSNR(-30, 30) is 3e-7, and the sentence named 0.00034 as its own."""
+    said, _ = said_at_estimate(gaussian(1e-5, 1.0), fs.LogSNR(-30, 30), dtype=torch.float64)
+    (text,) = [text for text in said if "does not decay at the clean end" in text]
+    assert "than the least noise that a reference of this scale asks for (standard deviation 0.00034)" in text
+    assert text.endswith("fit(data) a reference")
+
+
 @pytest.mark.parametrize("stds", [(1e-4,) * 3, (1e-4, 1e-4, 1.0), (1e-4, 1e-4, 1.0, 1e-4)])
 def test_directions_as_narrow_as_one_that_is_found_count_with_it(stds):
     """The share is 0.0099 in each, by 32 rows 0.007 to 0.013, and the limit 0.01."""

@@ -38,6 +38,7 @@ WIDER = 10.0  # times the network's share that a reference has, to be wider than
 PLAUSIBLE = 0.1  # mean square of the misses of data that are as narrow as the network says, at most
 MAX_DIM = 64  # for directions; columns beyond
 _COUNTED: ContextVar[bool] = ContextVar("whether somebody else counts what lies beyond the clean end", default=False)
+TINY = 1e-30  # a standard deviation of data that needs less noise than any schedule has
 ROWS, ROWS_PER_DIM = 32, 4  # with 4 d rows the smallest second moment of d equal ones comes out as a quarter of them
 
 
@@ -67,12 +68,17 @@ def warn_if_unresolved(network: Network, samples: Samples, reference: Reference,
     count, of = max(counts)
     if not count:
         return
-    least = math.exp(-network.log_snr_range[1] / 2)
-    warn(
+    highest = network.log_snr_range[1]
+    said = (
         f"the integrand does not decay at the clean end: in {count} of {of} dimensions the data are far narrower than "
-        f"the schedule's least noise (standard deviation {least:.2g}), and the reference is not; log_prob is too low "
-        "there by an amount that neither stderr nor truncation shows; fit(data) a reference, or train with less noise"
+        f"the schedule's least noise (standard deviation {math.exp(-highest / 2):.2g}), and the reference is not; "
+        "log_prob is too low there by an amount that neither stderr nor truncation shows; fit(data) a reference, or "
+        "train with less noise"
     )
+    if network.schedule.range_for(TINY, 1.0)[1] > highest:  # it has less noise, which this reference does not ask for
+        said = said.replace("the schedule's least noise", "the least noise that a reference of this scale asks for")
+        said = said.removesuffix(", or train with less noise")
+    warn(said)
 
 
 @torch.no_grad()
