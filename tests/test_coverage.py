@@ -13,6 +13,7 @@ NFES = (16, 64, 256)
 KINDS = {"typical": 32, "between": 16, "tail": 16, "outlier": 16}
 # A continuous schedule and a table by turns.
 SCHEDULES = {name: fs.DDPM.linear(1000) if i % 2 else fs.VP() for i, name in enumerate(MIXTURES)}
+LONG = "spirals", "isotropic", "ring"
 pytestmark = pytest.mark.slow
 
 
@@ -29,12 +30,12 @@ def points(mixture, generator):
 
 
 def cases(*fitted):
-    """Return parameters: every mixture beside (fitted, ...); the fitted ones of the slowest are for `make test-long`.
+    """Return parameters: every mixture beside (fitted, ...); half of the fitted ones are for `make test-long`.
 
     A reference of spirals has some thirty full components, which take three quarters of the time of its estimates.
     """
     return [
-        pytest.param(name, *one, marks=[pytest.mark.long] if name.startswith("spirals") and one[0] else [])
+        pytest.param(name, *one, marks=[pytest.mark.long] if name.startswith(LONG) and one[0] else [])
         for one in fitted
         for name in MIXTURES
     ]

@@ -17,7 +17,13 @@ TARGETS = {
     "mixture d=16": mixture(16),
     "mixture d=64": mixture(64),
 }
-PAIRS = [(s, p) for s in SCHEDULES for p in PREDICTIONS if not (p == "flow" and SCHEDULES[s].discrete)]
+# Every schedule by its noise and every prediction on one of them; all pairs are for `make test-long`.
+PAIRS = [
+    pytest.param(s, p, marks=[] if p == "eps" or s == "vp" else [pytest.mark.long])
+    for s in SCHEDULES
+    for p in PREDICTIONS
+    if not (p == "flow" and SCHEDULES[s].discrete)
+]
 
 
 def errors(target, density, nfe=NFE, seed=0):
@@ -61,7 +67,9 @@ def test_default_estimates_are_exact_within_their_error_bars(schedule, predicts)
     assert float(torch.cat(covered_with_tails).double().mean()) >= 0.92
 
 
-@pytest.mark.parametrize("name", ["mixture d=2", "mixture d=16", pytest.param("mixture d=64", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["mixture d=2", *(pytest.param(f"mixture d={d}", marks=pytest.mark.long) for d in (16, 64))]
+)
 def test_intervals_cover_after_fit(name):
     target, covered = TARGETS[name], []
     for schedule in ("ddpm-linear", "log-snr", "flow-1"):

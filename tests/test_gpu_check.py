@@ -94,6 +94,7 @@ def untouched():
     assert {path: path.read_bytes() for path in results.iterdir()} == before
 
 
+@pytest.mark.long
 def test_rehearsal_of_the_check(tmp_path, untouched):
     done = job("check", "--rehearse", "--out", str(tmp_path / "out"), planted=True, folder=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -200,6 +201,7 @@ for name, *options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_options(tmp_path):
     """All in one process: what a job imports takes it some five seconds, and these steps one tenth of a second each."""
     commands = [

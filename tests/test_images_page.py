@@ -39,7 +39,9 @@ def count_rows(net: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "bits", "of_levels"), [(fs.VP(), 7.0, 7.93), (fs.DDPM.linear(1000), 7.02, 7.02)], ids=["VP", "DDPM"]
+    ("schedule", "bits", "of_levels"),
+    [pytest.param(fs.VP(), 7.0, 7.93, marks=pytest.mark.long), (fs.DDPM.linear(1000), 7.02, 7.02)],
+    ids=["VP", "DDPM"],
 )
 def test_the_bits_of_pixels_with_seven(schedule, bits, of_levels, capsys):
     generator, levels = torch.Generator().manual_seed(0), fs.Levels(256)

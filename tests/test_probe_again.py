@@ -42,7 +42,11 @@ def test_a_classifier_asks_rows_of_different_classes(count):
 
 
 @pytest.mark.parametrize("wrong", ["a weak mean", "first label"])
-@pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "midpoint", "steps": 4}], ids=["auto", "midpoint"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"method": "auto"}, marks=pytest.mark.long), {"method": "midpoint", "steps": 4}],
+    ids=["auto", "midpoint"],
+)
 def test_the_ode_asks_too(wrong, options):
     density, x, y = fs.ScoreDensity(Net(wrong), SCHEDULE, "eps"), torch.randn(6, 3), torch.arange(6)
     with pytest.warns(NetworkWarning, match="first row alone" if wrong == "first label" else "see each other"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from digits_training import held_out, mean_and_error, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STEPS = 200
 

@@ -45,7 +45,10 @@ def parts_of(reference, batch, memory, schedule=None):
 
 @pytest.mark.parametrize("measured", [False, True], ids=["", "calibrated"])
 @pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize(("batch", "memory"), [(1, None), (7, None), (70, None), (130, None), (70, 20_000)])
+@pytest.mark.parametrize(
+    ("batch", "memory"),
+    [(1, None), *(pytest.param(b, None, marks=pytest.mark.long) for b in (7, 70)), (130, None), (70, 20_000)],
+)
 def test_a_round_is_the_same_by_kernel_and_by_torch(batch, memory, reference, measured):
     # Of a table whose entries are drawn once, twice or not at all, with weights of their own; or of none.
     density, samples, plan, parts = parts_of(reference, batch, memory, fs.DDPM.linear(20) if measured else None)
