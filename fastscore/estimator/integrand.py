@@ -63,10 +63,21 @@ def row_terms(
     controls = [
         ops.control(x, *noise_words, rows.alpha, rows.sigma, q.tensors(), rows.backend)
         if kernel
-        else q.residual(x, x_t, eps, rows.alpha, rows.sigma, mask)
+        else _of_reference(q, x, x_t, eps, rows, mask)
         for q, kernel in zip(references, by_kernel)
     ]
     return errors, controls
+
+
+def _of_reference(q: Reference, x: Tensor, x_t: Tensor, eps: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+    """Return the squared residual of a reference, whose tables are those of the times of one group of samples."""
+    if not rows.beside:
+        return q.residual(x, x_t, eps, rows.alpha, rows.sigma, mask)
+    found = x_t.new_empty(x_t.shape[:2])
+    for here, own in rows.beside:
+        part = x[here], x_t[here], eps[here], own.alpha, own.sigma, None if mask is None else mask[here]
+        found[here] = q.residual(*part)
+    return found
 
 
 def predictions(network: Network, samples: Samples, x_t: Tensor, rows: Rows) -> Iterator[Tensor]:
@@ -88,7 +99,8 @@ def _predict(
             predictions.append(timed.predict(x_t[part], some.per_sample, compiled=network.compiled is not None))
         else:
             options = network.time_dtype, network.compiled
-            answer = predict(network.model, x_t[part], rows.time, some, shape, *options)
+            time = rows.time[part] if rows.beside else rows.time
+            answer = predict(network.model, x_t[part], time, some, shape, *options)
             # A network may write every answer into the same memory.
             predictions.append(answer.clone() if several else answer)
     return predictions[0] if len(predictions) == 1 else torch.cat(predictions)

@@ -26,9 +26,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..ops.select import runnable
 from ..program.row_program import RowProgram
 from ..reference.gaussians import Reference
-from ..support.host import together
+from ..support.host import all_finite, together
 from ..support.memory import RULE_BYTES, Chunks
 from .curve import EndTable
 from .integrand import all_values, check_finite
@@ -89,11 +90,12 @@ class Plan:
             ValueError: if an evaluation gives NaN or inf, and this is to be checked.
         """
         call, layout = _Call(samples, programs, reference, check), self.layout(samples)
-        parts = self._parts(layout, call)
         if layout.stack is None:
-            yield from parts
+            yield from self._parts(layout, call)
         else:
-            f = torch.cat([part.f for part in parts])
+            f = self._side_by_side(layout, call)
+            if f is None:
+                f = torch.cat([part.f for part in self._parts(layout, call)])
             yield Part(layout.groups.everyone, f, *self._stacked(layout, samples.device), layout.stack)
         if self.nbytes() > self.chunks.kept:
             for kept in (self._rules, self._rows, self._points):
@@ -108,6 +110,25 @@ class Plan:
             tables = iter(self._tables(cuts, call) if self.chunks.groups else ())
             for cut in cuts:
                 yield from self._group(layout, cut, call, list(islice(tables, len(cut.spans))))
+
+    def _side_by_side(self, layout: Layout, call: _Call) -> Tensor | None:
+        """Return f of all groups by one call of the network; None where each has tables of its own in a kernel.
+
+        Only where nothing is differentiated, and with PyTorch's own operations, which take a time for every sample.
+        """
+        alone = self.values is not all_values or layout.keys is None or torch.is_grad_enabled()
+        if (
+            alone
+            or any(call.programs)
+            or runnable(call.samples.device, call.samples.x.dtype, self.network.backend)[0] != "torch"
+        ):
+            return None
+        rows = Rows.side_by_side(self._tables(layout.cuts, call), [cut.here for cut in layout.cuts])
+        f = all_values(self.network, call.samples, layout.keys, [rows], call.reference, len(self.draws))
+        if call.check and not all_finite(f):
+            for cut in layout.cuts:  # one of them says which sample it is, and at which of its own times
+                check_finite(f[cut.here], call.samples.select(cut.here, cut.members), self.draws.rules.of(cut.group))
+        return f[layout.groups.everyone]
 
     def layout(self, samples: Samples) -> Layout:
         """Return how these samples are cut."""

@@ -60,6 +60,8 @@ class Rows:
         backends: that can run, in order.
         per_call: how many rows the network gets in one call; all if 0.
         timed: row programs with what they need at these times, one a condition.
+        beside: where groups of samples are evaluated side by side, the samples of each and its own rows; time, exact
+            and rounded then have an entry for every sample and row, (b, R), (8, b, R) and the like.
     """
 
     draws: int
@@ -71,6 +73,7 @@ class Rows:
     backends: tuple[str, ...]
     per_call: int
     timed: tuple[Timed | None, ...] = ()
+    beside: tuple[tuple[Tensor, Rows], ...] = ()
 
     @property
     def alpha(self) -> Tensor:
@@ -86,11 +89,11 @@ class Rows:
 
     @property
     def sign(self) -> Tensor:
-        return self.rounded[5]
+        return self.beside[0][1].sign if self.beside else self.rounded[5]  # the same for all groups, as is the share
 
     @property
     def share(self) -> Tensor:
-        return self.rounded[6]
+        return self.beside[0][1].share if self.beside else self.rounded[6]
 
     @property
     def backend(self) -> str:
@@ -139,6 +142,21 @@ class Rows:
             )
             for start in range(0, groups * count, count)
         ]
+
+    @classmethod
+    def side_by_side(cls, each: Sequence[Rows], members: Sequence[Tensor]) -> Rows:
+        """Return the rows of several groups as those of all their samples: one call of the network is for all.
+
+        Arguments:
+            each: rows of the groups, of the same draws.
+            members: which samples each has, int64, (m,); together every sample once.
+        """
+        sizes = torch.tensor([len(own) for own in members], device="cpu")
+        group = torch.arange(len(each), device="cpu").repeat_interleave(sizes).to(members[0].device)
+        group = torch.empty_like(group).scatter_(0, torch.cat(list(members)), group)
+        exact, rounded = (torch.stack(table, 1)[:, group] for table in zip(*((r.exact, r.rounded) for r in each)))
+        time = torch.stack([rows.time for rows in each])[group]
+        return replace(each[0], time=time, exact=exact, rounded=rounded, beside=tuple(zip(members, each)))
 
     def with_programs(self, network: Network, programs: tuple[RowProgram | None, ...], samples: Samples) -> Rows:
         """Return the same rows with the programs' tables at their times, differentiable if autograd is on."""

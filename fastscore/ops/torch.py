@@ -29,12 +29,15 @@ def perturb(
     keep_eps: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x_t, eps), each (B, R, d); x (B, d), keys (B, 2, d) and points (R, d) int32, the others (R,)."""
+    """Return (x_t, eps), each (B, R, d); x (B, d), keys (B, 2, d) and points (R, d) int32, the others (R,).
+
+    Here alpha and sigma, and the numbers a, b and c of `residual`, may be those of every sample's own rows, (B, R).
+    """
     eps = noise.normal(noise.combine(keys, points), sign[:, None], x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        return alpha[None, :, None] * x[:, None] + sigma[None, :, None] * eps, eps
-    x_t = sigma[None, :, None] * eps
-    x_t = x_t.addcmul_(alpha[None, :, None], x[:, None])
+        return alpha[..., None] * x[:, None] + sigma[..., None] * eps, eps
+    x_t = sigma[..., None] * eps
+    x_t = x_t.addcmul_(alpha[..., None], x[:, None])
     return x_t.to(dtype or x.dtype), eps if keep_eps else eps.new_empty(0)
 
 
@@ -144,4 +147,4 @@ def _eps(eps: Tensor, x: Tensor, keys: Tensor, points: Tensor, sign: Tensor) -> 
 
 
 def _error(prediction: Tensor, x: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.addcmul(a[:, None] * eps, b[:, None], x[:, None]) - prediction
+    return torch.addcmul(a[..., None] * eps, b[..., None], x[:, None]) - prediction

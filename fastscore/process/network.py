@@ -69,6 +69,7 @@ def predict(
     `.sample`. Where dimension 1 is twice as long as the data's, its second half (a learned variance) is cut off.
 
     Arguments:
+        time: of the rows of every sample, shape (R,), or of each sample's own, (B, R).
         call: what is called in the network's place and answers as it does: the network as compiled.
 
     Raises:
@@ -79,7 +80,7 @@ def predict(
     batch, rows, d = x_t.shape
     time = cast_time(time, x_t.dtype, time_dtype)
     passed = x_t.reshape(batch * rows, *shape).to(model_dtype(model, x_t.dtype))
-    times = time.repeat(batch)
+    times = time.repeat(batch) if time.ndim == 1 else time.flatten()
     try:
         output = call_network(model, call or model, passed, times, cond, rows)
     except torch.OutOfMemoryError:
