@@ -12,16 +12,19 @@ constexpr int kBarrierBytes = 16;  // a stage's: full and empty
 
 uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * to; }
 
+// Bytes beside weights and records.
+uint32_t scratch_of(const StepsPlan& plan) {
+  if (plan.hidden == 1024) return kPairScratchBytes;
+  if (plan.hidden == 512) return kWideScratchBytes;
+  // x, Q and M of a sample take 12 bytes a dimension, a saved tile 2 a column.
+  const uint32_t saved = plan.hidden == 256 ? 2u * plan.samples * plan.hidden : 0;
+  return plan.kept ? 12u * plan.samples * plan.data : saved;
+}
+
 // Divide shared memory into weights, samples, records and barriers; false if it does not hold them.
 bool divide(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
-  // x, Q and M of a sample take 12 bytes a dimension, a saved tile 2 a column.
-  const uint32_t saved = plan->hidden == 256 ? 2u * plan->samples * plan->hidden : 0;
-  const uint32_t scratch = plan->hidden == 1024  ? kPairScratchBytes
-                           : plan->hidden == 512 ? kWideScratchBytes
-                           : plan->kept          ? 12u * plan->samples * plan->data
-                                                 : saved;
   plan->scratch_at = plan->stages * plan->stage_bytes;
-  plan->records_at = plan->scratch_at + scratch;
+  plan->records_at = plan->scratch_at + scratch_of(*plan);
   plan->barriers_at = plan->records_at + plan->record_stages * record_bytes;
   plan->shared_bytes = plan->barriers_at + kBarrierBytes * (plan->barriers + plan->record_stages);
   return plan->shared_bytes <= limit;
@@ -91,10 +94,11 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
   if (fit(plan, record_bytes, shared_limit)) return "";
   const int fewest = hidden == 64 ? plan->tiles : hidden >= 512 ? kWideStages : kFewestStages;
   const std::string weights = hidden == 64 ? "weights" : "a ring of " + std::to_string(fewest) + " stages";
+  const std::string operands = hidden >= 512 ? ", operands (" + kilobytes(scratch_of(*plan)) + ")" : "";
   const std::string records =
       hidden > 64 ? "a row's vectors (" + kilobytes(record_bytes) : "two rows' vectors (" + kilobytes(2 * record_bytes);
-  return weights + " (" + kilobytes(fewest * plan->stage_bytes) + ") and " + records + ") of steps do not fit " +
-         kilobytes(shared_limit) + " of shared memory";
+  return weights + " (" + kilobytes(fewest * plan->stage_bytes) + ")" + operands + " and " + records +
+         ") of steps do not fit " + kilobytes(shared_limit) + " of shared memory";
 }
 
 Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* columns, const char* steps,

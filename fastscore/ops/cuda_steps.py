@@ -1,8 +1,8 @@
 """Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
 
 The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
-hidden widths up to 1,024 and d up to 64, as far as shared memory goes: at width 64 all weights have to fit, elsewhere the
-vectors of a row beside a ring. Everything else up to width 512 is run by the kernels that interpret instructions.
+hidden widths up to 1,024 and d up to 64, as far as shared memory goes: at width 64 all weights have to fit, elsewhere
+the vectors of a row beside a ring. Everything else up to width 512 is run by the kernels that interpret instructions.
 """
 
 from __future__ import annotations

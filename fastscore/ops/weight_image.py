@@ -67,7 +67,7 @@ def _gather(
 ) -> tuple[Tensor, Tensor]:
     """Return, for every element of the image, where in the flat weights it lies, and the zero behind them.
 
-    `cut` makes of a matrix of such indices, the elements of a stage and the zero the lines of an image: one a block that
+    `cut` makes of a matrix of such indices, the elements of a stage and the zero the lines of an image, one a block that
     has its own.
     """
     zero, start, parts = sum(o * i for o, i in sizes), 0, []

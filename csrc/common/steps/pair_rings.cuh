@@ -31,19 +31,19 @@ struct PairRings {
   static constexpr uint32_t kBlock = 64 * 128 >> 4;          // 64 columns of the operand, in a descriptor's units
 
   uint32_t full, empty;  // barriers of the warpgroup's first stage
-  uint64_t a, begin;     // descriptors of the operand and of that stage
+  uint32_t a, begin;  // lower halves of the descriptors of the operand and of that stage: the upper ones are constants
   uint32_t phase = 0;
 
   __device__ __forceinline__ PairRings(const Barriers& barriers, uint32_t operand, uint32_t weights, int group)
       : full(barriers.full(group * kStages)),
         empty(barriers.empty(group * kStages)),
-        a(ptx::wgmma_descriptor(operand)),
-        begin(ptx::wgmma_descriptor_32(weights + group * kStages * kStageBytes)) {}
+        a(static_cast<uint32_t>(ptx::wgmma_descriptor(operand))),
+        begin(static_cast<uint32_t>(ptx::wgmma_descriptor_32(weights + group * kStages * kStageBytes))) {}
 
   // out = A W^T of 256 outputs and 64 inputs a turn; call receive() before the second half of them.
   template <int Turns, class Receive>
   __device__ __forceinline__ void multiply(float (&out)[128], Receive&& receive) {
-    uint64_t block = a;
+    uint32_t block = a;
 #pragma unroll 1
     for (int turn = 0; turn < Turns; ++turn, block += kBlock) {
       if (Turns > 1 && turn == Turns / 2) receive();
@@ -51,7 +51,8 @@ struct PairRings {
       for (int stage = 0; stage < kStages; ++stage) {
         ptx::mbarrier_wait(full + 8 * stage, phase);
         ptx::wgmma_fence();
-        ptx::wgmma<256>(out, block + 2 * stage, begin + stage * (kStageBytes >> 4), turn + stage > 0);
+        const uint32_t weights = begin + stage * (kStageBytes >> 4);
+        ptx::wgmma<256>(out, of_operand(block + 2 * stage), of_weights(weights), turn + stage > 0);
         ptx::wgmma_commit();
         if (turn + stage > 0) {
           ptx::wgmma_wait<1>();
@@ -76,8 +77,8 @@ struct PairRings {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int k = stage * kTiles + tile;
-        const uint64_t weights = begin + stage * (kStageBytes >> 4) + tile * (kTileBytes >> 4);
-        ptx::wgmma<N>(out, a + k / 4 * kBlock + 2 * (k % 4), weights, k > 0);
+        const uint32_t weights = begin + stage * (kStageBytes >> 4) + tile * (kTileBytes >> 4);
+        ptx::wgmma<N>(out, of_operand(a + k / 4 * kBlock + 2 * (k % 4)), of_weights(weights), k > 0);
       }
       ptx::wgmma_commit();
       if (stage > 0) {
@@ -90,6 +91,13 @@ struct PairRings {
   }
 
  private:
+  __device__ __forceinline__ static uint64_t of_operand(uint32_t low) {
+    return (ptx::wgmma_descriptor(0) & ~uint64_t{0xffffffff}) | low;
+  }
+  __device__ __forceinline__ static uint64_t of_weights(uint32_t low) {
+    return (ptx::wgmma_descriptor_32(0) & ~uint64_t{0xffffffff}) | low;
+  }
+
   template <int M>
   __device__ __forceinline__ void finish(float (&out)[M]) const {
     ptx::wgmma_wait<0>();

@@ -21,11 +21,12 @@ void start_remote_write(uint32_t address, uint32_t bytes, uint32_t bar, uint32_t
   check_no_mbarrier(block, address, bytes, operation);
   memset(memory, kPoison, bytes);
   for (uint32_t at = address; at < address + bytes; at += 4) writer_of(block, at) = kClean;
-  start_asynchronous(operation, false, [=, &block] {
+  const auto perform = [=, &block] {
     if (block.running == 0) fail("%s to CTA %u, which has ended", operation, block.rank);
     read(memory);
     complete_bytes(block, bar, bytes);
-  });
+  };
+  start_asynchronous(operation, false, perform, bytes > 16);
 }
 
 }  // namespace fastscore::emulator
