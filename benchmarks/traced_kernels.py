@@ -121,7 +121,7 @@ CASES = (
     _case("adaLN H=1024 L=3", "sm90_steps_1024_fwd_kernel<false>", 3, Setting(2, 4, 900, 1200, False), 1, steps),
 )
 # Instructions that a row may take in the kernels of fused steps, by width; MOVs, and bytes of stack of the kernel.
-LIMITS = {"sm90_steps": {64: 2850, 128: 4450, 256: 9400, 512: 9700}}
+LIMITS = {"sm90_steps": {64: 2850, 128: 4450, 256: 9400, 512: 9700, 1024: 13700}}
 MOST_MOVES, MOST_STACK = 210, 80
 
 
@@ -198,7 +198,9 @@ def side_by_side(trace: list[Instruction]) -> int:
 def rows_of_a_block(plan: dict) -> int:
     """Return how many rows the longest block evaluates, in all its waves, of the launches that were timed."""
     if "record_stages" in plan:  # persistent clusters share all pairs of a tile and a row
-        return -(-(-(-SAMPLES // (plan["samples"] * plan["cluster"])) * ROWS) // ACTIVE[plan["cluster"] * plan["parts"]])
+        return -(
+            -(-(-SAMPLES // (plan["samples"] * plan["cluster"])) * ROWS) // ACTIVE[plan["cluster"] * plan["parts"]]
+        )
     cluster = min(plan["cluster"], 2)  # as `division` of csrc/density_mlp.cpp chooses for that many samples
     tiles = -(-SAMPLES // (plan["samples"] * cluster))
     splits = best_splits(tiles, ROWS, ACTIVE[cluster])

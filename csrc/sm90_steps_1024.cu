@@ -24,7 +24,6 @@ static_assert(128 * (2 * kRegisters1024 + 24) <= 65536, "registers of a multipro
 // The last warpgroup: a thread of every warp has one thing to do.
 __device__ __forceinline__ void supply_1024(const Steps& p, const Barriers& barriers, const Meetings& meetings,
                                             uint32_t shared, Unit unit) {
-  if (threadIdx.x % 32 != 0) return;
   const int warp = threadIdx.x / 32 % 4;
   if (warp < PairRings::kWarpgroups) {
     produce_ring(p, barriers, shared, unit, warp);
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads1024, 1) sm90_steps_1024_fwd_kernel(co
   const Unit unit(p);
   if (threadIdx.x / 128 == PairRings::kWarpgroups) {
     ptx::registers_decrease<24>();
-    supply_1024(p, barriers, meetings, shared, unit);
+    if (threadIdx.x % 32 == 0) supply_1024(p, barriers, meetings, shared, unit);
   } else {
     ptx::registers_increase<kRegisters1024>();
     consume_1024<Padded>(p, barriers, shared, unit);

@@ -62,13 +62,11 @@ def _by(cut: Cut, weights: list[Tensor], shapes: tuple[tuple[int, int], ...], st
 
 
 @lru_cache(maxsize=16)
-def _gather(
-    sizes: tuple, shapes: tuple, stage: int, cut: Cut, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _gather(sizes: tuple, shapes: tuple, stage: int, cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, for every element of the image, where in the flat weights it lies, and the zero behind them.
 
-    `cut` makes of a matrix of such indices, the elements of a stage and the zero the lines of an image, one a block that
-    has its own.
+    `cut` makes of a matrix of such indices, the elements of a stage and the zero the lines of an image, one for every
+    block that has its own.
     """
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):

@@ -43,7 +43,7 @@ MISTAKES = {
 
 
 WIDE_STEPS = Case(512, 13, 1, 63, 3, maps=2)
-OFTEN = Case(512, 13, 3, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
+OFTEN = Case(512, 13, 1, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
 HALVES = Case(256, 13, 1, 63, 3, maps=2)
 RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
 

@@ -36,7 +36,7 @@ def test_the_kernel_agrees_with_the_definition(library, number, case):
     errors = compare_steps(library, HOPPER, case, SCHEDULES[number % 3])
     assert errors.complaint() is None
     # With a thousand operands a product nearly every pair has one at a boundary. A rounding that flips is one of
-    # thousands: the largest error of these cases was 1.1e-3, and with the sums of one of the four warpgroups left out 0.4.
+    # thousands: the largest error of these cases was 1.1e-3, and 0.4 without the sums of one of the four warpgroups.
     assert float(errors.error.max()) < 4e-3
 
 
@@ -62,8 +62,8 @@ def test_a_plan_fits_shared_memory_up_to_three_blocks(library):
     assert all(isinstance(plan, dict) and plan["shared_bytes"] <= HOPPER[1] for plan in found[:4])
     assert all(plan["threads"] == 384 and plan["stages"] == 8 for plan in found[:4])
     assert found[4] == (
-        "a ring of 8 stages (64 KB), operands (132 KB) and a row's vectors (38 KB) of steps do not fit 227 KB of shared "
-        "memory"
+        "a ring of 8 stages (64 KB), operands (132 KB) and a row's vectors (38 KB) of steps do not fit 227 KB "
+        "of shared memory"
     )
     assert module.steps_plan(1024, 64, False, 4, 5000, 80, 166_912) == "steps run on compute capability 9.0"
 
