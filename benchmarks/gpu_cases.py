@@ -74,7 +74,12 @@ def head(width: int, depth: int, rehearsed: int = 16) -> nn.Module:
 
 # The first tell most: every width, and both kinds where the kernels differ most.
 FIRST = [*(Case("adaLN", width, 3) for width in (64, 128, 256, 512)), Case("plain", 128, 3), Case("plain", 256, 3)]
-LATER = [Case("plain", 64, 3), Case("plain", 512, 3), *(Case("adaLN", width, 6) for width in (64, 128, 256))]
+LATER = [
+    Case("adaLN", 1024, 3),
+    Case("plain", 64, 3),
+    Case("plain", 512, 3),
+    *(Case("adaLN", width, 6) for width in (64, 128, 256)),
+]
 FIRST, LATER = ([Case("adaLN", 16, 2)], [Case("plain", 16, 2)]) if REHEARSING else (FIRST, LATER)
 CASES = [*FIRST, *LATER]
 

@@ -107,6 +107,7 @@ def kernel(case: Case) -> Row:
                 row.measure(f"{name}, ms", lambda b=backend: milliseconds(graphed(lambda: problem.by_op(half, b))))
     if row.get("compiled kernel, ms"):
         row.measure("its launch alone, ms", lambda: _launched(problem.packed(half), cuda.Config())[0])
+    if row.get("compiled kernel, ms") and case.width <= cuda.WIDTHS[-1]:
         row.measure("by instructions, ms", lambda: _launched(problem.packed(half, True), cuda.Config())[0])
     module = copy.deepcopy(problem.module).bfloat16()
 

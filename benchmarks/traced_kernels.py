@@ -32,7 +32,9 @@ from fastscore.ops.steps import cut
 
 ARCHITECTURE, CAPABILITY, SHARED = "sm_90a", 90, 232_448
 SAMPLES, ROWS, D = 4096, 256, 64  # of the launches that were timed
-ACTIVE = {1: 132, 2: 66}  # clusters of so many blocks that an H200 runs at once
+# Clusters of so many blocks that an H200 runs at once. Of those of four it is not known: as many as it has
+# multiprocessors for, at most.
+ACTIVE = {1: 132, 2: 66, 4: 33}
 CLOCK = 1.8e9  # of the timed kernels, by Nsight: 1.78 to 1.88 GHz
 TRACED_ROWS = 5
 PARAMETERS_AT = 0x210  # in constant bank 0, behind what describes the launch
@@ -116,9 +118,10 @@ CASES = (
     _case("adaLN H=256 L=3", "sm90_steps_256_fwd_kernel<64, false>", 3, Setting(2, stages=8), 2, steps),
     _case("plain H=256 L=3", "sm90_steps_256_fwd_kernel<64, false>", 2, Setting(2, stages=8), 2, steps),
     _case("adaLN H=512 L=3", "sm90_steps_512_fwd_kernel<false>", 3, Setting(2, 2, 900, 1200, apart=False), 1, steps),
+    _case("adaLN H=1024 L=3", "sm90_steps_1024_fwd_kernel<false>", 3, Setting(2, 4, 900, 1200, False), 1, steps),
 )
 # Instructions that a row may take in the kernels of fused steps, by width; MOVs, and bytes of stack of the kernel.
-LIMITS = {"sm90_steps": {64: 2850, 128: 4450, 256: 9400, 512: 9700}}
+LIMITS = {"sm90_steps": {64: 2850, 128: 4450, 256: 9400, 512: 9700, 1024: 13700}}
 MOST_MOVES, MOST_STACK = 210, 80
 
 
@@ -195,7 +198,9 @@ def side_by_side(trace: list[Instruction]) -> int:
 def rows_of_a_block(plan: dict) -> int:
     """Return how many rows the longest block evaluates, in all its waves, of the launches that were timed."""
     if "record_stages" in plan:  # persistent clusters share all pairs of a tile and a row
-        return -(-(-(-SAMPLES // (plan["samples"] * plan["cluster"])) * ROWS) // ACTIVE[plan["cluster"]])
+        return -(
+            -(-(-SAMPLES // (plan["samples"] * plan["cluster"])) * ROWS) // ACTIVE[plan["cluster"] * plan["parts"]]
+        )
     cluster = min(plan["cluster"], 2)  # as `division` of csrc/density_mlp.cpp chooses for that many samples
     tiles = -(-SAMPLES // (plan["samples"] * cluster))
     splits = best_splits(tiles, ROWS, ACTIVE[cluster])

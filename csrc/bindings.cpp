@@ -86,7 +86,7 @@ PYBIND11_MODULE(_C, m) {
         result["samples"] = plan.samples, result["threads"] = plan.threads, result["tiles"] = plan.tiles;
         result["stages"] = plan.stages, result["stage_bytes"] = plan.stage_bytes;
         result["record_stages"] = plan.record_stages, result["kept"] = plan.kept;
-        result["cluster"] = plan.cluster, result["shared_bytes"] = plan.shared_bytes;
+        result["parts"] = plan.parts, result["cluster"] = plan.cluster, result["shared_bytes"] = plan.shared_bytes;
         return result;
       },
       py::arg("hidden"), py::arg("data"), py::arg("padded"), py::arg("linears"), py::arg("record"),

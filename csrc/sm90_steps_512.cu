@@ -10,6 +10,7 @@
 
 #include <common/steps/block.cuh>
 #include <common/steps/launch.cuh>
+#include <common/steps/one_block.cuh>
 #include <common/steps/wide.cuh>
 
 namespace fastscore {
@@ -47,13 +48,12 @@ __device__ __forceinline__ void consume_512(const Steps& p, const Barriers& barr
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const int thread = threadIdx.x % 128, lane = thread % 32, column = 4 * (lane % 4);
   const uint32_t operand = shared + p.scratch_at;
-  using Chain = WideChain<Padded, Samples<64, false>>;
-  const int data_column = Chain::D * group + column;
+  using Chain = WideChain<Padded, Samples<64, false>, OneBlock>;
+  const SharedSums sums(operand + SharedOperand::kBytes, group, thread);
   Chain chain{p,
-              Rings(barriers, operand, shared, group),
-              {p, 0, data_column, 0},
+              {Rings(barriers, operand, shared, group), sums},
+              {p, 0, Chain::D * group + column, 0},
               SharedOperand(operand, thread),
-              SharedSums(operand + SharedOperand::kBytes, group, thread),
               Chain::H * group + column};
   const int first = kTile512 * ptx::cluster_rank() + 16 * (thread / 32) + lane / 4;
   consume(chain, p, barriers, shared, unit, first, kTile512 * ptx::cluster_size());

@@ -12,15 +12,19 @@ constexpr int kBarrierBytes = 16;  // a stage's: full and empty
 
 uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * to; }
 
+// Bytes beside weights and records.
+uint32_t scratch_of(const StepsPlan& plan) {
+  if (plan.hidden == 1024) return kPairScratchBytes;
+  if (plan.hidden == 512) return kWideScratchBytes;
+  // x, Q and M of a sample take 12 bytes a dimension, a saved tile 2 a column.
+  const uint32_t saved = plan.hidden == 256 ? 2u * plan.samples * plan.hidden : 0;
+  return plan.kept ? 12u * plan.samples * plan.data : saved;
+}
+
 // Divide shared memory into weights, samples, records and barriers; false if it does not hold them.
 bool divide(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
-  // x, Q and M of a sample take 12 bytes a dimension, a saved tile 2 a column.
-  const uint32_t saved = plan->hidden == 256 ? 2u * plan->samples * plan->hidden : 0;
-  const uint32_t scratch = plan->hidden == 512 ? kWideScratchBytes
-                           : plan->kept        ? 12u * plan->samples * plan->data
-                                               : saved;
   plan->scratch_at = plan->stages * plan->stage_bytes;
-  plan->records_at = plan->scratch_at + scratch;
+  plan->records_at = plan->scratch_at + scratch_of(*plan);
   plan->barriers_at = plan->records_at + plan->record_stages * record_bytes;
   plan->shared_bytes = plan->barriers_at + kBarrierBytes * (plan->barriers + plan->record_stages);
   return plan->shared_bytes <= limit;
@@ -37,7 +41,7 @@ struct Candidate {
 // and x are worth more than a longer one.
 constexpr Candidate kCandidates[] = {{true, true, 3},  {true, true, 2},   {true, false, 2}, {false, true, 3},
                                      {false, true, 2}, {false, false, 2}, {false, false, 1}};
-constexpr int kFewestStages = 4, kMostStages = 16, kWideStages = 8;  // of width 512 exactly so many
+constexpr int kFewestStages = 4, kMostStages = 16, kWideStages = 8;  // of widths from 512 on exactly so many
 
 bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
   const bool may_stream = plan->hidden > 64, may_stay = plan->hidden <= 128;
@@ -46,10 +50,10 @@ bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
     if (candidate.resident ? !may_stay : !may_stream) continue;
     plan->kept = candidate.kept, plan->record_stages = candidate.record_stages;
     plan->cluster = candidate.resident ? 1 : 2;
-    const int fewest = candidate.resident ? plan->tiles : plan->hidden == 512 ? kWideStages : kFewestStages;
+    const int fewest = candidate.resident ? plan->tiles : plan->hidden >= 512 ? kWideStages : kFewestStages;
     // A ring that never stays may have more stages than a row has: it turns on.
     const int most = candidate.resident    ? plan->tiles
-                     : plan->hidden == 512 ? kWideStages
+                     : plan->hidden >= 512 ? kWideStages
                      : may_stay            ? plan->tiles - 1
                                            : kMostStages;
     for (plan->stages = most; plan->stages >= fewest; --plan->stages) {
@@ -69,7 +73,11 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
   if (capability != 90) return "steps run on compute capability 9.0";
   *plan = {};
   plan->hidden = hidden, plan->data = data, plan->padded = padded;
-  if (hidden == 512) {  // two rings of half the outputs each
+  plan->parts = hidden == 1024 ? 2 : 1;
+  if (hidden == 1024) {  // the same of each of two blocks' outputs, in stages of half the size
+    plan->stage_bytes = 256 * 16 * 2;
+    plan->tiles = 2 * (4 + 64 * (linears - 2) + 4);
+  } else if (hidden == 512) {  // two rings of half the outputs each
     plan->stage_bytes = 256 * 32 * 2;
     plan->tiles = 2 * (2 + 16 * (linears - 2) + 2);
   } else {
@@ -80,16 +88,17 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
     plan->tiles += static_cast<int>((inner * 128 * data + plan->stage_bytes - 1) / plan->stage_bytes);
   }
   const int consumers = hidden == 64 ? 3 : 2;
-  plan->samples = hidden == 512 ? 64 : 64 * consumers;
+  plan->samples = hidden >= 512 ? 64 : 64 * consumers;
   plan->threads = 128 * (consumers + 1);
   const uint32_t record_bytes = round_up(4 * record, 128);
   if (fit(plan, record_bytes, shared_limit)) return "";
-  const int fewest = hidden == 64 ? plan->tiles : hidden == 512 ? kWideStages : kFewestStages;
+  const int fewest = hidden == 64 ? plan->tiles : hidden >= 512 ? kWideStages : kFewestStages;
   const std::string weights = hidden == 64 ? "weights" : "a ring of " + std::to_string(fewest) + " stages";
+  const std::string operands = hidden >= 512 ? ", operands (" + kilobytes(scratch_of(*plan)) + ")" : "";
   const std::string records =
       hidden > 64 ? "a row's vectors (" + kilobytes(record_bytes) : "two rows' vectors (" + kilobytes(2 * record_bytes);
-  return weights + " (" + kilobytes(fewest * plan->stage_bytes) + ") and " + records + ") of steps do not fit " +
-         kilobytes(shared_limit) + " of shared memory";
+  return weights + " (" + kilobytes(fewest * plan->stage_bytes) + ")" + operands + " and " + records +
+         ") of steps do not fit " + kilobytes(shared_limit) + " of shared memory";
 }
 
 Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* columns, const char* steps,
@@ -124,7 +133,8 @@ void launch_steps(Steps p, const StepsPlan& plan, StepsConfig config, cudaStream
   const auto launch = plan.hidden == 64    ? sm90_steps_64
                       : plan.hidden == 128 ? sm90_steps_128
                       : plan.hidden == 256 ? sm90_steps_256
-                                           : sm90_steps_512;
+                      : plan.hidden == 512 ? sm90_steps_512
+                                           : sm90_steps_1024;
   launch(p, plan, config, stream);
 }
 

@@ -35,8 +35,8 @@ constexpr int kRecordHead = 16;
 struct Steps {
   const float* x;          // (B, D), zero beyond d
   const uint32_t* keys;    // (B, 2, D): Q and M of fastscore/ops/noise.py, zero beyond d
-  const uint8_t* weights;  // tiles, in the order in which one row's evaluation reads them
-  const float* records;    // (R, record)
+  const uint8_t* weights;  // tiles of every part, in the order in which its evaluation of a row reads them
+  const float* records;    // (R, parts, record)
   float* f;                // out, (B, R)
   int32_t batch, rows, record;
   int32_t pre_scale, post_scale, skip;  // columns of vectors of D, -1 where there is none
@@ -53,6 +53,8 @@ struct Steps {
 
 // Shared memory of width 512 beside weights and records: the operand, and sums that warpgroups exchange.
 constexpr uint32_t kWideScratchBytes = 64 * 512 * 2 + 1024;
+// The same of width 1,024, with barriers at which two blocks meet.
+constexpr uint32_t kPairScratchBytes = 64 * 1024 * 2 + 3072 + 64;
 
 // How a kernel runs steps of padded width `hidden` on `data` padded dimensions.
 struct StepsPlan {
@@ -65,7 +67,8 @@ struct StepsPlan {
   int stages;         // of them in shared memory at once; all: resident
   int barriers;       // pairs of them for weights
   int record_stages;  // rows whose records are in shared memory at once
-  int cluster;        // blocks that share what they stream
+  int parts;          // blocks that divide the outputs of the same samples; each has a part of weights and records
+  int cluster;        // blocks, or such parts, that share what they stream
   uint32_t stage_bytes, scratch_at, records_at, barriers_at, shared_bytes;
 };
 
@@ -81,7 +84,7 @@ Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32
 
 // How blocks share the work, which changes no result; 0 where the launch chooses.
 struct StepsConfig {
-  int cluster;   // blocks that share what they stream
+  int cluster;   // blocks, or parts of the outputs, that share what they stream
   int clusters;  // that share all units (common/steps/units.cuh); chosen: as many as run at a time
 };
 
@@ -93,5 +96,6 @@ void sm90_steps_64(const Steps& parameters, const StepsPlan& plan, const StepsCo
 void sm90_steps_128(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_256(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 void sm90_steps_512(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
+void sm90_steps_1024(const Steps& parameters, const StepsPlan& plan, const StepsConfig& config, cudaStream_t stream);
 
 }  // namespace fastscore

@@ -105,8 +105,19 @@ def test_the_reason_names_the_measurement_and_what_does_not_cover(hopper):
     nothing = choose(NAMES, task(width=600))
     assert not nothing.fused
     assert nothing.reason == (
-        "cuda: hidden widths go up to 512, the network has 600; triton: hidden widths go up to 512, the network has 600"
+        "cuda: no GPU has run its kernel of widths beyond 512 yet, which backend='cuda' takes; "
+        "triton: hidden widths go up to 512, the network has 600"
     )
+
+
+def test_the_compiled_kernel_of_the_widest_layers_is_taken_where_it_is_asked_for(hopper):
+    assert choose(("cuda",), task(width=1000)) == ("cuda", True, "asked for")
+    beyond = choose(("cuda",), task(width=1025))
+    assert not beyond.fused
+    assert beyond.reason.endswith("cuda: hidden widths go up to 1024, the network has 1025")
+    of_instructions = choose(("cuda",), task(family=random_networks.two_tiles, width=600))
+    assert not of_instructions.fused
+    assert "cuda: networks wider than 512 run as steps alone, and " in of_instructions.reason
 
 
 def test_the_kernel_of_wide_layers_is_taken_where_it_is_asked_for(hopper):

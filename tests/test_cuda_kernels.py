@@ -7,13 +7,15 @@ import pytest
 import torch
 from emulator.comparison import Case, Problem
 from emulator.test_density_mlp import CASES
-from emulator.test_steps import CASES as CASES_OF_STEPS
+from emulator.test_steps import CASES as CASES_UP_TO_512
+from emulator.test_steps_1024 import FEW
 
 import fastscore as fs
 from fastscore.ops import cuda, cuda_steps, select
 from fastscore.ops.steps import Steps
 
 REASON = select._cuda_why_not(torch.device("cuda:0"), torch.float32)
+CASES_OF_STEPS = CASES_UP_TO_512 | {1024: list(FEW)}
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"compiled kernels: {REASON}")
 
 

@@ -25,11 +25,15 @@ struct Barriers {
   __device__ __forceinline__ uint32_t table_full(int i) const { return base + 8 * (2 * stages + i); }
   __device__ __forceinline__ uint32_t table_empty(int i) const { return base + 8 * (2 * stages + table_stages + i); }
 
-  // `readers`: warps of this block that release a weight stage, `table_readers` those that release a row's vectors.
+  // `readers`: warps of a block that release a weight stage, `table_readers` those that release a row's vectors. `blocks`
+  // share the weights.
   __device__ __forceinline__ void initialize(int readers, int table_readers) const {
+    initialize(readers, table_readers, ptx::cluster_size());
+  }
+  __device__ __forceinline__ void initialize(int readers, int table_readers, uint32_t blocks) const {
     for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_init(full(i), 1);
-      ptx::mbarrier_init(empty(i), readers * ptx::cluster_size());
+      ptx::mbarrier_init(empty(i), readers * blocks);
     }
     for (int i = 0; i < table_stages; ++i) {
       ptx::mbarrier_init(table_full(i), 1);

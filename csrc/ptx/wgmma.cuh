@@ -27,6 +27,14 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_64(uint32_t address) {
   return ((address & 0x3ffff) >> 4) | unused_leading_offset | stride | swizzle_64;
 }
 
+// The same in rows of 32 bytes with the 32-byte swizzle: 16-byte unit c of row r lies at c ^ (r / 4 % 2); 8 rows are 256
+// bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor_32(uint32_t address) {
+  constexpr uint64_t stride = uint64_t{256 >> 4} << 32, unused_leading_offset = uint64_t{1} << 16;
+  constexpr uint64_t swizzle_32 = uint64_t{3} << 62;
+  return ((address & 0x3ffff) >> 4) | unused_leading_offset | stride | swizzle_32;
+}
+
 // Orders earlier accesses to registers before the wgmma that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

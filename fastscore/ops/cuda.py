@@ -4,7 +4,7 @@ What they cover: row programs with bfloat16 weights, hidden widths up to 512 on 
 on Ampere and later, d up to 128, one saved tile (two up to width 64), with a Gaussian reference along the axes in the
 same pass; another reference is evaluated by itself, by Triton's kernel or PyTorch. `why_not_fused` says what stands in
 the way. Of those programs Hopper runs some as steps (`cuda_steps.py`), and the others instruction by instruction;
-`steps_of` says which.
+`steps_of` says which. Wider programs, up to 1,024, run as steps or not at all.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ def shape_of(code: tuple, shapes: Sequence[tuple[int, int]], dtype: torch.dtype,
 @lru_cache(maxsize=256)
 def why_not_fused(task: Task) -> str | None:
     """Return why no compiled kernel runs a row program on its device, or None."""
+    if task.dtype == torch.bfloat16 and _beyond_instructions(task):
+        reason = packing.why_not(task.code, list(task.shapes), task.d, cuda_steps.WIDTHS[-1])
+        if reason is None and isinstance(steps := steps_of(task), str):
+            reason = f"networks wider than {WIDTHS[-1]} run as steps alone, and {steps}"
+        return reason
     shape = shape_of(task.code, task.shapes, task.dtype, task.d)
     if isinstance(shape, str):
         return shape
@@ -102,8 +107,16 @@ def why_not_fused(task: Task) -> str | None:
 
 
 def why_not_unasked(task: Task) -> str | None:
-    """Return why "auto" leaves a program to others that `why_not_fused` has no objection to: never."""
-    return None
+    """Return why "auto" leaves a program to others that `why_not_fused` has no objection to, or None."""
+    if not _beyond_instructions(task):
+        return None
+    return f"no GPU has run its kernel of widths beyond {WIDTHS[-1]} yet, which backend='cuda' takes"
+
+
+def _beyond_instructions(task: Task) -> bool:
+    """Return whether a hidden layer is wider than kernels that interpret instructions are."""
+    linear = [op[1] for op in task.code if op[0] == "linear"]
+    return max((task.shapes[k][0] for k in linear[:-1]), default=0) > WIDTHS[-1]
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
 """Steps as the compiled kernels of Hopper read them: which networks fit, and the layout of all that a launch reads.
 
 The kernels cover programs of steps (`fastscore.ops.steps`) with bfloat16 weights, vectors that all samples share,
-hidden widths up to 512 and d up to 64, as far as shared memory goes: at width 64 all weights have to fit, elsewhere the
-vectors of a row beside a ring. Everything else is run by the kernels that interpret instructions.
+hidden widths up to 1,024 and d up to 64, as far as shared memory goes: at width 64 all weights have to fit, elsewhere
+the vectors of a row beside a ring. Everything else up to width 512 is run by the kernels that interpret instructions.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from ..kernels import packing
 from ..kernels.names import ACTIVATIONS
 from .step_tables import Folded, Vector, fold
 from .steps import Residual, Steps, cut
-from .weight_image import image, rings
+from .weight_image import image, rings, rings_of_halves
 
-WIDTHS, DATA = (64, 128, 256, 512), (16, 64)
+WIDTHS, DATA = (64, 128, 256, 512, 1024), (16, 64)
+DEEP = 512  # from here on d is padded to 64
+HALVED = 1024  # here two blocks have half of the outputs each
 MAX_STEPS = 96  # between the first and the last
 HEAD = 16  # floats of a record before P
 KINDS = {"residual": 0, "first": 1, "dense": 1, "last": 1}  # numbers of csrc/steps.h; 2: dense with a scale
@@ -37,7 +39,12 @@ class Shape(NamedTuple):
     data: int  # padded dimensions
     padded: bool  # whether a norm is narrower
     linears: int
-    record: int  # floats of a row's record
+    record: int  # floats of a row's record, of one block where two divide the outputs
+
+    @property
+    def parts(self) -> int:
+        """Blocks that divide the outputs."""
+        return 2 if self.hidden == HALVED else 1
 
 
 def shape_of(steps: Steps, shapes: Sequence[tuple[int, int]], d: int) -> Shape | str:
@@ -51,14 +58,15 @@ def shape_of(steps: Steps, shapes: Sequence[tuple[int, int]], d: int) -> Shape |
     if widest > WIDTHS[-1]:
         return f"steps run at widths up to {WIDTHS[-1]}, the network has {widest}"
     hidden = next(w for w in WIDTHS if w >= widest)
-    data = DATA[-1] if hidden == WIDTHS[-1] else next(n for n in DATA if n >= d)
+    data = DATA[-1] if hidden >= DEEP else next(n for n in DATA if n >= d)
     normed = [shapes[s.first][1] for s in steps.middle if isinstance(s, Residual) and s.eps is not None]
     normed += [shapes[steps.last.weight][1]] * (steps.last.eps is not None)
     scaled = [any(by >= 0 for by, _ in a) for a in (steps.after, *(s.after for s in steps.middle))]
     vectors = 1 + scaled[0] + (steps.last.eps is not None)
     vectors += sum(4 if isinstance(s, Residual) else 1 + by for s, by in zip(steps.middle, scaled[1:]))
     ends = 5 + _scales(steps.pre) + 2 * _scales(steps.post)  # P, four of the comparison; a scale and a skip at most
-    return Shape(hidden, data, any(w < hidden for w in normed), len(order), HEAD + vectors * hidden + ends * data)
+    record = HEAD + vectors * hidden // (2 if hidden == HALVED else 1) + ends * data
+    return Shape(hidden, data, any(w < hidden for w in normed), len(order), record)
 
 
 def _scales(code: tuple) -> bool:
@@ -99,7 +107,7 @@ class PackedSteps:
     x: Tensor  # (B, D)
     keys: Tensor  # (B, 2, D)
     weights: Tensor  # bytes of the tiles
-    records: Tensor  # (R, record)
+    records: Tensor  # (R, record), one of every part behind another
     columns: tuple[int, ...]  # in a record: scales of x_t and of the prediction, multiple of x_t, comparison
     steps: bytes
 
@@ -123,16 +131,20 @@ def pack(
         raise ValueError(f"no compiled kernel runs these steps: {shape}")
     folded, ends = fold(steps, weights, tables)
     hidden, data = shape.hidden, shape.data
-    records = _Records(len(rows))
+    records = _Records(len(rows), shape.parts)
     records.append(_head(rows, x), HEAD)
     records.append(points.view(torch.float32), data)
+    records.divided_from = records.end
     described = [_described(step, weights, records, hidden) for step in folded]
-    columns = [-1 if v is None else records.add(v, data, weights) for v in (ends.pre_scale, ends.post_scale, ends.skip)]
-    columns.append(records.add(ends.post_shift, data, weights))
+    records.divided_to = records.end
+    around = ends.pre_scale, ends.post_scale, ends.skip
+    columns = [-1 if v is None else records.place(records.add(v, data, weights)) for v in around]
+    columns.append(records.place(records.add(ends.post_shift, data, weights)))
     for vector in _control(x, rows[:, :1], alpha, sigma, reference):
         records.append(vector, data)
-    if records.end < shape.record:  # a scale that is there before a skip, or none behind it
-        records.append(_constant(0.0, torch.float64, x.device), shape.record - records.end)
+    missing = shape.record - records.place(records.end)
+    if missing:  # a scale that is there before a skip, or none behind it
+        records.append(_constant(0.0, torch.float64, x.device), missing)
     shapes = ((hidden, data), *((hidden, hidden),) * (shape.linears - 2), (data, hidden))
     return PackedSteps(
         shape=shape,
@@ -147,7 +159,9 @@ def pack(
 
 def _image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], hidden: int) -> Tensor:
     """Return the weights' tiles in the order in which the kernel of a width reads them."""
-    if hidden == WIDTHS[-1]:
+    if hidden == HALVED:
+        return rings_of_halves(weights, shapes, 2 * 256 * 16)
+    if hidden == DEEP:
         return rings(weights, shapes, 2 * 256 * 32)
     return image(weights, shapes, 128 * min(128, hidden), by_outputs=True)
 
@@ -188,11 +202,25 @@ def _columns(firsts: tuple[int, ...], width: int, device: torch.device) -> Tenso
     return (torch.tensor(firsts, device="cpu")[:, None] + torch.arange(width, device="cpu")).reshape(-1).to(device)
 
 
-class _Records:
-    """Records while they grow: every operation is a launch, and every call packs anew, so few make all of them."""
+@lru_cache(maxsize=16)
+def _of_parts(first: int, last: int, end: int, parts: int, device: torch.device) -> Tensor:
+    """Return the numbers of the columns of every part's record, where those from first to last are divided."""
+    columns, block = torch.arange(end, device="cpu"), WIDTHS[-1]
+    between = columns[first:last].reshape(-1, parts, block // parts)
+    return torch.cat([torch.cat([columns[:first], own.reshape(-1), columns[last:]]) for own in between.unbind(1)]).to(
+        device
+    )
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.end = rows, 0
+
+class _Records:
+    """Records while they grow: every operation is a launch, and every call packs anew, so few make all of them.
+
+    Vectors of hidden layers, which lie between others, are divided in the end where blocks have parts of the outputs.
+    """
+
+    def __init__(self, rows: int, parts: int) -> None:
+        self.rows, self.parts, self.end = rows, parts, 0
+        self.divided_from, self.divided_to = 0, 1 << 30  # columns
         self.into = packing.Tables(1, rows)
         self.factors: list[tuple[int, int, float]] = []
         self.shifted: dict[tuple[int, ...], list[tuple[int, Vector]]] = {}  # by the weight's shape
@@ -202,6 +230,11 @@ class _Records:
         start, self.end = self.end, self.end + width
         self.into.add(values[None], values.shape[1], width)
         return start
+
+    def place(self, column: int) -> int:
+        """Return where a column is in the record of a part: the first of it, if it is a hidden vector's first."""
+        divided = min(column, self.divided_to) - self.divided_from
+        return column - max(0, divided) // self.parts * (self.parts - 1)
 
     def add(self, vector: Vector, width: int, weights: list[Tensor]) -> int:
         """Append a vector; what it has beside its base is added in the end, for all vectors at once."""
@@ -226,7 +259,9 @@ class _Records:
             found.index_add_(1, columns, through.transpose(0, 1).reshape(self.rows, -1))
         if self.factors:
             found *= _factors(tuple(self.factors), self.end, found.device)
-        return found
+        if self.parts == 1:
+            return found
+        return found[:, _of_parts(self.divided_from, self.divided_to, self.end, self.parts, found.device)]
 
 
 @lru_cache(maxsize=64)
@@ -236,7 +271,7 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _described(step: Folded, weights: list[Tensor], records: _Records, hidden: int) -> bytes:
     """Write a step's vectors, and return its bytes, those of csrc/steps.h's structure."""
-    at = records.end
+    at = records.place(records.end)
     for vector in step.vectors:
         records.add(vector, hidden, weights)
     activation = -1 if step.activation is None else ACTIVATIONS.index(step.activation)

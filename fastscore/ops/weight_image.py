@@ -11,6 +11,7 @@ layout of matrix products (2t, 2t + 1, 2t + 8, 2t + 9) are columns 4t .. 4t + 3 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 # Position in the register layout -> column of the network, within a group of 16.
 COLUMN = tuple(4 * (p % 8 // 2) + p % 2 + 2 * (p // 8) for p in range(16))
 TILE_OUT, TILE_IN, CHUNK = 128, 64, 8
+Cut = Callable[[Tensor, int, int], Tensor]
 
 
 def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int, by_outputs: bool = False) -> Tensor:
@@ -31,7 +33,7 @@ def image(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int
             of the same 64 inputs do, one in a stage.
     """
     sizes = tuple(tuple(w.shape) for w in weights)
-    index, zero = _gather(sizes, shapes, stage // 2, by_outputs, weights[0].device)
+    index, zero = _gather(sizes, shapes, stage // 2, _by_outputs if by_outputs else _by_inputs, weights[0].device)
     return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
@@ -41,26 +43,38 @@ def rings(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int
     Their stages take turns, one of the first ring and one of the second. Tiles have 32 inputs: lines of 64 bytes, whose
     16-byte chunk c lies at c xor (line / 2 mod 4), the 64-byte swizzle; a stage holds as many as it can.
     """
+    return _by(_rings, weights, shapes, stage)
+
+
+def rings_of_halves(weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
+    """Return the images of two blocks, one behind the other, which have half of the outputs of every weight each.
+
+    Both have two rings as `rings` says, with tiles of 16 inputs: lines of 32 bytes, whose 16-byte chunk c lies at c xor
+    (line / 4 mod 2), the 32-byte swizzle. Of a hidden layer's inputs those that are a block's own outputs come first.
+    """
+    return _by(_rings_of_halves, weights, shapes, stage)
+
+
+def _by(cut: Cut, weights: list[Tensor], shapes: tuple[tuple[int, int], ...], stage: int) -> Tensor:
     sizes = tuple(tuple(w.shape) for w in weights)
-    index, zero = _gather(sizes, shapes, stage // 2, None, weights[0].device)
+    index, zero = _gather(sizes, shapes, stage // 2, cut, weights[0].device)
     return torch.cat([*(w.reshape(-1).to(torch.bfloat16) for w in weights), zero])[index]
 
 
 @lru_cache(maxsize=16)
-def _gather(
-    sizes: tuple, shapes: tuple, stage: int, by_outputs: bool | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _gather(sizes: tuple, shapes: tuple, stage: int, cut: Cut, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return, for every element of the image, where in the flat weights it lies, and the zero behind them.
 
-    `by_outputs` is None for two rings.
+    `cut` makes of a matrix of such indices, the elements of a stage and the zero the lines of an image, one for every
+    block that has its own.
     """
     zero, start, parts = sum(o * i for o, i in sizes), 0, []
     for (out, in_), (padded_out, padded_in) in zip(sizes, shapes):
         n, k = _columns(padded_out)[:, None], _columns(padded_in)[None, :]
         where = torch.where((n < out) & (k < in_), start + n * in_ + k, zero)
-        parts.append(_rings(where, stage) if by_outputs is None else _tiles(where, stage, by_outputs, zero))
+        parts.append(cut(where, stage, zero))
         start += out * in_
-    return torch.cat(parts).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
+    return torch.cat(parts, -1).reshape(-1).to(device), torch.zeros(1, dtype=torch.bfloat16, device=device)
 
 
 def _columns(count: int) -> Tensor:
@@ -81,7 +95,15 @@ def _tiles(where: Tensor, stage: int, by_outputs: bool, zero: int) -> Tensor:
     return torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % stage), value=zero).reshape(-1)
 
 
-def _rings(where: Tensor, stage: int) -> Tensor:
+def _by_outputs(where: Tensor, stage: int, zero: int) -> Tensor:
+    return _tiles(where, stage, True, zero)
+
+
+def _by_inputs(where: Tensor, stage: int, zero: int) -> Tensor:
+    return _tiles(where, stage, False, zero)
+
+
+def _rings(where: Tensor, stage: int, zero: int) -> Tensor:
     """Cut a matrix of indices into swizzled tiles of 32 inputs, of half of the outputs and then of the others."""
     out, in_ = where.shape
     lines = out // 2
@@ -89,3 +111,15 @@ def _rings(where: Tensor, stage: int) -> Tensor:
     chunk = torch.arange(4, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] // 2 % 4)
     tiles = tiles.gather(3, chunk[None, None, :, :, None].expand_as(tiles))
     return tiles.reshape(2, -1, stage).transpose(0, 1).reshape(-1)
+
+
+def _rings_of_halves(where: Tensor, stage: int, zero: int) -> Tensor:
+    """Cut a matrix of indices into those of two blocks, with swizzled tiles of 16 inputs; a line each."""
+    out, in_ = where.shape
+    halves, lines = where.reshape(2, out // 2, in_), out // 4
+    if in_ >= 1024:  # own inputs first
+        halves = torch.stack([halves[0], halves[1].roll(in_ // 2, 1)])
+    tiles = halves.reshape(2, 2, lines, in_ // 16, 2, CHUNK).transpose(2, 3)
+    chunk = torch.arange(2, device="cpu")[None, :] ^ (torch.arange(lines, device="cpu")[:, None] // 4 % 2)
+    tiles = tiles.gather(4, chunk[None, None, None, :, :, None].expand_as(tiles))
+    return tiles.reshape(2, 2, -1, stage).transpose(1, 2).reshape(2, -1)

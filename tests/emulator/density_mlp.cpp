@@ -24,6 +24,9 @@ namespace fastscore {
 [[gnu::weak]] void sm90_steps_64(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
   throw std::logic_error("The steps of width 64 are not linked");
 }
+[[gnu::weak]] void sm90_steps_1024(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
+  throw std::logic_error("The steps of width 1,024 are not linked");
+}
 [[gnu::weak]] void sm90_steps_512(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {
   throw std::logic_error("The steps of width 512 are not linked");
 }

@@ -106,7 +106,8 @@ RUNS = "on cpu: one kernel of backend cuda: asked for; it runs"
             True,
             f"{RUNS} by instructions, since a layer outside of residual blocks has norm where a step has act",
         ),
-        (600, False, "on cpu: no single kernel: cuda: hidden widths go up to 512, the network has 600; triton: "),
+        (600, False, f"{RUNS} as steps"),
+        (1025, False, "on cpu: no single kernel: cuda: hidden widths go up to 1024, the network has 1025; triton: "),
     ],
 )
 def test_explain_names_what_runs_a_network(monkeypatch, width, norm, last):

@@ -103,6 +103,12 @@ def barriers(lib, planted=0):
     return status, out, np.allclose(out, expected, atol=1e-5)
 
 
+def remote(lib, planted=0):
+    values, out = np.random.default_rng(6).standard_normal(256).astype(np.float32), np.zeros(256, np.float32)
+    status = lib.run_remote(pointer(values), pointer(out), planted)
+    return status, out, np.allclose(out, values + 4 * values.reshape(2, 128)[::-1].reshape(-1), atol=1e-5)
+
+
 @pytest.mark.parametrize(("seed", "schedule"), SCHEDULES)
 @pytest.mark.parametrize("in_registers", [True, False])
 @pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
@@ -114,7 +120,7 @@ def test_wgmma(lib, n, in_registers, seed, schedule):
 
 
 @pytest.mark.parametrize(("seed", "schedule"), SCHEDULES)
-@pytest.mark.parametrize("case", [mma, proxy, barriers, ring])
+@pytest.mark.parametrize("case", [mma, proxy, barriers, ring, remote])
 def test_right_kernels(lib, case, seed, schedule):
     lib.emulator_seed(seed, schedule)
     status, _, right = case(lib)
@@ -185,6 +191,8 @@ VIOLATIONS = {
     "copy over a barrier": (ring, dict(planted=8), "overwrites the mbarrier at"),
     "no initialisation": (ring, dict(planted=9), "where no mbarrier was initialised"),
     "setmaxnreg by three warps": (ring, dict(planted=10), "lanes in registers_decrease(0x18"),
+    "copy of what is not fenced": (remote, dict(planted=2), "bulk_copy_remote reads 0x"),
+    "no such CTA": (remote, dict(planted=4), "no CTA 2 in a cluster of 2"),
     "other count": (barriers, dict(planted=2), "threads where others gave"),
     "one warp missing": (barriers, dict(planted=3), "32 lanes in named_barrier_sync(0x1, 64)"),
     "divergent shuffle": (barriers, dict(planted=4), "other lanes of the warp are in"),
@@ -210,6 +218,7 @@ def test_violations_are_reported(lib, mistake, schedule):
         (wgmma, dict(n=64, planted=2)),  # no wait for the product
         (mma, dict(planted=1)),  # no wait for cp.async
         (barriers, dict(planted=1)),  # no barrier
+        (remote, dict(planted=1)),  # no wait for the partner's
         (ring, dict(planted=1, count=3)),  # no wait for the copy; no stage is used twice
     ],
 )
@@ -230,6 +239,15 @@ def test_races_are_found_by_some_schedule(lib, mistake, cluster):
         status, _, right = ring(lib, cluster, mistake)
         wrong += status != 0 or not right
     assert wrong > 0
+
+
+def test_a_source_that_is_overwritten_is_found(lib):
+    found = 0
+    for seed in range(5):  # the adversary lets copies wait
+        lib.emulator_seed(seed, ADVERSARIAL)
+        status, _, right = remote(lib, 3)
+        found += status != 0 or not right
+    assert found > 0
 
 
 def test_configurations_are_checked(lib):
@@ -278,6 +296,7 @@ INSTRUCTIONS = {
     ],
     "mma": ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"],
     "proxy": ["STS.128", "FENCE.VIEW.ASYNC", "HGMMA.64x64x16.F32.BF16", "BAR.SYNC"],
+    "remote": ["UBLKCP.S.S", "STAS.64", "SYNCS.PHASECHK.TRANS64.TRYWAIT"],
     "barriers": ["BAR.SYNC", "LDS", "STS", "SHFL.BFLY"],
     "convert": ["F2FP.BF16", "F2FP.F16", "MUFU.TANH", "MUFU.EX2", "MUFU.LG2", "MUFU.RSQ"],
     "noise": ["I2FP.F32.S32", "MUFU.LG2", "MUFU.SQRT"],

@@ -43,7 +43,7 @@ MISTAKES = {
 
 
 WIDE_STEPS = Case(512, 13, 1, 63, 3, maps=2)
-OFTEN = Case(512, 13, 3, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
+OFTEN = Case(512, 13, 1, 63, 15, maps=2)  # so that one warpgroup is ahead of the other when it matters
 HALVES = Case(256, 13, 1, 63, 3, maps=2)
 RING = Case(128, 13, 4, 130, 3, maps=2)  # a ring, and two tiles of samples for a cluster of two blocks
 
@@ -53,6 +53,8 @@ def steps(file: str, right: str, wrong: str, case: Case = STEPS) -> Mistake:
     return Mistake(f"common/steps/{file}", right, wrong, case, f"sm90_steps_{max(64, case.hidden)}")
 
 
+PAIR = Case(1024, 13, 1, 63, 3, maps=2)  # two blocks
+PAIRS = Case(1024, 13, 1, 100, 3, maps=2)  # two tiles of samples: four blocks
 FULL = "barriers.table_full(at.stage), at.phase)"
 EMPTY = "ptx::mbarrier_wait(barriers.table_empty(at.stage), at.phase ^ 1);"
 MISTAKES |= {
@@ -72,14 +74,30 @@ MISTAKES |= {
     "cluster: release to itself alone": steps("products.cuh", "(empty, lane)", "(empty, ptx::cluster_rank())", RING),
     "cluster: share for itself alone": steps("block.cuh", "((1u << blocks) - 1)", "(1u << ptx::cluster_rank())", RING),
     "wide: a barrier before A is overwritten": steps(
-        "wide.cuh",
-        "    activate_in_place(h, step);\n    synchronize();\n",
-        "    activate_in_place(h, step);\n",
-        OFTEN,
+        "one_block.cuh", "vacate() const { ptx::named_barrier_sync(1, 256); }", "vacate() const {}", OFTEN
     ),
-    "wide: no proxy fence": steps("wide.cuh", "ptx::fence_proxy_async();", "", WIDE_STEPS),
+    "wide: no proxy fence": steps("one_block.cuh", "ptx::fence_proxy_async();", "", WIDE_STEPS),
     "wide: wrong swizzle of the operand": steps("wide.cuh", "lane / 16 ^ row % 8", "lane / 16 ^ row % 4", WIDE_STEPS),
     "wide: parity of a constant ring": steps("rings.cuh", "phase ^ (at / kStages % 2)", "phase", WIDE_STEPS),
+    "pair: own half overwritten while it is copied": steps(
+        "block_pair.cuh", "ptx::mbarrier_wait(meetings.copied(), turn ^ 1);", "", PAIR
+    ),
+    "pair: a barrier before A is overwritten": steps(
+        "block_pair.cuh", "turn ^ 1);\n    ptx::named_barrier_sync(1, 256);", "turn ^ 1);", PAIR
+    ),
+    "pair: half overwritten that is multiplied by": steps(
+        "block_pair.cuh", "ptx::mbarrier_wait(meetings.vacant(), turn ^ 1);", "", PAIR
+    ),
+    "pair: half not waited for": steps("block_pair.cuh", "ptx::mbarrier_wait(meetings.arrived(), turn);", "", PAIR),
+    "pair: own half twice": steps("block_pair.cuh", "at + kHalfBytes, at, ", "at + kHalfBytes, operand, ", PAIR),
+    "pair: no proxy fence": steps("block_pair.cuh", "ptx::fence_proxy_async();", "", PAIR),
+    "pair: sums of one block": steps("block_pair.cuh", " + (there.x + also.x)", "", PAIR),
+    "pair: sums not waited for": steps(
+        "block_pair.cuh", "ptx::mbarrier_wait(meetings.sums(buffer), phases >> buffer & 1);", "", PAIR
+    ),
+    "pair: result in the means' buffer": steps("block_pair.cuh", "kSquares, kResult", "kSquares, kResult = 0", PAIR),
+    "pair: release to one sharer": steps("pair_rings.cuh", "lane < Seat::sharers()", "lane < 1", PAIRS),
+    "pair: wrong swizzle of weights": steps("pair_rings.cuh", "wgmma_descriptor_32", "wgmma_descriptor_64", PAIR),
     "halves: half in flight is read": steps("halves.cuh", "/ kBlocks; ++q) f(q)", "/ kBlocks; ++q) f(q + 8)", HALVES),
     "halves: one half twice": steps("halves.cuh", "multiply_tile<128, 64, K>", "multiply_tile<128, 0, K>", HALVES),
 }
@@ -117,6 +135,16 @@ LEFT_OUT = {
     "cluster: share for itself alone": "cluster: release to itself alone",
     "wide: no proxy fence": "operand read too early",
     "halves: one half twice": "halves: half in flight is read",
+    "pair: a barrier before A is overwritten": "wide: a barrier before A is overwritten",
+    "pair: own half overwritten while it is copied": "pair: half not waited for",
+    "pair: half overwritten that is multiplied by": "pair: half not waited for",
+    "pair: own half twice": "pair: half not waited for",
+    "pair: no proxy fence": "operand read too early",
+    "pair: sums of one block": "pair: half not waited for",
+    "pair: sums not waited for": "pair: half not waited for",
+    "pair: result in the means' buffer": "pair: half not waited for",
+    "pair: release to one sharer": "cluster: release to itself alone",
+    "pair: wrong swizzle of weights": "wide: wrong swizzle of the operand",
 }
 assert set(LEFT_OUT.values()) <= MISTAKES.keys() - LEFT_OUT.keys()
 
@@ -131,6 +159,9 @@ def test_a_planted_mistake_is_caught(name: str, host: list[Path], prefix: Path, 
     text = (folder / mistake.file).read_text()
     assert mistake.right in text
     (folder / mistake.file).write_text(text.replace(mistake.right, mistake.wrong))
+    kernel = folder / f"{mistake.family}.cu"
+    if mistake.family.endswith(f"_{mistake.case.hidden}"):  # not padded: half of the code is not compiled
+        kernel.write_text(kernel.read_text().replace("_fwd_kernel<true>", "_fwd_kernel<false>"))
     monkeypatch.setattr(builder, "CSRC", folder)
     monkeypatch.setattr(builder, "INCLUDES", [*builder.INCLUDES[:2], "-I", str(folder)])
     monkeypatch.setattr(builder, "FLAGS", [*UNOPTIMIZED, "-include", str(prefix)])

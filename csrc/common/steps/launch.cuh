@@ -54,7 +54,7 @@ void for_variant(const StepsPlan& plan, Launch&& launch) {
 template <class Kernel>
 void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan,
                        const StepsConfig& config, cudaStream_t stream) {
-  const int shared_bytes = static_cast<int>(plan.shared_bytes), blocks = config.cluster;
+  const int shared_bytes = static_cast<int>(plan.shared_bytes), blocks = config.cluster * plan.parts;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "%s: %d bytes of shared memory a block", name, shared_bytes);
   cudaLaunchAttribute cluster = {};
@@ -68,7 +68,7 @@ void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
-  const int64_t samples = static_cast<int64_t>(plan.samples) * blocks;
+  const int64_t samples = static_cast<int64_t>(plan.samples) * config.cluster;
   const int64_t units = (parameters.batch + samples - 1) / samples * parameters.rows;
   const int clusters =
       config.clusters > 0 ? config.clusters : std::max(1, clusters_at_once(name, kernel, blocks, launch));

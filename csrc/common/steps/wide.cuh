@@ -1,13 +1,18 @@
-// Steps of width 512: two warpgroups share 64 samples, each with half of the columns in its registers, and operands pass
-// through shared memory.
+// Steps of widths 512 and 1,024: two warpgroups of a block share 64 samples, each with 256 columns in its registers, and
+// operands pass through shared memory.
 //
 //   warpgroup 0: columns 0 .. 255      shared memory                      warpgroup 1: columns 256 .. 511
 //   h [64, 256] float32                A [64, 512] bfloat16, 64 KB        the same
-//   a residual block's input, float16  a ring of 4 x 16 KB each
+//   a residual block's input, float16  a ring a warpgroup
 //
-// Two barriers of 256 threads a product: one before A is overwritten, which both have read, and one when all of A is
-// there, with a proxy fence, since wgmma reads past the ordinary stores. Where a norm comes before, its sums cross at the
-// first and its squares at the second, for rstd is needed behind the product alone.
+// At width 512 a block is alone (one_block.cuh); at 1,024 two have half of the columns each (block_pair.cuh). A `Team`
+// says how warpgroups meet and multiply:
+//   vacate()       all have read A, which may be written
+//   share()        all of A is written, and read by all; share_data(): x_t, which every block has whole
+//   put(), get()   sums of all columns of a row, between which they meet
+//   first(), hidden(), last()  the products
+// Where a norm comes before a product, its sums are read where A is vacant, and its squares behind the product, for rstd
+// is not needed before.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +22,6 @@
 #include <common/steps/ends.cuh>
 #include <common/steps/operands.cuh>
 #include <common/steps/record.cuh>
-#include <common/steps/rings.cuh>
 #include <ptx/stmatrix.cuh>
 
 namespace fastscore {
@@ -42,50 +46,26 @@ struct SharedOperand {
   }
 };
 
-// Sums over a row's columns, of which each warpgroup has half: two buffers of one number a warpgroup and sample. A buffer
-// is written again past a barrier that its reader has met.
-struct SharedSums {
-  static constexpr uint32_t kBytes = 2 * 2 * 64 * 4;
-
-  uint32_t own;  // of the thread's first row; that of the other warpgroup lies 256 bytes before or behind
-
-  __device__ __forceinline__ SharedSums(uint32_t address, int group, int thread)
-      : own(address + 256 * group + 4 * (16 * (thread / 32) + thread % 32 / 4)) {}
-
-  __device__ __forceinline__ void put(int buffer, float2 v) const {
-    if (threadIdx.x % 4 != 0) return;
-    ptx::store_shared(own + 512 * buffer, v.x);
-    ptx::store_shared(own + 512 * buffer + 32, v.y);
-  }
-
-  // The sum of both, in which their order makes no difference.
-  __device__ __forceinline__ float2 get(int buffer, float2 v) const {
-    const uint32_t at = (own ^ 256) + 512 * buffer;
-    return make_float2(v.x + ptx::load_shared<float>(at), v.y + ptx::load_shared<float>(at + 32));
-  }
-};
-
-template <bool Padded, class Source>
+template <bool Padded, class Source, class Team>
 struct WideChain {
-  static constexpr int H = 256, D = 32;  // a warpgroup's
-  static constexpr int kAllHidden = 512, kAllData = 64;
+  static constexpr int H = 256, D = 32;                  // a warpgroup's: columns of h, and of x_t
+  static constexpr int kOutputs = Team::kOutputs;        // of the last product
+  static constexpr int kAllHidden = 512, kAllData = 64;  // a record's vectors
 
   const Steps& p;
-  Rings product;
+  Team team;
   Source samples;
   SharedOperand operand;
-  SharedSums sums;
-  int column;  // of h, the first of the thread's four in 16
+  int column;  // of the block's h, the first of the thread's four in 16
 
-  __device__ __forceinline__ bool stores() const { return threadIdx.x < 128; }
+  __device__ __forceinline__ bool stores() const { return team.stores(); }
 
   // f of the thread's two rows of the tile.
   __device__ __forceinline__ float2 evaluate(uint32_t address) {
     const Record record{address, static_cast<uint32_t>(4 * column)};
-    const Record data{address, static_cast<uint32_t>(4 * samples.column)};
     float h[H / 2];
-    make_operand(data);
-    product.template multiply<H, 0, Rings::kFirst>(h);
+    make_operand({address, static_cast<uint32_t>(4 * samples.column)});
+    team.first(h);
     finish(h, p.first, record);
 #pragma unroll 1
     for (int i = 0; i < p.count; ++i) {
@@ -94,31 +74,24 @@ struct WideChain {
         residual(h, step, record);
       } else {
         activate_in_place(h, step);
-        synchronize();
         publish(h);
-        product.template multiply<H, 2, Rings::kHidden>(h);
+        team.hidden(h);
         finish(h, step, record);
       }
     }
-    float F[D / 2];
+    float F[kOutputs / 2];
     const float2 rstd = last(F, h, p.last, record);
-    const float2 f = quad_sum(
-        compare<D, kAllData>(F, rstd, p, samples, data, [&](int q, int i) { return noise(samples, data, q, i); }));
-    sums.put(0, f);
-    synchronize();  // also: both have read A, which x_t overwrites
-    return sums.get(0, f);
+    const Source outputs = team.of_outputs(samples);
+    const Record data{address, static_cast<uint32_t>(4 * outputs.column)};
+    const float2 f = quad_sum(compare<kOutputs, kAllData>(F, rstd, p, outputs, data,
+                                                          [&](int q, int i) { return noise(outputs, data, q, i); }));
+    team.put(Team::kResult, f);
+    team.vacate();  // x_t overwrites A
+    return team.get(Team::kResult, f);
   }
 
  private:
-  __device__ __forceinline__ static void synchronize() { ptx::named_barrier_sync(1, 256); }
-
-  // All of A is written.
-  __device__ __forceinline__ static void published() {
-    ptx::fence_proxy_async();
-    synchronize();
-  }
-
-  __device__ __forceinline__ void make_operand(const Record& data) const {
+  __device__ __forceinline__ void make_operand(const Record& data) {
     float x_t[D / 2];
     const Coefficients row = data.coefficients();
 #pragma unroll
@@ -131,46 +104,51 @@ struct WideChain {
     if (p.pre_scale >= 0) scale_columns<D>(x_t, data, p.pre_scale);
 #pragma unroll
     for (int q = 0; q < D / 16; ++q) operand.store(0, samples.column / 16 + q, get(x_t, q, 0), get(x_t, q, 1));
-    published();
+    team.share_data();
   }
 
-  // h as the operand, once both have read the one before.
-  __device__ __forceinline__ void publish(const float (&h)[H / 2]) const {
+  // h as the operand.
+  __device__ __forceinline__ void publish(const float (&h)[H / 2]) {
+    team.vacate();
 #pragma unroll
     for (int q = 0; q < H / 16; ++q) operand.store(column / 64, q, get(h, q, 0), get(h, q, 1));
-    published();
+    team.share();
   }
 
-  // (h - mean) scale as the operand; return rstd.
+  // (h - mean) scale as the operand; return the sums of the squares of the warpgroup's own columns.
   __device__ __forceinline__ float2 publish_normalized(const float (&h)[H / 2], const Step& step,
-                                                       const Record& record) const {
+                                                       const Record& record) {
     float2 mean = row_means<H>(h, 1.0f);
-    sums.put(0, mean);
-    synchronize();  // also: both have read A
-    mean = sums.get(0, mean);
+    team.put(Team::kMeans, mean);
+    team.vacate();
+    mean = team.get(Team::kMeans, mean);
     mean = make_float2(step.inverse * mean.x, step.inverse * mean.y);
+    const int inside = step.width - team.first_column() - column;
     RowSums squares;
 #pragma unroll
     for (int q = 0; q < H / 16; ++q) {
       const float4 scale = record.vector(step.at, q);
-      const float4 z0 = centred<Padded>(h, q, 0, mean.x, step.width - column, squares);
-      const float4 z1 = centred<Padded>(h, q, 1, mean.y, step.width - column, squares);
+      const float4 z0 = centred<Padded>(h, q, 0, mean.x, inside, squares);
+      const float4 z1 = centred<Padded>(h, q, 1, mean.y, inside, squares);
       operand.store(column / 64, q, ::fastscore::product(z0, scale), ::fastscore::product(z1, scale));
       pace(q);
     }
-    float2 total = squares.total();
-    sums.put(1, total);
-    published();
-    total = sums.get(1, total);
-    return inverse_deviation(total, step);
+    const float2 own = squares.total();
+    team.put(Team::kSquares, own);
+    team.share();
+    return own;
   }
 
-  // What a residual block's or the last product's operand is; return what the product has to be multiplied by.
-  __device__ __forceinline__ float2 publish_inputs(float (&h)[H / 2], const Step& step, const Record& record) const {
+  // What a residual block's or the last product's operand is; return what `rstd` takes behind the product.
+  __device__ __forceinline__ float2 publish_inputs(float (&h)[H / 2], const Step& step, const Record& record) {
     if (step.width > 0) return publish_normalized(h, step, record);
-    synchronize();
     publish(h);
     return make_float2(1.0f, 1.0f);
+  }
+
+  // What a product has to be multiplied by.
+  __device__ __forceinline__ float2 rstd_of(const float2& squares, const Step& step) {
+    return step.width > 0 ? inverse_deviation(team.get(Team::kSquares, squares), step) : squares;
   }
 
   __device__ __forceinline__ void residual(float (&h)[H / 2], const Step& step, const Record& record) {
@@ -178,8 +156,9 @@ struct WideChain {
 #pragma unroll
     for (int j = 0; j < H / 4; ++j) saved[j] = ptx::pack_f16(h[2 * j], h[2 * j + 1]);
     if (step.width == 0) scale_columns<H>(h, record, step.at);
-    const float2 rstd = publish_inputs(h, step, record);
-    product.template multiply<H, 2, Rings::kHidden>(h);
+    const float2 squares = publish_inputs(h, step, record);
+    team.hidden(h);
+    const float2 rstd = rstd_of(squares, step);
     const float s0 = step.factor * rstd.x, s1 = step.factor * rstd.y;
 #pragma unroll
     for (int q = 0; q < H / 16; ++q) {
@@ -192,9 +171,8 @@ struct WideChain {
       pace(q);
     }
     activate_in_place(h, step);
-    synchronize();
     publish(h);
-    product.template multiply<H, 2, Rings::kHidden>(h);
+    team.hidden(h);
 #pragma unroll
     for (int q = 0; q < H / 16; ++q) {
       const float4 gate = record.vector(step.at + 2 * kAllHidden, q);
@@ -211,11 +189,12 @@ struct WideChain {
     }
   }
 
-  __device__ __forceinline__ float2 last(float (&F)[D / 2], float (&h)[H / 2], const Step& step, const Record& record) {
+  __device__ __forceinline__ float2 last(float (&F)[kOutputs / 2], float (&h)[H / 2], const Step& step,
+                                         const Record& record) {
     if (step.width == 0 && step.activation >= 0) activate_in_place(h, step);
-    const float2 rstd = publish_inputs(h, step, record);
-    product.template multiply<D, 2, Rings::kLast>(F);
-    return rstd;
+    const float2 squares = publish_inputs(h, step, record);
+    team.last(F);
+    return rstd_of(squares, step);
   }
 
   __device__ __forceinline__ static void finish(float (&h)[H / 2], const Step& step, const Record& record) {

@@ -72,8 +72,11 @@ inline void preempt() {
   if (machine.schedule != Schedule::in_order && one_in(8)) enter_scheduler(current_thread());
 }
 
-inline void start_asynchronous(const char* name, bool from_global_memory, std::function<void()> perform) {
-  machine.in_flight.push_back({machine.current, name, from_global_memory, std::move(perform)});
+// The adversary may keep work that is `slow` waiting until nothing else can go on.
+inline void start_asynchronous(const char* name, bool from_global_memory, std::function<void()> perform,
+                               bool slow = false) {
+  const bool patient = slow && machine.schedule == Schedule::adversarial && one_in(2);
+  machine.in_flight.push_back({machine.current, name, from_global_memory, patient, std::move(perform)});
 }
 
 inline void perform_asynchronous(size_t i) {
@@ -97,8 +100,15 @@ inline bool progress(bool must) {
     return true;
   }
   if (!must && !one_in(machine.schedule == Schedule::random ? 4 : 256)) return false;
-  perform_asynchronous(random_bits() % count);
-  return true;
+  const size_t first = random_bits() % count;
+  for (size_t i = 0; i < count; i++) {
+    const size_t at = (first + i) % count;
+    if (machine.in_flight[at].patient) continue;
+    perform_asynchronous(at);
+    return true;
+  }
+  if (must) perform_asynchronous(first);
+  return must;
 }
 
 // The adversary keeps a warp, a warpgroup or a CTA from running for a long time.
@@ -126,7 +136,9 @@ inline Warp* choose_warp() {
   for (Warp& warp : machine.warps)
     if (warp.ready) (warp.stalled_until > machine.step ? stalled : able).push_back(&warp);
   if (able.empty()) {
-    if (stalled.empty() || (!machine.in_flight.empty() && one_in(2))) return nullptr;
+    const auto& work = machine.in_flight;
+    const bool any = std::any_of(work.begin(), work.end(), [](const InFlight& one) { return !one.patient; });
+    if (stalled.empty() || (any && one_in(2))) return nullptr;
     able.swap(stalled);
   }
   return able[random_bits() % able.size()];

@@ -102,6 +102,7 @@ struct InFlight {
   Thread* issuer;
   const char* name;
   bool from_global_memory;
+  bool patient;  // not before nothing else can go on
   std::function<void()> perform;
 };
 

@@ -15,15 +15,15 @@ inline int wgmma_column(int thread, int i) { return i / 4 * 8 + 2 * (thread % 4)
 // Row-major [rows][16] of a matrix of which a descriptor tells the place.
 inline void read_matrix(Block& block, uint64_t descriptor, int rows, float (*out)[16], const char* name) {
   uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  // Of the swizzle of 128 bytes (1) or 64 (2): rows of that length, whose 16-byte units are moved by the row.
-  const uint32_t mode = static_cast<uint32_t>(descriptor >> 62), bytes = mode == 1 ? 128 : 64;
-  if (mode != 1 && mode != 2) fail("wgmma: descriptor 0x%lx has no swizzle that is known", (unsigned long)descriptor);
+  // Of the swizzle of 128 bytes (1), 64 (2) or 32 (3): rows of that length, whose 16-byte units are moved by the row.
+  const uint32_t mode = static_cast<uint32_t>(descriptor >> 62), bytes = 256 >> mode;
+  if (mode == 0) fail("wgmma: descriptor 0x%lx has no swizzle that is known", (unsigned long)descriptor);
   if (stride != 8 * bytes) fail("wgmma: descriptor 0x%lx with 8 rows in %u bytes", (unsigned long)descriptor, stride);
   if ((descriptor >> 49 & 7) != 0) fail("wgmma: descriptor 0x%lx has a base offset", (unsigned long)descriptor);
   for (int row = 0; row < rows; row++)
     for (int half = 0; half < 2; half++) {
       uint32_t address = start + row / 8 * stride + row % 8 * bytes + half * 16;
-      address ^= (address >> 7 & (mode == 1 ? 7 : 3)) << 4;
+      address ^= (address >> 7 & (bytes / 16 - 1)) << 4;
       uint16_t values[8];
       memcpy(values, asynchronous_read(block, address, name), 16);
       for (int i = 0; i < 8; i++) out[row][8 * half + i] = from_bf16(values[i]);
@@ -163,6 +163,11 @@ inline uint64_t wgmma_descriptor(uint32_t address) {
 inline uint64_t wgmma_descriptor_64(uint32_t address) {
   if (address % 16 != 0) emulator::fail("wgmma_descriptor_64 of 0x%x, which is not aligned to 16 bytes", address);
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 | uint64_t{2} << 62;
+}
+
+inline uint64_t wgmma_descriptor_32(uint32_t address) {
+  if (address % 16 != 0) emulator::fail("wgmma_descriptor_32 of 0x%x, which is not aligned to 16 bytes", address);
+  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{256 >> 4} << 32 | uint64_t{3} << 62;
 }
 
 inline void wgmma_fence() { emulator::current_thread().wgmma.fenced = true; }
