@@ -11,6 +11,7 @@
 #include <steps.h>
 
 #include <common/steps/operands.cuh>
+#include <common/steps/rings.cuh>
 #include <common/steps/wide.cuh>
 #include <ptx/bulk_copy.cuh>
 

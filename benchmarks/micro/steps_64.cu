@@ -49,6 +49,7 @@ void launch_64(Steps p, int linears, cudaStream_t stream) {
 [[gnu::weak]] void sm90_steps_128(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {}
 [[gnu::weak]] void sm90_steps_256(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {}
 [[gnu::weak]] void sm90_steps_512(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {}
+[[gnu::weak]] void sm90_steps_1024(const Steps&, const StepsPlan&, const StepsConfig&, cudaStream_t) {}
 
 }  // namespace fastscore
 
