@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(128 * (Width::kConsumers + 1), 1) steps_64_ker
 template <class Width, int D, bool Kept>
 void launch_64(Steps p, int linears, cudaStream_t stream) {
   StepsPlan plan = {};
+  plan.parts = 1;
   plan.samples = 64 * Width::kConsumers, plan.threads = 128 * (Width::kConsumers + 1);
   p.tiles = p.stages = linears, p.barriers = 1, p.record_stages = 2;
   p.scratch_at = linears * 64 * 128;
