@@ -114,14 +114,13 @@ class Plan:
     def _side_by_side(self, layout: Layout, call: _Call) -> Tensor | None:
         """Return f of all groups by one call of the network; None where each has tables of its own in a kernel.
 
-        Only where nothing is differentiated, and with PyTorch's own operations, which take a time for every sample.
+        Only where nothing is differentiated, and by PyTorch's own operations on a CPU, which take a time for every
+        sample: on a GPU the places of the samples would have to cross to it in a call that may be captured.
         """
+        x = call.samples.x
+        by_torch = x.device.type == "cpu" and runnable(x.device, x.dtype, self.network.backend)[0] == "torch"
         alone = self.values is not all_values or layout.keys is None or torch.is_grad_enabled()
-        if (
-            alone
-            or any(call.programs)
-            or runnable(call.samples.device, call.samples.x.dtype, self.network.backend)[0] != "torch"
-        ):
+        if alone or any(call.programs) or not by_torch:
             return None
         rows = Rows.side_by_side(self._tables(layout.cuts, call), [cut.here for cut in layout.cuts])
         f = all_values(self.network, call.samples, layout.keys, [rows], call.reference, len(self.draws))
