@@ -134,7 +134,7 @@ def test_a_target_does_not_ask_for_the_memory_of_the_most_evaluations():
     assert density.estimate(torch.randn(1, 4, 64, 64), nfe=64, target_stderr=1e5, max_nfe=128).control == "self"
 
 
-@pytest.mark.parametrize("planted", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("planted", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_mean_of_a_batch_far_from_the_reference_has_its_error(planted, monkeypatch):
     """Steps of the nodes' density are an error that all samples of a group have, and no difference of terms shows."""
     if planted:

@@ -181,7 +181,6 @@ def test_anomalies_are_ranked_as_the_page_says(tmp_path, capsys):
     assert error == pytest.approx(0.0195, rel=0.25)
 
 
-@pytest.mark.long
 def test_anomalies_repeat_by_their_seed_alone(tmp_path, capsys):
     example = load("anomalies", "sklearn", "PIL")
     torch.manual_seed(1)

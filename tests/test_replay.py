@@ -380,7 +380,7 @@ FIXED = (
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in FIXED])
-@pytest.mark.parametrize("where", [pytest.param("cpu", marks=pytest.mark.long), "cuda"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_a_captured_density_follows_the_network_and_the_schedule(device, where, change):
     if where == "cuda" and "numpy" in change:
         pytest.skip("numpy writes no tensor of a GPU")

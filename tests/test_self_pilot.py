@@ -38,7 +38,6 @@ class Clusters(nn.Module):
         return (self.mean[kind] + STD * noise).float().reshape(count, 3, 8, 8)
 
 
-@pytest.mark.long
 def test_bars_cover_after_a_fit_where_the_network_rarely_decides_between_clusters():
     network = Clusters()
     density = fs.ScoreDensity(network, fs.VP(), "eps")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from digits_training import held_out, mean_and_error, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 STEPS = 200
 
