@@ -55,9 +55,9 @@ class Case:
     weights: str = "bf16"
     reference: str = "diagonal"
 
-    def task(self) -> Task:
+    def task(self, depth: int = 3) -> Task:
         into = Code(random_networks.random.Random(0), ((1, random_networks.ROWS),))
-        self.family(into, self.d, self.width, 3, "silu")
+        self.family(into, self.d, self.width, depth, "silu")
         components = {"none": 0, "mixture": 10, "full mixture": 10}.get(self.reference, 1)
         shapes, levels = (tuple(w.shape) for w in into.weights), ("r",) * len(into.tables)
         dtype, full = DTYPES[self.weights], "full" in self.reference

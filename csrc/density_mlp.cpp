@@ -67,9 +67,14 @@ std::string plan(int hidden, int data, int linears, int row_stride, int capabili
   const uint32_t scratch = wide ? kWideScratch : 256u * consumers * (narrow ? plan->data : hidden);
   const uint32_t table_bytes = round_up(4 * row_stride, 128);
   if (!fit(plan, scratch, table_bytes, shared_limit, wgmma)) {
-    return "weights (" + std::to_string(plan->tiles * plan->stage_bytes >> 10) + " KB) and the vectors of a row (" +
-           std::to_string(table_bytes >> 10) + " KB) do not fit " + std::to_string(shared_limit >> 10) +
-           " KB of shared memory" + (wgmma ? "" : ", and this architecture's kernel does not stream weights");
+    const int fewest = wgmma ? std::min(plan->tiles, wide ? 4 : 2) : plan->tiles;
+    const std::string weights = wgmma ? "a ring of " + std::to_string(fewest) + " stages" : "weights";
+    const char* tile = wide ? "operands" : narrow ? "noise" : "a saved tile";
+    const char* records = wgmma ? "a row's vectors" : "three rows' vectors";
+    return weights + " (" + kilobytes(fewest * plan->stage_bytes) + "), " + tile + " (" + kilobytes(scratch) + "), " +
+           records + " (" + kilobytes(wgmma ? table_bytes : 3 * table_bytes) + ") do not fit " +
+           kilobytes(shared_limit) + " of shared memory" +
+           (wgmma ? "" : ", and this architecture's kernel does not stream weights");
   }
   plan->cluster = plan->stages >= plan->tiles ? 1 : 256 / plan->samples;  // 256 samples read what they load once
   return "";
@@ -103,6 +108,9 @@ DensityMlp arguments(const uint64_t* pointers, const int32_t* sizes, const int32
 
 Division division(const Plan& plan, int batch, int rows, const Config& config, const std::function<int(int)>& active) {
   const int tiles = (batch + plan.samples - 1) / plan.samples;
+  if (config.cluster > 4 || config.cluster == 3) {  // each copies a part of a stage, of a power of two
+    throw std::runtime_error("clusters are of 1, 2 or 4 blocks, got " + std::to_string(config.cluster));
+  }
   int largest = config.cluster > 0 && plan.stages < plan.tiles ? config.cluster : plan.cluster;
   while (largest > tiles) largest /= 2;
   // A block alone would load every weight for itself: from two tiles on, two blocks share them at least.

@@ -72,6 +72,9 @@ struct Plan {
   uint32_t stage_bytes, tables_at, scratch_at, barriers_at, shared_bytes;
 };
 
+// Bytes in words, rounded up.
+inline std::string kilobytes(uint32_t bytes) { return std::to_string((bytes + 1023) >> 10) + " KB"; }
+
 // Fill in a plan; return why there is none, or an empty string. `capability` is 90 for 9.0, `shared_limit` what the
 // device grants a block.
 std::string plan(int hidden, int data, int linears, int row_stride, int capability, int shared_limit, Plan* plan);

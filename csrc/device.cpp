@@ -38,6 +38,12 @@ int capability(int device) {
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
+// Which kernels a device of this compute capability runs; each is compiled for it, or from PTX for a later one.
+std::string kernels_of(int capability) {
+  if (capability == 90) return "can run, with wgmma: hidden widths up to 512, as steps up to 1,024";
+  return std::string("can run, with mma.sync") + (capability > 90 ? " from PTX" : "") + ": hidden widths up to 128";
+}
+
 std::string dotted(int capability) { return std::to_string(capability / 10) + "." + std::to_string(capability % 10); }
 
 }  // namespace
@@ -62,9 +68,10 @@ Facts runtime() {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties(device %d)", device);
     auto reason = why_not(device);
+    const int found = capability(device);
     facts.emplace_back("cuda:" + std::to_string(device), std::string(properties.name) + ", compute capability " +
-                                                             dotted(capability(device)) + ": " +
-                                                             (reason ? "cannot run: " + *reason : "can run"));
+                                                             dotted(found) + ": " +
+                                                             (reason ? "cannot run: " + *reason : kernels_of(found)));
   }
   return facts;
 }

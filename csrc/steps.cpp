@@ -64,7 +64,28 @@ bool fit(StepsPlan* plan, uint32_t record_bytes, uint32_t limit) {
   return false;
 }
 
-std::string kilobytes(uint32_t bytes) { return std::to_string((bytes + 1023) >> 10) + " KB"; }
+// The least that a plan could do with, in words.
+std::string least(StepsPlan plan, uint32_t record_bytes) {
+  plan.kept = plan.hidden <= 128 && plan.data == 16;
+  const int fewest = plan.hidden == 64 ? plan.tiles : plan.hidden >= 512 ? kWideStages : kFewestStages;
+  const bool one_record = plan.hidden > 64 && !plan.kept;
+  std::string found = plan.hidden == 64 ? "weights" : "a ring of " + std::to_string(fewest) + " stages";
+  found += " (" + kilobytes(fewest * plan.stage_bytes) + "), ";
+  if (const uint32_t scratch = scratch_of(plan)) {
+    found += plan.hidden >= 512 ? "operands" : plan.hidden == 256 ? "a saved tile" : "keys and x";
+    found += " (" + kilobytes(scratch) + "), ";
+  }
+  return found + (one_record ? "a row's vectors (" : "two rows' vectors (") +
+         kilobytes(one_record ? record_bytes : 2 * record_bytes) + ")";
+}
+
+// Throws where a caller asks for clusters that a kernel is not made for.
+void check_cluster(int cluster, const StepsPlan& plan) {
+  const int most = plan.parts == 2 ? 2 : 4;
+  if (cluster == 1 || cluster == 2 || cluster == most) return;
+  throw std::runtime_error("clusters of width " + std::to_string(plan.hidden) + " are of " +
+                           (most > 2 ? "1, 2 or 4" : "1 or 2") + ", got " + std::to_string(cluster));
+}
 
 }  // namespace
 
@@ -92,13 +113,7 @@ std::string plan_steps(int hidden, int data, bool padded, int linears, int recor
   plan->threads = 128 * (consumers + 1);
   const uint32_t record_bytes = round_up(4 * record, 128);
   if (fit(plan, record_bytes, shared_limit)) return "";
-  const int fewest = hidden == 64 ? plan->tiles : hidden >= 512 ? kWideStages : kFewestStages;
-  const std::string weights = hidden == 64 ? "weights" : "a ring of " + std::to_string(fewest) + " stages";
-  const std::string operands = hidden >= 512 ? ", operands (" + kilobytes(scratch_of(*plan)) + ")" : "";
-  const std::string records =
-      hidden > 64 ? "a row's vectors (" + kilobytes(record_bytes) : "two rows' vectors (" + kilobytes(2 * record_bytes);
-  return weights + " (" + kilobytes(fewest * plan->stage_bytes) + ")" + operands + " and " + records +
-         ") of steps do not fit " + kilobytes(shared_limit) + " of shared memory";
+  return least(*plan, record_bytes) + " of steps do not fit " + kilobytes(shared_limit) + " of shared memory";
 }
 
 Steps step_arguments(const uint64_t* pointers, const int32_t* sizes, const int32_t* columns, const char* steps,
@@ -127,6 +142,7 @@ void launch_steps(Steps p, const StepsPlan& plan, StepsConfig config, cudaStream
   // Weights that stay need no partner, and one tile of samples would leave it idle.
   if (config.cluster <= 0) config.cluster = p.batch > plan.samples ? plan.cluster : 1;
   if (plan.cluster == 1) config.cluster = 1;
+  check_cluster(config.cluster, plan);
   p.barriers = plan.barriers;
   p.stages = plan.stages, p.tiles = plan.tiles, p.record_stages = plan.record_stages;
   p.scratch_at = plan.scratch_at, p.records_at = plan.records_at, p.barriers_at = plan.barriers_at;

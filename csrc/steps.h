@@ -21,7 +21,7 @@ struct Step {
   int32_t width;  // of its norm; 0: no norm
   float inverse;  // 1 / width: a division in the kernel would be a call
   float epsilon;  // of the norm
-  float before;   // multiplies h before the activation
+  float before;   // multiplies h before the activation; 1 in a residual step, whose bias has it
   float factor;   // multiplies the product
 };
 static_assert(sizeof(Step) == 32);

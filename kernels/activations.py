@@ -40,15 +40,16 @@ def activate(x, KIND: tl.constexpr, FAST: tl.constexpr):
         else:
             return x / (1.0 + tl.exp(-2.0 * u))
     elif KIND == RELU:
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0.0, 0.0, x)  # tl.maximum would hide NaN
     elif KIND == MISH:
         e = tl.exp(tl.minimum(x, 20.0))  # beyond, mish(x) = x in float32
         n = e * (e + 2.0)
         return x * (n / (n + 2.0))
     elif KIND == ELU:
-        return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+        return tl.where(x > 0.0, x, tl.exp(tl.where(x > 0.0, 0.0, x)) - 1.0)
     elif KIND == SELU:
-        return 1.0507009873554805 * tl.where(x > 0.0, x, 1.6732632423543772 * (tl.exp(tl.minimum(x, 0.0)) - 1.0))
+        below = tl.exp(tl.where(x > 0.0, 0.0, x)) - 1.0
+        return 1.0507009873554805 * tl.where(x > 0.0, x, 1.6732632423543772 * below)
     elif KIND == TANH:
         return _tanh(x, FAST)
     elif KIND == SIGMOID:

@@ -98,14 +98,14 @@ def test_the_fastest_that_covers_a_network_runs_it(hopper, network, backend):
 
 def test_the_reason_names_the_measurement_and_what_does_not_cover(hopper):
     assert choose(NAMES, task()).reason == (
-        "measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms (NVIDIA H200, 2026-11-28, Triton 3.6)"
+        "measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms (NVIDIA H200, 2026-11-28, Triton 3.6, kernels of that day)"
     )
     reason = choose(NAMES, task(dtype=torch.float32)).reason
     assert reason.endswith("; cuda: weights are torch.float32, the compiled kernels take bfloat16")
     nothing = choose(NAMES, task(width=600))
     assert not nothing.fused
     assert nothing.reason == (
-        "cuda: no GPU has run its kernel of widths beyond 512 yet, which backend='cuda' takes; "
+        "cuda: measurements end at width 512; backend='cuda' takes it; "
         "triton: hidden widths go up to 512, the network has 600"
     )
 
@@ -125,7 +125,7 @@ def test_the_kernel_of_wide_layers_is_taken_where_it_is_asked_for(hopper):
     wide = task(width=512, dtype=torch.float16)
     found = choose(NAMES, wide)
     assert not found.fused
-    assert found.reason.endswith("triton: no GPU has run its kernel of wide layers yet, which backend='triton' takes")
+    assert found.reason.endswith("triton: its kernel of wide layers is not measured yet; backend='triton' takes it")
     asked = choose(("triton",), wide)
     assert asked == ("triton", True, "asked for")
 
@@ -170,7 +170,7 @@ def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
     lines = fs.explain(MARHead(5, 64, 2).bfloat16(), (5,)).splitlines()
     assert lines[-2] == (
         "on cpu: one kernel of backend cuda: measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms "
-        "(NVIDIA H200, 2026-11-28, Triton 3.6); it runs as steps"
+        "(NVIDIA H200, 2026-11-28, Triton 3.6, kernels of that day); it runs as steps, which no GPU has timed yet"
     )
     assert lines[-1].startswith(
         "  with gradients of its weights backend torch: measured at adaLN, width 64: torch 17.3"

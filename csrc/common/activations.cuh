@@ -35,7 +35,7 @@ __device__ __forceinline__ void activate(float (&h)[M], int activation) {
         return fmaf(y, ptx::tanh_approx(x * fmaf(0.035677408136300125f * x, x, 0.7978845608028654f)), y);
       });
     case kRelu:
-      return map(h, [](float x) { return fmaxf(x, 0.0f); });
+      return map(h, [](float x) { return ptx::max_nan(x, 0.0f); });
     case kMish:
       return map(h, [](float x) {
         const float e = fast_exp(fminf(x, 20.0f));  // beyond, mish(x) = x in float32

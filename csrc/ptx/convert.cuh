@@ -42,6 +42,13 @@ __device__ __forceinline__ float copied(float x) {
   return y;
 }
 
+// The larger of two, or NaN where one is: fmaxf would hide that.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+
 // Hyperbolic tangent, relative error up to 2^-11 = 4.9e-4.
 __device__ __forceinline__ float tanh_approx(float x) {
   float y;

@@ -89,11 +89,12 @@ def shape_of(code: tuple, shapes: Sequence[tuple[int, int]], dtype: torch.dtype,
 @lru_cache(maxsize=256)
 def why_not_fused(task: Task) -> str | None:
     """Return why no compiled kernel runs a row program on its device, or None."""
+    steps = steps_of(task)
+    if isinstance(steps, Steps):
+        return None
     if task.dtype == torch.bfloat16 and _beyond_instructions(task):
         reason = packing.why_not(task.code, list(task.shapes), task.d, cuda_steps.WIDTHS[-1])
-        if reason is None and isinstance(steps := steps_of(task), str):
-            reason = f"networks wider than {WIDTHS[-1]} run as steps alone, and {steps}"
-        return reason
+        return reason or f"networks wider than {WIDTHS[-1]} run as steps alone, and {steps}"
     shape = shape_of(task.code, task.shapes, task.dtype, task.d)
     if isinstance(shape, str):
         return shape
@@ -110,7 +111,7 @@ def why_not_unasked(task: Task) -> str | None:
     """Return why "auto" leaves a program to others that `why_not_fused` has no objection to, or None."""
     if not _beyond_instructions(task):
         return None
-    return f"no GPU has run its kernel of widths beyond {WIDTHS[-1]} yet, which backend='cuda' takes"
+    return f"measurements end at width {WIDTHS[-1]}; backend='cuda' takes it"
 
 
 def _beyond_instructions(task: Task) -> bool:
@@ -121,14 +122,19 @@ def _beyond_instructions(task: Task) -> bool:
 
 @lru_cache(maxsize=256)
 def steps_of(task: Task) -> Steps | str:
-    """Return the steps as which a program runs that `why_not_fused` has no objection to, or why by instructions."""
+    """Return the steps as which a program runs on its device, or why not; instructions may hold what steps do not."""
+    if task.dtype != torch.bfloat16:
+        return f"weights are {task.dtype}, steps take bfloat16"
+    reason = packing.why_not(task.code, list(task.shapes), task.d, cuda_steps.WIDTHS[-1])
+    if reason is not None:
+        return reason
     return cuda_steps.fitting(task.code, task.shapes, task.levels, task.d, native(), _device(task.device))
 
 
 def how(task: Task) -> str:
     """Return in words how a compiled kernel runs a program that `why_not_fused` has no objection to."""
     steps = steps_of(task)
-    return f"by instructions, since {steps}" if isinstance(steps, str) else "as steps"
+    return f"by instructions, since {steps}" if isinstance(steps, str) else "as steps, which no GPU has timed yet"
 
 
 def density_mlp(given: Evaluation) -> Tensor:

@@ -85,7 +85,7 @@ def fitting(
     """Return the steps of a program that a kernel runs on a device, or why none does.
 
     Arguments:
-        code, shapes, levels, d: see `fastscore.ops.task.Task`; a program that `cuda.shape_of` has found a shape for.
+        code, shapes, levels, d: see `fastscore.ops.task.Task`; a program that `packing.why_not` has no objection to.
         module: `fastscore._C` or what stands in for it.
         limits: the device's compute capability, 90 for 9.0, and the bytes of shared memory that a block may have.
     """

@@ -2,6 +2,9 @@
 
 The choice reads this table and `fastscore info` prints it; benchmarks/results/h200_*.json hold the whole run. Networks
 between its rows go by the nearest one. Of other architectures nothing is known, and Triton's kernels run there.
+
+The times are those of the kernels of that day, which have been rewritten since: compiled ones interpreted instructions
+where most run as steps now (`cuda.how` says so of a network). What they order, they order until a GPU times them again.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 CAPABILITY = (9, 0)
-SOURCE = "NVIDIA H200, 2026-11-28, Triton 3.6"
+SOURCE = "NVIDIA H200, 2026-11-28, Triton 3.6, kernels of that day"
 
 
 @dataclass(frozen=True)

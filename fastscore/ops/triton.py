@@ -211,7 +211,7 @@ def why_not_unasked(task: Task) -> str | None:
     """Return why "auto" leaves a program to others that `why_not_fused` has no objection to, or None."""
     if not _way(task, precision(task.dtype)).wide:
         return None
-    return "no GPU has run its kernel of wide layers yet, which backend='triton' takes"
+    return "its kernel of wide layers is not measured yet; backend='triton' takes it"
 
 
 class Way(NamedTuple):

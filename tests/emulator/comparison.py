@@ -20,6 +20,7 @@ from torch import Tensor
 from fastscore import Reference
 from fastscore.ops import cuda, cuda_steps, noise, step_tables
 from fastscore.ops import torch as truth
+from fastscore.ops.activations import ACTIVATIONS
 from fastscore.ops.steps import Steps
 
 from . import build as builder
@@ -170,13 +171,13 @@ def prediction(code: tuple, weights: list[Tensor], tables: list[Tensor], x_t: Te
             h = h if op[1] < 0 else h * tables[op[1]]
             h = h if op[2] < 0 else h + tables[op[2]]
         elif op[0] == "act":
-            h = torch.nn.functional.silu(h)
+            h = ACTIVATIONS[op[1]].compute(h)
         elif op[0] == "norm":
             h = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=op[1])
         elif op[0] == "save":
             saved[op[1]] = h.half().double() if h.shape[-1] > 256 else h
         else:
-            h = h + saved[op[1]]
+            h = h + (saved[op[1]] if op[2] < 0 else saved[op[1]] * tables[op[2]])
     return h, ambiguous
 
 
@@ -261,9 +262,10 @@ def emulate(
     problem: Problem,
     schedule: int = 0,
     config: cuda.Config | None = None,
+    multiprocessors: int = 5,
 ) -> None:
     """Run a problem on the emulated device, whose threads take turns by `schedule`."""
-    library.emulator_device(*divmod(device[0], 10), 3)
+    library.emulator_device(*divmod(device[0], 10), multiprocessors)
     library.emulator_seed(ctypes.c_uint64(7), schedule)
     cuda.launch(Module(library, device), problem.packed, problem.f, 0, 0, config or cuda.Config())
 

@@ -100,13 +100,13 @@ RUNS = "on cpu: one kernel of backend cuda: asked for; it runs"
 @pytest.mark.parametrize(
     ("width", "norm", "last"),
     [
-        (WIDTH, False, f"{RUNS} as steps"),
+        (WIDTH, False, f"{RUNS} as steps, which no GPU has timed yet"),
         (
             WIDTH,
             True,
             f"{RUNS} by instructions, since a layer outside of residual blocks has norm where a step has act",
         ),
-        (600, False, f"{RUNS} as steps"),
+        (600, False, f"{RUNS} as steps, which no GPU has timed yet"),
         (1025, False, "on cpu: no single kernel: cuda: hidden widths go up to 1024, the network has 1025; triton: "),
     ],
 )

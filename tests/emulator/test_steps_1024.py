@@ -48,6 +48,8 @@ def test_how_clusters_share_the_work_changes_no_bit(library):
         found.append(problem.f.clone())
     assert problem.errors().complaint() is None
     assert all(f.equal(found[0]) for f in found)
+    with pytest.raises(AssertionError, match="clusters of width 1024 are of 1 or 2, got 4"):
+        emulate(library, HOPPER, problem, builder.RANDOM, Config(4))
 
 
 def test_a_plan_fits_shared_memory_up_to_three_blocks(library):
@@ -62,7 +64,7 @@ def test_a_plan_fits_shared_memory_up_to_three_blocks(library):
     assert all(isinstance(plan, dict) and plan["shared_bytes"] <= HOPPER[1] for plan in found[:4])
     assert all(plan["threads"] == 384 and plan["stages"] == 8 for plan in found[:4])
     assert found[4] == (
-        "a ring of 8 stages (64 KB), operands (132 KB) and a row's vectors (38 KB) of steps do not fit 227 KB "
+        "a ring of 8 stages (64 KB), operands (132 KB), a row's vectors (38 KB) of steps do not fit 227 KB "
         "of shared memory"
     )
     assert module.steps_plan(1024, 64, False, 4, 5000, 80, 166_912) == "steps run on compute capability 9.0"

@@ -80,6 +80,17 @@ def test_every_activation(name):
     assert close(*run(case, edm(case, 20, 2, name)))
 
 
+@pytest.mark.parametrize("width", [20, 300])  # the kernel of wide layers, too
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_of_a_weight_reaches_every_f(name, width):
+    """Hidden by tl.maximum(x, 0), it would be a finite and wrong log-density, with an error bar."""
+    case = Case(3, 2, 5)
+    code, weights, tables = edm(case, width, 2, name)
+    weights[0][0, 0] = torch.nan
+    got, _ = run(case, (code, weights, tables))
+    assert got.isnan().all()
+
+
 @pytest.mark.parametrize("width", [64, 256, 512])
 def test_bf16_products_stay_within_their_rounding(width):
     case = Case(7, 4, 13)

@@ -53,26 +53,30 @@ void for_variant(const StepsPlan& plan, Launch&& launch) {
 
 template <class Kernel>
 void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan,
-                       const StepsConfig& config, cudaStream_t stream) {
-  const int shared_bytes = static_cast<int>(plan.shared_bytes), blocks = config.cluster * plan.parts;
+                       StepsConfig config, cudaStream_t stream) {
+  const int shared_bytes = static_cast<int>(plan.shared_bytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "%s: %d bytes of shared memory a block", name, shared_bytes);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(blocks);
   launch.blockDim = dim3(plan.threads);
   launch.dynamicSmemBytes = plan.shared_bytes;
   launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
+  int blocks = 0, at_once = 0;
+  for (;; config.cluster /= 2) {  // a device may run no cluster of that size
+    blocks = config.cluster * plan.parts;
+    cluster.val.clusterDim.x = blocks;
+    launch.gridDim = dim3(blocks);
+    at_once = config.clusters > 0 ? config.clusters : clusters_at_once(name, kernel, blocks, launch);
+    if (at_once > 0 || config.cluster == 1) break;
+  }
   const int64_t samples = static_cast<int64_t>(plan.samples) * config.cluster;
   const int64_t units = (parameters.batch + samples - 1) / samples * parameters.rows;
-  const int clusters =
-      config.clusters > 0 ? config.clusters : std::max(1, clusters_at_once(name, kernel, blocks, launch));
-  const auto sharing = static_cast<uint32_t>(std::min<int64_t>(units, clusters));
+  const auto sharing = static_cast<uint32_t>(std::min<int64_t>(units, std::max(1, at_once)));
   check(units > INT32_MAX ? cudaErrorInvalidValue : cudaSuccess, "%s: %lld pairs of a tile and a row", name,
         static_cast<long long>(units));
   parameters.units_each = static_cast<uint32_t>(units) / sharing;

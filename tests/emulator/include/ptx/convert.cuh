@@ -14,6 +14,7 @@ inline float2 unpack_f16(uint32_t packed) {
 }
 
 inline float copied(float x) { return x; }
+inline float max_nan(float x, float y) { return x > y || x != x ? x : y; }
 inline float tanh_approx(float x) { return std::tanh(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
