@@ -6,6 +6,8 @@ import random
 import pytest
 from emulator import build as builder
 from emulator.comparison import AMPERE, HOPPER, Case, Problem, compare, emulate, load
+from fastscore.kernels.names import ACTIVATIONS
+from step_programs import Program
 
 from fastscore.ops.cuda import Config
 
@@ -62,6 +64,19 @@ def test_amperes_kernel_agrees_with_the_definition(library, hidden):
     assert not any(complaints.values()), {case: text for case, text in complaints.items() if text}
     assert all("do not fit 163 KB" in text for text in refusals)
     assert len(refusals) == {64: 8, 128: 32}[hidden]
+
+
+@pytest.mark.parametrize("hidden", CASES)
+def test_programs_of_every_activation_agree_with_the_definition(library, hidden):
+    met = set()
+    for seed in range(12):
+        program = Program(seed, (5, 33)[seed % 2], 3, (hidden // 2 + 3, hidden - 5, hidden), most=3)
+        met |= {op[1] for op in program.code if op[0] == "act"}
+        made = tuple(program.code), [w.bfloat16() for w in program.weights], [t.float() for t in program.tables]
+        problem = Problem(Case(hidden, (5, 33)[seed % 2], 3, 21, 3, maps=2), made=made)
+        emulate(library, HOPPER, problem, SCHEDULES[seed % 3])
+        assert problem.errors().complaint() is None, (seed, program.code)
+    assert met == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("hidden", CASES)
