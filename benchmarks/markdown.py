@@ -27,3 +27,20 @@ def aot_table(rows: list[dict]) -> str:
         line |= {"shared, KB": f"{row['shared'] / 1024:.0f}", "matrix instructions": products}
         shown.append(line | {"loop": row["loop"] or "-"})
     return markdown(shown)
+
+
+def instructions_table(traces: list[dict]) -> str:
+    """Return the table of a warp's instructions for a row of a network, by the kernels of instructions and of steps."""
+    found: dict[str, dict] = {}
+    for trace in sorted(traces, key=lambda trace: (trace["width"], trace["network"])):
+        how = "as steps" if "_steps_" in trace["kernel"] else "by instructions"
+        line = found.setdefault(trace["network"], {"network, d = 64": trace["network"], "by instructions": None})
+        line[how] = f"{trace['instructions']:,}"
+    return markdown(list(found.values()))
+
+
+def spills_table(rows: list[dict]) -> str:
+    """Return the table of kernels that use local memory: bytes of stack, and the instructions that read and write."""
+    names = {"kernel": "kernel", "stack": "stack, bytes of a thread", "ldl": "loads", "stl": "stores"}
+    shown = (row | {"kernel": f"`{row['kernel']}`"} for row in rows if row["stack"])
+    return markdown([{title: row[name] for name, title in names.items()} for row in shown])

@@ -120,6 +120,16 @@ def plain(into: Code, d: int, width: int, depth: int, act: str) -> None:
     into.linear(width, d)
 
 
+def bare(into: Code, d: int, width: int, depth: int, act: str) -> None:
+    """Layers without biases, which read no vector."""
+    into.linear(d, width, bias=False)
+    for _ in range(depth):
+        into("act", act)
+        into.linear(width, width, bias=False)
+    into("act", act)
+    into.linear(width, d, bias=False)
+
+
 def adaln(into: Code, d: int, width: int, depth: int, act: str) -> None:
     """Residual blocks of norm, modulation and two linear maps with a gate, as MAR's head has them."""
     into.linear(d, width)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import image_pictures
 import pictures
-from markdown import aot_table, markdown
+from markdown import aot_table, instructions_table, markdown, spills_table
 from record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,11 +94,12 @@ def readme(text: str, found: dict[str, dict]) -> str:
     return replaced(text, {"race": readme_table(rows["race_best"]), "kernels": kernels})
 
 
-def kernels_page(text: str, found: dict[str, dict], compiled: dict) -> str:
-    """Return docs/kernels.md with what a GPU measured, and with the table of what the compiler made."""
+def kernels_page(text: str, found: dict[str, dict], compiled: dict, native: dict) -> str:
+    """Return docs/kernels.md with what a GPU measured, and with the tables of what Triton and nvcc compiled."""
     names = ("h200_kernels", "h200_counters", "h200_estimate", "h200_calls")
     parts = {name.replace("_", " "): markdown(found[name]["rows"]) for name in names}
-    return replaced(text, parts | {"compiled kernels": aot_table(compiled["rows"])})
+    parts |= {"compiled kernels": aot_table(compiled["rows"]), "spills": spills_table(native["rows"])}
+    return replaced(text, parts | {"instructions of a row": instructions_table(native["traces"])})
 
 
 def images_table(rows: list[dict]) -> str:
@@ -134,7 +135,8 @@ def main() -> None:
     page = DOCS / "images.md"
     page.write_text(replaced(page.read_text(), {"images": images_table(found["images"]["rows"])}))
     page = DOCS / "kernels.md"
-    page.write_text(kernels_page(page.read_text(), found, json.loads((RESULTS / "aot.json").read_text())))
+    compiled, native = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("aot", "native_resources"))
+    page.write_text(kernels_page(page.read_text(), found, compiled, native))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class Config:
             if times > 1 and self.stages > 1:
                 used = [sizes[op[1]] for op in code if op[0] == "linear"]
                 layer = [_vector_bytes(v, rows) for v in operands_in(code)]
-                moved = max(*layer, *(work.operand_bytes(rows, k) for k, _ in used))
+                moved = max([*layer, *(work.operand_bytes(rows, k) for k, _ in used)])
                 loops.append(buffers * item * sum(k * n for k, n in used) + sum(layer) + moved)
         return max(max(other, work.product_bytes(rows)) + REDUCTION_BYTES, *loops)
 

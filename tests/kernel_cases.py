@@ -96,6 +96,13 @@ def both(case, width, depth, name="silu"):
     return [*code[:4], *inside, code[-1]], weights, tables
 
 
+def bare(case, width, depth, name="silu"):
+    """Equal layers without biases: a loop that reads no vector."""
+    shapes = (width, case.d), *[(width, width)] * depth, (case.d, width)
+    weights = [case.randn(*shape) / shape[1] ** 0.5 for shape in shapes]
+    return [Linear(0), *[op for k in range(1, depth + 2) for op in (Act(name), Linear(k))]], weights, []
+
+
 def skip(case, width, depth, name="silu"):
     """x_t plus a network without biases: no table at all."""
     weights = [case.randn(width, case.d) / case.d**0.5, case.randn(case.d, width) / width**0.5]

@@ -98,7 +98,7 @@ def test_the_fastest_that_covers_a_network_runs_it(hopper, network, backend):
 
 def test_the_reason_names_the_measurement_and_what_does_not_cover(hopper):
     assert choose(NAMES, task()).reason == (
-        "measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms (NVIDIA H200, 2026-11-28, Triton 3.6, kernels of that day)"
+        f"measured at adaLN, width 64: cuda 0.825 ms, triton 1.054 ms ({measured.SOURCE})"
     )
     reason = choose(NAMES, task(dtype=torch.float32)).reason
     assert reason.endswith("; cuda: weights are torch.float32, the compiled kernels take bfloat16")
@@ -165,7 +165,7 @@ def test_other_architectures_and_gradients(hopper, monkeypatch):
 
 def test_explain_says_which_kernel_and_why(hopper, monkeypatch):
     explain = sys.modules["fastscore.program.explain"]
-    monkeypatch.setattr(explain, "runnable", lambda device, dtype: NAMES)
+    monkeypatch.setattr(explain, "runnable", lambda device, dtype, name: NAMES)
     torch.manual_seed(0)
     lines = fs.explain(MARHead(5, 64, 2).bfloat16(), (5,)).splitlines()
     assert lines[-2] == (
@@ -210,3 +210,12 @@ def test_an_evaluation_makes_the_same_choice(monkeypatch):
     density.model.requires_grad_(False)
     density.log_prob(x.requires_grad_(), nfe=8).sum().backward()
     assert fused  # the gradient of the data alone has a kernel of its own
+
+
+def test_explain_answers_for_a_backend_asked_for_by_name():
+    network = MARHead(5, 64, 2)
+    assert fs.explain(network, (5,), backend="torch") == fs.explain(network, (5,))
+    with pytest.raises(ValueError, match=r"no backend can run on cpu in torch.float32: cuda: "):
+        fs.explain(network, (5,), backend="cuda")
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of cuda, triton, torch; got 'gpu'"):
+        fs.explain(network, (5,), backend="gpu")

@@ -49,7 +49,7 @@ def test_its_numbers_and_the_results_page_are_those_of_the_recorded_tables():
     kernels = (README.parent / "docs" / "kernels.md").read_text()
     images = (README.parent / "docs" / "images.md").read_text()
     assert images == report.replaced(images, {"images": report.images_table(recorded["images"]["rows"])})
-    compiled = json.loads((report.RESULTS / "aot.json").read_text())
-    assert kernels == report.kernels_page(kernels, recorded, compiled)
+    others = (json.loads((report.RESULTS / f"{name}.json").read_text()) for name in ("aot", "native_resources"))
+    assert kernels == report.kernels_page(kernels, recorded, *others)
     changed = [{**row, "s": row["s"] and 10 * row["s"]} for row in recorded["race_best"]["rows"]]
     assert README.read_text() != report.readme(README.read_text(), recorded | {"race_best": {"rows": changed}})

@@ -36,6 +36,7 @@ def explain(
     schedule: Schedule | None = None,
     *,
     cond: dict[str, Any] | None = None,
+    backend: str = "auto",
     **named: Any,
 ) -> str:
     """Return a network's row program, one instruction a line, or the reason why there is none.
@@ -48,8 +49,10 @@ def explain(
         schedule: whose times the network gets; times in (0, 1) by default.
         cond, named: keyword arguments of the network, as in `ScoreDensity.estimate`. Tensors that are not marked
             go with their samples if their first size is that of the longest; one of shape (1, ...) alone is shared.
+        backend: as in `ScoreDensity`: what one asked for by name runs, or why it does not.
 
     Raises:
+        ValueError: if the backend cannot run on the network's device at all, with the reason.
         TypeError: if the model is no module, or a density and no network; if shape is no tuple of integers, or schedule
             none.
         ProgramMismatch: if program and network differ, as when the network is random.
@@ -73,7 +76,9 @@ def explain(
     spared = f"{program.spared:.0%} of the multiplications run once per draw or sample, the rest for every row"
     text += [spared + ("" if program.pays else "; too few to run it unless program=True")]
     time = time.to(device, time_dtype)
-    return "\n".join([*text, _trace(program, shape), _kernel(program, time, conditions.shared, math.prod(shape))])
+    return "\n".join(
+        [*text, _trace(program, shape), _kernel(program, time, conditions.shared, math.prod(shape), backend)]
+    )
 
 
 explain_program = explain  # the same by a longer name, for those who read it away from the package's
@@ -100,13 +105,16 @@ def _batch_of(cond: dict[str, object]) -> int:
     return batch if batch > 1 or said else -1
 
 
-def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int) -> str:
+def _kernel(program: RowProgram, time: Tensor, shared: dict[str, object], d: int, backend: str) -> str:
     """Return what runs the program on its network's device, by the choice that an evaluation makes."""
-    names = runnable(time.device, torch.float32)
+    names = runnable(time.device, torch.float32, backend)
     task = Task.of(program.code, program.at(time, shared).weights, program.levels, d, time.device, components=1)
     choice, backward = (choose(names, task, gradient) for gradient in (False, True))
     if not choice.fused:
-        return f"on {time.device}: " + (choice.reason if names == ("torch",) else f"no single kernel: {choice.reason}")
+        if names == ("torch",):
+            return f"on {time.device}: {choice.reason}"
+        instead = "PyTorch runs the program between a kernel of noise and one of residuals"
+        return f"on {time.device}: no single kernel; {instead}: {choice.reason}"
     line = f"on {time.device}: one kernel of backend {choice.backend}: {choice.reason}"
     if choice.backend == "cuda":
         line += f"; it runs {implementation(choice.backend).how(task)}"

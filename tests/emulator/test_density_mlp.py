@@ -96,5 +96,7 @@ def test_how_blocks_share_the_work_changes_no_bit(library):
 
 
 def test_what_does_not_fit_ampere_is_refused_with_its_sizes(library):
-    with pytest.raises(AssertionError, match=r"weights \(144 KB\), noise \(\d+ KB\), three rows' vectors .* do not fit 163 KB"):
+    with pytest.raises(
+        AssertionError, match=r"weights \(144 KB\), noise \(\d+ KB\), three rows' vectors .* do not fit 163 KB"
+    ):
         compare(library, AMPERE, Case(64, 128, 6, 63, 5, modulated=3))

@@ -107,12 +107,17 @@ RUNS = "on cpu: one kernel of backend cuda: asked for; it runs"
             f"{RUNS} by instructions, since a layer outside of residual blocks has norm where a step has act",
         ),
         (600, False, f"{RUNS} as steps, which no GPU has timed yet"),
-        (1025, False, "on cpu: no single kernel: cuda: hidden widths go up to 1024, the network has 1025; triton: "),
+        (
+            1025,
+            False,
+            "on cpu: no single kernel; PyTorch runs the program between a kernel of noise and one of residuals: "
+            "cuda: hidden widths go up to 1024, the network has 1025; triton: ",
+        ),
     ],
 )
 def test_explain_names_what_runs_a_network(monkeypatch, width, norm, last):
     explain = sys.modules["fastscore.program.explain"]  # not the function of that name
-    monkeypatch.setattr(explain, "runnable", lambda device, dtype: ("cuda", "triton"))
+    monkeypatch.setattr(explain, "runnable", lambda device, dtype, name: ("cuda", "triton"))
     forget()
     module = types.SimpleNamespace(plan=lambda *shape: {}, steps_plan=lambda *shape: {})
     monkeypatch.setattr(cuda, "native", lambda: module)

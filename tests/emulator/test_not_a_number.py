@@ -42,7 +42,11 @@ def test_a_tile_beyond_float16_is_infinite_and_no_finite_number(library):
     weights = [torch.randn(*s, generator=generator) for s in ((256, D), *[(256, 256)] * 3, (D, 256))]
     weights[0] *= 1e6
     block = ("save", 0), ("linear", 1), ("act", "relu"), ("linear", 2), ("add", 0, -1)
-    made = (("linear", 0), *block, *[op for k in (3, 4) for op in (("act", "relu"), ("linear", k))]), [w.bfloat16() for w in weights], []
+    made = (
+        (("linear", 0), *block, *[op for k in (3, 4) for op in (("act", "relu"), ("linear", k))]),
+        [w.bfloat16() for w in weights],
+        [],
+    )
     problem = problem_of_steps(library, HOPPER, Case(256, D, 1, BATCH, ROWS, maps=2), made)
     problem.f.fill_(0.0)
     emulate(library, HOPPER, problem)

@@ -124,7 +124,16 @@ def test_keys_and_samples_leave_shared_memory_to_the_weights_of_deep_networks(li
 
 @pytest.mark.parametrize(
     ("hidden", "d", "most"),  # residual blocks, as docs/kernels.md says
-    [(64, 64, 11), (64, 16, 9), (128, 64, 80), (128, 16, 34), (256, 64, 23), (256, 16, 24), (512, 64, 3), (1024, 64, 3)],
+    [
+        (64, 64, 11),
+        (64, 16, 9),
+        (128, 64, 80),
+        (128, 16, 34),
+        (256, 64, 23),
+        (256, 16, 24),
+        (512, 64, 3),
+        (1024, 64, 3),
+    ],
 )
 def test_networks_of_so_many_blocks_are_taken_and_no_deeper_ones(library, hidden, d, most):
     """The predicate of the choice itself: what steps hold does not depend on what instructions would."""

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from fastscore.kernels import density_mlp as fused
 from fastscore.kernels import launch
 from fastscore.kernels.names import ACTIVATIONS
-from kernel_cases import DEVICE, Case, adaln, both, edm, skip, waiting
+from kernel_cases import DEVICE, Case, adaln, bare, both, edm, skip, waiting
 from triton.runtime.errors import OutOfResources
 
 from fastscore import Reference
@@ -57,9 +57,12 @@ FUSED = [
     (waiting, 3, 2, 150, 32, 3, None),
     (both, 3, 2, 150, 32, 3, None),
     (skip, 3, 2, 5, 32, 0, "isotropic"),
+    (bare, 3, 2, 5, 32, 1, None),
+    (bare, 3, 2, 5, 32, 3, "diagonal"),
     (adaln, 7, 3, 50, 256, 2, "diagonal"),  # wide layers from here on, and references that come apart
     (adaln, 33, 3, 13, 300, 1, "full"),
     (edm, 3, 1, 129, 270, 2, "isotropic"),
+    (bare, 3, 2, 5, 300, 2, None),
     (both, 3, 2, 5, 512, 2, None),
     (skip, 1, 1, 1, 129, 0, None),
     (adaln, 5, 3, 150, 64, 1, "full mixture"),
@@ -147,6 +150,7 @@ DX = [
     (adaln, 7, 8, 2, 64, 3, "diagonal"),
     (edm, 33, 2, 13, 100, 2, "diagonal"),
     (waiting, 5, 33, 50, 32, 3, None),
+    (bare, 3, 2, 5, 32, 3, None),
     (adaln, 3, 2, 100, 100, 2, "isotropic"),
 ]
 

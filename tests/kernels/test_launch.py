@@ -31,6 +31,15 @@ def chosen(capability, **network):
     return launch.Config.from_heuristic(work(**network), launch.Device(capability, SHARED[capability]))
 
 
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_layers_without_vectors_are_launched_as_those_with_biases(capability, width):
+    for depth, precision in ((1, "bf16"), (2, "bf16"), (6, "bf16"), (3, "tf32")):
+        network = {"width": width, "depth": depth, "precision": precision}
+        found = chosen(capability, family=random_networks.bare, **network)
+        assert found.shared_bytes(work(family=random_networks.bare, **network), capability) <= SHARED[capability]
+
+
 @pytest.mark.slow
 def test_what_is_chosen_for_random_networks_fits_as_compiled():
     # In another process: this one has Triton's interpreter in its place.
