@@ -149,6 +149,25 @@ def test_frozen_networks_get_the_gradient_of_the_data_from_a_kernel(backend, mon
     assert torch.allclose(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
 
 
+@pytest.mark.parametrize("program", [False, True])  # the thin pair, and the fused kernel
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_second_derivatives_agree(backend, frozen, program):
+    """No kernel has them: the gradient is evaluated by PyTorch where it is to be differentiated in its turn."""
+    found = []
+    for name in ("torch", backend):
+        network = Net(3).to(DEVICE).requires_grad_(not frozen)
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        density = fs.ScoreDensity(network, fs.DDPM.linear(1000), "eps", backend=name, program=program)
+        value = density.log_prob(x, nfe=8, label=torch.ones(5, 3, device=DEVICE)).sum()
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        wanted = [x] if frozen else [x, network.hidden.weight]
+        found.append([grad.detach(), *torch.autograd.grad(grad.square().sum(), wanted)])
+    for got, expected in zip(*reversed(found)):
+        assert float(expected.abs().max()) > 0
+        agree(got, expected)
+
+
 @pytest.mark.parametrize("backend", RUNNABLE)
 def test_comparisons_and_the_other_methods_agree(backend):
     target, schedule = mixture(3), fs.DDPM.linear(1000)

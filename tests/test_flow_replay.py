@@ -192,6 +192,8 @@ def test_what_is_not_replayed_says_why(device, monkeypatch):
         return density.flows.reason
 
     assert reason() is None
+    assert reason(trace="hutchinson") == "backward passes take the trace, and not tangents of a row program"
+    assert reason() is None
     monkeypatch.setattr(flow_replay, "MOST_TIMES", 5)
     assert reason() == "its grid has 6 times, and a graph at most 5"
     monkeypatch.undo()

@@ -97,7 +97,9 @@ def test_explain():
     assert "save 0\n" in text
     assert "linear 5 -> 16                 denoise_fn_F.proj\n" in text
     assert "affine * per draw, + per draw  denoise_fn_F.mlp.6\nadd 0 * per draw" in text
-    assert text.endswith("\non cpu: one PyTorch operation after another; kernels need a GPU")
+    assert text.endswith(
+        "\non cpu: one PyTorch operation after another; kernels need a GPU, float32 and another backend"
+    )
     assert "affine + per sample" in fs.explain(make("sbi VectorFieldMLP")[0], (3,), condition=torch.randn(6, 4))
     assert fs.explain(Odd(control_flow), (4,)).startswith("no row program: torch.export cannot trace")
 

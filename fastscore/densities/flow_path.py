@@ -72,6 +72,7 @@ class Flow:
         beyond = beyond and not torch.is_grad_enabled()
         if self.course is not None and not torch.is_grad_enabled():
             return self.course.midpoint(self.samples, self.rows, times, lengths, beyond)
+        self._not_replayed()
         field = self._field()
         (first, change), (at_clean, at_noisy) = self._start(), self.frame.both_ends().split(1)
         points = field.times(torch.cat([at_clean, times, at_noisy]) if beyond else times)
@@ -88,6 +89,7 @@ class Flow:
         self, odeint: Callable[..., tuple[Tensor, Tensor]], method: str, steps: int, rtol: float, atol: float
     ) -> Course:
         """Integrate by a solver of torchdiffeq."""
+        self._not_replayed()
         grid, field = self.frame.steps(steps).to(self.samples.x), self._field()
         # An adaptive solver would step past the end and interpolate, where no network was trained.
         options = {"step_t": grid[1:]} if method in ADAPTIVE else None
@@ -101,6 +103,13 @@ class Flow:
         field = self._field()
         left = truncation(field, *field.times(self.frame.both_ends()), self._start()[0], end)
         return left.to(end.dtype), field.nfe
+
+    def _not_replayed(self) -> None:
+        self.frame.density.flows.reason = (
+            "a gradient is wanted, or a solver of torchdiffeq integrates"
+            if self.course is not None
+            else "backward passes take the trace, and not tangents of a row program"
+        )
 
     @staticmethod
     def _velocity(field: Field, time: Time, y: Tensor) -> Tensor:

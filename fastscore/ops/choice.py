@@ -24,7 +24,9 @@ def alone(names: tuple[str, ...]) -> Choice | None:
     """Return the choice where PyTorch is the only backend, as on a CPU; no work has to be described for it."""
     if names != ("torch",):
         return None
-    return Choice("torch", False, "one PyTorch operation after another; kernels need a GPU")
+    return Choice(
+        "torch", False, "one PyTorch operation after another; kernels need a GPU, float32 and another backend"
+    )
 
 
 def choose(names: tuple[str, ...], task: Task, gradient: bool = False) -> Choice:

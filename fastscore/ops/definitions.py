@@ -115,7 +115,8 @@ def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_prediction, grad_x = implementation(ctx.backend).residual_backward(grad, *ctx.saved_tensors)
+    backend = "torch" if torch.is_grad_enabled() else ctx.backend  # no kernel has the gradient of a gradient
+    grad_prediction, grad_x = implementation(backend).residual_backward(grad, *ctx.saved_tensors)
     return grad_prediction, grad_x, *(None,) * 8
 
 

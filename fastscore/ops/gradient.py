@@ -106,9 +106,9 @@ def by_kernel(backend: str, task: Task, wanted: WithRespectTo) -> str | None:
 def gradients(grad: Tensor, given: Evaluation, backend: str) -> Gradients:
     """Return the gradients of x, the weights and the tables, of those that want one; grad, that of f, is (B, R)."""
     x, weights, tables, task = given.x, given.weights, given.tables, given.task
-    wanted = WithRespectTo.of(x, weights, tables)
-    if by_kernel(backend, task, wanted) is not None:
-        return _by_autograd(grad, given)
+    wanted, again = WithRespectTo.of(x, weights, tables), torch.is_grad_enabled()
+    if again or by_kernel(backend, task, wanted) is not None:  # no kernel has the gradient of a gradient
+        return _by_autograd(grad, given, again)
     if not wanted.of_parameters:
         return density_mlp_dx(grad, *given, backend), [None] * len(weights), [None] * len(tables)
     grad_x, by_row, all_rows, by_sample, by_pair, *products = density_mlp_dp(grad, *given, list(wanted), backend)
@@ -146,15 +146,17 @@ def _of_tables(uses: Uses, leaves: list[Tensor], by_level: dict[str, Tensor], al
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _by_autograd(grad: Tensor, given: Evaluation) -> Gradients:
-    """Evaluate the definition again, under autograd."""
-    leaves = [v.detach().requires_grad_(v.requires_grad) for v in chain([given.x], given.weights, given.tables)]
+def _by_autograd(grad: Tensor, given: Evaluation, differentiable: bool) -> Gradients:
+    """Evaluate the definition again, under autograd; the gradients have a graph where they are to be differentiated."""
+    leaves = [*chain([given.x], given.weights, given.tables)]
+    if not differentiable:
+        leaves = [v.detach().requires_grad_(v.requires_grad) for v in leaves]
     n = len(given.weights) + 1
     moving = given.reference if given.x.requires_grad else []  # what is subtracted depends on x alone
     with torch.enable_grad():
         again = given._replace(x=leaves[0], weights=leaves[1:n], tables=leaves[n:], reference=moving)
         f = torch_backend.density_mlp(again)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(f, wanted, grad, materialize_grads=True))
+        found = iter(torch.autograd.grad(f, wanted, grad, create_graph=differentiable, materialize_grads=True))
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
     return grads[0], grads[1:n], grads[n:]
