@@ -70,8 +70,11 @@ def row_terms(
 
 
 def _of_reference(q: Reference, x: Tensor, x_t: Tensor, eps: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
-    """Return the squared residual of a reference, whose tables are those of the times of one group of samples."""
-    if not rows.beside:
+    """Return the squared residual of a reference, whose tables are those of the times of one group of samples.
+
+    One Gaussian that is alike in all directions has a number a row in place of tables, so all groups are one pass.
+    """
+    if not rows.beside or q.alike:
         return q.residual(x, x_t, eps, rows.alpha, rows.sigma, mask)
     found = x_t.new_empty(x_t.shape[:2])
     for here, own in rows.beside:

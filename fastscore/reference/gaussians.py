@@ -117,6 +117,11 @@ class Reference(FittedBuffers):
         return any(factor.numel() for factor in self.factors)
 
     @property
+    def alike(self) -> bool:
+        """Whether it is one Gaussian with the same variance in all directions."""
+        return self.components == 1 and not self.full and not self.turned and self.variance.shape[1] == 1
+
+    @property
     def along_axes(self) -> bool:
         """Whether the covariances are diagonal in the data themselves, so that entries have marginals."""
         return not self.full and not self.turned
@@ -169,7 +174,7 @@ class Reference(FittedBuffers):
         Arguments:
             x: data, shape (B, d).
             x_t, eps: its noised rows and their noise, shape (B, R, d); the noise is zero outside of the mask.
-            alpha, sigma: of each row, float64, shape (R,).
+            alpha, sigma: of each row, float64, shape (R,); where `alike`, of every sample's own rows (B, R) as well.
             mask: of the samples, shape (B, d).
         """
         if self.turned:  # norms stay, and so does what noise is
@@ -235,14 +240,14 @@ class Reference(FittedBuffers):
         if self.full:  # the norm is the same in the eigenbasis
             basis = self.basis[0].to(x.dtype)
             y, eps = y @ basis, eps @ basis
-        alpha, sigma = alpha[:, None], sigma[:, None]
-        signal = alpha**2 * self.variance  # (R, d) or (R, 1)
+        alpha, sigma = alpha[..., None], sigma[..., None]
+        signal = alpha**2 * self.variance  # (R, d) or (R, 1); of every sample's own rows (B, R, 1)
         total = torch.addcmul(signal, sigma, sigma)
         keep, pull = (signal / total).to(x.dtype), (alpha * sigma / total).to(x.dtype)
-        if keep.shape[1] > 1:
+        if keep.shape[-1] > 1:
             return torch.linalg.vector_norm(keep * eps - pull * y[:, None], dim=-1).square()
         # Isotropic, the default: inner products instead of passes over the rows.
-        keep, pull = keep[:, 0], pull[:, 0]
+        keep, pull = keep[..., 0], pull[..., 0]
         eps_norm = torch.linalg.vector_norm(eps, dim=-1)
         cross = torch.bmm(eps, y[:, :, None])[..., 0]
         return (keep * eps_norm).square() - 2 * keep * pull * cross + pull**2 * y.square().sum(1, keepdim=True)
