@@ -52,8 +52,8 @@ void for_variant(const StepsPlan& plan, Launch&& launch) {
 }
 
 template <class Kernel>
-void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan,
-                       StepsConfig config, cudaStream_t stream) {
+void launch_persistent(const char* name, Kernel* kernel, Steps parameters, const StepsPlan& plan, StepsConfig config,
+                       cudaStream_t stream) {
   const int shared_bytes = static_cast<int>(plan.shared_bytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "%s: %d bytes of shared memory a block", name, shared_bytes);

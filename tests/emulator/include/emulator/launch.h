@@ -100,7 +100,8 @@ inline std::string launch_error(const Configuration& c, size_t shared_limit) {
     return "the emulator takes clusters of 1 to 16 CTAs along x, not " + text(c.cluster);
   if (c.cluster.x > 1 && machine.major < 9) return "clusters need compute capability 9.0";
   if (static_cast<int>(c.cluster.x) > machine.multiprocessors)
-    return std::to_string(machine.multiprocessors) + " multiprocessors run no cluster of " + std::to_string(c.cluster.x);
+    return std::to_string(machine.multiprocessors) + " multiprocessors run no cluster of " +
+           std::to_string(c.cluster.x);
   if (c.grid.x % c.cluster.x != 0)
     return "the cluster " + text(c.cluster) + " does not divide the grid " + text(c.grid);
   if (c.shared_bytes > kSharedMaximum)
