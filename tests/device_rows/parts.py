@@ -33,6 +33,7 @@ def schedule(on, name):
      "Reference.flops", "Reference.log_prob", "Reference.residual", "Reference.eps", "Reference.eps_and_divergence",
      "Reference.diffused", "Reference.gaussian", "Reference.expected_residual", "Reference.expected_integral",
      "Reference.on", "Reference.host", "Reference.scales", "Reference.scaled", "Reference.along_axes",
+     "Reference.alike",
      "Reference.factors", "Reference.turn", "Reference.turned", "Reference.component",
      each=[f"alone {kind}" for kind in REFERENCES])  # fmt: skip
 def reference(on, name):
@@ -47,7 +48,7 @@ def reference(on, name):
         q.eps_and_divergence(x, 0.8, 0.6), q.diffused(0.1).log_prob(x), single.tensors(), q.components, q.full,
         q.flops(D), single.expected_residual(x, on(sigma), weight), single.expected_integral(x, -3, 3),
         fs.Reference.from_tensors(q.tensors()).log_prob(x), q.host("mean").numpy().sum(), q.scales(),
-        q.scaled(2.0).log_prob(x), q.turn(x), q.turned, q.along_axes, q.factors, q.component(0, x),
+        q.scaled(2.0).log_prob(x), q.turn(x), q.turned, q.along_axes, q.alike, q.factors, q.component(0, x),
     ]  # fmt: skip
 
 
