@@ -169,7 +169,7 @@ def test_the_result_is_one_readable_line(few_steps):
     gaussian = Target(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
     one = fs.ScoreDensity(ExactNet(gaussian, WIDE), WIDE, "eps")
     assert repr(fs.probability_flow_log_prob(one, torch.zeros(1, 2), method="midpoint", steps=1)).startswith(
-        "FlowLogProb(1 samples, log_prob -1.838 nats, 4 evaluations per sample, discretization unknown, "
+        "FlowLogProb(1 samples, log_prob -1.838 nats, 3 evaluations per sample, discretization unknown, "
         "largest truncation about "
     )
 

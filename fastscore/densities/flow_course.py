@@ -11,7 +11,7 @@ from ..estimator.graphs import Run
 from ..estimator.samples import Samples
 from ..program.row_program import RowProgram
 from ..support import memory
-from .flow_ends import truncation_by_jacobians
+from .flow_ends import seen_at, truncation
 from .flow_frame import Course, Frame
 from .flow_program import Grid, ProgramField
 from .flow_replay import depends_on, why_not
@@ -32,8 +32,7 @@ class ProgramCourse(NamedTuple):
             steps: how long they are.
             beyond: whether the course has what lies beyond its ends.
         """
-        clean, noisy = self.frame.both_ends().split(1)
-        grid = self.frame.grid(torch.cat([clean, times, noisy]) if beyond else times)
+        grid = self.frame.grid(torch.cat([times, self.frame.both_ends()[1:]]) if beyond else times)
 
         def run(samples: Samples) -> tuple[Tensor, ...]:
             return self._along(samples, grid, steps, beyond)
@@ -48,7 +47,8 @@ class ProgramCourse(NamedTuple):
         def run(samples: Samples, end: Tensor) -> tuple[Tensor, ...]:
             field = self._field(samples)
             at_clean, at_noisy = field.points(grid)
-            return (truncation_by_jacobians(field, at_clean, at_noisy, self.frame.start(samples), end).to(end.dtype),)
+            _, clean = seen_at(field, at_clean, self.frame.start(samples))
+            return (truncation(field, clean, at_noisy, end).to(end.dtype),)
 
         (found,) = self._replayed(run, samples, rows, grid, ("ends",), end)
         return found, len(grid)
@@ -56,16 +56,19 @@ class ProgramCourse(NamedTuple):
     def _along(self, samples: Samples, grid: Grid, steps: list[float], beyond: bool) -> tuple[Tensor, ...]:
         """Return the log-density and the end of the path, and what lies beyond its ends if the grid has them."""
         field = self._field(samples)
-        points, first = field.points(grid), self.frame.start(samples)
-        y, change, clean = first, torch.zeros_like(first[:, :1]), next(points) if beyond else None
+        points, y, clean = field.points(grid), self.frame.start(samples), None
+        change = torch.zeros_like(y[:, :1])
         for step, at_start, at_middle in zip(steps, points, points):
-            middle = torch.add(y, field.velocity(at_start, y), alpha=step / 2)
-            velocity, rate = field.at(at_middle, middle)
+            if beyond and clean is None:
+                velocity, clean = seen_at(field, at_start, y)
+            else:
+                velocity = field.velocity(at_start, y)
+            velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate[:, None], alpha=step)
         log_prob = self.frame.log_prob(samples, change)
         if clean is None:
             return log_prob, y
-        return log_prob, y, truncation_by_jacobians(field, clean, next(points), first, y).to(y.dtype)
+        return log_prob, y, truncation(field, clean, next(points), y).to(y.dtype)
 
     def _field(self, samples: Samples) -> ProgramField:
         return ProgramField(self.frame.density, samples, self.program, self.frame.scale)

@@ -1,8 +1,8 @@
 r"""How far the ODE's log-density is from the data's own because its path ends before the noise does, at either end.
 
 At the noisy end the prior is the reference's, q instead of p; at the clean end the answer is the density of data with
-some noise left, instead of that of the data. One more evaluation at either end tells what is missing, if p is taken as
-a Gaussian there. On the path, with noise t, :math:`\hat\epsilon` the noise that the network sees in y, and
+some noise left, instead of that of the data. The network's Jacobian at either end tells what is missing, if p
+is taken as a Gaussian there. On the path, with noise t, :math:`\hat\epsilon` the noise that the network sees in y, and
 :math:`\Gamma = t\, \partial\hat\epsilon / \partial y` the share of the noise in the variance, a Gaussian has, up to a
 constant,
 
@@ -34,7 +34,7 @@ einsum = own_dtypes(torch.einsum)
 LEAST = 1e-3  # share of the variance: no network that was trained tells finer widths from the noise around them
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The noise seen (its square), and the share of noise in the variance: two moments of it, and as the noise has it.
 
     All are of shape (B,): means over the d eigenvalues, and over the squared components of the noise along them.
@@ -46,57 +46,59 @@ class _Shape(NamedTuple):
     seen: Tensor
     seen_square: Tensor
 
-    def rest(self) -> _Shape:
+    def rest(self) -> Shape:
         """Return the same of the share of the data, one less the noise's."""
         first, second = 1 - self.mean, 1 - 2 * self.mean + self.mean_square
-        return _Shape(self.square, first, second, 1 - self.seen, 1 - 2 * self.seen + self.seen_square)
+        return Shape(self.square, first, second, 1 - self.seen, 1 - 2 * self.seen + self.seen_square)
 
 
-def truncation(field: Field, at_clean: Time, at_noisy: Time, clean: Tensor, noisy: Tensor) -> Tensor:
-    """Estimate what the ends of the path leave out of log p, nats, float64, shape (B,): of both, their sizes' sum.
-
-    It takes two evaluations of the network with their traces.
+def seen_at(field: Field | ProgramField, time: Time | Point, y: Tensor) -> tuple[Tensor, Shape]:
+    """Return the velocity of the path, (B, d), and what the network sees there, by one evaluation with its trace.
 
     Arguments:
         field: the right-hand side of the ODE.
-        at_clean, at_noisy: the ends of the path.
-        clean, noisy: where the path of each sample starts and ends, (B, d).
+        time: an end of the path.
+        y: where the path of each sample is then, (B, d).
     """
-    if field.exact and clean.shape[1] <= COLUMNS:
-        return truncation_by_jacobians(field, at_clean, at_noisy, clean, noisy)
-    d, mask = field.samples.dims, field.samples.mask
+    if field.whole:
+        velocity, eps, jacobian = field.noise_and_jacobian(time, y)
+        return velocity, _shape_of(eps, jacobian, time.t, field.samples.dims)
     with torch.enable_grad():
-        y = clean.detach().requires_grad_()
-        noise = _shape(field, field.noise(at_clean, y), y, at_clean.t)
-        y = noisy.detach().requires_grad_()
-        p = _shape(field, field.noise(at_noisy, y), y, at_noisy.t)
-        if field.exact and noisy.numel() * noisy.shape[1] <= TABLES:  # in closed form: a pass a column is slower
-            q = _shape_of(*at_noisy.level.eps_and_jacobian(noisy, mask), at_noisy.t, d)
-        else:
-            eps_q, _ = at_noisy.level.eps_and_divergence(y, mask)
-            q = _shape(field, eps_q, y, at_noisy.t)
-    return _beyond(noise, p, q, d)
+        y = y.detach().requires_grad_()
+        velocity = field.velocity(time, y)
+        eps = inside(y, field.samples.mask) + (1 - time.t) * velocity
+        return velocity.detach(), _shape(field, eps, y, time.t)
 
 
-def truncation_by_jacobians(
-    field: Field | ProgramField, at_clean: Time | Point, at_noisy: Time | Point, clean: Tensor, noisy: Tensor
-) -> Tensor:
-    """Return `truncation` by whole Jacobians, at the clean and the noisy end."""
+def truncation(field: Field | ProgramField, clean: Shape, at_noisy: Time | Point, noisy: Tensor) -> Tensor:
+    """Estimate what the ends of the path leave out of log p, nats, float64, shape (B,): of both, their sizes' sum.
+
+    It takes an evaluation of the network with its trace.
+
+    Arguments:
+        field: the right-hand side of the ODE.
+        clean: what the network sees where the path of each sample starts (`seen_at`).
+        at_noisy, noisy: the noisy end, and where the path of each sample is then, (B, d).
+    """
     d, mask = field.samples.dims, field.samples.mask
-    noise = _shape_of(*field.noise_and_jacobian(at_clean, clean), at_clean.t, d)
-    p = _shape_of(*field.noise_and_jacobian(at_noisy, noisy), at_noisy.t, d)
-    q = _shape_of(*at_noisy.level.eps_and_jacobian(noisy, mask), at_noisy.t, d)
-    return _beyond(noise, p, q, d)
+    _, p = seen_at(field, at_noisy, noisy)
+    # In closed form where that is not too many numbers: a pass a column is slower.
+    if field.whole or (field.exact and noisy.numel() * noisy.shape[1] <= TABLES):
+        return _beyond(clean, p, _shape_of(*at_noisy.level.eps_and_jacobian(noisy, mask), at_noisy.t, d), d)
+    with torch.enable_grad():
+        y = noisy.detach().requires_grad_()
+        eps_q, _ = at_noisy.level.eps_and_divergence(y, mask)
+        return _beyond(clean, p, _shape(field, eps_q, y, at_noisy.t), d)
 
 
-def _beyond(noise: _Shape, p: _Shape, q: _Shape, d: int | Tensor) -> Tensor:
+def _beyond(noise: Shape, p: Shape, q: Shape, d: int | Tensor) -> Tensor:
     """Return what is missing at both ends: of the noise at the clean one, of p less of q at the noisy one."""
     every = (torch.stack(torch.broadcast_tensors(*each)) for each in zip(noise, p.rest(), q.rest()))
-    (clean, *log_det), (form, *forms) = _of_the_rest(_Shape(*every), d)
+    (clean, *log_det), (form, *forms) = _of_the_rest(Shape(*every), d)
     return 0.5 * ((clean + form).abs() + (log_det[0] - forms[0] - log_det[1] + forms[1]).abs())
 
 
-def _of_the_rest(shape: _Shape, d: int | Tensor) -> tuple[Tensor, Tensor]:
+def _of_the_rest(shape: Shape, d: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return log det (1 - M) and eps^T (1 - M)^-1 eps."""
     node, weight = _node(shape.mean, shape.mean_square)
     seen_node, seen_weight = _node(shape.seen, shape.seen_square)
@@ -111,7 +113,7 @@ def _node(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return node, (first / node).nan_to_num(1.0).clamp(max=1)
 
 
-def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
+def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> Shape:
     """Return what is known of a Gaussian from the noise seen in y, (B, d)."""
     mask, first = field.samples.mask, 0
     mean, mean_square = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
@@ -131,17 +133,19 @@ def _shape(field: Field, eps: Tensor, y: Tensor, t: float) -> _Shape:
 
 
 @own_dtypes
-def _shape_of(eps: Tensor, jacobian: Tensor, t: float, dims: int | Tensor) -> _Shape:
+def _shape_of(eps: Tensor, jacobian: Tensor, t: float, dims: int | Tensor) -> Shape:
     """Return `_shape` from the noise (B, d) and its whole Jacobian, entry (j, i) by y_i at (b, i, j), or one of all."""
     exact = jacobian.double()
-    mean, mean_square = torch.einsum("bii->b", exact), exact.square().sum((1, 2))
+    mean = torch.diagonal(exact, dim1=1, dim2=2).sum(1)
+    entries = exact.flatten(1)
+    mean_square = torch.linalg.vecdot(entries, entries)
     return _seen(eps, (jacobian @ eps[:, :, None])[:, :, 0], mean, mean_square, t, dims)
 
 
-def _seen(eps: Tensor, product: Tensor, trace: Tensor, square_trace: Tensor, t: float, dims: int | Tensor) -> _Shape:
+def _seen(eps: Tensor, product: Tensor, trace: Tensor, square_trace: Tensor, t: float, dims: int | Tensor) -> Shape:
     """Return the shape from the noise, its product with the Jacobian, and the traces of that and of its square."""
     eps, product = eps.double(), product.double()
     square = eps.square().sum(1)
     total = square.clamp(min=torch.finfo(torch.float64).tiny)
     seen, seen_square = torch.linalg.vecdot(product, eps), product.square().sum(1)
-    return _Shape(square, t * trace / dims, t**2 * square_trace / dims, t * seen / total, t**2 * seen_square / total)
+    return Shape(square, t * trace / dims, t**2 * square_trace / dims, t * seen / total, t**2 * seen_square / total)

@@ -35,7 +35,6 @@ from ..process.predictions import eps_from
 from ..reference.levels import Level
 from ..support.autocast import own_dtypes
 from ..support.host import seed_of
-from ..support.untouched import uncompiled
 
 TABLES = 1 << 22  # numbers that the tables of some times take together, at most
 COLUMNS = 32  # backward passes in one call; it bounds their memory
@@ -80,6 +79,7 @@ class Field:
         self.learned = learned(density, samples)
         self.reference = density.reference.scaled(1 / scale).tensors()
         self.exact = signs is None
+        self.whole = self.exact and samples.x.shape[1] <= COLUMNS  # Jacobians, at the ends of the path
         self.cotangents = signs
         if signs is None:
             d = samples.x.shape[1]
@@ -105,44 +105,86 @@ class Field:
 
         What the backward pass needs is evaluated again, so nothing but y is kept.
         """
-        return _Rate.apply(self, time, y, *self.learned)
+        return _Rate.apply(self, time, y, *self.learned) if torch.is_grad_enabled() else self.rate(time, y)
 
     def velocity(self, time: Time, y: Tensor) -> Tensor:
         """Return the velocity alone, (B, d)."""
+        return self._velocity(time, self._output(time, self._x_t(time, y)), y)
+
+    def _x_t(self, time: Time, y: Tensor) -> Tensor:
+        x_t, mask = time.scale * y, self.samples.mask
+        return (x_t if mask is None else torch.where(mask, x_t, y))[:, None]
+
+    def _output(self, time: Time, x_t: Tensor) -> Tensor:
+        """Return what the network answers for x_t, both (B, 1, d)."""
         self.nfe += 1
         density, samples = self.density, self.samples
-        x_t = time.scale * y if samples.mask is None else torch.where(samples.mask, time.scale * y, y)
-        with uncompiled():  # compiled code does not keep its graph for more than one backward pass
-            output = predict(density.model, x_t[:, None], time.own, samples.conds[0], samples.shape, density.time_dtype)
-        return inside(torch.add(time.c_f * output[:, 0], y, alpha=time.c_y), samples.mask)
+        return predict(density.model, x_t, time.own, samples.conds[0], samples.shape, density.time_dtype)
 
-    def noise(self, time: Time, y: Tensor) -> Tensor:
-        """Return the noise that the network sees in y, (B, d)."""
-        return inside(y, self.samples.mask) + (1 - time.t) * self.velocity(time, y)
+    def _velocity(self, time: Time, output: Tensor, y: Tensor) -> Tensor:
+        return inside(torch.add(time.c_f * output[:, 0], y, alpha=time.c_y), self.samples.mask)
 
-    def noise_and_jacobian(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `noise` and its Jacobian, entry (j, i) by y_i, (B, i, j), without a graph; of the exact trace."""
+    def _with_jacobian(self, time: Time, y: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+        """Return the velocity without a graph, and rows of the network's Jacobian by x_t, some at a time, (n, B, d).
+
+        The derivative ends at x_t, and what leads from there to the velocity is two numbers: passes through it over
+        d numbers for each of d rows took half of the time of a small network.
+        """
+        with torch.enable_grad():
+            x_t = self._x_t(time, y.detach()).requires_grad_()
+            output = self._output(time, x_t)
+
+        def rows() -> Iterator[tuple[slice, Tensor]]:
+            first = 0
+            for v in self.cotangents.split(COLUMNS):
+                some = slice(first, first + len(v))
+                yield some, vjp(output, x_t, v[:, :, None].expand(-1, *x_t.shape), create_graph=False)[:, :, 0]
+                first = some.stop
+
+        return self._velocity(time, output.detach(), y), rows()
+
+    def velocity_and_trace(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity (B, d) and the exact trace of its Jacobian (B,), without a graph."""
+        velocity, rows = self._with_jacobian(time, y)
+        each = [torch.diagonal(found[..., some], dim1=0, dim2=2) for some, found in rows]
+        return velocity, inside(time.c_f * time.scale * torch.cat(each, 1) + time.c_y, self.samples.mask).sum(1)
+
+    def noise_and_jacobian(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity, the noise seen, and its Jacobian, entry (j, i) by y_i, (B, i, j), without a graph."""
+        mask, rest = self.samples.mask, 1 - time.t
+        velocity, rows = self._with_jacobian(time, y)
+        own = rest * time.c_f * time.scale * torch.cat([found for _, found in rows]).permute(1, 2, 0)
+        torch.diagonal(own, dim1=1, dim2=2).add_(1 + rest * time.c_y)
+        if mask is not None:
+            own = torch.where(mask[:, :, None] & mask[:, None], own, 0)
+        return velocity, torch.add(inside(y, mask), velocity, alpha=rest), own
+
+    def rate(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `at` does, without a graph."""
+        if self.exact:
+            velocity, trace = self.velocity_and_trace(time, y)
+            _, rest = self._gap_and_rest(time, velocity, y)
+            return velocity, (rest + trace)[:, None]
         with torch.enable_grad():
             y = y.detach().requires_grad_()
-            eps = self.noise(time, y)
-        found = vjp(eps, y, self.cotangents.expand(-1, *y.shape), create_graph=False)
-        return eps.detach(), inside(found, self.samples.mask).permute(1, 2, 0)
+            velocity, traced, rest = self.terms(time, y)
+        parts = [part for _, part in self.traces(traced, y)]
+        return velocity.detach(), rest.detach()[:, None] + torch.cat(parts, 1)
 
-    def terms(self, time: Time, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,).
-
-        Arguments:
-            at: y, or a copy of it without its graph.
-        """
+    def terms(self, time: Time, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity (B, d), what to take the trace of (B, d), and the rate without that trace (B,)."""
         velocity = self.velocity(time, y)
+        gap, rest = self._gap_and_rest(time, velocity, y)
+        return velocity, velocity if self.exact else gap, rest
+
+    def _gap_and_rest(self, time: Time, velocity: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity less the reference's (B, d), and the rate without the trace (B,)."""
         mask = self.samples.mask
-        eps_q, divergence_q = time.level.eps_and_divergence(at, mask)
-        gap = velocity - inside(eps_q - at, mask) / (1 - time.t)
+        eps_q, divergence_q = time.level.eps_and_divergence(y, mask)
+        gap = velocity - inside(eps_q - y, mask) / (1 - time.t)
         rest = -dot(gap, eps_q) / time.t
         # Probes see both Jacobians, so that they differ by the mismatch alone; the exact trace of q's is known.
-        if not self.exact:
-            return velocity, gap, rest
-        return velocity, velocity, rest - (divergence_q - self.samples.dims) / (1 - time.t)
+        return gap, rest if not self.exact else rest - (divergence_q - self.samples.dims) / (1 - time.t)
 
     def traces(self, field: Tensor, y: Tensor, create_graph: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """Yield parts of the trace, each with the columns that it adds to: all, or some probes' own estimates of it."""
@@ -173,13 +215,7 @@ class _Rate(torch.autograd.Function):
     def forward(ctx: Any, field: Field, time: Time, y: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
         ctx.field, ctx.time = field, time
         ctx.save_for_backward(y, *learned)
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            velocity, traced, rest = field.terms(time, y, y.detach() if field.exact else y)
-        rate = rest.detach()[:, None].repeat(1, 1 if field.exact else len(field.cotangents))
-        for columns, part in field.traces(traced, y):
-            rate[:, columns] += part
-        return velocity.detach(), rate
+        return field.rate(time, y)
 
     @staticmethod
     @once_differentiable
@@ -189,7 +225,7 @@ class _Rate(torch.autograd.Function):
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             inputs = y, *field.learned
-            velocity, traced, rest = field.terms(ctx.time, y, y)
+            velocity, traced, rest = field.terms(ctx.time, y)
             found = _grad((grad_velocity * velocity).sum() + (grad_rate.sum(1) * rest).sum(), inputs)
             for columns, part in field.traces(traced, y, create_graph=True):
                 if part.requires_grad:  # not where the field is linear
@@ -242,6 +278,8 @@ def rademacher(samples: Samples, seed: int, probes: int) -> Tensor:
 
 def vjp(field: Tensor, y: Tensor, cotangents: Tensor, create_graph: bool) -> Tensor:
     """Return the products of cotangents (n, B, d) with the Jacobian, (n, B, d), in one pass where vmap can."""
+    if not field.requires_grad:  # of a network whose answer is a constant
+        return torch.zeros_like(cotangents)
     options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
     try:
         found = torch.autograd.grad(field, y, cotangents, is_grads_batched=True, **options)[0]

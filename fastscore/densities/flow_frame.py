@@ -56,7 +56,9 @@ class Frame(NamedTuple):
     def steps(self, count: int) -> Tensor:
         """Return the times that a path is cut at into so many steps, float64, on the host."""
         first, last = (math.sqrt(end) for end in self.ends)
-        return torch.linspace(first, last, count + 1, dtype=torch.float64, device="cpu").square()
+        cuts = torch.linspace(first, last, count + 1, dtype=torch.float64, device="cpu").square()
+        cuts[0], cuts[-1] = self.ends
+        return cuts
 
     def grid(self, t: Tensor) -> Grid:
         """Return what the schedule says of times t of the path."""

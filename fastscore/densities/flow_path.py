@@ -14,7 +14,7 @@ from ..estimator.samples import Samples
 from ..program.row_program import RowProgram
 from ..support.recompute import recomputed
 from .flow_course import ProgramCourse
-from .flow_ends import truncation
+from .flow_ends import seen_at, truncation
 from .flow_field import Field, Time, kinds, rademacher
 from .flow_frame import Course, Frame
 
@@ -74,15 +74,17 @@ class Flow:
             return self.course.midpoint(self.samples, self.rows, times, lengths, beyond)
         self._not_replayed()
         field = self._field()
-        (first, change), (at_clean, at_noisy) = self._start(), self.frame.both_ends().split(1)
-        points = field.times(torch.cat([at_clean, times, at_noisy]) if beyond else times)
-        y, clean = first, next(points) if beyond else None
+        (y, change), clean = self._start(), None
+        points = field.times(torch.cat([times, self.frame.both_ends()[1:]]) if beyond else times)
         for step, at_start, at_middle in zip(lengths, points, points):
-            velocity = self._velocity(field, at_start, y)
+            if beyond and clean is None:
+                velocity, clean = seen_at(field, at_start, y)
+            else:
+                velocity = self._velocity(field, at_start, y)
             velocity, rate = field.at(at_middle, torch.add(y, velocity, alpha=step / 2))
             y, change = torch.add(y, velocity, alpha=step), torch.add(change, rate, alpha=step)
         log_prob = self.frame.log_prob(self.samples, change)
-        left = None if clean is None else truncation(field, clean, next(points), first, y).to(y.dtype)
+        left = None if clean is None else truncation(field, clean, next(points), y).to(y.dtype)
         return Course(log_prob, y, field.nfe, left)
 
     def solve(
@@ -101,8 +103,9 @@ class Flow:
         if self.course is not None:
             return self.course.truncation(self.samples, self.rows, end)
         field = self._field()
-        left = truncation(field, *field.times(self.frame.both_ends()), self._start()[0], end)
-        return left.to(end.dtype), field.nfe
+        at_clean, at_noisy = field.times(self.frame.both_ends())
+        _, clean = seen_at(field, at_clean, self._start()[0])
+        return truncation(field, clean, at_noisy, end).to(end.dtype), field.nfe
 
     def _not_replayed(self) -> None:
         self.frame.density.flows.reason = (

@@ -98,6 +98,8 @@ class ProgramField:
         scale: s, the standard deviation of the data.
     """
 
+    exact = whole = True  # trace and Jacobians
+
     def __init__(self, density: ScoreDensity, samples: Samples, program: RowProgram, scale: float) -> None:
         self.density, self.samples, self.program = density, samples, program
         self.reference = density.reference.scaled(1 / scale).tensors()
@@ -136,15 +138,15 @@ class ProgramField:
         rate = torch.add(constant, trace, alpha=point.c_f * point.scale)
         return velocity, torch.sub(rate, dot(gap, eps_q), alpha=1 / point.t)
 
-    def noise_and_jacobian(self, point: Point, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the noise that the network sees in y, (B, d), and its Jacobian, entry (j, i) by y_i, (B, i, j)."""
+    def noise_and_jacobian(self, point: Point, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity, the noise seen in y, (B, d), and its Jacobian, entry (j, i) by y_i, (B, i, j)."""
         mask, rest = self.samples.mask, 1 - point.t
         velocity, jacobian = self._with_jacobian(point, y)
         own = rest * point.c_f * point.scale * jacobian[:, :, 0].transpose(0, 1)
         own = own + (1 + rest * point.c_y) * torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
         if mask is not None:
             own = torch.where(mask[:, :, None] & mask[:, None], own, 0)
-        return torch.add(inside(y, mask), velocity, alpha=rest), own
+        return velocity, torch.add(inside(y, mask), velocity, alpha=rest), own
 
     def _with_jacobian(self, point: Point, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity, and df_j / dx_t,i at (i, b, 0, j), with one entry for all samples where that is so."""

@@ -37,7 +37,7 @@ from ..process.network import warn_if_training
 from ..program.row_program import RowProgram
 from ..support.host import positive, whole
 from ..support.modes import differentiable, refuse_inference_weights
-from ..support.untouched import undisturbed
+from ..support.untouched import uncompiled, undisturbed
 from ..support.warn import warn
 from .between_timesteps import between_timesteps
 from .cut_graph import refuse_cut_graph
@@ -257,6 +257,7 @@ class _Solution(torch.autograd.Function):
     """The integral without a graph; the backward pass solves again, on the grid that was found."""
 
     @staticmethod
+    @uncompiled()  # compiled code does not keep its graph for more than one backward pass
     def forward(
         ctx: Any, flow: Flow, solve: Callable[[Flow], Solved], x: Tensor, *learned: Tensor
     ) -> tuple[Tensor, ...]:
@@ -269,6 +270,7 @@ class _Solution(torch.autograd.Function):
         return found.log_prob, *constants
 
     @staticmethod
+    @uncompiled()
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors  # raises where a weight has changed since
         none = ctx.log_prob.isnan().any(1)
