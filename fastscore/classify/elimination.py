@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..estimator.statistics import (
     contrast_variance,
+    first_variance,
     freedom_of_pairs,
     shift_variance,
     student_quantile,
@@ -91,6 +92,7 @@ class Classification:
 
 
 Variance = Callable[[Tensor], tuple[Tensor, Tensor]]  # of the terms' sum, and its degrees of freedom
+VARIANCES: tuple[Variance, ...] = (first_variance, successive_variance)  # of a difference, none of which is too small
 
 
 class Rounds:
@@ -158,17 +160,22 @@ class Rounds:
 
         Differences are skewed: without one of their rare large terms both they and their variance are small, and plain
         Student's t would drop the best of two near classes three times as often as stated. Hence half of the degrees
-        of freedom, and a variance that is at least the mean of the sample's differences.
+        of freedom, and a variance that is at least the mean of the sample's differences. Both orders of differences
+        between draws tell that variance, the first with a course of the terms in it, the second with fewer degrees of
+        freedom; the one counts that drops sooner.
         """
         best = self.best()[:, None]
-        share, log_odds = self._share(), self.log_likelihood() + self.log_prior
-        log_odds = log_odds - log_odds.gather(1, best)
-        variance, nu, shift = self._variance(lambda r, g: share[r][..., None] * (g - _of(g, best)))
-        variance = variance + shift
-        others = self.active.scatter(1, best, False)
+        log_odds = self.log_likelihood() + self.log_prior
+        log_odds = log_odds - log_odds.gather(1, best)  # the best one's are zero
+        self.active &= log_odds >= -torch.minimum(*(self._margin(level, best, by) for by in VARIANCES))
+
+    def _margin(self, level: float, best: Tensor, by: Variance) -> Tensor:
+        """Return how far below the best class a class has to be for `drop`, nats, shape (B, C)."""
+        share = self._share()
+        variance, nu, shift = self._variance(lambda r, g: share[r][..., None] * (g - _of(g, best)), by)
+        variance, others = variance + shift, self.active.scatter(1, best, False)
         mean = (variance * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
-        spread = torch.maximum(variance, mean).sqrt()
-        self.active &= log_odds >= -student_quantile(level, (nu / 2).clamp(min=1)) * spread  # the best one's are zero
+        return student_quantile(level, (nu / 2).clamp(min=1)) * torch.maximum(variance, mean).sqrt()
 
     def best(self) -> Tensor:
         """Return the class of the highest posterior among those still in, shape (B,)."""

@@ -117,9 +117,10 @@ class Rule:
 
     @classmethod
     def plain(cls, log_snr: Tensor, time: Tensor, weight: Tensor, paired: Tensor) -> Rule:
-        """Return a rule for the integral itself of which nothing is known beforehand."""
-        zero = weight.new_zeros(())
-        return cls.even_in(log_snr, time, weight, paired, torch.zeros_like(weight), zero)
+        """Return a rule for the integral itself of which nothing is known, and whose draws no shift moves."""
+        nothing = torch.zeros_like(weight)
+        rule = cls.even_in(log_snr, time, weight, paired, nothing, weight.new_zeros(()))
+        return replace(rule, ends=nothing)
 
     @classmethod
     def even_in(

@@ -188,13 +188,18 @@ def successive_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     return _mean_square(terms.diff(n=1 if kind is FIRST else 2, dim=-1), kind)
 
 
+def first_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `successive_variance` by first differences, of 2 N / 3 degrees of freedom for any number of terms."""
+    return _mean_square(terms.diff(dim=-1), FIRST)
+
+
 def contrast_variance(terms: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return `successive_variance` of terms whose course is mostly gone, such as those of one class less another's.
 
     First differences have a third more degrees of freedom, which tell classes apart sooner. Second ones are taken where
     they say less by 1 + 4 / sqrt(nu), as noise alone says once in a thousand times.
     """
-    variance, nu = _mean_square(terms.diff(dim=-1), FIRST)
+    variance, nu = first_variance(terms)
     if terms.shape[-1] < FEWEST_BENDS:
         return variance, nu
     straight, own_nu = _mean_square(terms.diff(n=2, dim=-1), SECOND)
