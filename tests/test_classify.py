@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from torch import nn
 
 import fastscore as fs
+from fastscore.classify import elimination
 from fastscore.classify.elimination import Rounds, round_sizes
 from fastscore.estimator.rules import uniform_in_time
 from fastscore.estimator.statistics import student_quantile
@@ -233,6 +234,7 @@ def test_uniform_time_visits_every_entry_of_a_table_once():
     assert rule.time.tolist() == list(range(49, -1, -1))
     assert uniform_in_time(20, table).rule.time.tolist() == [47, 42, 37, 32, 27, 22, 17, 12, 7, 2]
     assert torch.allclose(rule.weight, torch.tensor(2 / 50).double())
+    assert not rule.ends.any()  # nothing moves these draws, so a jump between the first and the last is no error
     with pytest.raises(ValueError, match="nfe=7 leaves fewer than 4 draws"):
         uniform_in_time(7, table)
 
@@ -312,6 +314,29 @@ def test_draws_of_a_table_are_as_noisy_as_they_say(entries, nfe, most):
     error = torch.stack([each.log_posterior - exact(x, targets)[1] for each in found])
     assert float((error.abs() < 1.96 * stderr).double().mean()) > 0.93
     assert float(stderr.square().mean().sqrt()) < most
+
+
+@pytest.mark.parametrize("course", [1.0, 0.0])
+def test_a_class_drops_by_whichever_order_of_differences_says_so_first(course):
+    """A difference that rises without noise is clear from second differences, one of even noise from first ones."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 16, generator=generator, dtype=torch.float64)
+    rising = course * torch.linspace(-10, 10.8, 16, dtype=torch.float64) + noise * (0.1 if course else 1.0)
+    terms = torch.stack([rising + 1.2 * (1 - course), torch.zeros_like(rising)], 1)
+    pairs = torch.stack([torch.arange(4000) // 2, torch.arange(4000) % 2], 1)
+
+    def dropped(*orders):
+        rounds = Rounds(torch.full((2,), 0.5).double().log(), 2000)
+        flat = terms.flatten(0, 1)
+        rounds.add(pairs, flat.sum(1), flat, torch.zeros_like(flat), 32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(elimination, "VARIANCES", orders or elimination.VARIANCES)
+            rounds.drop(0.002)
+        return float((~rounds.active[:, 1]).double().mean())
+
+    first, second = (dropped(by, by) for by in elimination.VARIANCES)
+    assert (first < second - 0.5) if course else (first > second + 0.05)
+    assert dropped() >= max(first, second)
 
 
 def test_rounds_weigh_by_their_evaluations():
