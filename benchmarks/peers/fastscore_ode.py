@@ -17,7 +17,7 @@ def methods(problem):
     def midpoint(density):
         def run(x, steps, seed):
             found = fs.probability_flow_log_prob(density, x, method="midpoint", steps=steps)
-            return Outcome(found.log_prob, 2 * steps + 2, (steps + 2) * x.shape[1])  # a trace a step, one at either end
+            return Outcome(found.log_prob, 2 * steps + 1, (steps + 2) * x.shape[1])  # a trace a step, one at either end
 
         return run
 
@@ -30,7 +30,7 @@ def methods(problem):
         steps, probes = effort
         options = {"method": "midpoint", "steps": steps, "trace": "hutchinson", "probes": probes, "seed": seed}
         found = fs.probability_flow_log_prob(fitted, x, **options)
-        return Outcome(found.log_prob, 2 * steps + 2, (steps + 2) * probes)
+        return Outcome(found.log_prob, 2 * steps + 1, (steps + 2) * probes)
 
     return [
         Method("fastscore ODE midpoint, fitted", midpoint(fitted), STEPS, fit=seconds, random=False),
