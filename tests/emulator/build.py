@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -52,13 +53,16 @@ def run(arguments: list[str]) -> None:
 
 
 def make(target: Path, arguments: list[str]) -> Path:
-    """Run the compiler unless the target is there; another process may make it at the same time."""
+    """Run the compiler unless the target is there, or wait where another process makes it."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            run([compiler(), *arguments, "-o", str(made)])
-            made.replace(target)
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                    made = Path(folder) / target.name
+                    run([compiler(), *arguments, "-o", str(made)])
+                    made.replace(target)
     return target
 
 
