@@ -314,3 +314,34 @@ def test_random_numbers_of_python_and_numpy_are_those_of_the_caller(draw):
     for _ in range(2):  # the first call tells whether a network draws, and later ones ask for what it draws from
         made.estimate(x, nfe=16)
         assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+class OwnGenerator(nn.Module):
+    """A network of which a layer draws from a generator of its own."""
+
+    def __init__(self, generator, draw):
+        super().__init__()
+        self.layer, self.draw = nn.Linear(3, 3), draw
+        self.layer.generator = generator
+
+    def forward(self, x, t):
+        self.draw(self.layer.generator)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("generator", "draw", "state"),
+    [
+        (torch.Generator(), lambda g: torch.rand(2, generator=g), lambda g: g.get_state().tolist()),
+        (random.Random(0), lambda g: g.random(), lambda g: g.getstate()),
+        (np.random.default_rng(0), lambda g: g.random(), lambda g: g.bit_generator.state),
+        (np.random.RandomState(0), lambda g: g.rand(), lambda g: [*g.get_state()[1].tolist(), g.get_state()[2]]),
+    ],
+    ids=["torch", "Python", "numpy", "numpy's old one"],
+)
+def test_generators_of_a_networks_own_are_where_they_were(generator, draw, state):
+    made = fs.ScoreDensity(OwnGenerator(generator, draw), fs.VP(), "eps", program=False)
+    x, before = torch.randn(4, 3), state(generator)
+    made.estimate(x, nfe=16)
+    fs.probability_flow_log_prob(made, x, method="midpoint", steps=4)
+    assert state(generator) == before

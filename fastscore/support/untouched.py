@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module
 
 from .generic import Arguments, Result
+from .randomness import Randomness
 
 
 @contextmanager
@@ -58,8 +56,6 @@ class _Stance:
 
 
 _STANCE = _Stance()
-# By network: whether it draws from Python's or numpy's global random numbers.
-_DRAWS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def evaluation(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -81,36 +77,16 @@ def evaluation(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of layers in train mode, and the CPU's global random numbers, back as they were.
-
-    Those of Python and numpy, too, unless a network has left them alone at first: to ask for numpy's and put them back
-    takes four tenths of a millisecond.
-    """
-    state = torch.get_rng_state()
-    others = _others() if _DRAWS.get(model, True) else None
-    learning = [layer for layer in layers_of(model) if layer.training]
+    """Put the buffers of layers in train mode, and the random numbers that the network may draw from, back."""
+    layers = layers_of(model)
+    drawn = Randomness(model, layers)
+    learning = [layer for layer in layers if layer.training]
     kept = contents(buffer for layer in learning for buffer in layer.buffers(recurse=False))
     try:
         yield
     finally:
         put_back(kept)
-        torch.set_rng_state(state)
-        if others is not None:
-            _DRAWS[model] = _DRAWS.get(model, False) or not _alike(_others(), others)
-            _put_others_back(others)
-
-
-def _others() -> tuple[Any, Any]:
-    return random.getstate(), numpy.random.get_state()  # noqa: NPY002
-
-
-def _alike(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    return one[0] == other[0] and all(map(numpy.array_equal, one[1], other[1]))
-
-
-def _put_others_back(kept: tuple[Any, Any]) -> None:
-    random.setstate(kept[0])
-    numpy.random.set_state(kept[1])  # noqa: NPY002
+        drawn.put_back()
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
