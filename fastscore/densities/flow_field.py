@@ -127,8 +127,8 @@ class Field:
     def _with_jacobian(self, time: Time, y: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
         """Return the velocity without a graph, and rows of the network's Jacobian by x_t, some at a time, (n, B, d).
 
-        The derivative ends at x_t, and what leads from there to the velocity is two numbers: passes through it over
-        d numbers for each of d rows took half of the time of a small network.
+        The derivative ends at x_t, since what leads from there to the velocity is two numbers: backward passes through
+        these took a third of the time of a small network in 64 dimensions.
         """
         with torch.enable_grad():
             x_t = self._x_t(time, y.detach()).requires_grad_()
