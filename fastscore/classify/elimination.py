@@ -93,6 +93,9 @@ class Classification:
 
 Variance = Callable[[Tensor], tuple[Tensor, Tensor]]  # of the terms' sum, and its degrees of freedom
 VARIANCES: tuple[Variance, ...] = (first_variance, successive_variance)  # of a difference, none of which is too small
+# Of the level, for each of them, since the sooner of the two errs more often than either: at the whole level 5.9 % of
+# 4,000 repetitions dropped the better of two near classes where 5 % were stated, at three quarters of it 4.2 %.
+SHARE = 0.8
 
 
 class Rounds:
@@ -175,7 +178,8 @@ class Rounds:
         variance, nu, shift = self._variance(lambda r, g: share[r][..., None] * (g - _of(g, best)), by)
         variance, others = variance + shift, self.active.scatter(1, best, False)
         mean = (variance * others).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp(min=1)
-        return student_quantile(level, (nu / 2).clamp(min=1)) * torch.maximum(variance, mean).sqrt()
+        quantile = student_quantile(SHARE * level, (nu / 2).clamp(min=1))
+        return quantile * torch.maximum(variance, mean).sqrt()
 
     def best(self) -> Tensor:
         """Return the class of the highest posterior among those still in, shape (B,)."""
